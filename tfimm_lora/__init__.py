@@ -1,0 +1,90 @@
+"""LoRA for image models in TensorFlow/Keras: every Keras model, and all of tfimm.
+
+Used as ``import tfimm_lora as lora``.
+"""
+
+import warnings as _warnings
+
+from tfimm_lora import _keras
+
+_keras.prefer_legacy_for_tfimm()
+
+from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
+from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
+from tfimm_lora.factory import create_model, list_models  # noqa: E402
+from tfimm_lora.inject import inject_lora, remove_lora  # noqa: E402
+from tfimm_lora.layers import (  # noqa: E402
+    LoRAConv1D,
+    LoRAConv2D,
+    LoRAConv3D,
+    LoRADense,
+    LoRADepthwiseConv2D,
+    LoRAEinsumDense,
+    LoRAEmbedding,
+    LoRALayer,
+    convert_to_lora_layer,
+    lora_class,
+)
+from tfimm_lora.merge import merge_lora_weights, unmerge_lora_weights  # noqa: E402
+from tfimm_lora.registry import (  # noqa: E402
+    lora_architecture,
+    lora_base_architecture,
+    lora_config,
+    register_lora_architecture,
+)
+from tfimm_lora.trainability import (  # noqa: E402
+    lora_non_trainable_weights,
+    lora_trainable_weights,
+)
+from tfimm_lora.transfer import transfer_weights  # noqa: E402
+from tfimm_lora.version import __version__  # noqa: E402
+
+merge_weights = merge_lora_weights
+
+__all__ = [
+    "LORA_WEIGHT_NAMES",
+    "LoRAConfig",
+    "LoRAConv1D",
+    "LoRAConv2D",
+    "LoRAConv3D",
+    "LoRADense",
+    "LoRADepthwiseConv2D",
+    "LoRAEinsumDense",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "__version__",
+    "convert_to_lora_layer",
+    "convert_to_lora_model",
+    "convert_to_regular_model",
+    "create_model",
+    "inject_lora",
+    "list_models",
+    "lora_architecture",
+    "lora_base_architecture",
+    "lora_class",
+    "lora_config",
+    "lora_non_trainable_weights",
+    "lora_trainable_weights",
+    "merge_lora_weights",
+    "merge_weights",
+    "register_lora_architecture",
+    "remove_lora",
+    "transfer_weights",
+    "unmerge_lora_weights",
+]
+
+if _keras.uses_legacy_keras() and _keras.installed("tfimm"):
+    # Also so that Keras knows the classes when it loads a saved model.
+    try:
+        from tfimm_lora import architectures as _architectures
+    except ImportError as _error:  # tfimm is there, but something that it needs is not
+        _warnings.warn(
+            f"tfimm is installed but cannot be imported ({_error}); its architectures are "
+            "not available.",
+            stacklevel=2,
+        )
+    else:
+        globals().update(
+            {name: getattr(_architectures, name) for name in _architectures.__all__}
+        )
+        __all__ += _architectures.__all__

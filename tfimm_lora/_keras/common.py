@@ -1,0 +1,189 @@
+"""What both sides of the seam share: the interface, and the parts that are alike."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+_BIAS_NAMES = ("bias", "beta")
+
+
+class Found(NamedTuple):
+    """How a layer was before it was changed: its class and what in it was trainable."""
+
+    cls: type
+    trainable: bool
+    #: id of a variable -> its own flag, where variables have one.
+    flags: dict[int, bool]
+
+
+class KerasSeam:
+    """What the package needs of a Keras, by names that mean the same in both."""
+
+    #: The Keras module itself (``keras.layers``, ``keras.initializers``, ...).
+    keras: Any
+    #: Array functions on tensors of this Keras.
+    ops: Any
+    #: Attribute that holds the variable, by the role of the kernel.
+    kernel_attributes: dict[str, str]
+    #: Mixin for layers some of whose own variables are frozen.
+    FilteredWeights: type
+    #: Mixin that calls ``_after_build`` once the variables of the base layer exist.
+    BuildHook: type
+
+    def sublayers(self, layer: Any) -> list[Any]:
+        """The layers directly inside a layer, in order of creation, also in containers."""
+        inside = layer._flatten_layers(recursive=False, include_self=False)
+        return [x for x in inside if not isinstance(x, self.keras.metrics.Metric)]
+
+    def walk(self, model: Any) -> Iterator[tuple[str, Any]]:
+        """Yield (path, layer) for the model (path "") and all inside, parents first.
+
+        A path joins the names of the layers from the model's children down with "/". A
+        layer that is reached twice is yielded once, under the first path.
+        """
+        seen: set[int] = set()
+
+        def visit(path: str, layer: Any) -> Iterator[tuple[str, Any]]:
+            if id(layer) in seen:
+                return
+            seen.add(id(layer))
+            yield path, layer
+            for child in self.sublayers(layer):
+                yield from visit(f"{path}/{child.name}" if path else child.name, child)
+
+        yield from visit("", model)
+
+    def own_variables(self, layer: Any) -> list[Any]:
+        """The variables that the layer itself created, not those of its sublayers."""
+        raise NotImplementedError
+
+    def trainable_own_variables(self, layer: Any) -> list[Any]:
+        """Those of ``own_variables`` that were created to be trained."""
+        raise NotImplementedError
+
+    def created_like(self, model: Any) -> contextlib.AbstractContextManager[Any]:
+        """The dtype policy and the strategy under which ``model`` was created."""
+        raise NotImplementedError
+
+    def variable_name(self, variable: Any) -> str:
+        """The last part of a variable's name, for example "kernel"."""
+        return variable.name.rpartition("/")[2].partition(":")[0]
+
+    def is_bias_like(self, variable: Any) -> bool:
+        """Whether a variable is a bias by its name: bias, beta, q_bias, ..."""
+        name = self.variable_name(variable)
+        return name in _BIAS_NAMES or name.endswith("_bias")
+
+    def to_numpy(self, variable: Any) -> Any:
+        """The stored value of a variable, in its own dtype, as a NumPy array."""
+        raise NotImplementedError
+
+    def full_precision(self, variable: Any) -> Any:
+        """The value of a variable as a tensor of its own dtype, never autocast."""
+        raise NotImplementedError
+
+    def add_weight(
+        self, layer: Any, name: str, shape: tuple[int, ...], beside: Any, **options: Any
+    ) -> None:
+        """Add a float32 weight, and an attribute of its name, to a layer that may be
+        built; ``beside`` is the kernel, whose scope it shares."""
+        raise NotImplementedError
+
+    def remove_weight(self, layer: Any, attribute: str) -> None:
+        """Undo ``add_weight``: no trace of the variable is left in the layer."""
+        raise NotImplementedError
+
+    def swap_class(self, layer: Any, cls: type) -> None:
+        """Give a live layer another class of the same family, keeping all its state."""
+        layer.__class__ = cls
+        # A SavedModel export leaves a bound `call` in the instance; it would win over
+        # the new class's.
+        layer.__dict__.pop("call", None)
+
+    def found(self, layer: Any) -> Found:
+        """The record from which ``restore`` undoes a change of class."""
+        return Found(type(layer), bool(layer.trainable), self.variable_flags(layer))
+
+    def restore(self, layer: Any, found: Found) -> None:
+        """Give a layer its class and its trainability back."""
+        self.swap_class(layer, found.cls)
+        self.set_raw_trainable(layer, found.trainable)
+        self.restore_flags(layer, found.flags)
+
+    def set_raw_trainable(self, layer: Any, value: bool) -> None:
+        """Set ``trainable`` of the layer alone, not of its variables and sublayers."""
+        layer._trainable = value
+
+    def variable_flags(self, layer: Any) -> dict[int, bool]:
+        """Which of the layer's own variables are trainable, by id."""
+        return {}
+
+    def restore_flags(self, layer: Any, flags: dict[int, bool]) -> None:
+        """Set the flags back to what ``variable_flags`` read."""
+
+    def add_sublayer(self, layer: Any, attribute: str, sublayer: Any) -> None:
+        """Track a new sublayer in a layer that may be built."""
+        raise NotImplementedError
+
+    def remove_sublayer(self, layer: Any, attribute: str) -> None:
+        """Undo ``add_sublayer``."""
+        raise NotImplementedError
+
+    def is_model(self, layer: Any) -> bool:
+        """Whether a layer is a model of this Keras."""
+        return isinstance(layer, self.keras.Model)
+
+    def reset_functions(self, model: Any) -> None:
+        """Forget what Keras has traced for fit, evaluate and predict, on every model."""
+        for _, layer in self.walk(model):
+            if self.is_model(layer):
+                layer.train_function = None
+                layer.test_function = None
+                layer.predict_function = None
+
+    def is_compiled(self, model: Any) -> bool:
+        """Whether ``compile`` was called on the model."""
+        raise NotImplementedError
+
+    def mark_uncompiled(self, model: Any) -> None:
+        """Make ``fit`` ask for ``compile``: its optimizer knows other variables."""
+        raise NotImplementedError
+
+    def compute_dtype(self, layer: Any) -> str:
+        """The type in which a layer computes."""
+        return layer.compute_dtype
+
+    def custom_gradient(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Call ``function(*args) -> (y, grad)`` where ``grad(dy)`` gives a tuple, one
+        entry an argument, None for those that need no gradient."""
+        raise NotImplementedError
+
+    def vjp(self, function: Callable[[Any], Any], x: Any, dy: Any) -> Any:
+        """The gradient of ``sum(function(x) * dy)`` by ``x``."""
+        raise NotImplementedError
+
+    def refusal(self, layer: Any) -> str | None:
+        """Why this Keras' state of the layer rules out LoRA, or None."""
+        return None
+
+    def variable_scope(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
+        """The scope in which variables beside this one must be created."""
+        return contextlib.nullcontext()
+
+    def is_rebuilt_with_layers(self, layer: Any) -> bool:
+        """Whether the config of a layer holds the configs of all layers inside it."""
+        raise NotImplementedError
+
+    def register(self, cls: type, name: str) -> None:
+        """Register a class for loading, in the place of an earlier one of this name."""
+        saving = self.keras.saving
+        saving.get_custom_objects().pop(f"tfimm_lora>{name}", None)
+        saving.register_keras_serializable(package="tfimm_lora", name=name)(cls)
+
+    def default_initializer(self) -> Any:
+        """Uniform in +-1/sqrt(fan_in): what torch and PEFT call kaiming_uniform(sqrt 5)."""
+        return self.keras.initializers.VarianceScaling(
+            scale=1.0 / 3.0, mode="fan_in", distribution="uniform"
+        )

@@ -1,0 +1,30 @@
+"""ConvNeXt: LoRA in the two layers of every MLP.
+
+Source: Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tfimm.architectures.convnext import ConvNeXt, ConvNeXtConfig
+from tfimm.models import keras_serializable
+
+from tfimm_lora.architectures.model import LoRAModel
+from tfimm_lora.config import LoRAConfig, Targets
+from tfimm_lora.registry import register_lora_architecture
+
+
+@dataclass
+class LoRAConvNeXtConfig(LoRAConfig, ConvNeXtConfig):
+    """``ConvNeXtConfig`` with the fields of ``LoRAConfig``."""
+
+    lora_targets: Targets = ("mlp/fc1", "mlp/fc2")
+
+
+@keras_serializable
+@register_lora_architecture
+class LoRAConvNeXt(LoRAModel, ConvNeXt):
+    """ConvNeXt with LoRA; see ``LoRAConvNeXtConfig``."""
+
+    cfg_class = LoRAConvNeXtConfig

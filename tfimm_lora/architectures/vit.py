@@ -1,0 +1,31 @@
+"""ViT and DeiT: LoRA in the projections of attention and in the MLP.
+
+Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929; Touvron et
+al., "Training data-efficient image transformers", arXiv:2012.12877.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tfimm.architectures.vit import ViT, ViTConfig
+from tfimm.models import keras_serializable
+
+from tfimm_lora.architectures.model import LoRAModel
+from tfimm_lora.config import LoRAConfig, Targets
+from tfimm_lora.registry import register_lora_architecture
+
+
+@dataclass
+class LoRAViTConfig(LoRAConfig, ViTConfig):
+    """``ViTConfig`` with the fields of ``LoRAConfig``."""
+
+    lora_targets: Targets = ("attn/qkv", "attn/proj", "mlp/fc1", "mlp/fc2")
+
+
+@keras_serializable
+@register_lora_architecture
+class LoRAViT(LoRAModel, ViT):
+    """ViT with LoRA; see ``LoRAViTConfig``."""
+
+    cfg_class = LoRAViTConfig

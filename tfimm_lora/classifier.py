@@ -1,0 +1,69 @@
+"""Finding the classifier of a model: the layer that a new task replaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora.layers.lookup import supported
+
+#: What a trained head is called, where neither a config nor a graph tells.
+_NAMES = ("head", "fc", "classifier", "predictions", "logits", "output_dense")
+
+
+def classifier_names(cfg: Any) -> tuple[str, ...]:
+    """The names of the classifier layers in a tfimm config; none without classes."""
+    names = getattr(cfg, "classifier", None) or ()
+    if getattr(cfg, "nb_classes", None) == 0:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def canonical_path(path: str) -> str:
+    """A layer's path as tfimm's configs write it: without the levels called "remove"."""
+    return "/".join(part for part in path.split("/") if part != "remove")
+
+
+def classifier_paths(model: Any) -> list[str]:
+    """The paths of the classifier layers of a model, none where it has none.
+
+    A tfimm model names them in its config. In a functional model it is the dense layer
+    that gives the output, looking through layers without variables (an activation). In
+    any other it is the last layer with variables, if that is dense or called like a head.
+    """
+    seam = _keras.of(model)
+    layers = list(seam.walk(model))
+    if getattr(model, "cfg", None) is not None and hasattr(model.cfg, "classifier"):
+        names = classifier_names(model.cfg)
+        return [p for p, _ in layers if p and canonical_path(p) in names]
+    layer = _output_layer(seam, model)
+    return [path for path, candidate in layers if candidate is layer]
+
+
+def _output_layer(seam: Any, model: Any) -> Any:
+    """The dense layer that gives the model's output, or None."""
+    if seam.is_functional(model):
+        layer = seam.output_layer(model)
+        while layer is not None and not _has_variables(seam, layer):
+            before = seam.input_layers_of(layer)
+            layer = before[0] if len(before) == 1 else None
+        if layer is not None and seam.is_model(layer):
+            return _output_layer(seam, layer)
+        return layer if layer is not None and _is_dense(seam, layer) else None
+    owners = [x for _, x in seam.walk(model) if seam.own_variables(x)]
+    last = owners[-1] if owners else None
+    if last is None or last is model:
+        return None
+    return last if _is_dense(seam, last) or _called_head(last) else None
+
+
+def _has_variables(seam: Any, layer: Any) -> bool:
+    return any(seam.own_variables(inside) for _, inside in seam.walk(layer))
+
+
+def _is_dense(seam: Any, layer: Any) -> bool:
+    return isinstance(layer, seam.keras.layers.Dense)
+
+
+def _called_head(layer: Any) -> bool:
+    return supported(layer) and layer.name.rpartition("/")[2] in _NAMES

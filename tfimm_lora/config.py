@@ -1,0 +1,167 @@
+"""``LoRAConfig``: what a model's adaptation is made of, validated when it is created."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import numbers
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+#: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
+LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
+
+#: Values of ``train_bias``: no bias, those of adapted layers, every one in the model.
+TRAIN_BIAS = ("none", "lora_only", "all")
+
+Targets = str | Sequence[str] | None
+
+
+@dataclass
+class LoRAConfig:
+    """The adaptation of a model. Config classes of LoRA architectures inherit from it.
+
+    The update of a kernel is ``(lora_alpha / lora_rank) * A B``.
+
+    Args:
+        lora_rank: Rank r of the update, a positive integer. Default 4.
+        lora_alpha: Numerator of the scale; None (default) means ``lora_rank``, that is a
+            scale of 1.
+        lora_dropout: Rate in [0, 1) of the dropout on the input of the low-rank branch
+            while training. Default 0.
+        lora_initializer: Initializer of A (B starts at zero): a name, a config or an
+            object. None (default) draws uniformly from +-1/sqrt(fan_in).
+        lora_regularizer: Regularizer of A and of B. Default none.
+        lora_targets: The layers to adapt: a list of names, each the end of a layer's
+            path; or a regular expression that matches a whole path; or None (default)
+            for the targets of the architecture, elsewhere for every supported layer but
+            the classifier.
+        lora_train_bias: "none" (default), "lora_only" (biases of adapted layers) or
+            "all" (every bias-like variable of the model).
+        lora_train_classifier: Whether the classifier is trained whole. None (default)
+            trains it where it is new, that is, where the number of classes was changed.
+
+    Raises:
+        ValueError: for a value out of its range.
+        TypeError: for a value of the wrong type.
+
+    Example:
+        >>> import tfimm_lora as lora
+        >>> lora.LoRAConfig(lora_rank=8, lora_alpha=16).lora_scale
+        2.0
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    """
+
+    lora_rank: int = 4
+    lora_alpha: float | None = None
+    lora_dropout: float = 0.0
+    lora_initializer: Any = None
+    lora_regularizer: Any = None
+    lora_targets: Targets = None
+    lora_train_bias: str = "none"
+    lora_train_classifier: bool | None = None
+
+    def __post_init__(self) -> None:
+        check_rank(self.lora_rank)
+        check_alpha(self.lora_alpha)
+        check_dropout(self.lora_dropout)
+        check_train_bias(self.lora_train_bias)
+        check_targets(self.lora_targets)
+        if self.lora_train_classifier not in (None, True, False):
+            raise TypeError(
+                f"Received lora_train_classifier={self.lora_train_classifier!r}; expected "
+                "True, False, or None to train the classifier only where it is new."
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """The factor alpha / rank in front of the update."""
+        return scale(self.lora_rank, self.lora_alpha)
+
+    def layer_arguments(self) -> dict[str, Any]:
+        """The arguments that a LoRA layer takes."""
+        return {
+            "lora_rank": self.lora_rank,
+            "lora_alpha": self.lora_alpha,
+            "lora_dropout": self.lora_dropout,
+            "lora_initializer": self.lora_initializer,
+            "lora_regularizer": self.lora_regularizer,
+        }
+
+
+def scale(rank: int, alpha: float | None) -> float:
+    """The factor in front of the update: alpha / rank, 1 where alpha is None."""
+    return 1.0 if alpha is None else float(alpha) / rank
+
+
+def lora_field_names() -> list[str]:
+    """The names of all fields of ``LoRAConfig``."""
+    return [field.name for field in dataclasses.fields(LoRAConfig)]
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise a TypeError that names the nearest known keyword for each unknown one."""
+    known = list(known)
+    problems = []
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
+            hint = f"; did you mean {near[0]}?" if near else ""
+            problems.append(f"{name}{hint}")
+    if problems:
+        raise TypeError(
+            f"Received unknown keywords for {what}: {', '.join(problems)} "
+            f"Known keywords: {', '.join(known)}."
+        )
+
+
+def check_rank(rank: Any) -> None:
+    """Raise unless ``rank`` is a positive integer."""
+    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
+        kind = ValueError if isinstance(rank, numbers.Integral) else TypeError
+        raise kind(
+            f"Received lora_rank={rank!r}; expected a positive integer. Pass for example "
+            "lora_rank=4, or leave the layer out of lora_targets."
+        )
+
+
+def check_alpha(alpha: Any) -> None:
+    """Raise unless ``alpha`` is None or a finite number."""
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(
+            f"Received lora_alpha={alpha!r}; expected a number, or None for a scale of 1."
+        )
+    if not math.isfinite(alpha):
+        raise ValueError(f"Received lora_alpha={alpha!r}; expected a finite number.")
+
+
+def check_dropout(rate: Any) -> None:
+    """Raise unless ``rate`` is a number in [0, 1)."""
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        raise TypeError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
+    if not 0 <= float(rate) < 1:
+        raise ValueError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
+
+
+def check_train_bias(train_bias: Any) -> None:
+    """Raise unless ``train_bias`` is one of ``TRAIN_BIAS``."""
+    if train_bias not in TRAIN_BIAS:
+        raise ValueError(
+            f"Received train_bias={train_bias!r}; expected one of {', '.join(TRAIN_BIAS)}."
+        )
+
+
+def check_targets(targets: Any) -> None:
+    """Raise unless ``targets`` is None, a regular expression or a list of names."""
+    if targets is None or isinstance(targets, str):
+        return
+    if not isinstance(targets, Iterable) or not all(isinstance(t, str) for t in targets):
+        raise TypeError(
+            f"Received lora_targets={targets!r}; expected a list of layer names, a regular "
+            "expression as a string, or None for the default."
+        )

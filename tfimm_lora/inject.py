@@ -1,0 +1,267 @@
+"""Putting LoRA into a live model and taking it out again, in place."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora.classifier import classifier_paths
+from tfimm_lora.config import LoRAConfig, Targets, check_keywords, lora_field_names
+from tfimm_lora.layers.base import LoRALayer, make_spec
+from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, thaw_layer
+from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer, supported
+from tfimm_lora.merge import has_lora, lora_layers
+from tfimm_lora.registry import base_config, default_targets, lora_base_of
+from tfimm_lora.targets import check_expression, matches, no_match_error, unmatched
+from tfimm_lora.trainability import layers_under
+
+
+def inject_lora(model: Any, **lora_arguments: Any) -> Any:
+    """Put LoRA into a built model, in place, without copying a frozen weight.
+
+    The targeted layers become LoRA layers: the same objects with another class and two
+    small variables more. Every other layer is frozen, batch normalisation in inference
+    mode. Works for functional, Sequential, subclassed and nested models of both Kerases.
+    A compiled model must be compiled again; a ``tf.function`` of your own that calls the
+    model must be made again.
+
+    Args:
+        model: The model. It must be built.
+        **lora_arguments: Fields of ``LoRAConfig``: lora_rank, lora_alpha, lora_dropout,
+            lora_initializer, lora_regularizer, lora_targets, lora_train_bias,
+            lora_train_classifier. ``lora_targets=None`` takes the architecture's targets
+            where the model's class is registered, else every supported layer but the
+            classifier.
+
+    Returns:
+        The same model.
+
+    Raises:
+        TypeError: for an unknown argument (the nearest is named) or no Keras model.
+        ValueError: if the model is not built or has LoRA already, if nothing matches the
+            targets (candidates are listed), or if a matched layer cannot be adapted. The
+            model is then left as it was.
+
+    Example:
+        >>> import tensorflow as tf, tfimm_lora as lora
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(8, name="fc1"),
+        ...     tf.keras.layers.Dense(3, name="head")])
+        >>> lora.inject_lora(model, lora_rank=2) is model
+        True
+        >>> [type(layer).__name__ for layer in model.layers]
+        ['LoRADense', 'FrozenDense']
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.
+    """
+    check_keywords(lora_arguments, lora_field_names(), "inject_lora")
+    config = LoRAConfig(**lora_arguments)
+    if config.lora_targets is None:
+        config.lora_targets = default_targets(type(model))
+    adapt_model(model, config, rebuilt_by_class=False)
+    return model
+
+
+def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
+    """``inject_lora`` with a finished config.
+
+    ``rebuilt_by_class`` says that the class of the model puts LoRA in by itself when it
+    is created from its config, so that whole-model files can be loaded again.
+    """
+    seam = _keras.of(model)
+    _check_model(seam, model)
+    layers = list(seam.walk(model))
+    classifier = classifier_paths(model)
+    targets = _find_targets(layers, config.lora_targets, classifier)
+    trained = layers_under(layers, classifier if config.lora_train_classifier else ())
+    targets = {path: layer for path, layer in targets.items() if id(layer) not in trained}
+    spec = make_spec(
+        seam,
+        {**config.layer_arguments(), "lora_train_bias": config.lora_train_bias != "none"},
+    )
+    _check_targets(targets, spec)
+    try:
+        for layer in targets.values():
+            adapt_layer(layer, spec)
+        freeze_rest(model, config.lora_train_bias, trained, rebuilt_by_class)
+    except BaseException:
+        _take_out(model)
+        raise
+    model.__dict__["_lora_config"] = config
+    _forget_traces(model, "LoRA was put into")
+
+
+def _check_model(seam: Any, model: Any) -> None:
+    """Raise unless a model is built and without LoRA."""
+    if not _weights_exist(seam, model):
+        raise ValueError(
+            f"Received model '{model.name}', which is not built: its layers have no "
+            "variables yet. Call it on an input (or model.build(input_shape)) first."
+        )
+    if has_lora(model):
+        raise ValueError(
+            f"Received model '{model.name}', which has LoRA layers already. Take them out "
+            "with remove_lora (merge=True keeps what they learned), then put new ones in."
+        )
+
+
+def _weights_exist(seam: Any, model: Any) -> bool:
+    return bool(model.built) and any(seam.own_variables(x) for _, x in seam.walk(model))
+
+
+def _find_targets(
+    layers: Iterable[tuple[str, Any]], targets: Targets, classifier: list[str]
+) -> dict[str, Any]:
+    """The layers to adapt by path. A name that means none of them is an error."""
+    check_expression(targets)
+    candidates = {path: layer for path, layer in layers if supported(layer)}
+    if targets is None:
+        rest = {p: x for p, x in candidates.items() if p not in classifier}
+        if not rest:
+            raise no_match_error(targets, candidates)
+        return rest
+    found = {p: x for p, x in candidates.items() if matches(p, targets)}
+    missing = unmatched(targets, list(candidates))
+    if missing or not found:
+        raise no_match_error(missing or targets, candidates)
+    return found
+
+
+def _check_targets(targets: dict[str, Any], spec: Any) -> None:
+    """Raise one error for all layers that cannot be adapted."""
+    problems = []
+    for path, layer in targets.items():
+        if not layer.built:
+            problems.append(
+                f"layer '{path}' is not built, the model has never used it; call the model "
+                "on an input that does, or leave the layer out of lora_targets"
+            )
+            continue
+        try:
+            lora_class(type(layer)).check_support(layer, spec)  # type: ignore[attr-defined]
+        except ValueError as error:
+            problems.append(str(error))
+    if problems:
+        raise ValueError("; ".join(problems))
+
+
+def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class: bool) -> None:
+    """Freeze every layer that is neither adapted nor, by id, in ``trained``."""
+    seam = _keras.of(model)
+    for path, layer in seam.walk(model):
+        if isinstance(layer, LoRALayer):
+            continue
+        if id(layer) in trained:
+            _open(seam, layer, with_variables=True)
+            continue
+        refusal = None if rebuilt_by_class else _saving_refusal(seam, path, layer)
+        is_root_that_filters = layer is model and rebuilt_by_class
+        if (seam.own_variables(layer) or refusal) and not is_root_that_filters:
+            freeze_layer(layer, train_bias == "all", refusal)
+        else:
+            _open(seam, layer, with_variables=False)
+
+
+def _open(seam: Any, layer: Any, with_variables: bool) -> None:
+    """Let a layer that stays as it is be trained, remembering how it was found."""
+    found = seam.found(layer)
+    flags = dict.fromkeys([id(v) for v in seam.trainable_own_variables(layer)], True)
+    if not found.trainable or (with_variables and not all(found.flags.values())):
+        layer.__dict__["_lora_found"] = found
+        seam.set_raw_trainable(layer, True)
+        if with_variables:
+            seam.restore_flags(layer, flags)
+
+
+def _saving_refusal(seam: Any, path: str, layer: Any) -> str | None:
+    """Why a layer must not be saved in a whole-model file, or None if it may be.
+
+    A layer that creates other layers in its own code would be created without LoRA, and
+    with everything in it trainable, when Keras loads the file.
+    """
+    if seam.is_rebuilt_with_layers(layer):
+        return None
+    inside = [x for _, x in seam.walk(layer) if x is not layer and seam.own_variables(x)]
+    if not inside and not (seam.is_model(layer) and seam.own_variables(layer)):
+        return None
+    where = f"Layer '{path}'" if path else f"Model '{layer.name}'"
+    return (
+        f"{where} ({type(layer).__name__}) creates its layers in its own code, so Keras "
+        "would load this whole-model file without their LoRA and without their freezing. "
+        "Use model.save_weights and, to load, build the model, call inject_lora with the "
+        "same arguments and model.load_weights. Or save the merged ordinary model: "
+        "convert_to_regular_model(model).save(...)."
+    )
+
+
+def remove_lora(model: Any, merge: bool = True) -> Any:
+    """Take LoRA out of a model, in place; the reverse of ``inject_lora``.
+
+    What is left is the ordinary model: ordinary classes, its own variables, trainability
+    as it was found. It saves and loads without this package. A compiled model must be
+    compiled again.
+
+    Args:
+        model: A model with LoRA layers.
+        merge: True (default) adds the updates to the kernels; False drops them, so that
+            the kernels are what they were, bit for bit.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ValueError: if the model has no LoRA layers, or one is not built.
+
+    Example:
+        >>> import tensorflow as tf, tfimm_lora as lora
+        >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3)])
+        >>> _ = lora.inject_lora(model, lora_targets=["dense"])
+        >>> [type(layer).__name__ for layer in lora.remove_lora(model).layers]
+        ['Dense']
+    """
+    layers = lora_layers(model)
+    if merge:
+        for layer in layers.values():
+            layer._require_built("merge")
+        for layer in layers.values():
+            if not layer.merged:
+                layer.merge_weights()
+            layer._forget_merge()
+    _take_out(model)
+    base = lora_base_of(type(model))
+    if base is not None and base is not type(model):
+        cfg = base_config(model.cfg, base)
+        _keras.of(model).swap_class(model, base)
+        model.cfg = cfg
+    _forget_traces(model, "LoRA was taken out of")
+    return model
+
+
+def _take_out(model: Any) -> None:
+    """Give every layer its own class and trainability back, dropping the updates."""
+    seam = _keras.of(model)
+    for _, layer in seam.walk(model):
+        if isinstance(layer, LoRALayer):
+            restore_layer(layer)
+        elif isinstance(layer, FrozenLayer):
+            thaw_layer(layer)
+        elif "_lora_found" in layer.__dict__:
+            seam.restore(layer, layer.__dict__.pop("_lora_found"))
+    model.__dict__.pop("_lora_config", None)
+
+
+def _forget_traces(model: Any, what: str) -> None:
+    """Drop cached functions, and the compilation, which knows other variables."""
+    seam = _keras.of(model)
+    seam.reset_functions(model)
+    compiled = [x for _, x in seam.walk(model) if seam.is_model(x) and seam.is_compiled(x)]
+    for inside in compiled:
+        seam.mark_uncompiled(inside)
+    if compiled:
+        warnings.warn(
+            f"{what} model '{model.name}' after it was compiled. Compile it again before "
+            "training: its optimizer knows other variables.",
+            stacklevel=4,
+        )

@@ -1,0 +1,28 @@
+"""The LoRA layers of the Keras that this process uses; see ``lookup`` for the others."""
+
+from tfimm_lora import _keras
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.lookup import convert_to_lora_layer, lora_class
+
+_layers = _keras.default().keras.layers
+
+LoRADense = lora_class(_layers.Dense)
+LoRAConv1D = lora_class(_layers.Conv1D)
+LoRAConv2D = lora_class(_layers.Conv2D)
+LoRAConv3D = lora_class(_layers.Conv3D)
+LoRADepthwiseConv2D = lora_class(_layers.DepthwiseConv2D)
+LoRAEinsumDense = lora_class(_layers.EinsumDense)
+LoRAEmbedding = lora_class(_layers.Embedding)
+
+__all__ = [
+    "LoRAConv1D",
+    "LoRAConv2D",
+    "LoRAConv3D",
+    "LoRADense",
+    "LoRADepthwiseConv2D",
+    "LoRAEinsumDense",
+    "LoRAEmbedding",
+    "LoRALayer",
+    "convert_to_lora_layer",
+    "lora_class",
+]

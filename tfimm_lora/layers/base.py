@@ -1,0 +1,475 @@
+"""``LoRALayer``: what every adapted layer shares. Its kinds add only their product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora import _keras, config
+from tfimm_lora._keras.common import Found
+from tfimm_lora.layers import slot, update
+
+
+@dataclass(frozen=True)
+class LoRASpec:
+    """The settings of one adapted layer, validated.
+
+    Attributes:
+        rank, alpha, dropout, initializer, regularizer: as in ``LoRAConfig``.
+        train_bias: whether the layer's own bias is trained.
+        scale: alpha / rank.
+    """
+
+    rank: int
+    alpha: float | None
+    dropout: float
+    initializer: Any
+    regularizer: Any
+    train_bias: bool
+
+    def __post_init__(self) -> None:
+        config.check_rank(self.rank)
+        config.check_alpha(self.alpha)
+        config.check_dropout(self.dropout)
+
+    @property
+    def scale(self) -> float:
+        return config.scale(self.rank, self.alpha)
+
+
+#: The arguments that LoRA adds to a layer's own, with their defaults.
+LAYER_ARGUMENTS: dict[str, Any] = {
+    "lora_rank": 4,
+    "lora_alpha": None,
+    "lora_dropout": 0.0,
+    "lora_initializer": None,
+    "lora_regularizer": None,
+    "lora_train_bias": False,
+}
+
+
+def make_spec(seam: Any, arguments: dict[str, Any]) -> LoRASpec:
+    """A ``LoRASpec`` from lora_* arguments; missing ones take their defaults."""
+    config.check_keywords(arguments, LAYER_ARGUMENTS, "a LoRA layer")
+    values = {**LAYER_ARGUMENTS, **arguments}
+    return LoRASpec(
+        rank=values["lora_rank"],
+        alpha=values["lora_alpha"],
+        dropout=values["lora_dropout"],
+        initializer=seam.keras.initializers.get(values["lora_initializer"]),
+        regularizer=seam.keras.regularizers.get(values["lora_regularizer"]),
+        train_bias=bool(values["lora_train_bias"]),
+    )
+
+
+@dataclass
+class _State:
+    """What an adapted layer knows; kept where no Keras tracks or wraps it."""
+
+    spec: LoRASpec
+    #: How the layer was before it was converted; None if it was created adapted.
+    found: Found | None = None
+    #: Original kernel and B of a merged layer, bit for bit; None if not merged.
+    unmerged: dict[str, np.ndarray] | None = None
+
+
+class LoRALayer:
+    """Mixin that adapts a Keras layer: y = x(W + s A B), W frozen, s = alpha / rank.
+
+    The variables are named ``kernel_lora_a`` and ``kernel_lora_b`` and are float32; B
+    starts at zero, so the layer starts as its base. Everything else (strides, padding,
+    dilation, groups, data format, activation, bias, constraints) is the base layer's.
+
+    Args:
+        lora_rank: Rank r, a positive integer. Default 4.
+        lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
+        lora_dropout: Rate in [0, 1) of the dropout on the branch's input. Default 0.
+        lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(fan_in).
+        lora_regularizer: Regularizer of A and of B. Default none.
+        lora_train_bias: Whether the layer's bias is trained too. Default False.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range or of the wrong type.
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    """
+
+    #: Which variable is the kernel: a key of ``KerasSeam.kernel_attributes``.
+    _kernel_role = "kernel"
+
+    # Of the layer that this is mixed into, and its factors.
+    name: str
+    built: bool
+    bias: Any
+    activation: Any
+    lora_branch_dropout: Any
+    kernel_lora_a: Any
+    kernel_lora_b: Any
+    _sync_trainability: Callable[[], None]
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        lora = {k: kwargs.pop(k) for k in list(kwargs) if k in LAYER_ARGUMENTS}
+        spec = make_spec(_keras.of(self), lora)
+        super().__init__(*args, **kwargs)
+        self.check_support(self, spec)
+        self._attach(spec)
+
+    # -- state -----------------------------------------------------------------------
+
+    @property
+    def lora(self) -> LoRASpec:
+        """The layer's settings: rank, alpha, scale, dropout, ..."""
+        return self._lora_state.spec
+
+    @property
+    def merged(self) -> bool:
+        """Whether the kernel holds the update at the moment."""
+        return self._lora_state.unmerged is not None
+
+    @property
+    def _lora_state(self) -> _State:
+        return self.__dict__["_lora_state"]
+
+    def _attach(self, spec: LoRASpec, found: Found | None = None) -> None:
+        """Give the layer its state, and its factors as soon as it has a kernel."""
+        seam = _keras.of(self)
+        self.__dict__["_lora_state"] = _State(spec, found)
+        if spec.dropout:
+            dropout = seam.keras.layers.Dropout(spec.dropout, name="lora_dropout")
+            seam.add_sublayer(self, "lora_branch_dropout", dropout)
+        if self.built:
+            self._after_build()
+
+    def _detach(self) -> Found | None:
+        """Undo ``_attach``: drop state, factors and dropout."""
+        seam = _keras.of(self)
+        for attribute in config.LORA_WEIGHT_NAMES:
+            if attribute in self.__dict__:
+                seam.remove_weight(self, attribute)
+        if self.lora.dropout:
+            seam.remove_sublayer(self, "lora_branch_dropout")
+        return self.__dict__.pop("_lora_state").found
+
+    def _after_build(self) -> None:
+        if "_lora_state" not in self.__dict__ or "kernel_lora_a" in self.__dict__:
+            return
+        seam, spec = _keras.of(self), self.lora
+        kernel = self._kernel_variable
+        shape_a, shape_b = self._factor_shapes(tuple(kernel.shape), spec.rank)
+        created = (
+            ("kernel_lora_a", shape_a, spec.initializer or self._default_initializer()),
+            ("kernel_lora_b", shape_b, seam.keras.initializers.Zeros()),
+        )
+        with seam.variable_scope(kernel):
+            for name, shape, initializer in created:
+                seam.add_weight(
+                    self,
+                    name,
+                    shape,
+                    beside=kernel,
+                    initializer=initializer,
+                    regularizer=spec.regularizer,
+                )
+        self._sync_trainability()
+
+    def _default_initializer(self) -> Any:
+        return _keras.of(self).default_initializer()
+
+    @property
+    def _kernel_variable(self) -> Any:
+        """The frozen variable W itself, also while a call shows something else."""
+        return self.__dict__[_keras.of(self).kernel_attributes[self._kernel_role]]
+
+    def _is_trained(self, variable: Any) -> bool:
+        if _keras.of(self).variable_name(variable) in config.LORA_WEIGHT_NAMES:
+            return not self.merged
+        return self.lora.train_bias and _keras.of(self).is_bias_like(variable)
+
+    @classmethod
+    def check_support(cls, layer: Any, spec: LoRASpec) -> None:
+        """Raise a ValueError with the reason if ``layer`` cannot become one of this class."""
+        reason = _keras.of(layer).refusal(layer)
+        if reason is None and spec.dropout:
+            reason = cls._dropout_refusal(layer)
+            if reason:
+                reason += "; pass lora_dropout=0"
+        if reason:
+            raise NotAdaptable(
+                f"Layer '{layer.name}' ({type(layer).__name__}) cannot be adapted: {reason}, "
+                "or leave the layer out of lora_targets."
+            )
+
+    @classmethod
+    def _dropout_refusal(cls, layer: Any) -> str | None:
+        """Why dropout on the branch is not defined for a layer, or None."""
+        if has_keras_call(cls):
+            return None
+        return "its class has a call of its own, in which lora_dropout has no place"
+
+    def _probe_shape(self) -> tuple[int, ...] | None:
+        """The shape of a smallest input, or None where a trial call is of no use."""
+        return None
+
+    def check_call(self) -> None:
+        """Try a call of a subclass's own on zeros, to see that it uses the kernel.
+
+        Raises:
+            NotAdaptable: if it does not. A call that needs more than one input is not
+                tried; it is checked when it first runs.
+        """
+        shape = self._probe_shape()
+        if has_keras_call(type(self)) or shape is None:
+            return
+        seam = _keras.of(self)
+        zeros: Any = np.zeros(shape, "float32")
+        try:
+            self.call(seam.ops.cast(zeros, seam.compute_dtype(self)))
+        except NotAdaptable:
+            raise
+        except Exception:  # noqa: BLE001 - a stranger's call may do anything to zeros
+            return
+
+    # -- formulas --------------------------------------------------------------------
+
+    def _factor_shapes(
+        self, kernel_shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for a kernel of this shape."""
+        raise NotImplementedError
+
+    def _product(self, inputs: Any = None) -> update.Product:
+        """The layer's product (on ``inputs``); see ``update.Product``."""
+        raise NotImplementedError
+
+    def _factors(self) -> tuple[Any, Any]:
+        """A and B as float32 tensors."""
+        seam = _keras.of(self)
+        return (
+            seam.full_precision(self.kernel_lora_a),
+            seam.full_precision(self.kernel_lora_b),
+        )
+
+    def _effective_kernel(self) -> Any:
+        """W + s A B in float32, or in the kernel's type if that is wider."""
+        seam = _keras.of(self)
+        kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
+        if seam.dtype_of(kernel) in ("float16", "bfloat16"):
+            kernel = seam.ops.cast(kernel, "float32")
+        a, b = (seam.ops.cast(f, seam.dtype_of(kernel)) for f in self._factors())
+        return update.effective_kernel(self._product(), kernel, a, b, self.lora.scale)
+
+    def _shown_kernel(self) -> Any:
+        """What the base layer's ``call`` sees as its kernel."""
+        if self.merged:
+            return self._kernel_variable
+        seam = _keras.of(self)
+        return seam.ops.cast(self._effective_kernel(), seam.compute_dtype(self))
+
+    def _adapted(self, inputs: Any, factored: bool = False) -> Any:
+        """The product with the adapted kernel, in the form that suits (see ``update``)."""
+        seam, spec, product = _keras.of(self), self.lora, self._product(inputs)
+        dtype = seam.compute_dtype(self)
+        kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
+        a, b = self._factors()
+        narrow = dtype in ("float16", "bfloat16")
+        if not (narrow or spec.dropout or factored):
+            return update.effective(seam, product, inputs, kernel, a, b, spec.scale)
+        kernel, a, b = (seam.ops.cast(t, dtype) for t in (kernel, a, b))
+        dropped = self._dropped(inputs)
+        return update.factored(product, inputs, dropped, kernel, a, b, spec.scale)
+
+    def _dropped(self, inputs: Any) -> Any:
+        """The input of the low-rank branch: dropped out while training."""
+        return self.lora_branch_dropout(inputs) if self.lora.dropout else inputs
+
+    # -- the layer -------------------------------------------------------------------
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        with slot.kernel_shown_as(self, self._shown_kernel) as frame:
+            outputs = self._base_call(inputs, *args, **kwargs)
+        who = f"The call of {base_of(type(self)).__name__} (layer '{self.name}')"
+        if frame.effective is None:
+            raise NotAdaptable(
+                f"{who} never reads its kernel attribute, so it cannot be adapted. Leave the "
+                "layer out of lora_targets, or let its call use the kernel attribute."
+            )
+        if self.lora.dropout and not self.merged and not frame.reached_product:
+            raise NotAdaptable(
+                f"{who} transforms its kernel, so there is no low-rank branch to drop from. "
+                "Pass lora_dropout=0, or leave the layer out of lora_targets."
+            )
+        return outputs
+
+    def _base_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        """The base layer's own ``call``."""
+        return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
+
+    def get_config(self) -> dict[str, Any]:
+        seam, spec = _keras.of(self), self.lora
+        initializers, regularizers = seam.keras.initializers, seam.keras.regularizers
+        return {
+            **super().get_config(),  # type: ignore[misc]
+            "lora_rank": spec.rank,
+            "lora_alpha": spec.alpha,
+            "lora_dropout": spec.dropout,
+            "lora_initializer": initializers.serialize(spec.initializer)
+            if spec.initializer is not None
+            else None,
+            "lora_regularizer": regularizers.serialize(spec.regularizer)
+            if spec.regularizer is not None
+            else None,
+            "lora_train_bias": spec.train_bias,
+        }
+
+    # -- merging ---------------------------------------------------------------------
+
+    def merge_weights(self) -> None:
+        """Add the update to the kernel, in place. ``unmerge_weights`` gives the bits back.
+
+        B is zero while the layer is merged: whatever reads the variables then finds a
+        kernel and factors that agree, and the update is never applied twice.
+
+        Raises:
+            ValueError: if the layer is merged already, or not built.
+        """
+        if self.merged:
+            raise ValueError(
+                f"Layer '{self.name}' is merged already. Call unmerge_weights first."
+            )
+        self._require_built("merge")
+        seam, kernel, b = _keras.of(self), self._kernel_variable, self.kernel_lora_b
+        merged = seam.ops.cast(self._effective_kernel(), seam.dtype_of(kernel))
+        self._lora_state.unmerged = {
+            "kernel": seam.to_numpy(kernel),
+            "kernel_lora_b": seam.to_numpy(b),
+        }
+        kernel.assign(merged)
+        b.assign(np.zeros(tuple(b.shape), "float32"))
+        self._sync_trainability()
+
+    def unmerge_weights(self) -> None:
+        """Undo ``merge_weights``, bit for bit.
+
+        Raises:
+            ValueError: if the layer is not merged.
+        """
+        if not self.merged:
+            raise ValueError(f"Layer '{self.name}' is not merged.")
+        unmerged = self._lora_state.unmerged
+        assert unmerged is not None
+        self._lora_state.unmerged = None
+        self._kernel_variable.assign(unmerged["kernel"])
+        self.kernel_lora_b.assign(unmerged["kernel_lora_b"])
+        self._sync_trainability()
+
+    def lora_values(self) -> dict[str, np.ndarray]:
+        """Kernel, A and B by name, as they are without merging."""
+        seam = _keras.of(self)
+        values = {
+            "kernel": seam.to_numpy(self._kernel_variable),
+            "kernel_lora_a": seam.to_numpy(self.kernel_lora_a),
+            "kernel_lora_b": seam.to_numpy(self.kernel_lora_b),
+        }
+        return {**values, **(self._lora_state.unmerged or {})}
+
+    def merged_kernel(self) -> np.ndarray:
+        """W + s A B as ``merge_weights`` would leave it in the kernel, in its type."""
+        seam = _keras.of(self)
+        kernel = self._kernel_variable
+        if self.merged:
+            return seam.to_numpy(kernel)
+        merged = seam.ops.cast(self._effective_kernel(), seam.dtype_of(kernel))
+        return seam.to_numpy(merged)
+
+    def _require_built(self, what: str) -> None:
+        if "kernel_lora_a" not in self.__dict__:
+            raise ValueError(
+                f"Layer '{self.name}' is not built, so there is nothing to {what}. Call "
+                "the model on an input first."
+            )
+
+    # -- saving ----------------------------------------------------------------------
+
+    def _stored_variables(self) -> dict[str, Any]:
+        """Own variables by their key in a weight file.
+
+        The base layer's are numbered as Keras numbers them and A and B go by name, so
+        neither file of the two is mistaken for the other's.
+        """
+        seam = _keras.of(self)
+        own = seam.own_variables(self)
+        names = [seam.variable_name(v) for v in own]
+        base = [v for v, n in zip(own, names) if n not in config.LORA_WEIGHT_NAMES]
+        stored = {str(i): v for i, v in enumerate(base)}
+        for name in config.LORA_WEIGHT_NAMES:
+            stored[name] = self.__dict__[name]
+        return stored
+
+    def save_own_variables(self, store: Any) -> None:
+        """Write the variables as they are without merging."""
+        if "kernel_lora_a" not in self.__dict__:
+            return
+        seam, unmerged = _keras.of(self), self._lora_state.unmerged or {}
+        for key, variable in self._stored_variables().items():
+            name = "kernel" if variable is self._kernel_variable else key
+            store[key] = seam.store_value(unmerged.get(name, variable))
+
+    def load_own_variables(self, store: Any) -> None:
+        """Read what ``save_own_variables`` wrote; a merged layer is unmerged by it."""
+        if "kernel_lora_a" not in self.__dict__:
+            return
+        stored = self._stored_variables()
+        given = set(store.keys())
+        problems = [f"missing {key}" for key in stored if key not in given]
+        problems += [f"unexpected {key}" for key in sorted(given - set(stored))]
+        problems += [
+            f"{key} of shape {tuple(store[key].shape)}, expected {tuple(v.shape)}"
+            for key, v in stored.items()
+            if key in given and tuple(store[key].shape) != tuple(v.shape)
+        ]
+        if problems:
+            raise ValueError(
+                f"The weights do not fit the LoRA layer '{self.name}': "
+                f"{'; '.join(problems)}. Weights of the model without LoRA are loaded "
+                "before LoRA is put in; those of a LoRA model need the same lora_rank and "
+                "lora_targets."
+            )
+        for key, variable in stored.items():
+            variable.assign(store[key])
+        self._forget_merge()
+
+    def _forget_merge(self) -> None:
+        """The variables were given new values, which are those of an unmerged layer."""
+        self._lora_state.unmerged = None
+        self._sync_trainability()
+
+
+def base_of(lora_cls: type) -> type:
+    """The ordinary layer class below a LoRA class."""
+    return next(
+        cls
+        for cls in lora_cls.__mro__
+        if not issubclass(cls, LoRALayer) and _is_layer_class(cls)
+    )
+
+
+def _is_layer_class(cls: type) -> bool:
+    try:
+        return issubclass(cls, _keras.of(cls).keras.layers.Layer)
+    except TypeError:
+        return False
+
+
+def has_keras_call(lora_cls: type, method: str = "call") -> bool:
+    """Whether a method of the base layer is Keras' own, which we know, or a subclass's."""
+    for cls in lora_cls.__mro__:
+        if method in cls.__dict__ and not issubclass(cls, LoRALayer):
+            return cls.__module__.partition(".")[0] in ("keras", "tf_keras")
+    return False
+
+
+class NotAdaptable(ValueError):
+    """A layer's class rules out what was asked of it."""

@@ -1,0 +1,224 @@
+"""``LoRAConv1D``, ``LoRAConv2D``, ``LoRAConv3D`` and ``LoRADepthwiseConv2D``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora.layers import slot, update
+from tfimm_lora.layers.base import LoRALayer, has_keras_call
+
+_AXES = "abcdefg"
+
+
+class ConvolutionProduct:
+    """conv(x, W) without groups; W: (*size, in, out), A: (*size, in, r), B: (r, out).
+
+    The narrow half is the same convolution with r filters, the other half is a product
+    over channels. ``convolve`` is the layer's own convolution, so strides, padding,
+    dilation and data format are the layer's.
+    """
+
+    def __init__(
+        self, seam: Any, convolve: Callable[[Any, Any], Any], spatial: int, last: bool
+    ) -> None:
+        self.seam, self.ops, self.convolve = seam, seam.ops, convolve
+        space = _AXES[:spatial]
+        # Axes of a tensor with c channels: "n" is the batch.
+        self.channels = (lambda c: f"n{space}{c}") if last else (lambda c: f"n{c}{space}")
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return self.convolve(x, kernel)
+
+    def update(self, a: Any, b: Any) -> Any:
+        # a: (*size, in, r) times b: (r, out); matmul sees a stack of matrices.
+        return self.ops.matmul(a, b)
+
+    def down(self, x: Any, a: Any) -> Any:
+        return self.convolve(x, a)
+
+    def up(self, h: Any, b: Any) -> Any:
+        return self.ops.einsum(f"{self.channels('r')},ro->{self.channels('o')}", h, b)
+
+    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self.seam.vjp(lambda t: self.convolve(t, kernel), x, dy)
+
+    def factor_gradients(self, x: Any, a: Any, b: Any, dy: Any) -> tuple[Any, Any]:
+        wide, narrow = self.channels("o"), self.channels("r")
+        dh = self.ops.einsum(f"{wide},ro->{narrow}", dy, b)
+        da = self.seam.vjp(lambda t: self.convolve(x, t), a, dh)
+        db = self.ops.einsum(f"{narrow},{wide}->ro", self.convolve(x, a), dy)
+        return da, db
+
+
+class ConvUpdate(LoRALayer):
+    """A convolution whose kernel has a low-rank update.
+
+    y = activation(conv(x, W + s A B) + bias), s = lora_alpha / lora_rank, W frozen.
+    W: (*kernel_size, in / groups, filters), A: (*kernel_size, in / groups, lora_rank),
+    B: (lora_rank, filters); (A B)[h, w, i, o] = sum over r of A[h, w, i, r] B[r, o].
+    Strides, padding, dilation, groups, data format are the base layer's.
+
+    Args:
+        filters, kernel_size, strides, padding, ...: as in ``keras.layers.Conv2D`` (or
+            Conv1D, Conv3D).
+        lora_rank, lora_alpha, lora_dropout, lora_initializer, lora_regularizer,
+        lora_train_bias: as in ``LoRADense``, with the same defaults and errors; fan_in is
+            that of the kernel. With groups or with a call that changes the kernel (weight
+            standardisation) lora_dropout must be 0.
+
+    Example:
+        >>> import numpy as np, tfimm_lora as lora
+        >>> layer = lora.LoRAConv2D(6, 3, strides=2, padding="same", lora_rank=2)
+        >>> layer(np.zeros((1, 8, 8, 3), "float32")).shape
+        TensorShape([1, 4, 4, 6])
+        >>> tuple(layer.kernel_lora_a.shape), tuple(layer.kernel_lora_b.shape)
+        ((3, 3, 3, 2), (2, 6))
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1; for convolutions the form
+    of torch's PEFT, whose B is a 1x1 convolution.
+    """
+
+    groups: int
+    kernel_size: tuple[int, ...]
+    dilation_rate: tuple[int, ...]
+    data_format: str
+
+    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
+        """Keras' convolution. Handed W + s A B itself it takes the cheap form; handed a
+        kernel that was made from it (StdConv2D) it is the plain convolution."""
+        frame = slot.current_frame(self)
+        adapted = frame is not None and kernel is frame.effective and not self.merged
+        if not adapted:
+            return self._convolve(inputs, kernel)
+        if self.groups > 1 or not has_keras_call(type(self), "convolution_op"):
+            return self._convolve(inputs, kernel)
+        assert frame is not None
+        frame.reached_product = True
+        return self._adapted(inputs)
+
+    def _convolve(self, inputs: Any, kernel: Any) -> Any:
+        return super().convolution_op(inputs, kernel)  # type: ignore[misc]
+
+    def _factor_shapes(
+        self, kernel_shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *window, filters = kernel_shape
+        return (*window, rank), (rank, filters)
+
+    def _product(self, inputs: Any = None) -> ConvolutionProduct:
+        channels_last = self.data_format == "channels_last"
+        return ConvolutionProduct(
+            _keras.of(self),
+            self._convolve,
+            len(self.kernel_size),
+            channels_last,
+        )
+
+    def _probe_shape(self) -> tuple[int, ...]:
+        window = zip(self.kernel_size, self.dilation_rate)
+        space = [1 + (size - 1) * step for size, step in window]
+        channels = self._kernel_variable.shape[-2] * self.groups
+        if self.data_format == "channels_last":
+            return (1, *space, channels)
+        return (1, channels, *space)
+
+    @classmethod
+    def _dropout_refusal(cls, layer: Any) -> str | None:
+        # Whether a call of its own hands the kernel on unchanged is seen when it runs.
+        if layer.groups > 1:
+            return "a grouped convolution has no low-rank branch to drop from"
+        return None
+
+
+class Conv1DUpdate(ConvUpdate):
+    """As ``ConvUpdate``, also causal."""
+
+    def _base_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        # Keras 3's Conv1D passes by `convolution_op`; the seam makes it go through.
+        if has_keras_call(type(self)):
+            return _keras.of(self).conv1d_call(self, inputs, super()._base_call)
+        return super()._base_call(inputs, *args, **kwargs)
+
+    def _convolve(self, inputs: Any, kernel: Any) -> Any:
+        plain = super()._convolve
+        return _keras.of(self).conv1d_op(self, inputs, kernel, plain)
+
+
+class DepthwiseConvUpdate(LoRALayer):
+    """A depthwise convolution whose kernel has a low-rank update.
+
+    The kernel W: (kh, kw, in, depth_multiplier) is seen as a matrix of shape
+    (kh * kw, in * depth_multiplier), the one low-rank form smaller than W:
+    A: (kh * kw, lora_rank), B: (lora_rank, in * depth_multiplier),
+    y = activation(depthwise_conv(x, W + s reshape(A B)) + bias), s = alpha / rank.
+
+    Args:
+        kernel_size, strides, padding, ...: as in ``keras.layers.DepthwiseConv2D``.
+        lora_rank, lora_alpha, lora_dropout, lora_initializer, lora_regularizer,
+        lora_train_bias: as in ``LoRADense``, with the same defaults and errors.
+
+    Example:
+        >>> import numpy as np, tfimm_lora as lora
+        >>> layer = lora.LoRADepthwiseConv2D(3, padding="same", lora_rank=2)
+        >>> layer(np.zeros((1, 8, 8, 5), "float32")).shape
+        TensorShape([1, 8, 8, 5])
+        >>> tuple(layer.kernel_lora_a.shape), tuple(layer.kernel_lora_b.shape)
+        ((9, 2), (2, 5))
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    """
+
+    _kernel_role = "depthwise"
+    data_format: str
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seam = _keras.of(self)
+        dtype = seam.compute_dtype(self)
+        apart = self.lora.dropout or dtype in ("float16", "bfloat16")
+        if self.merged or not apart or not has_keras_call(type(self)):
+            return super().call(inputs, *args, **kwargs)
+        # The update as a convolution of its own: it can be dropped from, and it is not
+        # lost in the rounding of a 16-bit kernel.
+        kernel = seam.ops.cast(seam.full_precision(self._kernel_variable), dtype)
+        product = self._product()
+        scaled = self.lora.scale * product.update(*self._factors())
+        outputs = update.doubled(
+            product,
+            inputs,
+            self._dropped(inputs),
+            seam.ops.stop_gradient(kernel),
+            seam.ops.cast(scaled, dtype),
+        )
+        if self.bias is not None:
+            shape = [1] * len(outputs.shape)
+            channels_last = self.data_format == "channels_last"
+            shape[-1 if channels_last else 1] = -1
+            bias = seam.ops.reshape(self.bias, shape)
+            outputs = outputs + seam.ops.cast(bias, dtype)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _factor_shapes(
+        self, kernel_shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        *window, channels, multiplier = kernel_shape
+        return (math.prod(window), rank), (rank, channels * multiplier)
+
+    def _product(self, inputs: Any = None) -> Any:
+        return DepthwiseProduct(self)
+
+
+class DepthwiseProduct:
+    """depthwise_conv(x, W), whose update cannot be split in two convolutions."""
+
+    def __init__(self, layer: Any) -> None:
+        self.layer, self.seam = layer, _keras.of(layer)
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return self.seam.depthwise_convolution(self.layer, x, kernel)
+
+    def update(self, a: Any, b: Any) -> Any:
+        shape = tuple(self.layer._kernel_variable.shape)
+        return self.seam.ops.reshape(self.seam.ops.matmul(a, b), shape)

@@ -1,0 +1,106 @@
+"""``LoRADense``: a dense layer with a low-rank update of its kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora.layers.base import LoRALayer, has_keras_call
+
+
+class MatrixProduct:
+    """x W for x of shape (rows, in) and W of shape (in, out); A (in, r), B (r, out)."""
+
+    def __init__(self, ops: Any) -> None:
+        self.ops = ops
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return self.ops.matmul(x, kernel)
+
+    def update(self, a: Any, b: Any) -> Any:
+        return self.ops.matmul(a, b)
+
+    def down(self, x: Any, a: Any) -> Any:
+        return self.ops.matmul(x, a)
+
+    def up(self, h: Any, b: Any) -> Any:
+        return self.ops.matmul(h, b)
+
+    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self.ops.matmul(dy, self.ops.transpose(kernel))
+
+    def factor_gradients(self, x: Any, a: Any, b: Any, dy: Any) -> tuple[Any, Any]:
+        transpose = self.ops.transpose
+        narrow = self.ops.matmul(dy, transpose(b))
+        return (
+            self.ops.matmul(transpose(x), narrow),
+            self.ops.matmul(transpose(self.ops.matmul(x, a)), dy),
+        )
+
+
+class DenseUpdate(LoRALayer):
+    """A dense layer whose kernel has a low-rank update.
+
+    y = activation(x (W + s A B) + bias), s = lora_alpha / lora_rank, W frozen.
+    x: (..., in), W: (in, units), A: (in, lora_rank), B: (lora_rank, units).
+
+    Args:
+        units, activation, use_bias, ...: as in ``keras.layers.Dense``.
+        lora_rank: Rank of the update, a positive integer. Default 4.
+        lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
+        lora_dropout: Rate in [0, 1) of dropout on the branch's input. Default 0.
+        lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(in).
+        lora_regularizer: Regularizer of A and of B. Default none.
+        lora_train_bias: Whether the bias is trained too. Default False.
+
+    Raises:
+        ValueError, TypeError: for an argument out of range or of the wrong type.
+
+    Example:
+        >>> import numpy as np, tfimm_lora as lora
+        >>> layer = lora.LoRADense(10, lora_rank=4, lora_alpha=8)
+        >>> layer(np.zeros((2, 3), "float32")).shape
+        TensorShape([2, 10])
+        >>> layer.lora.scale
+        2.0
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    """
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seam = _keras.of(self)
+        rank = seam.rank_of(inputs)
+        known = has_keras_call(type(self)) and seam.is_dense_tensor(inputs)
+        if self.merged or not known or rank is None:
+            return super().call(inputs, *args, **kwargs)
+        ops = seam.ops
+        x = ops.cast(inputs, seam.compute_dtype(self))
+        # A few rows do not pay for forming the kernel. In a rank-2 input the rows are the
+        # examples of a batch; otherwise they are positions too.
+        if rank == 2:
+            outputs = self._adapted(x, factored=True)
+        else:
+            units = self._kernel_variable.shape[-1]
+            lead = _leading_shape(ops.shape(x), x.shape)
+            rows = self._adapted(ops.reshape(x, (-1, x.shape[-1])))
+            outputs = ops.reshape(rows, (*lead, units))
+        if self.bias is not None:
+            outputs = outputs + ops.cast(self.bias, outputs.dtype)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _factor_shapes(
+        self, kernel_shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        inputs, units = kernel_shape
+        return (inputs, rank), (rank, units)
+
+    def _product(self, inputs: Any = None) -> MatrixProduct:
+        return MatrixProduct(_keras.of(self).ops)
+
+    def _probe_shape(self) -> tuple[int, ...]:
+        return (1, self._kernel_variable.shape[0])
+
+
+def _leading_shape(dynamic: Any, static: Any) -> list[Any]:
+    """All axes but the last, static where they are known."""
+    return [dynamic[axis] if size is None else size for axis, size in enumerate(static[:-1])]

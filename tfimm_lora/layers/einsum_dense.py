@@ -1,0 +1,127 @@
+"""``LoRAEinsumDense``: a dense layer given by an einsum equation, as in attention."""
+
+from __future__ import annotations
+
+import string
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora.layers.base import LoRALayer, has_keras_call
+
+
+class EinsumProduct:
+    """einsum("x,W->y"), split at the rank by the axes of the equation.
+
+    Axes of W that the sum runs over go to A, axes that W adds to the output go to B, and
+    axes that x, W and y share go to both:
+    "abc,cde->abde" gives A "cr", B "rde", down "abc,cr->abr", up "abr,rde->abde".
+    """
+
+    def __init__(self, ops: Any, equation: str, input_rank: int | None = None) -> None:
+        self.ops = ops
+        inputs, self.kernel, outputs = _parse(equation, input_rank)
+        rank = next(c for c in string.ascii_letters if c not in equation + inputs)
+        shared = [c for c in self.kernel if c in inputs and c in outputs]
+        added = [c for c in self.kernel if c in outputs and c not in inputs]
+        summed = [c for c in self.kernel if c not in outputs]
+        self.inputs, self.outputs = inputs, outputs
+        self.a = "".join(shared + summed) + rank
+        self.b = "".join(shared) + rank + "".join(added)
+        self.h = "".join(c for c in outputs if c not in added) + rank
+
+    def apply(self, x: Any, kernel: Any) -> Any:
+        return self._einsum(x, self.inputs, kernel, self.kernel, self.outputs)
+
+    def update(self, a: Any, b: Any) -> Any:
+        return self._einsum(a, self.a, b, self.b, self.kernel)
+
+    def down(self, x: Any, a: Any) -> Any:
+        return self._einsum(x, self.inputs, a, self.a, self.h)
+
+    def up(self, h: Any, b: Any) -> Any:
+        return self._einsum(h, self.h, b, self.b, self.outputs)
+
+    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self._einsum(dy, self.outputs, kernel, self.kernel, self.inputs)
+
+    def factor_gradients(self, x: Any, a: Any, b: Any, dy: Any) -> tuple[Any, Any]:
+        narrow = self._einsum(dy, self.outputs, b, self.b, self.h)
+        da = self._einsum(x, self.inputs, narrow, self.h, self.a)
+        db = self._einsum(self.down(x, a), self.h, dy, self.outputs, self.b)
+        return da, db
+
+    def splits_cleanly(self) -> bool:
+        """Whether the gradients are einsums too: no axis of x is summed by itself."""
+        return all(c in self.kernel + self.outputs for c in self.inputs)
+
+    def factor_shapes(
+        self, kernel_shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The shapes of A and B for a kernel of this shape."""
+        sizes = dict(zip(self.kernel, kernel_shape))
+        shape_a = tuple(sizes.get(c, rank) for c in self.a)
+        return shape_a, tuple(sizes.get(c, rank) for c in self.b)
+
+    def _einsum(self, x: Any, x_axes: str, y: Any, y_axes: str, out: str) -> Any:
+        return self.ops.einsum(f"{x_axes},{y_axes}->{out}", x, y)
+
+
+def _parse(equation: str, input_rank: int | None) -> tuple[str, str, str]:
+    """The axes of input, kernel and output, with "..." spelled out in letters.
+
+    Without ``input_rank`` the ellipsis is left out, which is enough for the factors.
+    """
+    inputs, _, rest = equation.replace(" ", "").partition(",")
+    kernel, _, outputs = rest.partition("->")
+    named = len(inputs.replace("...", ""))
+    free = [c for c in string.ascii_letters if c not in equation]
+    elided = "".join(free[: 0 if input_rank is None else input_rank - named])
+    return inputs.replace("...", elided), kernel, outputs.replace("...", elided)
+
+
+class EinsumDenseUpdate(LoRALayer):
+    """An einsum dense layer whose kernel has a low-rank update.
+
+    y = activation(einsum(equation, x, W + s A B) + bias), s = lora_alpha / lora_rank.
+    The axes of W that are summed over belong to A, those it adds to the output to B: for
+    "abc,cde->abde", W: (c, d, e), A: (c, lora_rank), B: (lora_rank, d, e).
+
+    Args:
+        equation, output_shape, ...: as in ``keras.layers.EinsumDense``.
+        lora_rank, lora_alpha, lora_dropout, lora_initializer, lora_regularizer,
+        lora_train_bias: as in ``LoRADense``, with the same defaults and errors.
+
+    Example:
+        >>> import numpy as np, tfimm_lora as lora
+        >>> layer = lora.LoRAEinsumDense("abc,cde->abde", (None, 2, 4), lora_rank=3)
+        >>> layer(np.zeros((1, 5, 6), "float32")).shape
+        TensorShape([1, 5, 2, 4])
+        >>> tuple(layer.kernel_lora_b.shape)
+        (3, 2, 4)
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    """
+
+    equation: str
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seam = _keras.of(self)
+        known = has_keras_call(type(self)) and seam.rank_of(inputs) is not None
+        if self.merged or not known:
+            return super().call(inputs, *args, **kwargs)
+        x = seam.ops.cast(inputs, seam.compute_dtype(self))
+        outputs = self._adapted(x, factored=not self._product(x).splits_cleanly())
+        if self.bias is not None:
+            outputs = outputs + seam.ops.cast(self.bias, outputs.dtype)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    def _factor_shapes(
+        self, kernel_shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        return self._product().factor_shapes(kernel_shape, rank)
+
+    def _product(self, inputs: Any = None) -> EinsumProduct:
+        equation = self.equation
+        seam = _keras.of(self)
+        rank = None if inputs is None else seam.rank_of(inputs)
+        return EinsumProduct(seam.ops, equation, rank)

@@ -1,0 +1,70 @@
+"""``LoRAEmbedding``: an embedding table with a low-rank update."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora.layers.base import LoRALayer, has_keras_call
+from tfimm_lora.layers.dense import MatrixProduct
+from tfimm_lora.layers.slot import kernel_shown_as
+
+
+class EmbeddingUpdate(LoRALayer):
+    """An embedding whose table has a low-rank update.
+
+    y = W[ids] + s A[ids] B, s = lora_alpha / lora_rank, W frozen.
+    ids: (...), W: (input_dim, output_dim), A: (input_dim, lora_rank),
+    B: (lora_rank, output_dim). Dropout, if any, is on the rows of A.
+
+    Args:
+        input_dim, output_dim, ...: as in ``keras.layers.Embedding``.
+        lora_rank, lora_alpha, lora_dropout, lora_initializer, lora_regularizer,
+        lora_train_bias: as in ``LoRADense``, with the same errors. The default
+            initializer of A draws from N(0, 1/lora_rank): an id picks one row, so there
+            is no sum over inputs to balance.
+
+    Example:
+        >>> import numpy as np, tfimm_lora as lora
+        >>> layer = lora.LoRAEmbedding(100, 8, lora_rank=2)
+        >>> layer(np.array([[1, 2, 3]])).shape
+        TensorShape([1, 3, 8])
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    """
+
+    _kernel_role = "embedding"
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        seam = _keras.of(self)
+        known = has_keras_call(type(self)) and seam.is_dense_tensor(inputs)
+        if self.merged or not known or getattr(self, "sparse", False):
+            return super().call(inputs, *args, **kwargs)
+        with kernel_shown_as(self, lambda: self._kernel_variable):
+            outputs = super(LoRALayer, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
+        a, b = self._factors()
+        rows = seam.ops.take(a, seam.ops.cast(inputs, "int32"), axis=0)
+        branch = self.lora.scale * seam.ops.matmul(self._dropped(rows), b)
+        return outputs + seam.ops.cast(branch, outputs.dtype)
+
+    def _shown_kernel(self) -> Any:
+        if self.merged:
+            return self._kernel_variable
+        # Keras casts the rows it has looked up, not the table.
+        seam = _keras.of(self)
+        dtype = seam.dtype_of(seam.full_precision(self._kernel_variable))
+        return seam.ops.cast(self._effective_kernel(), dtype)
+
+    def _factor_shapes(
+        self, kernel_shape: tuple[int, ...], rank: int
+    ) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        ids, width = kernel_shape
+        return (ids, rank), (rank, width)
+
+    def _default_initializer(self) -> Any:
+        return _keras.of(self).keras.initializers.VarianceScaling(
+            scale=1.0, mode="fan_out", distribution="untruncated_normal"
+        )
+
+    def _product(self, inputs: Any = None) -> MatrixProduct:
+        return MatrixProduct(_keras.of(self).ops)

@@ -1,0 +1,142 @@
+"""``FrozenLayer``: a layer of a LoRA model that is not adapted and stays as it is.
+
+In a LoRA model every layer with variables of its own is either adapted, or frozen by this
+class, or left alone because it is trained whole (a new classifier). Doing so layer by layer
+makes every model that is built from these layers agree on what is trained.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora._keras.common import Found
+from tfimm_lora.layers.signature import with_signature_of
+
+#: Own variables that mark a layer whose statistics move while training.
+_STATISTICS = ("moving_mean", "moving_variance")
+
+_copying = threading.local()
+
+
+class FrozenLayer:
+    """Mixin that freezes the own variables of a layer, all or all but its biases.
+
+    Batch normalisation then runs in inference mode, so that its statistics stay.
+    """
+
+    _sync_trainability: Callable[[], None]
+
+    @property
+    def _lora_frozen(self) -> FrozenState:
+        state = self.__dict__.get("_lora_frozen")
+        if state is None:  # created by from_config, before its settings are known
+            state = self.__dict__["_lora_frozen"] = FrozenState(False)
+        return state
+
+    def _is_trained(self, variable: Any) -> bool:
+        return self._lora_frozen.train_bias and _keras.of(self).is_bias_like(variable)
+
+    def _after_build(self) -> None:
+        self._sync_trainability()
+
+    def get_config(self) -> dict[str, Any]:
+        state = self._lora_frozen
+        if _copies_plain_layers():
+            return super().get_config()  # type: ignore[misc]
+        if state.refusal:
+            raise ValueError(state.refusal)
+        config = super().get_config()  # type: ignore[misc]
+        return {**config, "lora_train_bias": state.train_bias}
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        config = dict(config)
+        train_bias = config.pop("lora_train_bias", False)
+        layer = super().from_config(config, *args, **kwargs)  # type: ignore[misc]
+        layer.__dict__["_lora_frozen"] = FrozenState(train_bias)
+        return layer
+
+
+class FrozenStatisticsLayer(FrozenLayer):
+    """Mixin for batch normalisation: frozen, and in inference mode always."""
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return super().call(inputs, *args, **{**kwargs, "training": False})  # type: ignore[misc]
+
+
+class FrozenState:
+    """What a frozen layer knows beside being itself."""
+
+    def __init__(self, train_bias: bool, found: Found | None = None) -> None:
+        #: Whether its bias-like variables are trained.
+        self.train_bias = train_bias
+        #: How it was before; None if it was loaded from a file.
+        self.found = found
+        #: Why it must not be saved as part of a whole model, or None.
+        self.refusal: str | None = None
+
+
+_frozen_classes: dict[tuple[type, bool], type] = {}
+
+
+def frozen_class(cls: type, statistics: bool = False) -> type:
+    """The class that freezes layers of class ``cls``; made once, registered with Keras."""
+    key = (cls, statistics)
+    if key not in _frozen_classes:
+        seam = _keras.of(cls)
+        mixin = FrozenStatisticsLayer if statistics else FrozenLayer
+        namespace = {"__module__": __name__, "__doc__": mixin.__doc__}
+        if statistics:
+            namespace["call"] = with_signature_of(cls.call, mixin.call)
+        name = f"Frozen{cls.__name__}"
+        made = type(name, (mixin, seam.BuildHook, seam.FilteredWeights, cls), namespace)
+        seam.register(made, name)
+        _frozen_classes[key] = made
+    return _frozen_classes[key]
+
+
+def freeze_layer(layer: Any, train_bias: bool, refusal: str | None = None) -> None:
+    """Freeze the own variables of a layer, all or (``train_bias``) all but its biases.
+
+    ``refusal`` says why the layer must not be saved as part of a whole model.
+    """
+    seam = _keras.of(layer)
+    found = seam.found(layer)
+    names = {seam.variable_name(v) for v in seam.own_variables(layer)}
+    seam.swap_class(layer, frozen_class(found.cls, names.issuperset(_STATISTICS)))
+    state = FrozenState(train_bias, found)
+    state.refusal = refusal
+    layer.__dict__["_lora_frozen"] = state
+    seam.set_raw_trainable(layer, True)
+    layer._sync_trainability()
+
+
+def thaw_layer(layer: Any) -> None:
+    """Undo ``freeze_layer``."""
+    seam = _keras.of(layer)
+    found = layer._lora_frozen.found
+    del layer.__dict__["_lora_frozen"]
+    if found is None:  # loaded from a file
+        cls = next(key[0] for key, made in _frozen_classes.items() if made is type(layer))
+        flags = dict.fromkeys(seam.variable_flags(layer), True)
+        found = Found(cls, layer.trainable, flags)
+    seam.restore(layer, found)
+
+
+@contextlib.contextmanager
+def copying_plain_layers() -> Iterator[None]:
+    """Within this block frozen layers give the configs of the layers they were."""
+    before = _copies_plain_layers()
+    _copying.active = True
+    try:
+        yield
+    finally:
+        _copying.active = before
+
+
+def _copies_plain_layers() -> bool:
+    return getattr(_copying, "active", False)

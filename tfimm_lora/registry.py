@@ -1,0 +1,176 @@
+"""Which LoRA class and config class belong to which model class.
+
+This is not the registry of model names: ``ConvNeXt`` is one class with many names
+("convnext_tiny", ...), whose configs are instances of one config class.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import warnings
+from typing import Any
+
+from tfimm_lora.config import Targets
+
+_lora_classes: dict[type, type] = {}
+_base_classes: dict[type, type] = {}
+
+
+def register_lora_architecture(lora_cls: Any = None, *, base_cls: type | None = None) -> Any:
+    """Register a class as the LoRA version of a model class. A decorator, or a function.
+
+    Three ways to use it. Bare, where the LoRA class inherits from the model class::
+
+        @register_lora_architecture
+        class LoRAResNet(ResNet): ...
+
+    With the model class, where it does not::
+
+        @register_lora_architecture(base_cls=ResNet)
+        class LoRAResNet(tf.keras.Model): ...
+
+    As a function, for a class that is its own LoRA version, depending on its config::
+
+        register_lora_architecture(FlexibleModel, base_cls=FlexibleModel)
+
+    Args:
+        lora_cls: The LoRA class. Its attribute ``cfg_class`` is a dataclass whose fields
+            are those of the model's config class and the lora_* ones, with defaults.
+        base_cls: The model class. Default: the nearest base of ``lora_cls`` that has a
+            ``cfg_class``.
+
+    Returns:
+        ``lora_cls``, or a decorator if it is not given.
+
+    Raises:
+        TypeError: if a class or its ``cfg_class`` is missing or not a dataclass, or if the
+            LoRA config lacks fields of the model's config.
+
+    Warns:
+        UserWarning: if the model class has another LoRA version already; the new one
+            takes its place.
+    """
+    if lora_cls is None:
+        return functools.partial(register_lora_architecture, base_cls=base_cls)
+    if not isinstance(lora_cls, type):
+        raise TypeError(
+            f"Received {lora_cls!r}; expected a class. With arguments, write "
+            "@register_lora_architecture(base_cls=...)."
+        )
+    base = base_cls or _base_with_config(lora_cls)
+    _check_configs(lora_cls, base)
+    known = _lora_classes.get(base)
+    if known is not None and known is not lora_cls:
+        warnings.warn(
+            f"{_name(base)} has the LoRA version {_name(known)} already; {_name(lora_cls)} "
+            "takes its place.",
+            stacklevel=2,
+        )
+        _base_classes.pop(known, None)
+    _lora_classes[base] = lora_cls
+    _base_classes[lora_cls] = base
+    return lora_cls
+
+
+def lora_architecture(model_cls: type) -> type:
+    """The LoRA class registered for a model class.
+
+    Raises:
+        ValueError: if there is none; the message lists those that exist.
+    """
+    return _look_up(_lora_classes, model_cls, "a LoRA version of")
+
+
+def lora_base_architecture(lora_cls: type) -> type:
+    """The model class of which ``lora_cls`` is registered as the LoRA version.
+
+    Raises:
+        ValueError: if it is registered for none; the message lists those that exist.
+    """
+    return _look_up(_base_classes, lora_cls, "a model class for")
+
+
+def lora_config(model_cls: type) -> type:
+    """The config class of the LoRA version of a model class.
+
+    Raises:
+        ValueError: if the class has no LoRA version; the message lists those that exist.
+    """
+    return lora_architecture(model_cls).cfg_class  # type: ignore[attr-defined]
+
+
+def lora_base_of(model_cls: type) -> type | None:
+    """``lora_base_architecture``, or None where it raises."""
+    return _base_classes.get(model_cls)
+
+
+def lora_version_of(model_cls: type) -> type | None:
+    """``lora_architecture``, or None where it raises."""
+    return _lora_classes.get(model_cls)
+
+
+def default_targets(model_cls: type) -> Targets:
+    """The targets that the LoRA config of a model class has by default, if any."""
+    if model_cls not in _lora_classes:
+        return None
+    for field in dataclasses.fields(lora_config(model_cls)):
+        if field.name == "lora_targets":
+            return None if field.default is dataclasses.MISSING else field.default
+    return None
+
+
+def base_config(cfg: Any, base_cls: type) -> Any:
+    """The config of the model class with the values of a LoRA config, less the lora_*
+    ones: a class that is its own LoRA version takes their defaults."""
+    fields = dataclasses.fields(base_cls.cfg_class)  # type: ignore[attr-defined]
+    names = [f.name for f in fields if f.init and not f.name.startswith("lora_")]
+    values = {name: getattr(cfg, name) for name in names}
+    return base_cls.cfg_class(**values)  # type: ignore[attr-defined]
+
+
+def _look_up(table: dict[type, type], cls: type, what: str) -> type:
+    if cls not in table:
+        names = sorted(_name(known) for known in table)
+        wanted = _name(cls)
+        names.sort(key=lambda n: -difflib.SequenceMatcher(None, n, wanted).ratio())
+        raise ValueError(
+            f"Received {wanted}; {what} it is not registered. Registered: "
+            f"{', '.join(names) or 'none'}. Register yours with "
+            "@register_lora_architecture, or use inject_lora, which needs no registration."
+        )
+    return table[cls]
+
+
+def _name(cls: Any) -> str:
+    return getattr(cls, "__qualname__", repr(cls))
+
+
+def _base_with_config(lora_cls: type) -> type:
+    for base in lora_cls.__mro__[1:]:
+        if hasattr(base, "cfg_class"):
+            return base
+    raise TypeError(
+        f"Received {_name(lora_cls)}, none of whose bases has a cfg_class, so its model "
+        "class is unknown. Write @register_lora_architecture(base_cls=...)."
+    )
+
+
+def _check_configs(lora_cls: type, base_cls: type) -> None:
+    for cls in (lora_cls, base_cls):
+        if not dataclasses.is_dataclass(getattr(cls, "cfg_class", None)):
+            raise TypeError(
+                f"Received {_name(cls)} with cfg_class="
+                f"{getattr(cls, 'cfg_class', None)!r}; expected a dataclass."
+            )
+    given, needed = (
+        {field.name for field in dataclasses.fields(cls.cfg_class)}  # type: ignore[attr-defined]
+        for cls in (lora_cls, base_cls)
+    )
+    missing = needed - given
+    if missing:
+        raise TypeError(
+            f"The config of {_name(lora_cls)} lacks the fields {sorted(missing)} of that of "
+            f"{_name(base_cls)}; let it inherit from it."
+        )

@@ -1,0 +1,89 @@
+"""Which layers are adapted: matching of layer paths, as PEFT's target_modules does it.
+
+A path is the names of the layers from the model down, joined by "/":
+``stages/0/blocks/2/mlp/fc1``. Patterns may write "." for "/", as torch users do.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tfimm_lora.config import Targets
+
+
+def matches(path: str, targets: str | Iterable[str]) -> bool:
+    """Whether a path is meant by ``targets``.
+
+    A string is a regular expression for the whole path. In a list each entry is a whole
+    path or the end of one, beginning after a separator: "fc1" means ``mlp/fc1`` and not
+    ``mlp/xfc1``.
+
+    Example:
+        >>> matches("blocks/3/mlp/fc1", ["mlp.fc1"]), matches("blocks/3/mlp/fc1", "fc1")
+        (True, False)
+    """
+    if isinstance(targets, str):
+        dotted = path.replace("/", ".")
+        return any(re.fullmatch(targets, p) is not None for p in (path, dotted))
+    return any(is_suffix(path, name) for name in targets)
+
+
+def is_suffix(path: str, name: str) -> bool:
+    """Whether ``name`` is a path, or the end of it from a separator on."""
+    path, name = path.replace(".", "/"), name.replace(".", "/").strip("/")
+    return path == name or path.endswith("/" + name)
+
+
+def check_expression(targets: Targets) -> None:
+    """Raise a ValueError if ``targets`` is a string and no regular expression."""
+    if isinstance(targets, str):
+        try:
+            re.compile(targets)
+        except re.error as error:
+            raise ValueError(
+                f"Received lora_targets={targets!r}, which is not a regular expression: "
+                f"{error}. For layer names pass a list."
+            ) from error
+
+
+def unmatched(targets: Targets, paths: list[str]) -> list[str]:
+    """Entries of a list of targets that mean no path at all."""
+    if targets is None or isinstance(targets, str):
+        return []
+    return [name for name in targets if not any(is_suffix(p, name) for p in paths)]
+
+
+def nearest(names: Iterable[str], candidates: list[str], limit: int = 20) -> list[str]:
+    """Candidates for an error message, the most similar first."""
+    wanted = list(names)
+
+    def distance(path: str) -> float:
+        tails = (path, path.rpartition("/")[2])
+        scores = [
+            difflib.SequenceMatcher(None, name, tail).ratio()
+            for name in wanted
+            for tail in tails
+        ]
+        return -max(scores, default=0.0)
+
+    return sorted(candidates, key=distance)[:limit]
+
+
+def no_match_error(targets: Any, candidates: dict[str, Any]) -> ValueError:
+    """The error for targets that mean no layer, or none that can be adapted."""
+    wanted = [targets] if isinstance(targets, str) else list(targets or ())
+    paths = nearest(wanted, list(candidates))
+    listed = ", ".join(f"{path} ({type(candidates[path]).__name__})" for path in paths)
+    more = len(candidates) - len(paths)
+    tail = f" and {more} more" if more > 0 else ""
+    return ValueError(
+        f"Received lora_targets={targets!r}, which matches no layer that can be adapted. "
+        + (
+            f"Candidates, nearest first: {listed}{tail}."
+            if candidates
+            else "The model has no layer of a supported type."
+        )
+    )
