@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from tfimm_lora import _keras
@@ -91,7 +91,7 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
         mixin = FrozenStatisticsLayer if statistics else FrozenLayer
         namespace = {"__module__": __name__, "__doc__": mixin.__doc__}
         if statistics:
-            namespace["call"] = with_signature_of(cls.call, mixin.call)
+            namespace["call"] = with_signature_of(cls, mixin)
         name = f"Frozen{cls.__name__}"
         made = type(name, (mixin, seam.BuildHook, seam.FilteredWeights, cls), namespace)
         seam.register(made, name)

@@ -108,7 +108,7 @@ def _make_class(cls: type, base: type) -> type:
         bases: tuple[type, ...] = (update, seam.BuildHook, seam.FilteredWeights, cls)
     else:
         bases = (lora_class(base), cls)
-    namespace["call"] = with_signature_of(cls.call, update.call)
+    namespace["call"] = with_signature_of(cls, update)
     made = type(name, bases, namespace)
     seam.register(made, name)
     return made
@@ -153,7 +153,7 @@ def adapt_layer(layer: Any, spec: LoRASpec) -> Any:
             f"Layer '{layer.name}' is adapted already, with rank {layer.lora.rank}. Call "
             "remove_lora first to adapt it anew."
         )
-    cls = lora_class(type(layer))
+    cls: Any = lora_class(type(layer))
     cls.check_support(layer, spec)
     seam = _keras.of(layer)
     found = seam.found(layer)

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import Any
 
 
-def with_signature_of(base_call: Callable[..., Any], call: Callable[..., Any]) -> Any:
-    """``call(self, inputs, ...)`` with the signature of ``base_call``."""
-    signature = inspect.signature(base_call)
+def with_signature_of(base: Any, mixin: Any) -> Callable[..., Any]:
+    """The ``call`` of ``mixin`` with the signature of the ``call`` of ``base``."""
+    call: Callable[..., Any] = mixin.call
+    signature = inspect.signature(base.call)
     first = list(signature.parameters)[1]
 
     def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -20,7 +21,7 @@ def with_signature_of(base_call: Callable[..., Any], call: Callable[..., Any]) -
             args = (kwargs.pop(first),)
         return call(self, *args, **kwargs)
 
-    signed.__signature__ = signature
+    setattr(signed, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute
     signed.__name__ = "call"
-    signed.__doc__ = base_call.__doc__
+    signed.__doc__ = base.call.__doc__
     return signed

@@ -1,0 +1,61 @@
+# `make demo` and `make test` make all that they need. See `make help`.
+
+PYTHON ?= python3
+VENV   ?= .venv
+PY      = $(VENV)/bin/python
+PIP     = $(PY) -m pip --disable-pip-version-check
+STAMP   = $(VENV)/.made
+HUB     = $(VENV)/.made-hub
+
+export TF_CPP_MIN_LOG_LEVEL ?= 2
+
+.PHONY: help demo test test-legacy test-keras3 test-backends quality clean
+
+help:  ## Show this list
+	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
+
+demo: $(STAMP)  ## Fine-tune a small model on real pictures with LoRA, merge and export it
+	TF_USE_LEGACY_KERAS=1 $(PY) demo/digits.py
+
+test: test-legacy test-keras3  ## Run the tests on legacy Keras and on Keras 3
+
+test-legacy: $(STAMP)  ## Run the tests on legacy Keras
+	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest
+
+test-keras3: $(HUB)  ## Run the tests on Keras 3
+	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest
+
+test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on Keras 3's JAX and torch
+	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=jax $(PY) -m pytest -m backends
+	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=torch $(PY) -m pytest -m backends
+
+quality: $(VENV)/.made-quality  ## Check style and types
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+
+clean:  ## Remove everything that was made
+	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# One pip call, so that TensorFlow and tf-keras are chosen to fit and TensorFlow is
+# fetched once. tfimm 0.2.14 says python < 3.11 but runs on 3.10 to 3.12, hence the flags.
+$(STAMP): setup.cfg Makefile
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet tf-keras "tensorflow>=2.16" markdown -e ".[demo,test]"
+	$(PIP) install --quiet --no-deps --ignore-requires-python tfimm==0.2.14
+	touch $@
+
+# keras_hub declares tensorflow-text and other packages that its vision models do not use.
+$(HUB): $(STAMP)
+	$(PIP) install --quiet --no-deps keras-hub
+	$(PIP) install --quiet tokenizers regex rich packaging kagglehub sentencepiece
+	touch $@
+
+$(VENV)/.made-quality: $(STAMP)
+	$(PIP) install --quiet -e ".[quality]"
+	touch $@
+
+$(VENV)/.made-backends: $(STAMP)
+	$(PIP) install --quiet jax "torch==2.13.0"
+	touch $@
