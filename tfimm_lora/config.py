@@ -120,9 +120,9 @@ def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> Non
 
 def check_rank(rank: Any) -> None:
     """Raise unless ``rank`` is a positive integer."""
-    if isinstance(rank, bool) or not isinstance(rank, numbers.Integral) or rank < 1:
-        kind = ValueError if isinstance(rank, numbers.Integral) else TypeError
-        raise kind(
+    whole = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
+    if not whole or rank < 1:
+        raise (ValueError if whole else TypeError)(
             f"Received lora_rank={rank!r}; expected a positive integer. Pass for example "
             "lora_rank=4, or leave the layer out of lora_targets."
         )

@@ -9,7 +9,7 @@ from typing import Any
 from tfimm_lora import _keras
 from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LORA_WEIGHT_NAMES, check_keywords, lora_field_names
-from tfimm_lora.copying import plain_copy
+from tfimm_lora.copying import build_like, plain_copy
 from tfimm_lora.inject import freeze_rest, inject_lora
 from tfimm_lora.merge import has_lora, lora_layers
 from tfimm_lora.registry import base_config, lora_base_of, lora_version_of
@@ -86,11 +86,7 @@ def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:
     """A built and frozen instance of a registered LoRA class, for the inputs of ``like``."""
     model = lora_cls(cfg)
     seam = _keras.of(model)
-    if not any(seam.own_variables(layer) for _, layer in seam.walk(model)):
-        if hasattr(model, "dummy_inputs"):
-            model(model.dummy_inputs)
-        else:
-            seam.build_like(model, like)
+    build_like(seam, model, like)
     if not has_lora(model):
         raise ValueError(
             f"{lora_cls.__name__} has no LoRA layers after it was created with {cfg}. Its "
@@ -148,10 +144,7 @@ def convert_to_regular_model(model: Any) -> Any:
     seam = _keras.of(model)
     with seam.created_like(model):
         regular = base_cls(base_config(model.cfg, base_cls))
-        if hasattr(regular, "dummy_inputs"):
-            regular(regular.dummy_inputs)
-        else:
-            seam.build_like(regular, model)
+        build_like(seam, regular, model)
     with _kernels_merged(model):
         transfer_weights(model, regular)
     return regular

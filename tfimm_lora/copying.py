@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora import _keras
 from tfimm_lora.inject import _take_out
 from tfimm_lora.layers.base import LoRALayer
@@ -45,9 +47,21 @@ def _recreate(seam: Any, model: Any) -> Any:
         raise ValueError(
             _cannot_copy(model, f"creating it from its config failed: {error}")
         ) from error
-    if not any(seam.own_variables(layer) for _, layer in seam.walk(copy)):
-        seam.build_like(copy, model)
+    build_like(seam, copy, model)
     return copy
+
+
+def build_like(seam: Any, model: Any, other: Any) -> None:
+    """Create all variables of a model, for inputs like those of another."""
+    if all(layer.built for _, layer in seam.walk(model)):
+        return
+    if hasattr(model, "dummy_inputs"):
+        model(model.dummy_inputs)
+        return
+    shapes = seam.input_shapes(other)
+    if shapes is None:
+        raise ValueError(_cannot_copy(other, "the shape of its inputs is unknown"))
+    model(seam.map_shapes(lambda s: np.zeros([size or 1 for size in s], "float32"), shapes))
 
 
 def _plain_class_of(model: Any) -> type:

@@ -38,7 +38,7 @@ def merge_lora_weights(model: Any) -> Any:
     The model then computes at the cost of the plain one. It keeps what
     ``unmerge_lora_weights`` needs to give every bit back. Layers that are merged already
     stay so. Saving, copying or converting a merged model never applies the update twice.
-    Merged factors are not trained: unmerge before going on with training.
+    The factors have no effect while they are merged: unmerge before going on with training.
 
     Args:
         model: A built model with LoRA layers.

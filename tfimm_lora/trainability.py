@@ -25,7 +25,7 @@ def lora_trainable_weights(
             for example ["head/fc"]. Default none.
 
     Returns:
-        A new list of variables. Merged layers have no factors to train.
+        A new list of variables.
 
     Raises:
         ValueError: for another ``train_bias``, a name that is no layer, or a built model
@@ -83,7 +83,7 @@ def _trained_in(seam: Any, layer: Any, train_bias: str, whole: bool) -> list[Any
     biases = [v for v in trainable if seam.is_bias_like(v)]
     if isinstance(layer, LoRALayer):
         chosen = biases if train_bias != "none" else []
-        if layer.merged or "kernel_lora_a" not in layer.__dict__:
+        if "kernel_lora_a" not in layer.__dict__:
             return chosen
         return [layer.kernel_lora_a, layer.kernel_lora_b, *chosen]  # type: ignore[attr-defined]
     return biases if train_bias == "all" else []

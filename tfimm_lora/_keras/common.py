@@ -172,6 +172,19 @@ class KerasSeam:
         """The scope in which variables beside this one must be created."""
         return contextlib.nullcontext()
 
+    def input_shapes(self, model: Any) -> Any:
+        """The shapes of the inputs that a model was built for, nested as they are, or
+        None where that is unknown."""
+        raise NotImplementedError
+
+    def map_shapes(self, function: Callable[[Any], Any], shapes: Any) -> Any:
+        """Apply a function to every shape in a structure of shapes."""
+        if isinstance(shapes, dict):
+            return {key: self.map_shapes(function, value) for key, value in shapes.items()}
+        if isinstance(shapes, list) and not _is_shape(shapes):
+            return [self.map_shapes(function, value) for value in shapes]
+        return function(tuple(shapes))
+
     def is_rebuilt_with_layers(self, layer: Any) -> bool:
         """Whether the config of a layer holds the configs of all layers inside it."""
         raise NotImplementedError
@@ -187,3 +200,7 @@ class KerasSeam:
         return self.keras.initializers.VarianceScaling(
             scale=1.0 / 3.0, mode="fan_in", distribution="uniform"
         )
+
+
+def _is_shape(value: Any) -> bool:
+    return all(size is None or isinstance(size, int) for size in value)

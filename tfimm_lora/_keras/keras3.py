@@ -270,11 +270,10 @@ class Keras3Seam(KerasSeam):
         finally:
             keras.config.set_dtype_policy(policy)
 
-    def build_like(self, model: Any, source: Any) -> None:
-        """Build a subclassed model for the inputs that ``source`` was built for."""
-        config = source.get_build_config()
-        if config:
-            model.build_from_config(config)
+    def input_shapes(self, model: Any) -> Any:
+        """The shapes of the inputs that a model was built for, nested as they are."""
+        shapes = getattr(model, "_build_shapes_dict", None) or {}
+        return next(iter(shapes.values())) if len(shapes) == 1 else None
 
 
 @contextlib.contextmanager

@@ -218,15 +218,14 @@ class LegacySeam(KerasSeam):
         finally:
             tf_keras.mixed_precision.set_global_policy(policy)
 
-    def build_like(self, model: Any, source: Any) -> None:
-        """Build a subclassed model for the inputs that ``source`` was built for."""
-        model.build_from_config(source.get_build_config())
+    def input_shapes(self, model: Any) -> Any:
+        """The shapes of the inputs that a model was built for, nested as they are."""
+        return model._build_input_shape
 
 
 def _closes_over(function: Any, variable: Any) -> bool:
-    """Whether a variable is among the arguments or the closure of a loss function."""
-    held = list(getattr(function, "args", ()))  # functools.partial
-    inner = getattr(function, "func", function)
-    held += list(getattr(inner, "__defaults__", None) or ())
-    held += [cell.cell_contents for cell in getattr(inner, "__closure__", None) or ()]
-    return any(item is variable for item in held)
+    """Whether a loss function, maybe a partial of a partial, was given a variable."""
+    held = getattr(function, "args", ())
+    return any(
+        item is variable or (callable(item) and _closes_over(item, variable)) for item in held
+    )

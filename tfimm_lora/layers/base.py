@@ -72,7 +72,7 @@ class _State:
     spec: LoRASpec
     #: How the layer was before it was converted; None if it was created adapted.
     found: Found | None = None
-    #: Original kernel and B of a merged layer, bit for bit; None if not merged.
+    #: Kernel, A and B of a merged layer as they were, bit for bit; None if not merged.
     unmerged: dict[str, np.ndarray] | None = None
 
 
@@ -185,7 +185,7 @@ class LoRALayer:
 
     def _is_trained(self, variable: Any) -> bool:
         if _keras.of(self).variable_name(variable) in config.LORA_WEIGHT_NAMES:
-            return not self.merged
+            return True
         return self.lora.train_bias and _keras.of(self).is_bias_like(variable)
 
     @classmethod
@@ -340,15 +340,10 @@ class LoRALayer:
                 f"Layer '{self.name}' is merged already. Call unmerge_weights first."
             )
         self._require_built("merge")
-        seam, kernel, b = _keras.of(self), self._kernel_variable, self.kernel_lora_b
-        merged = seam.ops.cast(self._effective_kernel(), seam.dtype_of(kernel))
-        self._lora_state.unmerged = {
-            "kernel": seam.to_numpy(kernel),
-            "kernel_lora_b": seam.to_numpy(b),
-        }
-        kernel.assign(merged)
-        b.assign(np.zeros(tuple(b.shape), "float32"))
-        self._sync_trainability()
+        merged = self.merged_kernel()
+        self._lora_state.unmerged = self.lora_values()
+        self._kernel_variable.assign(merged)
+        self.kernel_lora_b.assign(np.zeros(tuple(self.kernel_lora_b.shape), "float32"))
 
     def unmerge_weights(self) -> None:
         """Undo ``merge_weights``, bit for bit.
@@ -362,18 +357,17 @@ class LoRALayer:
         assert unmerged is not None
         self._lora_state.unmerged = None
         self._kernel_variable.assign(unmerged["kernel"])
+        self.kernel_lora_a.assign(unmerged["kernel_lora_a"])
         self.kernel_lora_b.assign(unmerged["kernel_lora_b"])
-        self._sync_trainability()
 
     def lora_values(self) -> dict[str, np.ndarray]:
         """Kernel, A and B by name, as they are without merging."""
         seam = _keras.of(self)
-        values = {
+        return self._lora_state.unmerged or {
             "kernel": seam.to_numpy(self._kernel_variable),
             "kernel_lora_a": seam.to_numpy(self.kernel_lora_a),
             "kernel_lora_b": seam.to_numpy(self.kernel_lora_b),
         }
-        return {**values, **(self._lora_state.unmerged or {})}
 
     def merged_kernel(self) -> np.ndarray:
         """W + s A B as ``merge_weights`` would leave it in the kernel, in its type."""
@@ -444,7 +438,6 @@ class LoRALayer:
     def _forget_merge(self) -> None:
         """The variables were given new values, which are those of an unmerged layer."""
         self._lora_state.unmerged = None
-        self._sync_trainability()
 
 
 def base_of(lora_cls: type) -> type:

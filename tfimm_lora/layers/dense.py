@@ -80,9 +80,10 @@ class DenseUpdate(LoRALayer):
         if rank == 2:
             outputs = self._adapted(x, factored=True)
         else:
-            units = self._kernel_variable.shape[-1]
+            # The static last axis of x may be unknown; that of the kernel is not.
+            width, units = self._kernel_variable.shape
             lead = _leading_shape(ops.shape(x), x.shape)
-            rows = self._adapted(ops.reshape(x, (-1, x.shape[-1])))
+            rows = self._adapted(ops.reshape(x, (-1, width)))
             outputs = ops.reshape(rows, (*lead, units))
         if self.bias is not None:
             outputs = outputs + ops.cast(self.bias, outputs.dtype)

@@ -8,6 +8,7 @@ makes every model that is built from these layers agree on what is trained.
 from __future__ import annotations
 
 import contextlib
+import inspect
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -65,7 +66,10 @@ class FrozenStatisticsLayer(FrozenLayer):
     """Mixin for batch normalisation: frozen, and in inference mode always."""
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return super().call(inputs, *args, **{**kwargs, "training": False})  # type: ignore[misc]
+        base_call = super().call  # type: ignore[misc]
+        given = inspect.signature(base_call).bind_partial(inputs, *args, **kwargs)
+        given.arguments["training"] = False
+        return base_call(*given.args, **given.kwargs)
 
 
 class FrozenState:
@@ -89,7 +93,7 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
     if key not in _frozen_classes:
         seam = _keras.of(cls)
         mixin = FrozenStatisticsLayer if statistics else FrozenLayer
-        namespace = {"__module__": __name__, "__doc__": mixin.__doc__}
+        namespace: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__}
         if statistics:
             namespace["call"] = with_signature_of(cls, mixin)
         name = f"Frozen{cls.__name__}"

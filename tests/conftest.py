@@ -1,0 +1,39 @@
+"""Shared set-up: which Keras runs, seeds, and a clean global state after each test."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+os.environ.setdefault("TF_USE_LEGACY_KERAS", "0")
+
+import numpy as np
+import pytest
+
+import tfimm_lora as lora
+from tests.kerases import LEGACY, keras
+
+assert lora is not None
+
+
+def pytest_report_header():
+    kind = "legacy Keras" if LEGACY else f"Keras {keras.__version__}, {keras.backend.backend()}"
+    return f"keras: {kind}"
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    """The same random numbers in every test, whatever ran before."""
+    np.random.seed(0)
+    keras.utils.set_random_seed(0)
+    yield
+    keras.backend.clear_session()
+
+
+@pytest.fixture
+def policy():
+    """Set a global dtype policy for one test."""
+    config = keras.mixed_precision
+    read = getattr(config, "global_policy", None) or config.dtype_policy
+    write = getattr(config, "set_global_policy", None) or config.set_dtype_policy
+    before = read()
+    yield write
+    write(before)
