@@ -61,12 +61,12 @@ def nearest(names: Iterable[str], candidates: list[str], limit: int = 20) -> lis
     wanted = list(names)
 
     def distance(path: str) -> float:
-        tails = (path, path.rpartition("/")[2])
-        scores = [
-            difflib.SequenceMatcher(None, name, tail).ratio()
-            for name in wanted
-            for tail in tails
-        ]
+        # Compared with as much of the path's end as the name has parts.
+        scores = []
+        for name in wanted:
+            parts = name.replace(".", "/").count("/") + 1
+            tail = "/".join(path.split("/")[-parts:])
+            scores.append(difflib.SequenceMatcher(None, name, tail).ratio())
         return -max(scores, default=0.0)
 
     return sorted(candidates, key=distance)[:limit]

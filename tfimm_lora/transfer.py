@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora import _keras
-from tfimm_lora.classifier import canonical_path, classifier_names
+from tfimm_lora.classifier import canonical_path, classifier_names, classifier_paths
 from tfimm_lora.config import LORA_WEIGHT_NAMES
 from tfimm_lora.layers.base import LoRALayer
 
@@ -179,7 +179,10 @@ class _TfimmRules:
         self.dst = getattr(dst_model, "cfg", None)
         classes = [getattr(cfg, "nb_classes", None) for cfg in (self.src, self.dst)]
         self.new_classifier = classes[0] != classes[1]
-        self.classifier = classifier_names(self.dst)
+        if hasattr(self.dst, "classifier"):
+            self.classifier = classifier_names(self.dst)
+        else:
+            self.classifier = tuple(classifier_paths(dst_model))
         self.first_conv = getattr(self.dst, "first_conv", None)
         self.transforms = getattr(self.src, "transform_weights", {})
 
