@@ -32,7 +32,8 @@ with strategy.scope():
 # LoRA is put in outside the scope: it must find the strategy by itself.
 lora.inject_lora(model, lora_rank=2, lora_train_classifier=True)
 for variable in model.weights:
-    variable.assign(rng.normal(size=tuple(variable.shape)).astype("float32") * 0.2 + 0.1)
+    # Positive, for the variances among them.
+    variable.assign(np.abs(rng.normal(size=tuple(variable.shape))).astype("float32") * 0.2)
 with strategy.scope():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.01), loss)

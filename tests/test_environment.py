@@ -10,6 +10,7 @@ import pytest
 
 import tfimm_lora
 from tests.kerases import LEGACY
+from tfimm_lora import _keras
 
 ROOT = Path(tfimm_lora.__file__).parent
 
@@ -90,15 +91,23 @@ def test_legacy_keras_is_chosen_where_tfimm_is_installed_and_nobody_has_chosen()
     assert run_python(code, TF_USE_LEGACY_KERAS="0") == "0"
     late = f"import tensorflow; {code}"
     assert run_python(late) == "None"
-    assert run_python(code, KERAS_BACKEND="jax" if _has("jax") else "torch") == "None" or not (
-        _has("jax") or _has("torch")
-    )
 
 
-def _has(package):
-    import importlib.util
-
-    return importlib.util.find_spec(package) is not None
+@pytest.mark.parametrize(
+    "environ, installed, expected",
+    [
+        ({}, True, "1"),
+        ({}, False, None),
+        ({"TF_USE_LEGACY_KERAS": "0"}, True, "0"),
+        ({"KERAS_BACKEND": "jax"}, True, None),
+        ({"KERAS_BACKEND": "tensorflow"}, True, "1"),
+    ],
+)
+def test_choice_of_keras(monkeypatch, environ, installed, expected):
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    monkeypatch.setattr(_keras, "installed", lambda package: installed)
+    _keras.prefer_legacy_for_tfimm(environ)
+    assert environ.get("TF_USE_LEGACY_KERAS") == expected
 
 
 def test_package_works_without_tfimm_and_tf_keras():

@@ -174,11 +174,11 @@ def test_model_path_of_a_lora_model_keeps_the_adaptation(tmp_path):
     loaded = lora.create_model("tiny_convnext", model_path=str(tmp_path / "saved"))
     assert loaded.cfg.lora_rank == 3
     np.testing.assert_allclose(run(loaded, x), run(model, x), rtol=1e-4, atol=1e-5)
-    wider = lora.create_model(
-        "tiny_convnext", model_path=str(tmp_path / "saved"), nb_classes=4
-    )
+    wider = lora.create_model("tiny_convnext", model_path=str(tmp_path / "saved"), nb_classes=4)
     assert wider.fc.units == 4 and wider.cfg.lora_train_classifier is True
-    for mine, theirs in zip(*(list(lora.merge.lora_layers(m).values()) for m in (wider, model))):
+    for mine, theirs in zip(
+        *(list(lora.merge.lora_layers(m).values()) for m in (wider, model))
+    ):
         np.testing.assert_array_equal(array(mine.kernel_lora_b), array(theirs.kernel_lora_b))
     with pytest.raises(ValueError, match="has shape"):
         lora.create_model("tiny_convnext", model_path=str(tmp_path / "saved"), lora_rank=2)

@@ -47,7 +47,11 @@ def test_all_problems_in_one_error_and_nothing_is_changed():
     kept = values(dst.weights)
     with pytest.raises(ValueError) as error:
         lora.transfer_weights(src, dst)
-    for words in ("missing in the source: hidden/kernel", "hidden/bias", "out/kernel has shape"):
+    for words in (
+        "missing in the source: hidden/kernel",
+        "hidden/bias",
+        "out/kernel has shape",
+    ):
         assert words in str(error.value)
     for variable, value in zip(dst.weights, kept):
         np.testing.assert_array_equal(array(variable), value)

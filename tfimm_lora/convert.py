@@ -41,7 +41,7 @@ def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
         >>> import tensorflow as tf, tfimm_lora as lora
         >>> model = tf.keras.Sequential([
         ...     tf.keras.Input((4,)), tf.keras.layers.Dense(8, name="fc1"),
-        ...     tf.keras.layers.Dense(3)])
+        ...     tf.keras.layers.Dense(3, name="fc")])
         >>> lora_model = lora.convert_to_lora_model(model, lora_rank=2)
         >>> len(model.trainable_weights), len(lora_model.trainable_weights)
         (4, 2)
@@ -131,8 +131,8 @@ def convert_to_regular_model(model: Any) -> Any:
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
-        >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3)])
-        >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["dense"])
+        >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
         >>> [type(x).__name__ for x in lora.convert_to_regular_model(model).layers]
         ['Dense']
     """

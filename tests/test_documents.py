@@ -1,0 +1,105 @@
+"""The examples in README, docs and docstrings, and the notebooks, run."""
+
+import doctest
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfimm_lora
+from tests.kerases import BACKEND, LEGACY
+
+ROOT = Path(__file__).parent.parent
+if BACKEND != "tensorflow":
+    pytest.skip("the examples use TensorFlow", allow_module_level=True)
+
+#: Examples that need tfimm, and so legacy Keras.
+NEEDS_TFIMM = ("create_model(", "list_models(")
+
+
+def python_blocks():
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
+        for number, code in enumerate(blocks):
+            yield pytest.param(code, id=f"{path.name}-{number}")
+
+
+def run_program(code, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("code", python_blocks())
+def test_example_in_documents(code, tmp_path):
+    if not LEGACY and any(name in code for name in NEEDS_TFIMM):
+        pytest.skip("needs tfimm")
+    run_program(code, tmp_path)
+
+
+def modules():
+    for module in pkgutil.walk_packages(tfimm_lora.__path__, "tfimm_lora."):
+        skipped = ("legacy", "keras3") if not LEGACY else ("keras3",)
+        if not LEGACY and "architectures" in module.name:
+            continue
+        if module.name.rpartition(".")[2] not in skipped:
+            yield module.name
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
+    for test in finder.find(module, name):
+        if not LEGACY and any(n in e.source for e in test.examples for n in NEEDS_TFIMM):
+            continue
+        output = []
+        runner.run(test, out=output.append)
+        assert runner.failures == 0, "".join(output)
+
+
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
+)
+def test_notebook(path, tmp_path):
+    cells = json.loads(path.read_text())["cells"]
+    code = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    if not LEGACY and "legacy Keras" in path.read_text():
+        pytest.skip("needs tfimm")
+    run_program(code, tmp_path)
+
+
+def test_nothing_in_the_repository_names_a_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".cfg", ".toml", ".ipynb", "") and path.is_file():
+            text = path.read_text(errors="ignore")
+            for line in text.splitlines():
+                assert not re.search(r"(?<![\w.])/(home|root|work|Users)/\w", line), (
+                    name,
+                    line,
+                )
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not LEGACY, reason="of tfimm models")
+def test_benchmark_runs(tmp_path):
+    out = tmp_path / "table.json"
+    program = [sys.executable, "benchmarks/step_time.py", "--quick", "--out", str(out)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    table = json.loads(out.read_text())["vit_tiny_patch16_224"]
+    assert set(table["step"]) == {"floor", "lora", "full"}
+    assert set(table["forward"]) == {"plain", "lora", "merged"}
