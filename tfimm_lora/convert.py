@@ -131,7 +131,8 @@ def convert_to_regular_model(model: Any) -> Any:
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
-        >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
         >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
         >>> [type(x).__name__ for x in lora.convert_to_regular_model(model).layers]
         ['Dense']

@@ -216,7 +216,8 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
-        >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
         >>> _ = lora.inject_lora(model, lora_targets=["fc"])
         >>> [type(layer).__name__ for layer in lora.remove_lora(model).layers]
         ['Dense']

@@ -51,7 +51,8 @@ def merge_lora_weights(model: Any) -> Any:
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
-        >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
         >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
         >>> lora.merge_lora_weights(model).layers[-1].merged
         True

@@ -33,7 +33,8 @@ def lora_trainable_weights(
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
-        >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
         >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
         >>> len(lora.lora_trainable_weights(model, train_bias="lora_only"))
         3
