@@ -19,9 +19,10 @@ import tfimm
 def tiny_names():
     """Two small models under names of tfimm's registry."""
     for spec in tiny_models.TFIMM:
-        cfg = dataclasses.replace(spec.make().cfg, name=f"tiny_{spec.name}")
+        model = spec.make()
+        cls, cfg = type(model), dataclasses.replace(model.cfg, name=f"tiny_{spec.name}")
 
-        def register(cls=type(spec.make()), cfg=cfg):
+        def register(cls=cls, cfg=cfg):
             return cls, cfg
 
         register.__name__ = cfg.name

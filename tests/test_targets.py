@@ -56,7 +56,7 @@ def test_targets_by_name_and_by_expression(targets, expected):
 def test_targets_reach_into_lists_dicts_and_attention():
     model = lora.inject_lora(
         tiny_models.subclassed(),
-        lora_targets=["fc0", "attention/query", r"key/one", "in_dict"][:2],
+        lora_targets=["fc0", "attention/query"],
     )
     assert adapted_paths(model) == [
         "block0/attention/query",
