@@ -271,6 +271,33 @@ def regular_model_saves_as_an_ordinary_one(spec, path):
     np.testing.assert_allclose(run(fresh, x), output, **CLOSE)
 
 
+def adapts_trains_merges_and_comes_back(spec, path):
+    """All of it in one go, for models that take long to trace."""
+    model, x = spec.make(), spec.inputs()
+    before, found, variables = run(model, x), state(model), ids(model.weights)
+    lora.inject_lora(model, lora_rank=2)
+    assert variables < ids(model.weights)
+    np.testing.assert_allclose(run(model, x), before, **CLOSE)
+    named, frozen = model.trainable_weights, model.non_trainable_weights
+    assert ids(named) == ids(lora.lora_trainable_weights(model))
+    start, still = values(named), values(frozen)
+    randomise(model)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.SGD(1e-3), loss)
+    model.train_on_batch(x, spec.labels())
+    assert sum(np.abs(array(v) - old).max() > 0 for v, old in zip(named, start)) > 2
+    for variable, value in zip(frozen, still):
+        np.testing.assert_array_equal(array(variable), value, err_msg=variable.name)
+    trained = run(model, x)
+    assert np.isfinite(trained).all() and np.abs(trained - before).max() > 1e-6
+    lora.merge_lora_weights(model)
+    np.testing.assert_allclose(run(model, x), trained, rtol=1e-3, atol=1e-4)
+    with pytest.warns(UserWarning, match="ompile it again"):
+        lora.remove_lora(model)
+    assert state(model) == found
+    np.testing.assert_allclose(run(model, x), trained, rtol=1e-3, atol=1e-4)
+
+
 PROMISES = [
     starts_with_the_same_outputs_and_variables,
     everybody_agrees_on_what_is_trained,
@@ -284,10 +311,4 @@ PROMISES = [
     copies_of_raw_weights_agree,
     whole_files_load_and_train_on_or_are_refused,
     regular_model_saves_as_an_ordinary_one,
-]
-
-SHORT = [
-    starts_with_the_same_outputs_and_variables,
-    merges_and_unmerges_without_loss,
-    comes_back_as_it_was,
 ]

@@ -22,5 +22,4 @@ def test_model(spec, promise, tmp_path):
 )
 @pytest.mark.parametrize("spec", APPLICATIONS, ids=[m.name for m in APPLICATIONS])
 def test_applications_adapt_train_merge_and_come_back(spec, tmp_path):
-    for promise in contracts.SHORT:
-        promise(spec, tmp_path)
+    contracts.adapts_trains_merges_and_comes_back(spec, tmp_path)
