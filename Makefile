@@ -20,10 +20,10 @@ demo: $(STAMP)  ## Fine-tune a small model on real pictures with LoRA, merge and
 test: test-legacy test-keras3  ## Run the tests on legacy Keras and on Keras 3
 
 test-legacy: $(STAMP)  ## Run the tests on legacy Keras
-	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest
+	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2
 
 test-keras3: $(HUB)  ## Run the tests on Keras 3
-	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest
+	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest -n 2
 
 test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on Keras 3's JAX and torch
 	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=jax $(PY) -m pytest -m backends
