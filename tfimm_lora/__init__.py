@@ -24,6 +24,7 @@ from tfimm_lora.layers import (  # noqa: E402
     LoRALayer,
     convert_to_lora_layer,
     lora_class,
+    register_layer_classes,
 )
 from tfimm_lora.merge import merge_lora_weights, unmerge_lora_weights  # noqa: E402
 from tfimm_lora.registry import (  # noqa: E402
@@ -67,6 +68,7 @@ __all__ = [
     "lora_trainable_weights",
     "merge_lora_weights",
     "merge_weights",
+    "register_layer_classes",
     "register_lora_architecture",
     "remove_lora",
     "transfer_weights",

@@ -6,6 +6,7 @@ from typing import Any
 
 from tfimm_lora import _keras
 from tfimm_lora.layers.lookup import supported
+from tfimm_lora.targets import without_counts
 
 #: What a trained head is called, where neither a config nor a graph tells.
 _NAMES = ("head", "fc", "classifier", "predictions", "logits", "output_dense")
@@ -21,14 +22,14 @@ def classifier_names(cfg: Any) -> tuple[str, ...]:
 
 def canonical_path(path: str) -> str:
     """A layer's path as tfimm's configs write it: without the levels called "remove"."""
-    return "/".join(part for part in path.split("/") if part != "remove")
+    return "/".join(p for p in without_counts(path).split("/") if p != "remove")
 
 
 def classifier_paths(model: Any) -> list[str]:
     """The paths of the classifier layers of a model, none where it has none.
 
     A tfimm model names them in its config. In a functional model it is the dense layer
-    that gives the output, looking through layers without variables (an activation). In
+    that gives an output, looking through layers without variables (an activation). In
     any other it is the last layer with variables, if that is dense or called like a head.
     """
     seam = _keras.of(model)
@@ -36,25 +37,32 @@ def classifier_paths(model: Any) -> list[str]:
     if getattr(model, "cfg", None) is not None and hasattr(model.cfg, "classifier"):
         names = classifier_names(model.cfg)
         return [p for p, _ in layers if p and canonical_path(p) in names]
-    layer = _output_layer(seam, model)
-    return [path for path, candidate in layers if candidate is layer]
+    heads = _output_layers(seam, model)
+    return [path for path, layer in layers if any(layer is head for head in heads)]
 
 
-def _output_layer(seam: Any, model: Any) -> Any:
-    """The dense layer that gives the model's output, or None."""
+def _output_layers(seam: Any, model: Any) -> list[Any]:
+    """The dense layers that give the model's outputs."""
     if seam.is_functional(model):
-        layer = seam.output_layer(model)
-        while layer is not None and not _has_variables(seam, layer):
-            before = seam.input_layers_of(layer)
-            layer = before[0] if len(before) == 1 else None
-        if layer is not None and seam.is_model(layer):
-            return _output_layer(seam, layer)
-        return layer if layer is not None and _is_dense(seam, layer) else None
+        return [x for x in (_head_of(seam, t) for t in model.outputs) if x is not None]
     owners = [x for _, x in seam.walk(model) if seam.own_variables(x)]
     last = owners[-1] if owners else None
     if last is None or last is model:
-        return None
-    return last if _is_dense(seam, last) or _called_head(last) else None
+        return []
+    return [last] if _is_dense(seam, last) or _called_head(last) else []
+
+
+def _head_of(seam: Any, tensor: Any) -> Any:
+    """The dense layer that a symbolic tensor comes from, or None."""
+    layer, inputs = seam.made_by(tensor)
+    while not _has_variables(seam, layer):
+        if len(inputs) != 1:
+            return None
+        layer, inputs = seam.made_by(inputs[0])
+    if seam.is_model(layer):
+        inner = _output_layers(seam, layer)
+        return inner[0] if len(inner) == 1 else None
+    return layer if _is_dense(seam, layer) else None
 
 
 def _has_variables(seam: Any, layer: Any) -> bool:

@@ -13,7 +13,7 @@ from tfimm_lora.copying import build_like, plain_copy
 from tfimm_lora.inject import freeze_rest, inject_lora
 from tfimm_lora.merge import has_lora, lora_layers
 from tfimm_lora.registry import base_config, lora_base_of, lora_version_of
-from tfimm_lora.trainability import layers_under
+from tfimm_lora.trainability import inside_paths
 from tfimm_lora.transfer import transfer_weights
 
 
@@ -70,6 +70,8 @@ def lora_config_of(cfg: Any, lora_cls: type, arguments: dict[str, Any]) -> Any:
     values = {
         f.name: copy.deepcopy(getattr(cfg, f.name)) for f in dataclasses.fields(cfg) if f.init
     }
+    if arguments.get("lora_targets", ()) is None:
+        arguments = {k: v for k, v in arguments.items() if k != "lora_targets"}
     lora_cfg = cfg_cls(**{**values, **arguments})
     if getattr(lora_cfg, "lora_train_classifier", True) is None:
         # Settled here, once: a file of the model must not ask what was new when.
@@ -96,7 +98,7 @@ def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:
         train_classifier = getattr(cfg, "lora_train_classifier", False)
         names = classifier_paths(model) if train_classifier else []
         train_bias = getattr(cfg, "lora_train_bias", "none")
-        trained = layers_under(seam.walk(model), names)
+        trained = inside_paths(seam.walk(model), names)
         freeze_rest(model, train_bias, trained, rebuilt_by_class=True)
     return model
 

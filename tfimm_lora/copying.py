@@ -92,10 +92,13 @@ def _copy_state(seam: Any, model: Any, copy: Any) -> None:
 def _copy_trainability(seam: Any, original: Any, copied: Any, variables: list[Any]) -> None:
     """The trainability that the original had before LoRA, if it has it now."""
     found = seam.found(original)
-    if isinstance(original, LoRALayer):
-        found = original._lora_state.found or found
-    elif isinstance(original, FrozenLayer):
-        found = original._lora_frozen.found or found
+    if isinstance(original, (LoRALayer, FrozenLayer)):
+        before = (
+            original._lora_state.found
+            if isinstance(original, LoRALayer)
+            else original._lora_frozen.found
+        )
+        found = before or found._replace(flags=seam.created_flags(original))
     elif "_lora_found" in original.__dict__:
         found = original.__dict__["_lora_found"]
     seam.set_raw_trainable(copied, found.trainable)

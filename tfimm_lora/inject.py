@@ -15,7 +15,7 @@ from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer, sup
 from tfimm_lora.merge import has_lora, lora_layers
 from tfimm_lora.registry import base_config, default_targets, lora_base_of
 from tfimm_lora.targets import check_expression, matches, no_match_error, unmatched
-from tfimm_lora.trainability import layers_under
+from tfimm_lora.trainability import inside_paths
 
 
 def inject_lora(model: Any, **lora_arguments: Any) -> Any:
@@ -75,7 +75,13 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
     layers = list(seam.walk(model))
     classifier = classifier_paths(model)
     targets = _find_targets(layers, config.lora_targets, classifier)
-    trained = layers_under(layers, classifier if config.lora_train_classifier else ())
+    if config.lora_train_classifier and not classifier:
+        raise ValueError(
+            f"Received lora_train_classifier=True for model '{model.name}', in which no "
+            "classifier was found: no dense layer gives its output. Leave it out, and set "
+            "`trainable` of what you want to train after lora was put in."
+        )
+    trained = inside_paths(layers, classifier if config.lora_train_classifier else ())
     targets = {path: layer for path, layer in targets.items() if id(layer) not in trained}
     spec = make_spec(
         seam,
@@ -104,6 +110,11 @@ def _check_model(seam: Any, model: Any) -> None:
         raise ValueError(
             f"Received model '{model.name}', which has LoRA layers already. Take them out "
             "with remove_lora (merge=True keeps what they learned), then put new ones in."
+        )
+    if any(isinstance(x, FrozenLayer) for _, x in seam.walk(model)):
+        raise ValueError(
+            f"Received model '{model.name}', which is part of a model that LoRA was put "
+            "into: its layers are frozen. Put LoRA into the whole model, with lora_targets."
         )
 
 
@@ -212,7 +223,8 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
         The same model.
 
     Raises:
-        ValueError: if the model has no LoRA layers, or one is not built.
+        ValueError: if the model has neither LoRA layers nor layers frozen for LoRA (as a
+            model has whose adapted part was taken out by itself), or one is not built.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -222,7 +234,7 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
         >>> [type(layer).__name__ for layer in lora.remove_lora(model).layers]
         ['Dense']
     """
-    layers = lora_layers(model)
+    layers = lora_layers(model) if has_lora(model) or not _is_changed(model) else {}
     if merge:
         for layer in layers.values():
             layer._require_built("merge")
@@ -231,13 +243,16 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
                 layer.merge_weights()
             layer._forget_merge()
     _take_out(model)
-    base = lora_base_of(type(model))
-    if base is not None and base is not type(model):
-        cfg = base_config(model.cfg, base)
-        _keras.of(model).swap_class(model, base)
-        model.cfg = cfg
     _forget_traces(model, "LoRA was taken out of")
     return model
+
+
+def _is_changed(model: Any) -> bool:
+    """Whether a model has layers that were frozen for LoRA, if no LoRA itself."""
+    return any(
+        isinstance(layer, FrozenLayer) or "_lora_found" in layer.__dict__
+        for _, layer in _keras.of(model).walk(model)
+    )
 
 
 def _take_out(model: Any) -> None:
@@ -250,7 +265,12 @@ def _take_out(model: Any) -> None:
             thaw_layer(layer)
         elif "_lora_found" in layer.__dict__:
             seam.restore(layer, layer.__dict__.pop("_lora_found"))
-    model.__dict__.pop("_lora_config", None)
+        layer.__dict__.pop("_lora_config", None)
+        base = lora_base_of(type(layer))
+        if base is not None and base is not type(layer):
+            cfg = base_config(layer.cfg, base)
+            seam.swap_class(layer, base)
+            layer.cfg = cfg
 
 
 def _forget_traces(model: Any, what: str) -> None:

@@ -26,14 +26,21 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
         (True, False)
     """
     if isinstance(targets, str):
+        path = without_counts(path)
         dotted = path.replace("/", ".")
         return any(re.fullmatch(targets, p) is not None for p in (path, dotted))
     return any(is_suffix(path, name) for name in targets)
 
 
+def without_counts(path: str) -> str:
+    """A path without the "#2" that tells layers of one path apart."""
+    return re.sub(r"#\d+(?=/|$)", "", path)
+
+
 def is_suffix(path: str, name: str) -> bool:
     """Whether ``name`` is a path, or the end of it from a separator on."""
-    path, name = path.replace(".", "/"), name.replace(".", "/").strip("/")
+    path = without_counts(path).replace(".", "/")
+    name = name.replace(".", "/").strip("/")
     return path == name or path.endswith("/" + name)
 
 

@@ -107,7 +107,11 @@ def layers_under(layers: Iterable[tuple[str, Any]], names: Sequence[str]) -> set
             f"Received layer names {unknown}, which are no layers of the model. Layers, "
             f"nearest first: {', '.join(near)}."
         )
-    paths = [p for found in roots.values() for p in found]
+    return inside_paths(layers, [p for found in roots.values() for p in found])
+
+
+def inside_paths(layers: Iterable[tuple[str, Any]], paths: Sequence[str]) -> set[int]:
+    """The ids of the layers with these whole paths and of all layers inside them."""
     return {
         id(layer)
         for path, layer in layers

@@ -69,15 +69,15 @@ def transfer_weights(
     ignored = list(weights_to_ignore or ())
     ignored += list(getattr(dst_model, "keys_to_ignore_on_load_missing", None) or ())
     rules = _TfimmRules(src_model, dst_model)
+    given, all_wanted = list(_weights(src_seam, src_model)), list(_weights(dst_seam, dst_model))
+    source = _match(given, all_wanted)
     wanted = [
         w
-        for w in _weights(dst_seam, dst_model)
+        for w in all_wanted
         if not any(re.search(pattern, w.full_name) for pattern in ignored)
         and not rules.skips(w)
     ]
-    given = list(_weights(src_seam, src_model))
-    source = _match(given, wanted)
-    values, problems = [], _lost_updates(given, wanted)
+    values, problems = [], _lost_updates(given, wanted, source)
     for weight in wanted:
         found = source.get(weight.full_name)
         if found is None:
@@ -104,8 +104,12 @@ def transfer_weights(
 
 def _weights(seam: Any, model: Any) -> Iterator[_Weight]:
     for path, layer in seam.walk(model):
+        counts: dict[str, int] = {}
         for variable in seam.own_variables(layer):
-            yield _Weight(path, seam.variable_name(variable), layer, variable)
+            name = seam.variable_name(variable)
+            counts[name] = counts.get(name, 0) + 1
+            unique = name if counts[name] == 1 else f"{name}#{counts[name]}"
+            yield _Weight(path, unique, layer, variable)
 
 
 def _value(seam: Any, weight: _Weight, into_lora: bool) -> Any:
@@ -118,14 +122,18 @@ def _value(seam: Any, weight: _Weight, into_lora: bool) -> Any:
 
 
 def _match(given: list[_Weight], wanted: list[_Weight]) -> dict[str, _Weight]:
-    """For the full name of each wanted weight the weight of the source, where there is."""
+    """For the full name of each wanted weight the weight of the source, where there is.
+
+    By name, if every layer of the destination is found so; else with the numbers that
+    Keras gives replaced by an order, for those that are then found.
+    """
     exact = {w.full_name: w for w in given}
-    if all(w.full_name in exact for w in wanted):
+    if {w.path for w in wanted if w.name not in LORA_WEIGHT_NAMES} <= {w.path for w in given}:
         return exact
-    numbered = {key: w for key, w in zip(_numbered([w.full_name for w in given]), given)}
+    numbered = dict(zip(_numbered([w.full_name for w in given]), given))
     keys = _numbered([w.full_name for w in wanted])
-    found = {w.full_name: numbered[key] for w, key in zip(wanted, keys) if key in numbered}
-    return found if len(found) == len(wanted) else exact
+    found = {w.full_name: numbered[k] for w, k in zip(wanted, keys) if k in numbered}
+    return found if len(found) > sum(w.full_name in exact for w in wanted) else exact
 
 
 def _numbered(names: list[str]) -> list[str]:
@@ -146,21 +154,22 @@ def _numbered(names: list[str]) -> list[str]:
     return result
 
 
-def _lost_updates(given: list[_Weight], wanted: list[_Weight]) -> list[str]:
+def _lost_updates(
+    given: list[_Weight], wanted: list[_Weight], source: dict[str, _Weight]
+) -> list[str]:
     """Unmerged updates of the source for which the destination has no place."""
-    has_place = {w.path for w in wanted if w.name in LORA_WEIGHT_NAMES}
-    lora = {
-        w.path: w.layer
-        for w in given
-        if isinstance(w.layer, LoRALayer) and w.name == LORA_WEIGHT_NAMES[0]
+    taken = {
+        id(source[w.full_name].layer)
+        for w in wanted
+        if isinstance(w.layer, LoRALayer) and w.full_name in source
     }
-    into = {w.path: w.layer for w in wanted}
     lost = [
-        path
-        for path, layer in lora.items()
-        if not layer.merged
-        and path not in has_place
-        and not isinstance(into.get(path), LoRALayer)
+        w.path
+        for w in given
+        if w.name == LORA_WEIGHT_NAMES[0]
+        and isinstance(w.layer, LoRALayer)
+        and not w.layer.merged
+        and id(w.layer) not in taken
     ]
     if not lost:
         return []

@@ -41,14 +41,19 @@ class KerasSeam:
         """Yield (path, layer) for the model (path "") and all inside, parents first.
 
         A path joins the names of the layers from the model's children down with "/". A
-        layer that is reached twice is yielded once, under the first path.
+        layer that is reached twice is yielded once, under the first path. Of two layers
+        with one path the second gets "#2" at its end, so paths are unique.
         """
         seen: set[int] = set()
+        counts: dict[str, int] = {}
 
         def visit(path: str, layer: Any) -> Iterator[tuple[str, Any]]:
             if id(layer) in seen:
                 return
             seen.add(id(layer))
+            counts[path] = counts.get(path, 0) + 1
+            if counts[path] > 1:
+                path = f"{path}#{counts[path]}"
             yield path, layer
             for child in self.sublayers(layer):
                 yield from visit(f"{path}/{child.name}" if path else child.name, child)
@@ -120,6 +125,11 @@ class KerasSeam:
         """Which of the layer's own variables are trainable, by id."""
         return {}
 
+    def created_flags(self, layer: Any) -> dict[int, bool]:
+        """``variable_flags`` as they are when a layer of its class is created."""
+        trainable = {id(v) for v in self.trainable_own_variables(layer)}
+        return {key: key in trainable for key in self.variable_flags(layer)}
+
     def restore_flags(self, layer: Any, flags: dict[int, bool]) -> None:
         """Set the flags back to what ``variable_flags`` read."""
 
@@ -185,13 +195,23 @@ class KerasSeam:
             return [self.map_shapes(function, value) for value in shapes]
         return function(tuple(shapes))
 
+    def made_by(self, tensor: Any) -> tuple[Any, list[Any]]:
+        """The layer that gave a symbolic tensor, and the tensors that it was given."""
+        raise NotImplementedError
+
     def is_rebuilt_with_layers(self, layer: Any) -> bool:
         """Whether the config of a layer holds the configs of all layers inside it."""
         raise NotImplementedError
 
-    def register(self, cls: type, name: str) -> None:
-        """Register a class for loading, in the place of an earlier one of this name."""
+    def register(self, cls: type, prefix: str, base: type) -> None:
+        """Register a class for loading, by the name of the class that it stands for.
+
+        A class of the user's goes by its module too, so that two of one name stay apart.
+        One that is defined anew, as in a notebook, takes the place of the old one.
+        """
         saving = self.keras.saving
+        own = base.__module__.partition(".")[0] in ("keras", "tf_keras")
+        name = prefix + (base.__name__ if own else f"[{base.__module__}.{base.__qualname__}]")
         saving.get_custom_objects().pop(f"tfimm_lora>{name}", None)
         saving.register_keras_serializable(package="tfimm_lora", name=name)(cls)
 

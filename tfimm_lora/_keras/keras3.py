@@ -148,6 +148,14 @@ class Keras3Seam(KerasSeam):
         getattr(layer, "_modules", {}).pop(attribute, None)  # torch
         _forget_tf_tracking(layer, attribute)
 
+    def reset_functions(self, model: Any) -> None:
+        super().reset_functions(model)
+        if keras.backend.backend() == "torch":
+            # What torch calls the parameters of a model is remembered in every layer.
+            for _, layer in self.walk(model):
+                if hasattr(layer, "_torch_params"):
+                    layer._track_variables()
+
     def is_compiled(self, model: Any) -> bool:
         return bool(getattr(model, "compiled", False))
 
@@ -249,16 +257,9 @@ class Keras3Seam(KerasSeam):
 
         return isinstance(layer, Functional)
 
-    def output_layer(self, model: Any) -> Any:
-        """The layer that gave a functional model its (first) output."""
-        return model.outputs[0]._keras_history.operation
-
-    def input_layers_of(self, layer: Any) -> list[Any]:
-        """The layers whose outputs a layer was called on, in its first call."""
-        nodes = layer._inbound_nodes
-        if not nodes:
-            return []
-        return [node.operation for node in nodes[0].parent_nodes]
+    def made_by(self, tensor: Any) -> tuple[Any, list[Any]]:
+        layer, index, _ = tensor._keras_history
+        return layer, list(layer._inbound_nodes[index].input_tensors)
 
     @contextlib.contextmanager
     def created_like(self, model: Any) -> Any:

@@ -61,15 +61,22 @@ class _FilteredWeights:
     @property
     def trainable_weights(self) -> list[Any]:
         frozen = self._frozen_ids()
-        return [v for v in super().trainable_weights if id(v) not in frozen]  # type: ignore[misc]
+        listed = [v for v in super().trainable_weights if id(v) not in frozen]  # type: ignore[misc]
+        own = {id(v) for v in self._trainable_weights}  # type: ignore[attr-defined]
+        # Biases last among the layer's own, for the order of HDF5 files; see below.
+        return sorted(listed, key=lambda v: id(v) in own and _seam.is_bias_like(v))
 
     @property
     def non_trainable_weights(self) -> list[Any]:
         listed = super().non_trainable_weights  # type: ignore[misc]
         known = {id(v) for v in listed}
-        frozen = self._frozen_ids() - known
-        own = [v for v in self._trainable_weights if id(v) in frozen]  # type: ignore[attr-defined]
-        return own + listed
+        frozen = self._frozen_ids()
+        own = [v for v in self._trainable_weights if id(v) in frozen | known]  # type: ignore[attr-defined]
+        # HDF5 files list trainable weights, then the others. In this order of the others
+        # (what might be trained first) the file is the same whatever is trained.
+        own.sort(key=lambda v: (not self._is_trained(v), not _seam.is_bias_like(v)))  # type: ignore[attr-defined]
+        chosen = {id(v) for v in own}
+        return own + [v for v in listed if id(v) not in chosen]
 
     @property
     def weights(self) -> list[Any]:
@@ -196,17 +203,10 @@ class LegacySeam(KerasSeam):
     def is_functional(self, layer: Any) -> bool:
         return bool(getattr(layer, "_is_graph_network", False))
 
-    def output_layer(self, model: Any) -> Any:
-        """The layer that gave a functional model its (first) output."""
-        return model.outputs[0].node.layer
-
-    def input_layers_of(self, layer: Any) -> list[Any]:
-        """The layers whose outputs a layer was called on, in its first call."""
-        nodes = layer._inbound_nodes
-        if not nodes:
-            return []
-        parents = nodes[0].parent_nodes
-        return [node.layer for node in parents]
+    def made_by(self, tensor: Any) -> tuple[Any, list[Any]]:
+        node = tensor.node
+        inputs = node.keras_inputs
+        return node.layer, list(inputs)
 
     @contextlib.contextmanager
     def created_like(self, model: Any) -> Any:
@@ -229,3 +229,6 @@ def _closes_over(function: Any, variable: Any) -> bool:
     return any(
         item is variable or (callable(item) and _closes_over(item, variable)) for item in held
     )
+
+
+_seam = LegacySeam()

@@ -2,9 +2,15 @@
 
 from tfimm_lora import _keras
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.lookup import convert_to_lora_layer, lora_class
+from tfimm_lora.layers.frozen import register_frozen_classes
+from tfimm_lora.layers.lookup import (
+    convert_to_lora_layer,
+    lora_class,
+    register_layer_classes,
+)
 
 _layers = _keras.default().keras.layers
+register_frozen_classes(_keras.default())
 
 LoRADense = lora_class(_layers.Dense)
 LoRAConv1D = lora_class(_layers.Conv1D)
@@ -25,4 +31,5 @@ __all__ = [
     "LoRALayer",
     "convert_to_lora_layer",
     "lora_class",
+    "register_layer_classes",
 ]

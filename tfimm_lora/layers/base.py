@@ -74,6 +74,8 @@ class _State:
     found: Found | None = None
     #: Kernel, A and B of a merged layer as they were, bit for bit; None if not merged.
     unmerged: dict[str, np.ndarray] | None = None
+    #: Whether a call was seen to use the kernel.
+    kernel_seen: bool = False
 
 
 class LoRALayer:
@@ -276,6 +278,7 @@ class LoRALayer:
         a, b = self._factors()
         narrow = dtype in ("float16", "bfloat16")
         if not (narrow or spec.dropout or factored):
+            a, b = (seam.ops.cast(t, dtype) for t in (a, b))  # to float64, if that
             return update.effective(seam, product, inputs, kernel, a, b, spec.scale)
         kernel, a, b = (seam.ops.cast(t, dtype) for t in (kernel, a, b))
         dropped = self._dropped(inputs)
@@ -291,12 +294,16 @@ class LoRALayer:
         with slot.kernel_shown_as(self, self._shown_kernel) as frame:
             outputs = self._base_call(inputs, *args, **kwargs)
         who = f"The call of {base_of(type(self)).__name__} (layer '{self.name}')"
-        if frame.effective is None:
+        # Once seen is enough: a call that Keras or the user compiled runs no Python again.
+        state = self._lora_state
+        state.kernel_seen = state.kernel_seen or frame.effective is not None
+        if not state.kernel_seen:
             raise NotAdaptable(
                 f"{who} never reads its kernel attribute, so it cannot be adapted. Leave the "
                 "layer out of lora_targets, or let its call use the kernel attribute."
             )
-        if self.lora.dropout and not self.merged and not frame.reached_product:
+        transformed = frame.effective is not None and not frame.reached_product
+        if self.lora.dropout and not self.merged and transformed:
             raise NotAdaptable(
                 f"{who} transforms its kernel, so there is no low-rank branch to drop from. "
                 "Pass lora_dropout=0, or leave the layer out of lora_targets."
@@ -348,14 +355,19 @@ class LoRALayer:
     def unmerge_weights(self) -> None:
         """Undo ``merge_weights``, bit for bit.
 
+        If the variables were given other values since (by set_weights, say), those stay:
+        they are taken for the values of an unmerged layer.
+
         Raises:
             ValueError: if the layer is not merged.
         """
-        if not self.merged:
-            raise ValueError(f"Layer '{self.name}' is not merged.")
         unmerged = self._lora_state.unmerged
-        assert unmerged is not None
+        if unmerged is None:
+            raise ValueError(f"Layer '{self.name}' is not merged.")
+        replaced = _keras.of(self).to_numpy(self.kernel_lora_b).any()
         self._lora_state.unmerged = None
+        if replaced:
+            return
         self._kernel_variable.assign(unmerged["kernel"])
         self.kernel_lora_a.assign(unmerged["kernel_lora_a"])
         self.kernel_lora_b.assign(unmerged["kernel_lora_b"])
@@ -457,10 +469,11 @@ def _is_layer_class(cls: type) -> bool:
 
 
 def has_keras_call(lora_cls: type, method: str = "call") -> bool:
-    """Whether a method of the base layer is Keras' own, which we know, or a subclass's."""
+    """Whether a method of the base layer is that of the Keras layer that its kind is named
+    after, which we know, or a subclass's: a user's, or Keras' own ReversibleEmbedding."""
     for cls in lora_cls.__mro__:
         if method in cls.__dict__ and not issubclass(cls, LoRALayer):
-            return cls.__module__.partition(".")[0] in ("keras", "tf_keras")
+            return cls in lora_cls._keras_class.__mro__  # type: ignore[attr-defined]
     return False
 
 

@@ -18,7 +18,7 @@ from tfimm_lora._keras.common import Found
 from tfimm_lora.layers.signature import with_signature_of
 
 #: Own variables that mark a layer whose statistics move while training.
-_STATISTICS = ("moving_mean", "moving_variance")
+_STATISTICS = {"moving_mean", "moving_variance", "vector_u", "sn_u"}
 
 _copying = threading.local()
 
@@ -63,7 +63,7 @@ class FrozenLayer:
 
 
 class FrozenStatisticsLayer(FrozenLayer):
-    """Mixin for batch normalisation: frozen, and in inference mode always."""
+    """Mixin for batch and spectral normalisation: frozen, and in inference mode always."""
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         base_call = super().call  # type: ignore[misc]
@@ -96,11 +96,22 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
         namespace: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__}
         if statistics:
             namespace["call"] = with_signature_of(cls, mixin)
-        name = f"Frozen{cls.__name__}"
-        made = type(name, (mixin, seam.BuildHook, seam.FilteredWeights, cls), namespace)
-        seam.register(made, name)
+        bases = (mixin, seam.BuildHook, seam.FilteredWeights, cls)
+        made = type(f"Frozen{cls.__name__}", bases, namespace)
+        seam.register(made, "FrozenStatistics" if statistics else "Frozen", cls)
         _frozen_classes[key] = made
     return _frozen_classes[key]
+
+
+def register_frozen_classes(seam: Any) -> None:
+    """Make the frozen classes of all layers of a Keras known, for loading files."""
+    layers = seam.keras.layers
+    for name in dir(layers):
+        cls = getattr(layers, name)
+        if isinstance(cls, type) and issubclass(cls, layers.Layer) and cls is not layers.Layer:
+            frozen_class(cls)
+            if "Normalization" in name:
+                frozen_class(cls, statistics=True)
 
 
 def freeze_layer(layer: Any, train_bias: bool, refusal: str | None = None) -> None:
@@ -111,7 +122,7 @@ def freeze_layer(layer: Any, train_bias: bool, refusal: str | None = None) -> No
     seam = _keras.of(layer)
     found = seam.found(layer)
     names = {seam.variable_name(v) for v in seam.own_variables(layer)}
-    seam.swap_class(layer, frozen_class(found.cls, names.issuperset(_STATISTICS)))
+    seam.swap_class(layer, frozen_class(found.cls, bool(names & _STATISTICS)))
     state = FrozenState(train_bias, found)
     state.refusal = refusal
     layer.__dict__["_lora_frozen"] = state
@@ -126,8 +137,7 @@ def thaw_layer(layer: Any) -> None:
     del layer.__dict__["_lora_frozen"]
     if found is None:  # loaded from a file
         cls = next(key[0] for key, made in _frozen_classes.items() if made is type(layer))
-        flags = dict.fromkeys(seam.variable_flags(layer), True)
-        found = Found(cls, layer.trainable, flags)
+        found = Found(cls, layer.trainable, seam.created_flags(layer))
     seam.restore(layer, found)
 
 

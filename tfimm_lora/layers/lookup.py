@@ -11,6 +11,7 @@ from tfimm_lora.layers.conv import Conv1DUpdate, ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.dense import DenseUpdate
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate
 from tfimm_lora.layers.embedding import EmbeddingUpdate
+from tfimm_lora.layers.frozen import frozen_class
 from tfimm_lora.layers.signature import with_signature_of
 from tfimm_lora.layers.slot import KernelSlot
 
@@ -69,8 +70,7 @@ def lora_class(cls: type) -> type:
         cls: ``Dense``, ``Conv2D``, ... of either Keras, or a subclass.
 
     Returns:
-        The class. To load a whole-model file that holds layers of a class of your own,
-        call this function on that class before loading.
+        The class.
 
     Raises:
         TypeError: if layers of this class cannot be adapted.
@@ -97,7 +97,6 @@ def lora_class(cls: type) -> type:
 def _make_class(cls: type, base: type) -> type:
     seam = _keras.of(cls)
     update = _UPDATES[base.__name__]
-    name = f"LoRA{cls.__name__}"
     namespace: dict[str, Any] = {
         "__module__": "tfimm_lora.layers",
         "__doc__": update.__doc__,
@@ -105,12 +104,13 @@ def _make_class(cls: type, base: type) -> type:
     if cls is base:
         attribute = seam.kernel_attributes[update._kernel_role]
         namespace[attribute] = KernelSlot(attribute)
+        namespace["_keras_class"] = cls
         bases: tuple[type, ...] = (update, seam.BuildHook, seam.FilteredWeights, cls)
     else:
         bases = (lora_class(base), cls)
     namespace["call"] = with_signature_of(cls, update)
-    made = type(name, bases, namespace)
-    seam.register(made, name)
+    made = type(f"LoRA{cls.__name__}", bases, namespace)
+    seam.register(made, "LoRA", cls)
     return made
 
 
@@ -177,7 +177,7 @@ def restore_layer(layer: Any, found: Found | None = None) -> Any:
             layer.unmerge_weights()
         found = layer._detach() or found
     if found is None:  # created adapted, or loaded from a file
-        flags = dict.fromkeys(seam.found(layer).flags, True)
+        flags = seam.created_flags(layer)
         found = Found(_plain_class(type(layer)), layer.trainable, flags)
     seam.restore(layer, found)
     return layer
@@ -185,3 +185,30 @@ def restore_layer(layer: Any, found: Found | None = None) -> Any:
 
 def _plain_class(lora_cls: type) -> type:
     return next(cls for cls, made in _lora_classes.items() if made is lora_cls)
+
+
+def register_layer_classes(*classes: type) -> None:
+    """Make layer classes of your own known to Keras in their LoRA and frozen versions.
+
+    Call it before loading a whole-model file of a LoRA model that holds layers of these
+    classes. Keras' own layers are known already.
+
+    Args:
+        *classes: Layer classes of either Keras.
+
+    Raises:
+        TypeError: for what is no layer class.
+
+    Example:
+        >>> import tensorflow as tf, tfimm_lora as lora
+        >>> class Mine(tf.keras.layers.Dense):
+        ...     pass
+        >>> lora.register_layer_classes(Mine)
+    """
+    for cls in classes:
+        if not isinstance(cls, type) or not issubclass(cls, _keras.of(cls).keras.layers.Layer):
+            raise TypeError(f"Received {cls!r}; expected a Keras layer class.")
+        for statistics in (False, True):
+            frozen_class(cls, statistics)
+        if _supported_base(cls) is not None:
+            lora_class(cls)
