@@ -216,6 +216,15 @@ def test_injection_into_a_frozen_part_is_refused_and_changes_nothing():
     assert [type(x) for x in backbone.layers] == classes
 
 
+def test_single_layer_of_an_adapted_model_is_not_adapted_behind_its_back():
+    _, model = nested_pair()
+    lora.inject_lora(model, lora_targets=["fc1"])
+    head = model.get_layer("head")
+    with pytest.raises(ValueError, match="lora_targets"):
+        lora.convert_to_lora_layer(head)
+    assert type(head).__name__ == "FrozenDense"
+
+
 def test_model_whose_adapted_part_was_taken_out_can_be_freed():
     backbone, model = nested_pair()
     lora.inject_lora(model, lora_targets=["fc1"])

@@ -75,13 +75,14 @@ def lora_config_of(cfg: Any, lora_cls: type, arguments: dict[str, Any]) -> Any:
     lora_cfg = cfg_cls(**{**values, **arguments})
     if getattr(lora_cfg, "lora_train_classifier", True) is None:
         # Settled here, once: a file of the model must not ask what was new when.
-        lora_cfg.lora_train_classifier = classes_of(lora_cfg) != classes_of(cfg)
+        lora_cfg.lora_train_classifier = has_new_classifier(lora_cfg, cfg)
     return lora_cfg
 
 
-def classes_of(cfg: Any) -> Any:
-    """The number of classes in a config, None if it has no such field."""
-    return getattr(cfg, "nb_classes", None)
+def has_new_classifier(cfg: Any, before: Any) -> bool:
+    """Whether a model of ``cfg`` has a classifier that one of ``before`` cannot give it."""
+    classes = getattr(cfg, "nb_classes", None)
+    return bool(classes) and classes != getattr(before, "nb_classes", None)
 
 
 def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:

@@ -8,9 +8,9 @@ from typing import Any
 
 from tfimm_lora import _keras
 from tfimm_lora.convert import (
-    classes_of,
     convert_to_lora_model,
     create_registered,
+    has_new_classifier,
     lora_config_of,
 )
 from tfimm_lora.merge import has_lora
@@ -71,8 +71,7 @@ def create_model(
             return _adapt_loaded(loaded, type(loaded), kwargs)
     base = tfimm.create_model(model_name, pretrained, model_path, **other_kwargs)
     if lora_kwargs.get("lora_train_classifier") is None:
-        new = classes_of(base.cfg) != classes_of(named_cfg)
-        lora_kwargs["lora_train_classifier"] = new
+        lora_kwargs["lora_train_classifier"] = has_new_classifier(base.cfg, named_cfg)
     return convert_to_lora_model(base, **lora_kwargs)
 
 
@@ -132,7 +131,7 @@ def _adapt_loaded(loaded: Any, lora_cls: type, kwargs: dict[str, Any]) -> Any:
     """A LoRA model that was loaded from a file, with the config asked for."""
     arguments = {k: v for k, v in kwargs.items() if v is not None}
     cfg = lora_config_of(loaded.cfg, lora_cls, arguments)
-    if "lora_train_classifier" not in arguments and classes_of(cfg) != classes_of(loaded.cfg):
+    if has_new_classifier(cfg, loaded.cfg) and "lora_train_classifier" not in arguments:
         cfg.lora_train_classifier = True
     if cfg == loaded.cfg:
         return loaded

@@ -293,22 +293,25 @@ class LoRALayer:
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         with slot.kernel_shown_as(self, self._shown_kernel) as frame:
             outputs = self._base_call(inputs, *args, **kwargs)
-        who = f"The call of {base_of(type(self)).__name__} (layer '{self.name}')"
         # Once seen is enough: a call that Keras or the user compiled runs no Python again.
         state = self._lora_state
         state.kernel_seen = state.kernel_seen or frame.effective is not None
         if not state.kernel_seen:
             raise NotAdaptable(
-                f"{who} never reads its kernel attribute, so it cannot be adapted. Leave the "
-                "layer out of lora_targets, or let its call use the kernel attribute."
+                f"{self._call_name()} never reads its kernel attribute, so it cannot be "
+                "adapted. Leave the layer out of lora_targets, or let its call use the kernel "
+                "attribute."
             )
         transformed = frame.effective is not None and not frame.reached_product
         if self.lora.dropout and not self.merged and transformed:
             raise NotAdaptable(
-                f"{who} transforms its kernel, so there is no low-rank branch to drop from. "
-                "Pass lora_dropout=0, or leave the layer out of lora_targets."
+                f"{self._call_name()} transforms its kernel, so there is no low-rank branch "
+                "to drop from. Pass lora_dropout=0, or leave the layer out of lora_targets."
             )
         return outputs
+
+    def _call_name(self) -> str:
+        return f"The call of {base_of(type(self)).__name__} (layer '{self.name}')"
 
     def _base_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         """The base layer's own ``call``."""

@@ -29,6 +29,7 @@ class FrozenLayer:
     Batch normalisation then runs in inference mode, so that its statistics stay.
     """
 
+    name: str
     _sync_trainability: Callable[[], None]
 
     @property

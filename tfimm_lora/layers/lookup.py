@@ -11,7 +11,7 @@ from tfimm_lora.layers.conv import Conv1DUpdate, ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.dense import DenseUpdate
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate
 from tfimm_lora.layers.embedding import EmbeddingUpdate
-from tfimm_lora.layers.frozen import frozen_class
+from tfimm_lora.layers.frozen import FrozenLayer, frozen_class
 from tfimm_lora.layers.signature import with_signature_of
 from tfimm_lora.layers.slot import KernelSlot
 
@@ -152,6 +152,11 @@ def adapt_layer(layer: Any, spec: LoRASpec) -> Any:
         raise ValueError(
             f"Layer '{layer.name}' is adapted already, with rank {layer.lora.rank}. Call "
             "remove_lora first to adapt it anew."
+        )
+    if isinstance(layer, FrozenLayer):
+        raise ValueError(
+            f"Layer '{layer.name}' is frozen, as part of a model that LoRA was put into. "
+            "Name it in lora_targets when you put LoRA in."
         )
     cls: Any = lora_class(type(layer))
     cls.check_support(layer, spec)
