@@ -31,16 +31,16 @@ HERE = Path(__file__).resolve().parent
 
 EPOCHS, QUICK_EPOCHS = 25, 2  # the same for the source and for every way of adapting
 BATCH = 32
-TRAIN_NOISE = 0.1  # fresh in every epoch; without it the few pictures are learnt by heart
+TRAIN_NOISE = 0.3  # fresh in every epoch; without it the few pictures are learnt by heart
 
 # Each way has the rate that suits it. LoRA takes a larger one than training everything.
 SOURCE_RATE = 3e-3
 CLASSIFIER_RATE = 5e-2
-LORA_RATE = 1e-2
+LORA_RATE = 1.4e-2
 EVERYTHING_RATE = 3e-3
 
 LORA = {
-    "lora_rank": 6,
+    "lora_rank": 8,
     # The default for ConvNeXt is the two layers of each MLP. Turned pictures also need
     # other filters, hence the convolutions as well.
     "lora_targets": ["stem/0", "conv_dw", "mlp/fc1", "mlp/fc2"],
@@ -63,7 +63,7 @@ def create_model() -> ConvNeXt:
             in_channels=1,
             input_size=(8, 8),
             patch_size=2,
-            embed_dim=(96,),
+            embed_dim=(128,),
             nb_blocks=(2,),
             drop_path_rate=0.0,
             init_scale=1.0,  # tfimm's 1e-6 is for networks of many blocks
