@@ -28,17 +28,23 @@ def canonical_path(path: str) -> str:
 def classifier_paths(model: Any) -> list[str]:
     """The paths of the classifier layers of a model, none where it has none.
 
-    A tfimm model names them in its config. In a functional model it is the dense layer
-    that gives an output, looking through layers without variables (an activation). In
-    any other it is the last layer with variables, if that is dense or called like a head.
+    A tfimm model names them in its config, or has none. In a functional model it is the
+    dense layer that gives an output, looking through layers without variables (an
+    activation). In any other it is the last layer with variables, if that is dense or
+    called like a head.
     """
     seam = _keras.of(model)
     layers = list(seam.walk(model))
-    if getattr(model, "cfg", None) is not None and hasattr(model.cfg, "classifier"):
+    cfg = getattr(model, "cfg", None)
+    if hasattr(cfg, "classifier") or _is_of_tfimm(cfg):
         names = classifier_names(model.cfg)
         return [p for p, _ in layers if p and canonical_path(p) in names]
     heads = _output_layers(seam, model)
     return [path for path, layer in layers if any(layer is head for head in heads)]
+
+
+def _is_of_tfimm(cfg: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] == "tfimm" for cls in type(cfg).__mro__)
 
 
 def _output_layers(seam: Any, model: Any) -> list[Any]:

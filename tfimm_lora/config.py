@@ -6,9 +6,9 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 #: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
 LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
@@ -17,6 +17,10 @@ LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
 TRAIN_BIAS = ("none", "lora_only", "all")
 
 Targets = str | Sequence[str] | None
+
+#: Targets by name. "default" is what ``lora_targets=None`` means; without it, everything
+#: in the table together. "all" is understood everywhere: every layer but the classifier.
+Presets = Mapping[str, Targets]
 
 
 @dataclass
@@ -35,9 +39,15 @@ class LoRAConfig:
             object. None (default) draws uniformly from +-1/sqrt(fan_in).
         lora_regularizer: Regularizer of A and of B. Default none.
         lora_targets: The layers to adapt: a list of names, each the end of a layer's
-            path; or a regular expression that matches a whole path; or None (default)
-            for the targets of the architecture, elsewhere for every supported layer but
-            the classifier.
+            path; or a preset, "attention", "mlp" or "all" (every supported layer but the
+            classifier); or a regular expression that matches a whole path; or None
+            (default) for the targets of the architecture, elsewhere the same as "all".
+        lora_qkv: The parts of attention's projections to adapt, letters of "qkv", for
+            example "qv". In a fused layer ("qkv", "kv") each of these parts gets factors
+            of its own; of separate layers ("q", "k", "v") only these are adapted. None
+            (default) adapts all of them, a fused kernel as one.
+        lora_train_modules: Names of layers that are trained whole, each the end of a
+            path; what is inside them is trained too. Default none.
         lora_train_bias: "none" (default), "lora_only" (biases of adapted layers) or
             "all" (every bias-like variable of the model).
         lora_train_classifier: Whether the classifier is trained whole. None (default)
@@ -61,8 +71,18 @@ class LoRAConfig:
     lora_initializer: Any = None
     lora_regularizer: Any = None
     lora_targets: Targets = None
+    lora_qkv: str | None = None
+    lora_train_modules: Sequence[str] = ()
     lora_train_bias: str = "none"
     lora_train_classifier: bool | None = None
+
+    #: What the names of presets mean. Here, for models of any class, by the words that
+    #: people use in the names of layers; architectures have tables of their own.
+    lora_presets: ClassVar[Presets] = {
+        "default": None,
+        "attention": r"(.*/)?[^/]*(attn|attention)[^/]*/.*",
+        "mlp": r"(.*/)?[^/]*(mlp|ffn|feed_?forward)[^/]*/.*",
+    }
 
     def __post_init__(self) -> None:
         check_rank(self.lora_rank)
@@ -70,6 +90,8 @@ class LoRAConfig:
         check_dropout(self.lora_dropout)
         check_train_bias(self.lora_train_bias)
         check_targets(self.lora_targets)
+        check_qkv(self.lora_qkv)
+        check_names(self.lora_train_modules, "lora_train_modules")
         if self.lora_train_classifier not in (None, True, False):
             raise TypeError(
                 f"Received lora_train_classifier={self.lora_train_classifier!r}; expected "
@@ -90,6 +112,15 @@ class LoRAConfig:
             "lora_initializer": self.lora_initializer,
             "lora_regularizer": self.lora_regularizer,
         }
+
+    @classmethod
+    def presets(cls) -> dict[str, Targets]:
+        """The targets that have a name: "default", "all" and those of the architecture."""
+        table = dict(cls.lora_presets)
+        if "default" not in table:
+            together = [name for names in table.values() for name in names or ()]
+            table["default"] = tuple(dict.fromkeys(together))
+        return {**table, "all": None}
 
 
 def scale(rank: int, alpha: float | None) -> float:
@@ -157,11 +188,31 @@ def check_train_bias(train_bias: Any) -> None:
 
 
 def check_targets(targets: Any) -> None:
-    """Raise unless ``targets`` is None, a regular expression or a list of names."""
+    """Raise unless ``targets`` is None, a preset or expression, or a list of names."""
     if targets is None or isinstance(targets, str):
         return
     if not isinstance(targets, Iterable) or not all(isinstance(t, str) for t in targets):
         raise TypeError(
-            f"Received lora_targets={targets!r}; expected a list of layer names, a regular "
-            "expression as a string, or None for the default."
+            f"Received lora_targets={targets!r}; expected a list of layer names, the name "
+            "of a preset or a regular expression as a string, or None for the default."
+        )
+
+
+def check_names(names: Any, field: str) -> None:
+    """Raise unless ``names`` is a list of strings."""
+    listed = isinstance(names, Iterable) and not isinstance(names, str)
+    if not listed or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"Received {field}={names!r}; expected a list of layer names.")
+
+
+def check_qkv(parts: Any) -> None:
+    """Raise unless ``parts`` is None or consists of different letters of "qkv"."""
+    if parts is None:
+        return
+    if not isinstance(parts, str):
+        raise TypeError(f'Received lora_qkv={parts!r}; expected letters of "qkv", or None.')
+    if not parts or set(parts) - set("qkv") or len(set(parts)) < len(parts):
+        raise ValueError(
+            f'Received lora_qkv={parts!r}; expected letters of "qkv", each at most once, '
+            'for example "qv".'
         )

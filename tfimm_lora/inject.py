@@ -8,14 +8,27 @@ from typing import Any
 
 from tfimm_lora import _keras
 from tfimm_lora.classifier import classifier_paths
-from tfimm_lora.config import LoRAConfig, Targets, check_keywords, lora_field_names
-from tfimm_lora.layers.base import LoRALayer, make_spec
+from tfimm_lora.config import (
+    LoRAConfig,
+    Presets,
+    Targets,
+    check_keywords,
+    lora_field_names,
+)
+from tfimm_lora.layers import parts
+from tfimm_lora.layers.base import LoRALayer, LoRASpec, make_spec
 from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, thaw_layer
 from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer, supported
 from tfimm_lora.merge import has_lora, lora_layers
-from tfimm_lora.registry import base_config, default_targets, lora_base_of
-from tfimm_lora.targets import check_expression, matches, no_match_error, unmatched
-from tfimm_lora.trainability import inside_paths
+from tfimm_lora.registry import base_config, default_targets, lora_base_of, presets
+from tfimm_lora.targets import (
+    check_expression,
+    matches,
+    no_match_error,
+    resolve,
+    unmatched,
+)
+from tfimm_lora.trainability import inside_paths, layers_under
 
 
 def inject_lora(model: Any, **lora_arguments: Any) -> Any:
@@ -30,10 +43,10 @@ def inject_lora(model: Any, **lora_arguments: Any) -> Any:
     Args:
         model: The model. It must be built.
         **lora_arguments: Fields of ``LoRAConfig``: lora_rank, lora_alpha, lora_dropout,
-            lora_initializer, lora_regularizer, lora_targets, lora_train_bias,
-            lora_train_classifier. ``lora_targets=None`` takes the architecture's targets
-            where the model's class is registered, else every supported layer but the
-            classifier.
+            lora_initializer, lora_regularizer, lora_targets, lora_qkv, lora_train_modules,
+            lora_train_bias, lora_train_classifier. ``lora_targets=None`` takes the
+            architecture's targets where the model's class is registered, else every
+            supported layer but the classifier.
 
     Returns:
         The same model.
@@ -74,7 +87,7 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
     _check_model(seam, model)
     layers = list(seam.walk(model))
     classifier = classifier_paths(model)
-    targets = _find_targets(layers, config.lora_targets, classifier)
+    targets = _find_targets(layers, config.lora_targets, classifier, presets(type(model)))
     if config.lora_train_classifier and not classifier:
         raise ValueError(
             f"Received lora_train_classifier=True for model '{model.name}', in which no "
@@ -82,15 +95,13 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
             "`trainable` of what you want to train after lora was put in."
         )
     trained = inside_paths(layers, classifier if config.lora_train_classifier else ())
+    trained |= layers_under(layers, config.lora_train_modules)
     targets = {path: layer for path, layer in targets.items() if id(layer) not in trained}
-    spec = make_spec(
-        seam,
-        {**config.layer_arguments(), "lora_train_bias": config.lora_train_bias != "none"},
-    )
-    _check_targets(targets, spec)
+    specs = _specs(seam, config, targets)
+    _check_targets(targets, specs)
     try:
-        for layer in targets.values():
-            adapt_layer(layer, spec)
+        for path, spec in specs.items():
+            adapt_layer(targets[path], spec)
         freeze_rest(model, config.lora_train_bias, trained, rebuilt_by_class)
     except BaseException:
         _take_out(model)
@@ -123,27 +134,60 @@ def _weights_exist(seam: Any, model: Any) -> bool:
 
 
 def _find_targets(
-    layers: Iterable[tuple[str, Any]], targets: Targets, classifier: list[str]
+    layers: Iterable[tuple[str, Any]],
+    targets: Targets,
+    classifier: list[str],
+    table: Presets,
 ) -> dict[str, Any]:
     """The layers to adapt by path. A name that means none of them is an error."""
-    check_expression(targets)
+    meant, is_preset = resolve(targets, table)
+    check_expression(meant)
     candidates = {path: layer for path, layer in layers if supported(layer)}
-    if targets is None:
-        rest = {p: x for p, x in candidates.items() if p not in classifier}
-        if not rest:
-            raise no_match_error(targets, candidates)
-        return rest
-    found = {p: x for p, x in candidates.items() if matches(p, targets)}
-    missing = unmatched(targets, list(candidates))
+    if meant is None:
+        found = {p: x for p, x in candidates.items() if p not in classifier}
+    else:
+        found = {p: x for p, x in candidates.items() if matches(p, meant)}
+    missing = [] if is_preset else unmatched(meant, list(candidates))
     if missing or not found:
-        raise no_match_error(missing or targets, candidates)
+        raise no_match_error(missing or targets, candidates, table)
     return found
 
 
-def _check_targets(targets: dict[str, Any], spec: Any) -> None:
+def _specs(seam: Any, config: LoRAConfig, targets: dict[str, Any]) -> dict[str, LoRASpec]:
+    """The settings of each layer to adapt; those without a part in ``lora_qkv`` are left
+    out."""
+    arguments = config.layer_arguments()
+    arguments["lora_train_bias"] = config.lora_train_bias != "none"
+    if config.lora_qkv is None:
+        return dict.fromkeys(targets, make_spec(seam, arguments))
+    layouts = {path: parts.layout_of(path) for path in targets}
+    if not any(layouts.values()):
+        raise ValueError(
+            f"Received lora_qkv={config.lora_qkv!r}, but none of the layers to adapt is "
+            f"called like a projection of attention ({', '.join(parts.LAYOUTS)}). Leave it "
+            f"out, or target such layers. To be adapted: {', '.join(list(targets)[:10])}."
+        )
+    specs = {}
+    for path, layout in layouts.items():
+        chosen = "".join(part for part in layout or "" if part in config.lora_qkv)
+        if layout is None or (len(layout) == 1 and chosen):
+            specs[path] = make_spec(seam, arguments)
+        elif chosen:
+            fused = {"lora_qkv": chosen, "lora_qkv_layout": layout}
+            specs[path] = make_spec(seam, {**arguments, **fused})
+    if not specs:
+        raise ValueError(
+            f"Received lora_qkv={config.lora_qkv!r}, of which the layers to adapt have no "
+            f"part: {', '.join(targets)}."
+        )
+    return specs
+
+
+def _check_targets(targets: dict[str, Any], specs: dict[str, LoRASpec]) -> None:
     """Raise one error for all layers that cannot be adapted."""
     problems = []
-    for path, layer in targets.items():
+    for path, spec in specs.items():
+        layer = targets[path]
         if not layer.built:
             problems.append(
                 f"layer '{path}' is not built, the model has never used it; call the model "

@@ -12,7 +12,7 @@ import functools
 import warnings
 from typing import Any
 
-from tfimm_lora.config import Targets
+from tfimm_lora.config import LoRAConfig, Targets
 
 _lora_classes: dict[type, type] = {}
 _base_classes: dict[type, type] = {}
@@ -119,6 +119,15 @@ def default_targets(model_cls: type) -> Targets:
         if field.name == "lora_targets":
             return None if field.default is dataclasses.MISSING else field.default
     return None
+
+
+def presets(model_cls: type) -> dict[str, Targets]:
+    """The targets that have a name in models of a class; see ``LoRAConfig.presets``."""
+    lora_cls = model_cls if model_cls in _base_classes else _lora_classes.get(model_cls)
+    cfg_cls = getattr(lora_cls, "cfg_class", None)
+    if isinstance(cfg_cls, type) and issubclass(cfg_cls, LoRAConfig):
+        return cfg_cls.presets()
+    return LoRAConfig.presets()
 
 
 def base_config(cfg: Any, base_cls: type) -> Any:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Any
 
-from tfimm_lora.config import Targets
+from tfimm_lora.config import Presets, Targets
 
 
 def matches(path: str, targets: str | Iterable[str]) -> bool:
@@ -56,6 +56,18 @@ def check_expression(targets: Targets) -> None:
             ) from error
 
 
+def resolve(targets: Targets, presets: Presets) -> tuple[Targets, bool]:
+    """Targets with the name of a preset replaced by what it means, and whether it was one.
+
+    A preset is for every model of an architecture: not each of its names need be in each.
+    """
+    if targets is None:
+        targets = "default"
+    if isinstance(targets, str) and targets in presets:
+        return presets[targets], True
+    return targets, False
+
+
 def unmatched(targets: Targets, paths: list[str]) -> list[str]:
     """Entries of a list of targets that mean no path at all."""
     if targets is None or isinstance(targets, str):
@@ -79,7 +91,7 @@ def nearest(names: Iterable[str], candidates: list[str], limit: int = 20) -> lis
     return sorted(candidates, key=distance)[:limit]
 
 
-def no_match_error(targets: Any, candidates: dict[str, Any]) -> ValueError:
+def no_match_error(targets: Any, candidates: dict[str, Any], presets: Presets) -> ValueError:
     """The error for targets that mean no layer, or none that can be adapted."""
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     paths = nearest(wanted, list(candidates))
@@ -89,7 +101,7 @@ def no_match_error(targets: Any, candidates: dict[str, Any]) -> ValueError:
     return ValueError(
         f"Received lora_targets={targets!r}, which matches no layer that can be adapted. "
         + (
-            f"Candidates, nearest first: {listed}{tail}."
+            f"Candidates, nearest first: {listed}{tail}. Presets: {', '.join(presets)}."
             if candidates
             else "The model has no layer of a supported type."
         )

@@ -18,6 +18,10 @@ class Found(NamedTuple):
     flags: dict[int, bool]
 
 
+#: The models around a layer, the innermost first: their path, and their name with "/".
+Models = tuple[tuple[str, str], ...]
+
+
 class KerasSeam:
     """What the package needs of a Keras, by names that mean the same in both."""
 
@@ -41,13 +45,18 @@ class KerasSeam:
         """Yield (path, layer) for the model (path "") and all inside, parents first.
 
         A path joins the names of the layers from the model's children down with "/". A
-        layer that is reached twice is yielded once, under the first path. Of two layers
+        layer whose name says where it is, from a model further up on (as tfimm names what
+        it puts into a Sequential: "resnet50/layer1/0/downsample/0"), is taken at its word.
+        A layer that is reached twice is yielded once, under the first path. Of two layers
         with one path the second gets "#2" at its end, so paths are unique.
         """
         seen: set[int] = set()
         counts: dict[str, int] = {}
 
-        def visit(path: str, layer: Any) -> Iterator[tuple[str, Any]]:
+        def join(path: str, name: str) -> str:
+            return f"{path}/{name}" if path else name
+
+        def visit(path: str, layer: Any, models: Models) -> Iterator[tuple[str, Any]]:
             if id(layer) in seen:
                 return
             seen.add(id(layer))
@@ -55,10 +64,13 @@ class KerasSeam:
             if counts[path] > 1:
                 path = f"{path}#{counts[path]}"
             yield path, layer
+            inside = ((path, f"{layer.name}/"), *models) if self.is_model(layer) else models
             for child in self.sublayers(layer):
-                yield from visit(f"{path}/{child.name}" if path else child.name, child)
+                named = [(p, n) for p, n in models if child.name.startswith(n)]
+                above, prefix = named[0] if named else (path, "")
+                yield from visit(join(above, child.name[len(prefix) :]), child, inside)
 
-        yield from visit("", model)
+        yield from visit("", model, ())
 
     def own_variables(self, layer: Any) -> list[Any]:
         """The variables that the layer itself created, not those of its sublayers."""

@@ -1,4 +1,4 @@
-"""ConvNeXt: LoRA in the two layers of every MLP.
+"""ConvNeXt: the two layers of every MLP, which are its 1x1 convolutions.
 
 Source: Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545.
 """
@@ -6,12 +6,13 @@ Source: Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from tfimm.architectures.convnext import ConvNeXt, ConvNeXtConfig
 from tfimm.models import keras_serializable
 
 from tfimm_lora.architectures.model import LoRAModel
-from tfimm_lora.config import LoRAConfig, Targets
+from tfimm_lora.config import LoRAConfig, Presets
 from tfimm_lora.registry import register_lora_architecture
 
 
@@ -19,7 +20,9 @@ from tfimm_lora.registry import register_lora_architecture
 class LoRAConvNeXtConfig(LoRAConfig, ConvNeXtConfig):
     """``ConvNeXtConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_targets: Targets = ("mlp/fc1", "mlp/fc2")
+    lora_presets: ClassVar[Presets] = {
+        "mlp": ("mlp/fc1", "mlp/fc2"),
+    }
 
 
 @keras_serializable

@@ -10,7 +10,7 @@ import numpy as np
 
 from tfimm_lora import _keras, config
 from tfimm_lora._keras.common import Found
-from tfimm_lora.layers import slot, update
+from tfimm_lora.layers import parts, slot, update
 
 
 @dataclass(frozen=True)
@@ -20,6 +20,8 @@ class LoRASpec:
     Attributes:
         rank, alpha, dropout, initializer, regularizer: as in ``LoRAConfig``.
         train_bias: whether the layer's own bias is trained.
+        qkv: the parts of a fused kernel that are adapted; None for the kernel as one.
+        qkv_layout: the parts that a fused kernel consists of.
         scale: alpha / rank.
     """
 
@@ -29,11 +31,15 @@ class LoRASpec:
     initializer: Any
     regularizer: Any
     train_bias: bool
+    qkv: str | None = None
+    qkv_layout: str = "qkv"
 
     def __post_init__(self) -> None:
         config.check_rank(self.rank)
         config.check_alpha(self.alpha)
         config.check_dropout(self.dropout)
+        config.check_qkv(self.qkv)
+        parts.check_layout(self.qkv, self.qkv_layout)
 
     @property
     def scale(self) -> float:
@@ -48,6 +54,8 @@ LAYER_ARGUMENTS: dict[str, Any] = {
     "lora_initializer": None,
     "lora_regularizer": None,
     "lora_train_bias": False,
+    "lora_qkv": None,
+    "lora_qkv_layout": "qkv",
 }
 
 
@@ -62,6 +70,8 @@ def make_spec(seam: Any, arguments: dict[str, Any]) -> LoRASpec:
         initializer=seam.keras.initializers.get(values["lora_initializer"]),
         regularizer=seam.keras.regularizers.get(values["lora_regularizer"]),
         train_bias=bool(values["lora_train_bias"]),
+        qkv=values["lora_qkv"],
+        qkv_layout=values["lora_qkv_layout"],
     )
 
 
@@ -92,6 +102,7 @@ class LoRALayer:
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(fan_in).
         lora_regularizer: Regularizer of A and of B. Default none.
         lora_train_bias: Whether the layer's bias is trained too. Default False.
+        lora_qkv, lora_qkv_layout: Of dense layers; see ``LoRADense``.
 
     Raises:
         ValueError, TypeError: for an argument out of range or of the wrong type.
@@ -194,6 +205,10 @@ class LoRALayer:
     def check_support(cls, layer: Any, spec: LoRASpec) -> None:
         """Raise a ValueError with the reason if ``layer`` cannot become one of this class."""
         reason = _keras.of(layer).refusal(layer)
+        if reason is None and spec.qkv:
+            reason = cls._parts_refusal(layer, spec)
+            if reason:
+                reason += "; pass lora_qkv=None"
         if reason is None and spec.dropout:
             reason = cls._dropout_refusal(layer)
             if reason:
@@ -210,6 +225,11 @@ class LoRALayer:
         if has_keras_call(cls):
             return None
         return "its class has a call of its own, in which lora_dropout has no place"
+
+    @classmethod
+    def _parts_refusal(cls, layer: Any, spec: LoRASpec) -> str | None:
+        """Why a layer's kernel is not one of fused parts, or None."""
+        return "only the kernel of a dense layer is taken apart by lora_qkv"
 
     def _probe_shape(self) -> tuple[int, ...] | None:
         """The shape of a smallest input, or None where a trial call is of no use."""
@@ -332,6 +352,8 @@ class LoRALayer:
             if spec.regularizer is not None
             else None,
             "lora_train_bias": spec.train_bias,
+            "lora_qkv": spec.qkv,
+            "lora_qkv_layout": spec.qkv_layout,
         }
 
     # -- merging ---------------------------------------------------------------------

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from tfimm_lora import _keras
-from tfimm_lora.layers.base import LoRALayer, has_keras_call
+from tfimm_lora.layers.base import LoRALayer, LoRASpec, has_keras_call
+from tfimm_lora.layers.parts import PartsOfMatrix
+from tfimm_lora.layers.update import Product
 
 
 class MatrixProduct:
@@ -52,6 +54,12 @@ class DenseUpdate(LoRALayer):
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(in).
         lora_regularizer: Regularizer of A and of B. Default none.
         lora_train_bias: Whether the bias is trained too. Default False.
+        lora_qkv: Of a fused projection of attention, whose kernel is made of n blocks of
+            columns of equal width, the parts to adapt, letters of "qkv", for example "qv".
+            Each has factors of its own, of rank lora_rank; they are kept stacked: with p
+            parts A: (in, p lora_rank), B: (p lora_rank, units / n). None (default) adapts
+            the kernel as one.
+        lora_qkv_layout: The parts of the kernel, in their order. Default "qkv".
 
     Raises:
         ValueError, TypeError: for an argument out of range or of the wrong type.
@@ -63,8 +71,14 @@ class DenseUpdate(LoRALayer):
         TensorShape([2, 10])
         >>> layer.lora.scale
         2.0
+        >>> fused = lora.LoRADense(3 * 8, lora_rank=4, lora_qkv="qv")
+        >>> fused(np.zeros((2, 8), "float32")).shape
+        TensorShape([2, 24])
+        >>> tuple(fused.kernel_lora_a.shape), tuple(fused.kernel_lora_b.shape)
+        ((8, 8), (8, 8))
 
-    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1; 4.2 for adapting some of
+    the projections of attention.
     """
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,10 +107,26 @@ class DenseUpdate(LoRALayer):
         self, kernel_shape: tuple[int, ...], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         inputs, units = kernel_shape
+        if self.lora.qkv:
+            rank *= len(self.lora.qkv)
+            units //= len(self.lora.qkv_layout)
         return (inputs, rank), (rank, units)
 
-    def _product(self, inputs: Any = None) -> MatrixProduct:
-        return MatrixProduct(_keras.of(self).ops)
+    @classmethod
+    def _parts_refusal(cls, layer: Any, spec: LoRASpec) -> str | None:
+        count = len(spec.qkv_layout)
+        if layer.units % count == 0:
+            return None
+        return (
+            f"its {layer.units} units are not {count} parts of equal width "
+            f"({', '.join(spec.qkv_layout)})"
+        )
+
+    def _product(self, inputs: Any = None) -> Product:
+        product = MatrixProduct(_keras.of(self).ops)
+        if not self.lora.qkv:
+            return product
+        return PartsOfMatrix(product, self.lora.qkv, self.lora.qkv_layout)
 
     def _probe_shape(self) -> tuple[int, ...]:
         return (1, self._kernel_variable.shape[0])
