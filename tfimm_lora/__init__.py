@@ -39,6 +39,7 @@ from tfimm_lora.trainability import (  # noqa: E402
 )
 from tfimm_lora.transfer import transfer_weights  # noqa: E402
 from tfimm_lora.version import __version__  # noqa: E402
+from tfimm_lora.weights import create_preprocessing, load_timm_weights  # noqa: E402
 
 merge_weights = merge_lora_weights
 
@@ -58,8 +59,10 @@ __all__ = [
     "convert_to_lora_model",
     "convert_to_regular_model",
     "create_model",
+    "create_preprocessing",
     "inject_lora",
     "list_models",
+    "load_timm_weights",
     "lora_architecture",
     "lora_base_architecture",
     "lora_class",

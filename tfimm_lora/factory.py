@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 from typing import Any
 
@@ -16,6 +15,9 @@ from tfimm_lora.convert import (
 from tfimm_lora.merge import has_lora
 from tfimm_lora.registry import lora_architecture, lora_version_of
 from tfimm_lora.transfer import transfer_weights
+from tfimm_lora.weights.pretrained import create_from_file, create_pretrained
+from tfimm_lora.weights.source import is_checkpoint
+from tfimm_lora.zoo import import_tfimm, require_known
 
 
 def create_model(
@@ -25,10 +27,14 @@ def create_model(
 
     Args:
         model_name: A name from ``list_models()``, for example "convnext_tiny".
-        pretrained: Whether to load pretrained weights, as ``tfimm.create_model`` does.
+        pretrained: Whether to load the weights that the name stands for: from tfimm's own
+            cache, else from the hub by ``load_timm_weights``, without torch (see
+            docs/weights.md). Mean, std, crop and interpolation of the config are then the
+            checkpoint's.
         model_path: A saved model (SavedModel or .keras) to take the weights from; it takes
             precedence over ``pretrained``. If that is a LoRA model, its factors are taken
-            over too and its config is the starting point.
+            over too and its config is the starting point. Or a checkpoint of timm in a
+            safetensors file, or a folder with one, for the model with these arguments.
         **kwargs: lora_* arguments go into the LoRA config (see ``LoRAConfig``), all others
             to ``tfimm.create_model`` (nb_classes, in_channels, input_size, ...).
             ``lora_train_classifier=None`` (default) trains the classifier where it is new:
@@ -38,10 +44,11 @@ def create_model(
         A built model of the registered LoRA class, for example ``LoRAConvNeXt``.
 
     Raises:
-        ImportError: if tfimm is not installed.
+        ImportError: if tfimm, or what reads the weights, is not installed.
         RuntimeError: if this process runs Keras 3, which tfimm cannot use.
-        ValueError: for an unknown model name (the nearest are named) or an argument out
-            of range.
+        ValueError: for an unknown model name (the nearest are named), an argument out of
+            range, or ``pretrained`` for a name without weights (the reason is given).
+        FileNotFoundError, PermissionError, ConnectionError: as ``load_timm_weights``.
         TypeError: for an unknown argument (the nearest is named).
 
     Example:
@@ -50,14 +57,8 @@ def create_model(
         >>> type(model).__name__
         'LoRAConvNeXt'
     """
-    tfimm = _import_tfimm()
-    if not tfimm.models.is_model(model_name):
-        near = difflib.get_close_matches(model_name, tfimm.list_models(), n=5)
-        raise ValueError(
-            f"Received model_name={model_name!r}, which tfimm does not know. "
-            + (f"Nearest: {', '.join(near)}. " if near else "")
-            + "See list_models()."
-        )
+    tfimm = import_tfimm()
+    require_known(tfimm, model_name)
     lora_cls = lora_architecture(tfimm.models.model_class(model_name))
     lora_kwargs = {k: v for k, v in kwargs.items() if k.startswith("lora_")}
     other_kwargs = {k: v for k, v in kwargs.items() if k not in lora_kwargs}
@@ -65,11 +66,17 @@ def create_model(
     # tfimm ignores an unknown field with a line in the log; a typo must not pass. This
     # also checks the values of the LoRA config before any weight is created.
     _check_arguments(named_cfg, lora_cls, kwargs)
-    if model_path:
+    if model_path and is_checkpoint(model_path):
+        base = create_from_file(tfimm, model_name, model_path, **other_kwargs)
+    elif model_path:
         loaded = _load(model_path)
         if has_lora(loaded):
             return _adapt_loaded(loaded, type(loaded), kwargs)
-    base = tfimm.create_model(model_name, pretrained, model_path, **other_kwargs)
+        base = tfimm.create_model(model_name, False, model_path, **other_kwargs)
+    elif pretrained:
+        base = create_pretrained(tfimm, model_name, **other_kwargs)
+    else:
+        base = tfimm.create_model(model_name, **other_kwargs)
     if lora_kwargs.get("lora_train_classifier") is None:
         lora_kwargs["lora_train_classifier"] = has_new_classifier(base.cfg, named_cfg)
     return convert_to_lora_model(base, **lora_kwargs)
@@ -92,28 +99,11 @@ def list_models(pattern: str = "") -> list[str]:
         >>> "convnext_tiny" in lora.list_models("convnext_t*")
         True
     """
-    tfimm = _import_tfimm()
+    tfimm = import_tfimm()
     names = tfimm.list_models()
     if pattern:
         names = fnmatch.filter(names, pattern)
     return [n for n in names if lora_version_of(tfimm.models.model_class(n)) is not None]
-
-
-def _import_tfimm() -> Any:
-    if not _keras.installed("tfimm"):
-        raise ImportError(
-            "This function needs tfimm, which is not installed. Install it with: pip "
-            "install --no-deps --ignore-requires-python tfimm==0.2.14 && pip install "
-            "tf-keras markdown"
-        )
-    if not _keras.uses_legacy_keras():
-        raise RuntimeError(
-            "tfimm works on legacy Keras only: set the environment variable "
-            "TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
-        )
-    import tfimm
-
-    return tfimm
 
 
 def _check_arguments(named_cfg: Any, lora_cls: type, kwargs: dict[str, Any]) -> None:
