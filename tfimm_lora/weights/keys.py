@@ -71,9 +71,19 @@ def wanted_variables(model: Any) -> Iterator[Wanted]:
             leaf = seam.variable_name(variable)
             if isinstance(layer, LoRALayer) and leaf in LORA_WEIGHT_NAMES:
                 continue
-            name = f"{path}/{leaf}" if path else leaf
+            name = f"{path}/{_scoped(path, variable, leaf)}" if path else leaf
             if not any(re.search(pattern, name) for pattern in IGNORED_IN_MODEL):
                 yield Wanted(name, layer, variable)
+
+
+def _scoped(path: str, variable: Any, leaf: str) -> str:
+    """A variable's name below its layer, with the scopes in which the layer made it.
+
+    The embeddings of SAM's prompts are variables of one layer, all called "weight".
+    """
+    full = "/" + variable.name.partition(":")[0]
+    rest = full.partition(f"/{path}/")[2]
+    return rest if rest.endswith(f"/{leaf}") else leaf
 
 
 def is_ignored_in_checkpoint(key: str) -> bool:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tfimm_lora import _keras
 from tfimm_lora.classifier import classifier_paths
-from tfimm_lora.merge import lora_layers
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.weights.keys import (
     Wanted,
     expected_shape,
@@ -109,7 +109,11 @@ def _check_model(model: Any) -> None:
             f"Received model '{model.name}', which has no weights yet. Call it on an input "
             "first: model(model.dummy_inputs)."
         )
-    merged = [path for path, layer in lora_layers(model).items() if layer.merged]
+    merged = [
+        path
+        for path, layer in _keras.of(model).walk(model)
+        if isinstance(layer, LoRALayer) and layer.merged
+    ]
     if merged:
         raise ValueError(
             f"Received model '{model.name}', whose LoRA layers are merged ({merged[0]}, ...): "
