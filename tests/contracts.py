@@ -24,9 +24,9 @@ def gives_reference_output(case):
 
 def starts_as_its_base(case):
     x = case.inputs()
-    base = case.base(name="layer", **case.args)
+    base = case.make_base()
     before = run(base, x)
-    lora.convert_to_lora_layer(base, lora_rank=case.rank)
+    lora.convert_to_lora_layer(base, **case.lora_args)
     assert isinstance(base, case.cls)
     np.testing.assert_array_equal(array(base.kernel_lora_b), 0)
     assert np.ptp(array(base.kernel_lora_a)) > 0
@@ -169,7 +169,7 @@ def trains_its_bias_on_request(case):
 
 def adds_up_to_two_weights_and_gives_them_back(case):
     """Converting a live layer and back leaves the very variables and the class."""
-    layer, x = case.base(name="layer", **case.args), case.inputs()
+    layer, x = case.make_base(), case.inputs()
     before = run(layer, x)
     variables, trainable = list(layer.weights), ids(layer.trainable_weights)
     lora.convert_to_lora_layer(layer, lora_rank=2, lora_regularizer="l2")
@@ -193,7 +193,7 @@ def model_around(case, layer):
 
 def can_be_converted_before_it_is_built(case):
     layer = lora.convert_to_lora_layer(
-        case.base(name="layer", **case.args), lora_rank=case.rank, lora_alpha=case.alpha
+        case.make_base(), lora_alpha=case.alpha, **case.lora_args
     )
     x = case.inputs()
     run(layer, x)

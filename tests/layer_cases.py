@@ -28,6 +28,17 @@ class Case:
     alpha: float = 3.0
     activation: Callable[[np.ndarray], np.ndarray] = field(default=lambda y: y)
 
+    def make_base(self):
+        """The layer without LoRA."""
+        own = {k: v for k, v in self.args.items() if not k.startswith("lora_")}
+        return self.base(name="layer", **own)
+
+    @property
+    def lora_args(self):
+        """What makes a LoRA layer of it, but for alpha."""
+        own = {k: v for k, v in self.args.items() if k.startswith("lora_")}
+        return {"lora_rank": self.rank, **own}
+
     def make(self, **kwargs):
         """The LoRA layer, built, with non-zero A and B."""
         merged = {"lora_rank": self.rank, "lora_alpha": self.alpha, **self.args, **kwargs}
@@ -98,6 +109,25 @@ CASES = [
         (2, 2, 3, 4),
         reference.dense,
         reference.dense_update,
+    ),
+    Case(
+        "dense_parts_of_qkv",
+        lora.LoRADense,
+        _layers.Dense,
+        dict(units=12, lora_qkv="qv"),
+        (2, 3, 4),
+        reference.dense,
+        lambda a, b: reference.parts_update(a, b, [0, 2], 3),
+    ),
+    Case(
+        "dense_part_of_kv_rows",
+        lora.LoRADense,
+        _layers.Dense,
+        dict(units=6, lora_qkv="v", lora_qkv_layout="kv", activation="tanh"),
+        (5, 4),
+        reference.dense,
+        lambda a, b: reference.parts_update(a, b, [1], 2),
+        activation=np.tanh,
     ),
     Case(
         "conv2d_valid",

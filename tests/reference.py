@@ -11,6 +11,16 @@ def dense_update(a, b):
     return np.einsum("ir,ro->io", a, b)
 
 
+def parts_update(a, b, chosen, parts):
+    """Each chosen part's own A B in its columns, zero in the others."""
+    rank, width = a.shape[1] // len(chosen), b.shape[1]
+    update = np.zeros((a.shape[0], parts * width))
+    for place, part in enumerate(chosen):
+        own = slice(place * rank, (place + 1) * rank)
+        update[:, part * width : (part + 1) * width] = a[:, own] @ b[own]
+    return update
+
+
 def conv_update(a, b):
     return np.einsum("...ir,ro->...io", a, b)
 

@@ -238,3 +238,81 @@ def test_layers_with_keras_own_lora_or_quantised_are_refused():
     model.get_layer("hidden").quantize("int8")
     with pytest.raises(ValueError, match="quantised"):
         lora.inject_lora(model)
+
+
+def test_presets_go_by_the_words_in_paths():
+    model = lora.inject_lora(tiny_models.subclassed(), lora_targets="attention")
+    kinds = {path.rpartition("/")[2] for path in adapted_paths(model)}
+    assert kinds == {"query", "key", "value", "attention_output"}
+    everything = lora.inject_lora(tiny_models.functional(), lora_targets="all")
+    assert adapted_paths(everything) == ["dw", "hidden", "pw", "stem"]
+    with pytest.raises(
+        ValueError, match=r"'mlp'.*nearest.*Presets: default, attention, mlp, all"
+    ):
+        lora.inject_lora(tiny_models.functional(), lora_targets="mlp")
+
+
+def test_query_and_value_alone():
+    model = lora.inject_lora(tiny_models.subclassed(), lora_targets="attention", lora_qkv="qv")
+    kinds = {path.rpartition("/")[2] for path in adapted_paths(model)}
+    assert kinds == {"query", "value", "attention_output"}
+
+
+def fused():
+    entry = keras.Input((4, 6))
+    x = keras.layers.Dense(9, name="qkv")(entry)
+    return keras.Model(entry, keras.layers.Dense(2, name="out")(x))
+
+
+def test_a_fused_layer_of_ones_own_goes_by_its_name():
+    model, x = fused(), normal(2, 4, 6)
+    before = run(model, x)
+    lora.inject_lora(model, lora_rank=2, lora_qkv="v")
+    layer = model.get_layer("qkv")
+    assert tuple(layer.kernel_lora_a.shape) == (6, 2)
+    assert tuple(layer.kernel_lora_b.shape) == (2, 3)
+    assert layer.get_config()["lora_qkv"] == "v"
+    np.testing.assert_allclose(run(model, x), before, atol=1e-6)
+    lora.remove_lora(model)
+    assert type(model.get_layer("qkv")) is keras.layers.Dense
+
+
+@pytest.mark.parametrize(
+    "arguments, kind, words",
+    [
+        (dict(lora_qkv="x"), ValueError, "lora_qkv='x'.*letters of"),
+        (dict(lora_qkv="qq"), ValueError, "lora_qkv='qq'"),
+        (dict(lora_qkv=["q"]), TypeError, r"lora_qkv=\['q'\]"),
+        (dict(lora_qkv="q", lora_targets=["out"]), ValueError, "none of the layers.*out"),
+        (dict(lora_train_modules="out"), TypeError, "lora_train_modules='out'.*list"),
+        (dict(lora_train_modules=["ot"]), ValueError, r"\['ot'\].*nearest first: out"),
+    ],
+)
+def test_wrong_parts_and_modules_leave_the_model_alone(arguments, kind, words):
+    model = fused()
+    with pytest.raises(kind, match=words):
+        lora.inject_lora(model, **arguments)
+    assert {type(x) for x in model.layers[1:]} == {keras.layers.Dense}
+
+
+def test_parts_of_what_is_not_fused_are_refused():
+    with pytest.raises(ValueError, match="10 units are not 3 parts.*lora_qkv=None"):
+        lora.LoRADense(10, lora_qkv="q")
+    with pytest.raises(ValueError, match="lora_qkv='q' for a kernel with the parts 'kv'"):
+        lora.LoRADense(10, lora_qkv="q", lora_qkv_layout="kv")
+    with pytest.raises(ValueError, match="lora_qkv_layout='q'.*at least two"):
+        lora.LoRADense(10, lora_qkv="q", lora_qkv_layout="q")
+    with pytest.raises(ValueError, match="only the kernel of a dense layer"):
+        lora.LoRAConv2D(9, 3, lora_qkv="q")
+
+
+def test_modules_named_are_trained_whole_and_not_adapted():
+    model = lora.inject_lora(tiny_models.subclassed(), lora_train_modules=["block1", "bn"])
+    names = lora.lora_trainable_weights(model, trainable_layers=["block1", "bn"])
+    assert {id(v) for v in model.trainable_weights} == {id(v) for v in names}
+    assert all(path.startswith("block0") for path in adapted_paths(model))
+    assert not any(isinstance(x, lora.LoRALayer) for x in model.blocks[1]._flatten_layers())
+    assert id(model.norm.gamma) in {id(v) for v in model.trainable_weights}
+    assert id(model.norm.moving_mean) not in {id(v) for v in model.trainable_weights}
+    lora.remove_lora(model)
+    assert len(model.trainable_weights) == len(tiny_models.subclassed().trainable_weights)

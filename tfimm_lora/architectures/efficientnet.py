@@ -24,7 +24,7 @@ class LoRAEfficientNetConfig(LoRAConfig, EfficientNetConfig):
     """``EfficientNetConfig`` with the fields of ``LoRAConfig``."""
 
     lora_presets: ClassVar[Presets] = {
-        "default": ("conv_exp", "conv_pw", "conv_pwl", "conv_head"),
+        "default": ("conv", "conv_exp", "conv_pw", "conv_pwl", "conv_head"),
     }
 
 
