@@ -1,7 +1,7 @@
 """Files of a hub repository: huggingface_hub's client, checked content, clear errors.
 
 The client downloads to a temporary name and moves the whole file into its cache, resumes
-after a cut connection, and honours HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. What
+after a cut within one call, and honours HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. What
 it does not do over plain HTTP is to check the content, which is done here.
 """
 
@@ -116,8 +116,7 @@ class Repository(NamedTuple):
             )
         return ConnectionError(
             f"{self}: {filename} could not be downloaded whole ({_first_line(error)}). "
-            "Nothing was put into the cache. Try again; what arrived is not lost where the "
-            "hub can resume."
+            "Nothing was put into the cache. Check the connection and try again."
         )
 
     def _check_content(self, path: Path) -> None:
