@@ -1,0 +1,269 @@
+"""``Adapter``: what a LoRA fine-tuning learned, as a value of its own.
+
+Arrays are kept in torch's order of axes and layers go by the module paths of timm, because
+adapter files do so; ``paths.py`` knows how a model's layers are named and turned.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
+
+import numpy as np
+
+#: The kinds of layers whose update PEFT has too; see ``LayerUpdate.kind``.
+PEFT_KINDS = ("linear", "conv", "embedding")
+
+#: Kinds that exist only here, each with the reason that error messages give.
+OWN_KINDS = {
+    "grouped": "PEFT's A is not grouped",
+    "depthwise": "PEFT's A is not grouped",
+    "standardised": "PEFT standardises its factors too, which cannot be merged",
+    "batched": "PEFT has no layer with a kernel for each position",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUpdate:
+    """The update of one layer's weight: dW = scale * B A.
+
+    Attributes:
+        a: A, (rank, in) or (rank, in, *kernel_size).
+        b: B, (out, rank) or (out, rank, 1, ...).
+        scale: lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA.
+        kind: "linear", "conv" or "embedding" as in PEFT; "grouped", "depthwise",
+            "standardised" or "batched" (an einsum with an axis in all its terms) here.
+        qkv: Where parts of a fused projection were adapted each by themselves, these parts
+            and the layout, for example ("qv", "qkv"): B is then zero outside their blocks.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float = 1.0
+    kind: str = "linear"
+    qkv: tuple[str, str] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("a", "b"):
+            value = np.array(getattr(self, name))
+            value.setflags(write=False)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "scale", float(self.scale))
+        if self.kind not in PEFT_KINDS and self.kind not in OWN_KINDS:
+            raise ValueError(
+                f"Received kind={self.kind!r}; expected one of "
+                f"{', '.join((*PEFT_KINDS, *OWN_KINDS))}."
+            )
+        if self.a.ndim < 2 or self.b.ndim < 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(
+                f"Received A of shape {self.a.shape} and B of shape {self.b.shape}; expected "
+                "(rank, in, ...) and (out, rank, ...)."
+            )
+
+    @property
+    def rank(self) -> int:
+        """The rank of the update."""
+        return int(self.a.shape[0])
+
+    @property
+    def alpha(self) -> float:
+        """lora_alpha, with which scale = alpha / rank."""
+        return self.scale * self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of dW, (out, in, ...)."""
+        return (self.b.shape[0], *self.a.shape[1:])
+
+    def matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        """A as (rank, all else) and B as (out, rank), in float64."""
+        a = self.a.reshape(self.rank, -1).astype("float64")
+        return a, self.b.reshape(self.b.shape[0], self.rank).astype("float64")
+
+    def delta(self) -> np.ndarray:
+        """scale * B A in float64, in the shape of the weight: (out, in, ...)."""
+        a, b = self.matrices()
+        return (self.scale * (b @ a)).reshape(self.shape)
+
+    def singular_values(self) -> np.ndarray:
+        """Those of dW as a matrix (out, all else), largest first; at most ``rank`` many."""
+        a, b = self.matrices()
+        # Of the small product in the middle of Q_b (R_b R_a^T) Q_a^T.
+        middle = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
+        return abs(self.scale) * np.linalg.svd(middle, compute_uv=False)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerUpdate):
+            return NotImplemented
+        mine, theirs = ((x.scale, x.kind, x.qkv) for x in (self, other))
+        return mine == theirs and _same(self.a, other.a) and _same(self.b, other.b)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+@dataclass(frozen=True, eq=False)
+class Adapter:
+    """A LoRA fine-tuning as an immutable value: factors by layer, and what goes with them.
+
+    Make one with ``Adapter.load`` or ``adapter_of``; put it into a model with
+    ``load_adapter``.
+
+    Attributes:
+        layers: Module path -> ``LayerUpdate``. Module paths are timm's for tfimm models
+            ("blocks.0.attn.qkv"), and for others the path of the layer with dots.
+        weights: Key -> value of weights that were trained whole, in torch's names and order
+            of axes: "head.weight", "blocks.0.norm1.bias".
+        modules: The modules trained whole (PEFT's modules_to_save), for example ("head",).
+            Weights outside of them are biases.
+        base_model: The model that it was trained on: a hub id or a tfimm name; may be "".
+        bias: Which biases were trained: "none", "lora_only" or "all".
+        dropout: lora_dropout of the training.
+
+    Two adapters are equal if all of this is, bit for bit.
+
+    Example:
+        >>> import numpy as np, tfimm_lora as lora
+        >>> update = lora.LayerUpdate(np.ones((2, 8)), np.ones((4, 2)), scale=0.5)
+        >>> adapter = lora.Adapter({"fc": update})
+        >>> adapter.layers["fc"].delta().shape
+        (4, 8)
+
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    """
+
+    layers: Mapping[str, LayerUpdate]
+    weights: Mapping[str, np.ndarray] = field(default_factory=dict)
+    modules: tuple[str, ...] = ()
+    base_model: str = ""
+    bias: str = "none"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        frozen = {}
+        for key, value in self.weights.items():
+            frozen[key] = np.array(value)
+            frozen[key].setflags(write=False)
+        object.__setattr__(self, "layers", MappingProxyType(dict(self.layers)))
+        object.__setattr__(self, "weights", MappingProxyType(frozen))
+        object.__setattr__(self, "modules", tuple(self.modules))
+        if not self.layers:
+            raise ValueError("Received an adapter without layers; expected at least one.")
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], **hub_options: Any) -> Adapter:
+        """Read an adapter from a folder, or from the hub.
+
+        Args:
+            path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as
+                ``save`` and PEFT write them; or "hf://user/repo" for one on the hub.
+            **hub_options: For the hub: revision, cache_dir, token.
+
+        Raises:
+            FileNotFoundError: if there is no such folder, file or repository.
+            ValueError: if a file is damaged, or needs what is not supported; the message
+                names it. Nothing is ever unpickled.
+            ImportError: if safetensors or huggingface_hub is needed and not installed.
+        """
+        from tfimm_lora.adapters import files, hub
+
+        if hub.is_hub_address(path):
+            return files.read(hub.download(os.fspath(path), **hub_options))
+        if hub_options:
+            raise TypeError(
+                f"Received {', '.join(hub_options)} with path={os.fspath(path)!r}; expected "
+                "them only with a path on the hub, 'hf://user/repo'."
+            )
+        return files.read(path)
+
+    def save(self, path: str | os.PathLike[str], format: str | None = None) -> None:
+        """Write the adapter to a folder, as PEFT does, with a model card.
+
+        Each file is replaced whole: if the process is killed at any moment, the old adapter
+        or the new one is there.
+
+        Args:
+            path: The folder; created if missing.
+            format: None (default) writes PEFT's format, or where it cannot express a layer
+                (a standardised, grouped or depthwise convolution) an extension of it that
+                PEFT refuses and ``Adapter.load`` reads. "peft" never writes the extension.
+
+        Raises:
+            ValueError: with format="peft", naming the layers that PEFT cannot express and
+                why. Nothing is written.
+        """
+        from tfimm_lora.adapters import files
+
+        files.write(self, path, format)
+
+    def summary(self, model: Any = None) -> str:
+        """A table of the layers: rank, scale, size and norm of the update.
+
+        Args:
+            model: The model that the adapter is of. If given, the table also has the norm of
+                each update relative to that of the layer's frozen weight.
+
+        Returns:
+            Text. Its columns: the layer's module path; rank; scale; Frobenius norm of dW;
+            that norm over the weight's; effective rank, the exponential of the entropy of
+            the normalised singular values (Roy and Vetterli, "The effective rank", 2007);
+            parameters. The last line sums up.
+        """
+        from tfimm_lora.adapters import table
+
+        return table.summary(self, model)
+
+    @property
+    def size(self) -> int:
+        """The bytes of all its arrays."""
+        return sum(array.nbytes for array in self._arrays())
+
+    def _arrays(self) -> list[np.ndarray]:
+        factors = [array for x in self.layers.values() for array in (x.a, x.b)]
+        return factors + list(self.weights.values())
+
+    def not_in_peft(self) -> dict[str, str]:
+        """The layers that PEFT cannot express, with the reason."""
+        return {
+            path: OWN_KINDS[update.kind]
+            for path, update in self.layers.items()
+            if update.kind in OWN_KINDS
+        }
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Adapter):
+            return NotImplemented
+        mine, theirs = (
+            (dict(x.layers), x.modules, x.base_model, x.bias, x.dropout, set(x.weights))
+            for x in (self, other)
+        )
+        return mine == theirs and all(
+            _same(value, other.weights[key]) for key, value in self.weights.items()
+        )
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __repr__(self) -> str:
+        ranks = sorted({update.rank for update in self.layers.values()})
+        more = f", {len(self.weights)} weights trained whole" if self.weights else ""
+        return (
+            f"Adapter({len(self.layers)} layers of rank {', '.join(map(str, ranks))}{more}, "
+            f"base_model={self.base_model!r})"
+        )
+
+
+def effective_rank(singular_values: np.ndarray) -> float:
+    """exp(-sum p log p) of p, the singular values over their sum; 0 for no update."""
+    total = singular_values.sum()
+    if not total:
+        return 0.0
+    share = singular_values / total
+    share = share[share > 0]
+    return math.exp(-float((share * np.log(share)).sum()))
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other)
