@@ -9,7 +9,7 @@ HUB     = $(VENV)/.made-hub
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-legacy test-keras3 test-backends benchmark quality clean
+.PHONY: help demo test test-legacy test-keras3 test-backends test-interop benchmark quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -28,6 +28,9 @@ test-keras3: $(HUB)  ## Run the tests on Keras 3
 test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on Keras 3's JAX and torch
 	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=jax $(PY) -m pytest -m backends
 	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=torch $(PY) -m pytest -m backends
+
+test-interop: $(VENV)/.made-interop  ## Compare with real timm on torch (CPU): weights, names, preprocessing
+	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 tests/interop
 
 benchmark: $(STAMP)  ## Measure training steps and forward passes against the plain model
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/step_time.py
@@ -61,4 +64,12 @@ $(VENV)/.made-quality: $(STAMP)
 
 $(VENV)/.made-backends: $(STAMP)
 	$(PIP) install --quiet jax "torch==2.13.0"
+	touch $@
+
+# torchvision, which timm imports, comes without its dependencies: the registry's is built
+# for CUDA and asks for it.
+$(VENV)/.made-interop: $(STAMP)
+	$(PIP) install --quiet "torch==2.13.0" pillow pyyaml
+	$(PIP) install --quiet --no-deps "torchvision==0.28.0"
+	$(PIP) install --quiet "timm==1.0.31"
 	touch $@
