@@ -27,7 +27,9 @@ import tensorflow as tf
 import tfimm
 from safetensors.numpy import load_file, save_file
 
+from tests.tiny_architectures import ARCHITECTURES
 from tfimm_lora.weights import names, pretrained
+from tfimm_lora.weights.keys import wanted_variables
 from tfimm_lora.weights.layouts import LAYOUTS, find_layout
 
 FOLDER = Path(golden.__file__).parent
@@ -161,6 +163,15 @@ def test_new_names_become_the_old_ones(name):
     assert renamed.keys() == old.keys()
     for key, value in old.items():
         np.testing.assert_array_equal(renamed[key], value)
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_variable_of_every_family_has_a_key_of_its_own(name):
+    """The embeddings of SAM's prompts are variables of one layer, all called "weight"."""
+    wanted = list(wanted_variables(ARCHITECTURES[name].make()))
+    keys = [w.keys[0] for w in wanted]
+    assert len(set(keys)) == len(keys)
+    assert not any("___" in key or "remove" in key or "/" in key for key in keys)
 
 
 def test_lora_model_takes_the_weights_and_keeps_its_factors():
