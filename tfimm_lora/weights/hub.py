@@ -11,7 +11,7 @@ import hashlib
 import os
 import re
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 
 class Repository(NamedTuple):
@@ -34,6 +34,9 @@ class Repository(NamedTuple):
         """
         from huggingface_hub import errors, hf_hub_download
 
+        # The first are the classes of whichever HTTP library this version of it uses.
+        http: Any = errors.HfHubHTTPError.__bases__
+        failures = (*http, OSError, ValueError, errors.EntryNotFoundError)
         try:
             path = hf_hub_download(
                 self.identifier,
@@ -42,14 +45,14 @@ class Repository(NamedTuple):
                 cache_dir=self.cache_dir,
                 library_name="tfimm_lora",
             )
-        except (OSError, ValueError, errors.HTTPError, errors.EntryNotFoundError) as error:
+        except failures as error:
             raise self._translated(error, filename) from error
         self._check_content(Path(path))
         return Path(path)
 
     def download_optional(self, filename: str) -> Path | None:
         """``download``, or None where the repository has no such file."""
-        from huggingface_hub import errors, is_offline_mode
+        from huggingface_hub import errors
 
         try:
             return self.download(filename)
@@ -57,7 +60,7 @@ class Repository(NamedTuple):
             cause = error.__cause__
             # Offline nobody can tell a file that is not cached from one that is not there.
             if isinstance(cause, errors.LocalEntryNotFoundError):
-                absent = is_offline_mode()
+                absent = _offline()
             else:
                 absent = isinstance(cause, errors.EntryNotFoundError)
             if not absent:
@@ -66,9 +69,7 @@ class Repository(NamedTuple):
 
     def not_found(self, what: str) -> FileNotFoundError:
         """The error for a repository without the files that are needed."""
-        from huggingface_hub import is_offline_mode
-
-        if is_offline_mode():
+        if _offline():
             return FileNotFoundError(
                 f"{self} is not in the cache ({what}), and HF_HUB_OFFLINE is set. Download "
                 "it once with HF_HUB_OFFLINE=0, or name a local file."
@@ -83,7 +84,7 @@ class Repository(NamedTuple):
 
     def _translated(self, error: Exception, filename: str) -> Exception:
         """An error of the client as a short one of Python's own classes."""
-        from huggingface_hub import errors, is_offline_mode
+        from huggingface_hub import errors
 
         if isinstance(error, errors.GatedRepoError):
             return PermissionError(
@@ -97,7 +98,7 @@ class Repository(NamedTuple):
             )
         if isinstance(error, errors.RevisionNotFoundError):
             return FileNotFoundError(f"{self} has no such revision. Check its name.")
-        if is_offline_mode() and isinstance(
+        if _offline() and isinstance(
             error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)
         ):
             return self.not_found(f"no {filename}")
@@ -152,6 +153,12 @@ def _digest(path: Path, announced: str) -> str | None:
         while block := file.read(1 << 20):
             digest.update(block)
     return digest.hexdigest()
+
+
+def _offline() -> bool:
+    from huggingface_hub import constants
+
+    return constants.HF_HUB_OFFLINE
 
 
 def _first_line(error: BaseException) -> str:
