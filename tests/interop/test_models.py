@@ -1,5 +1,6 @@
 """Checkpoints that real timm wrote give the same logits in tfimm, for every family."""
 
+import functools
 import importlib.util
 import sys
 from pathlib import Path
@@ -123,6 +124,7 @@ def test_names_with_torch_files_only_go_tfimms_own_way(tmp_path, monkeypatch):
     timm_models.assert_agree(run(model, x), timm_models.run(theirs, x))
 
 
+@functools.cache
 def authors_module(name):
     """A module of tfimm.architectures.timm alone: the package as a whole overwrites what
     timm has registered for PVTv2 and PoolFormer."""
