@@ -32,6 +32,7 @@ ORDER = [
     "architectures",
     "zoo",
     "weights",
+    "adapters",
     "factory",
 ]
 

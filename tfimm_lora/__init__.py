@@ -9,6 +9,11 @@ from tfimm_lora import _keras
 
 _keras.prefer_legacy_for_tfimm()
 
+from tfimm_lora.adapters.activation import disable_adapter, set_adapter_scale  # noqa: E402
+from tfimm_lora.adapters.adapter import Adapter, LayerUpdate  # noqa: E402
+from tfimm_lora.adapters.extract import adapter_of, save_adapter  # noqa: E402
+from tfimm_lora.adapters.hub import push_to_hub  # noqa: E402
+from tfimm_lora.adapters.load import load_adapter  # noqa: E402
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
 from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
 from tfimm_lora.factory import create_model, list_models  # noqa: E402
@@ -45,6 +50,8 @@ merge_weights = merge_lora_weights
 
 __all__ = [
     "LORA_WEIGHT_NAMES",
+    "Adapter",
+    "LayerUpdate",
     "LoRAConfig",
     "LoRAConv1D",
     "LoRAConv2D",
@@ -55,13 +62,16 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayer",
     "__version__",
+    "adapter_of",
     "convert_to_lora_layer",
     "convert_to_lora_model",
     "convert_to_regular_model",
     "create_model",
     "create_preprocessing",
+    "disable_adapter",
     "inject_lora",
     "list_models",
+    "load_adapter",
     "load_timm_weights",
     "lora_architecture",
     "lora_base_architecture",
@@ -71,9 +81,12 @@ __all__ = [
     "lora_trainable_weights",
     "merge_lora_weights",
     "merge_weights",
+    "push_to_hub",
     "register_layer_classes",
     "register_lora_architecture",
     "remove_lora",
+    "save_adapter",
+    "set_adapter_scale",
     "transfer_weights",
     "unmerge_lora_weights",
 ]

@@ -6,8 +6,9 @@ import dataclasses
 import difflib
 import math
 import numbers
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 #: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
@@ -27,12 +28,18 @@ Presets = Mapping[str, Targets]
 class LoRAConfig:
     """The adaptation of a model. Config classes of LoRA architectures inherit from it.
 
-    The update of a kernel is ``(lora_alpha / lora_rank) * A B``.
+    The update of a kernel is ``(lora_alpha / lora_rank) * A B``, with rsLoRA
+    ``(lora_alpha / sqrt(lora_rank)) * A B``.
 
     Args:
         lora_rank: Rank r of the update, a positive integer. Default 4.
         lora_alpha: Numerator of the scale; None (default) means ``lora_rank``, that is a
             scale of 1.
+        lora_use_rslora: Whether lora_alpha is divided by the root of the rank instead, so
+            that the update does not shrink as the rank grows. Default False.
+        lora_rank_pattern, lora_alpha_pattern: Other ranks and alphas for some layers: name
+            or regular expression for the end of a path -> value. The first one that matches
+            counts, as in PEFT. Default none.
         lora_dropout: Rate in [0, 1) of the dropout on the input of the low-rank branch
             while training. Default 0.
         lora_initializer: Initializer of A (B starts at zero): a name, a config or an
@@ -62,11 +69,15 @@ class LoRAConfig:
         >>> lora.LoRAConfig(lora_rank=8, lora_alpha=16).lora_scale
         2.0
 
-    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
+    Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1; Kalajdzievski, "A Rank
+    Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732.
     """
 
     lora_rank: int = 4
     lora_alpha: float | None = None
+    lora_use_rslora: bool = False
+    lora_rank_pattern: dict[str, int] = field(default_factory=dict)
+    lora_alpha_pattern: dict[str, float] = field(default_factory=dict)
     lora_dropout: float = 0.0
     lora_initializer: Any = None
     lora_regularizer: Any = None
@@ -87,6 +98,8 @@ class LoRAConfig:
     def __post_init__(self) -> None:
         check_rank(self.lora_rank)
         check_alpha(self.lora_alpha)
+        check_pattern(self.lora_rank_pattern, "lora_rank_pattern", check_rank)
+        check_pattern(self.lora_alpha_pattern, "lora_alpha_pattern", check_alpha)
         check_dropout(self.lora_dropout)
         check_train_bias(self.lora_train_bias)
         check_targets(self.lora_targets)
@@ -100,14 +113,15 @@ class LoRAConfig:
 
     @property
     def lora_scale(self) -> float:
-        """The factor alpha / rank in front of the update."""
-        return scale(self.lora_rank, self.lora_alpha)
+        """The factor in front of the update: alpha / rank, or alpha / sqrt(rank)."""
+        return scale(self.lora_rank, self.lora_alpha, self.lora_use_rslora)
 
     def layer_arguments(self) -> dict[str, Any]:
         """The arguments that a LoRA layer takes."""
         return {
             "lora_rank": self.lora_rank,
             "lora_alpha": self.lora_alpha,
+            "lora_use_rslora": self.lora_use_rslora,
             "lora_dropout": self.lora_dropout,
             "lora_initializer": self.lora_initializer,
             "lora_regularizer": self.lora_regularizer,
@@ -123,9 +137,12 @@ class LoRAConfig:
         return {**table, "all": None}
 
 
-def scale(rank: int, alpha: float | None) -> float:
-    """The factor in front of the update: alpha / rank, 1 where alpha is None."""
-    return 1.0 if alpha is None else float(alpha) / rank
+def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:
+    """The factor in front of the update: alpha over the rank, or with rsLoRA over its
+    root; 1 where alpha is None."""
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if use_rslora else rank)
 
 
 def lora_field_names() -> list[str]:
@@ -169,6 +186,24 @@ def check_alpha(alpha: Any) -> None:
         )
     if not math.isfinite(alpha):
         raise ValueError(f"Received lora_alpha={alpha!r}; expected a finite number.")
+
+
+def check_pattern(pattern: Any, name: str, check: Callable[[Any], None]) -> None:
+    """Raise unless ``pattern`` maps regular expressions to values that ``check`` takes."""
+    if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):
+        raise TypeError(
+            f"Received {name}={pattern!r}; expected a dictionary from names of layers to "
+            "values."
+        )
+    for key, value in pattern.items():
+        try:
+            re.compile(key)
+        except re.error as error:
+            raise ValueError(
+                f"Received {name} with the key {key!r}, which is no regular expression: "
+                f"{error}."
+            ) from error
+        check(value)
 
 
 def check_dropout(rate: Any) -> None:

@@ -24,9 +24,11 @@ from tfimm_lora.registry import base_config, default_targets, lora_base_of, pres
 from tfimm_lora.targets import (
     check_expression,
     matches,
+    nearest,
     no_match_error,
     resolve,
     unmatched,
+    value_for,
 )
 from tfimm_lora.trainability import inside_paths, layers_under
 
@@ -42,11 +44,10 @@ def inject_lora(model: Any, **lora_arguments: Any) -> Any:
 
     Args:
         model: The model. It must be built.
-        **lora_arguments: Fields of ``LoRAConfig``: lora_rank, lora_alpha, lora_dropout,
-            lora_initializer, lora_regularizer, lora_targets, lora_qkv, lora_train_modules,
-            lora_train_bias, lora_train_classifier. ``lora_targets=None`` takes the
-            architecture's targets where the model's class is registered, else every
-            supported layer but the classifier.
+        **lora_arguments: Fields of ``LoRAConfig``: lora_rank, lora_alpha, lora_targets,
+            lora_qkv, lora_train_bias, ... ``lora_targets=None`` takes the architecture's
+            targets where the model's class is registered, else every supported layer but
+            the classifier.
 
     Returns:
         The same model.
@@ -156,10 +157,24 @@ def _find_targets(
 def _specs(seam: Any, config: LoRAConfig, targets: dict[str, Any]) -> dict[str, LoRASpec]:
     """The settings of each layer to adapt; those without a part in ``lora_qkv`` are left
     out."""
-    arguments = config.layer_arguments()
-    arguments["lora_train_bias"] = config.lora_train_bias != "none"
+
+    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(value_for(path, {key: True}, False) for path in targets):
+                raise ValueError(
+                    f"Received {name} with the key {key!r}, which matches none of the layers "
+                    f"to adapt: {', '.join(nearest([key], list(targets), 10))}."
+                )
+
+    def spec_of(path: str, **more: Any) -> LoRASpec:
+        arguments = config.layer_arguments()
+        arguments["lora_train_bias"] = config.lora_train_bias != "none"
+        rank = value_for(path, config.lora_rank_pattern, config.lora_rank)
+        alpha = value_for(path, config.lora_alpha_pattern, config.lora_alpha)
+        return make_spec(seam, {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more})
+
     if config.lora_qkv is None:
-        return dict.fromkeys(targets, make_spec(seam, arguments))
+        return {path: spec_of(path) for path in targets}
     layouts = {path: parts.layout_of(path) for path in targets}
     if not any(layouts.values()):
         raise ValueError(
@@ -171,10 +186,9 @@ def _specs(seam: Any, config: LoRAConfig, targets: dict[str, Any]) -> dict[str, 
     for path, layout in layouts.items():
         chosen = "".join(part for part in layout or "" if part in config.lora_qkv)
         if layout is None or (len(layout) == 1 and chosen):
-            specs[path] = make_spec(seam, arguments)
+            specs[path] = spec_of(path)
         elif chosen:
-            fused = {"lora_qkv": chosen, "lora_qkv_layout": layout}
-            specs[path] = make_spec(seam, {**arguments, **fused})
+            specs[path] = spec_of(path, lora_qkv=chosen, lora_qkv_layout=layout)
     if not specs:
         raise ValueError(
             f"Received lora_qkv={config.lora_qkv!r}, of which the layers to adapt have no "

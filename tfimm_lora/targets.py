@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from tfimm_lora.config import Presets, Targets
@@ -42,6 +42,22 @@ def is_suffix(path: str, name: str) -> bool:
     path = without_counts(path).replace(".", "/")
     name = name.replace(".", "/").strip("/")
     return path == name or path.endswith("/" + name)
+
+
+def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
+    """The value of the first key that matches the end of a path, from a separator on.
+
+    As PEFT does it for its rank_pattern and alpha_pattern.
+
+    Example:
+        >>> value_for("blocks/3/mlp/fc1", {"fc2": 8, r"mlp.fc\d": 16}, 4)
+        16
+    """
+    dotted = without_counts(path).replace("/", ".")
+    for key, value in pattern.items():
+        if re.fullmatch(rf"(.*\.)?({key.replace('/', '.')})", dotted):
+            return value
+    return default
 
 
 def check_expression(targets: Targets) -> None:

@@ -81,7 +81,7 @@ class LayerUpdate:
 
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
         """A as (rank, all else) and B as (out, rank), in float64."""
-        a = self.a.reshape(self.rank, -1).astype("float64")
+        a: np.ndarray = self.a.reshape(self.rank, -1).astype("float64")
         return a, self.b.reshape(self.b.shape[0], self.rank).astype("float64")
 
     def delta(self) -> np.ndarray:
@@ -93,7 +93,9 @@ class LayerUpdate:
         """Those of dW as a matrix (out, all else), largest first; at most ``rank`` many."""
         a, b = self.matrices()
         # Of the small product in the middle of Q_b (R_b R_a^T) Q_a^T.
-        middle = np.linalg.qr(b, mode="r") @ np.linalg.qr(a.T, mode="r").T
+        middle = (
+            np.asarray(np.linalg.qr(b, mode="r")) @ np.asarray(np.linalg.qr(a.T, mode="r")).T
+        )
         return abs(self.scale) * np.linalg.svd(middle, compute_uv=False)
 
     def __eq__(self, other: object) -> bool:
@@ -160,7 +162,7 @@ class Adapter:
         Args:
             path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as
                 ``save`` and PEFT write them; or "hf://user/repo" for one on the hub.
-            **hub_options: For the hub: revision, cache_dir, token.
+            **hub_options: For the hub: revision, cache_dir.
 
         Raises:
             FileNotFoundError: if there is no such folder, file or repository.
@@ -168,16 +170,17 @@ class Adapter:
                 names it. Nothing is ever unpickled.
             ImportError: if safetensors or huggingface_hub is needed and not installed.
         """
-        from tfimm_lora.adapters import files, hub
+        from tfimm_lora.adapters.files import read
+        from tfimm_lora.adapters.hub import download, is_hub_address
 
-        if hub.is_hub_address(path):
-            return files.read(hub.download(os.fspath(path), **hub_options))
+        if is_hub_address(path):
+            return read(download(os.fspath(path), **hub_options))
         if hub_options:
             raise TypeError(
                 f"Received {', '.join(hub_options)} with path={os.fspath(path)!r}; expected "
                 "them only with a path on the hub, 'hf://user/repo'."
             )
-        return files.read(path)
+        return read(path)
 
     def save(self, path: str | os.PathLike[str], format: str | None = None) -> None:
         """Write the adapter to a folder, as PEFT does, with a model card.
@@ -195,9 +198,9 @@ class Adapter:
             ValueError: with format="peft", naming the layers that PEFT cannot express and
                 why. Nothing is written.
         """
-        from tfimm_lora.adapters import files
+        from tfimm_lora.adapters.files import write
 
-        files.write(self, path, format)
+        write(self, path, format)
 
     def summary(self, model: Any = None) -> str:
         """A table of the layers: rank, scale, size and norm of the update.
@@ -212,9 +215,9 @@ class Adapter:
             the normalised singular values (Roy and Vetterli, "The effective rank", 2007);
             parameters. The last line sums up.
         """
-        from tfimm_lora.adapters import table
+        from tfimm_lora.adapters.table import summary
 
-        return table.summary(self, model)
+        return summary(self, model)
 
     @property
     def size(self) -> int:

@@ -22,7 +22,8 @@ class LoRASpec:
         train_bias: whether the layer's own bias is trained.
         qkv: the parts of a fused kernel that are adapted; None for the kernel as one.
         qkv_layout: the parts that a fused kernel consists of.
-        scale: alpha / rank.
+        use_rslora: whether alpha is divided by sqrt(rank).
+        scale: alpha / rank, or alpha / sqrt(rank).
     """
 
     rank: int
@@ -33,6 +34,7 @@ class LoRASpec:
     train_bias: bool
     qkv: str | None = None
     qkv_layout: str = "qkv"
+    use_rslora: bool = False
 
     def __post_init__(self) -> None:
         config.check_rank(self.rank)
@@ -43,13 +45,14 @@ class LoRASpec:
 
     @property
     def scale(self) -> float:
-        return config.scale(self.rank, self.alpha)
+        return config.scale(self.rank, self.alpha, self.use_rslora)
 
 
 #: The arguments that LoRA adds to a layer's own, with their defaults.
 LAYER_ARGUMENTS: dict[str, Any] = {
     "lora_rank": 4,
     "lora_alpha": None,
+    "lora_use_rslora": False,
     "lora_dropout": 0.0,
     "lora_initializer": None,
     "lora_regularizer": None,
@@ -72,6 +75,7 @@ def make_spec(seam: Any, arguments: dict[str, Any]) -> LoRASpec:
         train_bias=bool(values["lora_train_bias"]),
         qkv=values["lora_qkv"],
         qkv_layout=values["lora_qkv_layout"],
+        use_rslora=bool(values["lora_use_rslora"]),
     )
 
 
@@ -82,10 +86,17 @@ class _State:
     spec: LoRASpec
     #: How the layer was before it was converted; None if it was created adapted.
     found: Found | None = None
-    #: Kernel, A and B of a merged layer as they were, bit for bit; None if not merged.
+    #: Kernel, A and B of a merged or disabled layer as they were, bit for bit; else None.
     unmerged: dict[str, np.ndarray] | None = None
+    #: How many times the layer was disabled, and whether it was merged before.
+    disabled: int = 0
+    merged_before: bool = False
+    #: After ``set_strength``: the B that is 100 %, and the B that it left.
+    strength: tuple[np.ndarray, np.ndarray] | None = None
     #: Whether a call was seen to use the kernel.
     kernel_seen: bool = False
+    #: Whether a call was seen to make another kernel of it (weight standardisation).
+    kernel_transformed: bool = False
 
 
 class LoRALayer:
@@ -98,6 +109,7 @@ class LoRALayer:
     Args:
         lora_rank: Rank r, a positive integer. Default 4.
         lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
+        lora_use_rslora: Whether s is alpha / sqrt(rank). Default False.
         lora_dropout: Rate in [0, 1) of the dropout on the branch's input. Default 0.
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(fan_in).
         lora_regularizer: Regularizer of A and of B. Default none.
@@ -140,7 +152,7 @@ class LoRALayer:
     @property
     def merged(self) -> bool:
         """Whether the kernel holds the update at the moment."""
-        return self._lora_state.unmerged is not None
+        return self._lora_state.unmerged is not None and not self._lora_state.disabled
 
     @property
     def _lora_state(self) -> _State:
@@ -323,6 +335,7 @@ class LoRALayer:
                 "attribute."
             )
         transformed = frame.effective is not None and not frame.reached_product
+        state.kernel_transformed = state.kernel_transformed or transformed
         if self.lora.dropout and not self.merged and transformed:
             raise NotAdaptable(
                 f"{self._call_name()} transforms its kernel, so there is no low-rank branch "
@@ -344,6 +357,7 @@ class LoRALayer:
             **super().get_config(),  # type: ignore[misc]
             "lora_rank": spec.rank,
             "lora_alpha": spec.alpha,
+            "lora_use_rslora": spec.use_rslora,
             "lora_dropout": spec.dropout,
             "lora_initializer": initializers.serialize(spec.initializer)
             if spec.initializer is not None
@@ -371,6 +385,7 @@ class LoRALayer:
             raise ValueError(
                 f"Layer '{self.name}' is merged already. Call unmerge_weights first."
             )
+        self._require_enabled("merged")
         self._require_built("merge")
         merged = self.merged_kernel()
         self._lora_state.unmerged = self.lora_values()
@@ -387,6 +402,7 @@ class LoRALayer:
             ValueError: if the layer is not merged.
         """
         unmerged = self._lora_state.unmerged
+        self._require_enabled("unmerged")
         if unmerged is None:
             raise ValueError(f"Layer '{self.name}' is not merged.")
         replaced = _keras.of(self).to_numpy(self.kernel_lora_b).any()
@@ -421,6 +437,67 @@ class LoRALayer:
                 f"Layer '{self.name}' is not built, so there is nothing to {what}. Call "
                 "the model on an input first."
             )
+
+    def _require_enabled(self, what: str) -> None:
+        if self._lora_state.disabled:
+            raise ValueError(
+                f"Layer '{self.name}' is disabled and cannot be {what}. Leave the "
+                "disable_adapter block first."
+            )
+
+    # -- other factors -----------------------------------------------------------------
+
+    def assign_factors(self, a: np.ndarray, b: np.ndarray) -> None:
+        """Give A and B new values. A merged layer stays merged, a disabled one disabled."""
+        self._require_built("load")
+        state = self._lora_state
+        state.strength = None
+        if state.disabled and state.unmerged is not None:
+            state.unmerged = {**state.unmerged, "kernel_lora_a": a, "kernel_lora_b": b}
+            return
+        merged = self.merged
+        if merged:
+            self.unmerge_weights()
+        self.kernel_lora_a.assign(a)
+        self.kernel_lora_b.assign(b)
+        if merged:
+            self.merge_weights()
+
+    def set_strength(self, factor: float) -> None:
+        """Let the update count ``factor`` times; 1 gives back the bits of before."""
+        values = self.lora_values()
+        a, b = values["kernel_lora_a"], values["kernel_lora_b"]
+        known = self._lora_state.strength
+        # A B that is not the one this method left was trained or loaded since.
+        whole = known[0] if known is not None and np.array_equal(known[1], b) else b
+        scaled = whole if factor == 1 else (whole * factor).astype(whole.dtype)
+        self.assign_factors(a, scaled)
+        self._lora_state.strength = None if factor == 1 else (whole, scaled)
+
+    def disable(self) -> None:
+        """Compute as without the update until ``enable``; may be nested."""
+        state = self._lora_state
+        if not state.disabled:
+            self._require_built("disable")
+            state.merged_before = self.merged
+            values = self.lora_values()
+            if state.merged_before:
+                self._kernel_variable.assign(values["kernel"])
+            self.kernel_lora_b.assign(np.zeros_like(values["kernel_lora_b"]))
+            state.unmerged = values
+        state.disabled += 1
+
+    def enable(self) -> None:
+        """Undo one ``disable``, bit for bit."""
+        state = self._lora_state
+        state.disabled -= 1
+        if state.disabled or state.unmerged is None:
+            return
+        values, state.unmerged = state.unmerged, None
+        self.kernel_lora_a.assign(values["kernel_lora_a"])
+        self.kernel_lora_b.assign(values["kernel_lora_b"])
+        if state.merged_before:
+            self.merge_weights()
 
     # -- saving ----------------------------------------------------------------------
 

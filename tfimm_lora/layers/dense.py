@@ -50,6 +50,7 @@ class DenseUpdate(LoRALayer):
         units, activation, use_bias, ...: as in ``keras.layers.Dense``.
         lora_rank: Rank of the update, a positive integer. Default 4.
         lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
+        lora_use_rslora: Whether s is lora_alpha / sqrt(lora_rank). Default False.
         lora_dropout: Rate in [0, 1) of dropout on the branch's input. Default 0.
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(in).
         lora_regularizer: Regularizer of A and of B. Default none.

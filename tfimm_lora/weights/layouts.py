@@ -11,6 +11,8 @@ import re
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
+Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+
 
 class Layout(NamedTuple):
     """One layout that differs from tfimm's names, and how its keys are renamed to them."""
@@ -19,19 +21,37 @@ class Layout(NamedTuple):
     #: Whether a set of keys is in this layout.
     recognises: Callable[[set[str]], bool]
     #: Rules (pattern, replacement), of which the first that matches a key is applied.
-    rules: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
+    rules: Rules
+    #: The tfimm class whose checkpoints these are.
+    architecture: str
+    #: The same rules from tfimm's names to the layout, also for keys of whole modules.
+    inverse: Rules
 
     def rename(self, key: str) -> str:
-        for pattern, replacement in self.rules:
-            renamed, count = re.subn(pattern, replacement, key)
-            if count:
-                return renamed
-        return key
+        """A key of the layout as tfimm's layers are named."""
+        return _apply(self.rules, key)
+
+    def rename_back(self, key: str) -> str:
+        """A key that is named like tfimm's layers in the layout."""
+        return _apply(self.inverse, key)
+
+
+def _apply(rules: Rules, key: str) -> str:
+    for pattern, replacement in rules:
+        renamed, count = re.subn(pattern, replacement, key)
+        if count:
+            return renamed
+    return key
 
 
 def _number(name: str, offset: int, factor: int = 1) -> Callable[[re.Match[str]], str]:
     """A replacement ``name`` in which {0} is a number computed from the first group."""
     return lambda m: name.format(int(m[1]) * factor + offset, *m.groups()[1:])
+
+
+def _half(name: str) -> Callable[[re.Match[str]], str]:
+    """As ``_number``, with half of the first group, rounded up."""
+    return lambda m: name.format((int(m[1]) + 1) // 2, *m.groups()[1:])
 
 
 LAYOUTS = (
@@ -46,6 +66,11 @@ LAYOUTS = (
         (
             (r"^layers\.(\d+)\.downsample\.(.+)", _number("layers.{0}.downsample.{1}", -1)),
             (r"^head\.fc\.", "head."),
+        ),
+        "SwinTransformer",
+        (
+            (r"^layers\.(\d+)\.downsample\b(.*)", _number("layers.{0}.downsample{1}", 1)),
+            (r"^head\b", "head.fc"),
         ),
     ),
     Layout(
@@ -64,6 +89,17 @@ LAYOUTS = (
             ),
             (r"^stages\.(\d+)\.blocks\.(.+)", _number("block{0}.{1}", 1)),
             (r"^stages\.(\d+)\.norm\.(.+)", _number("norm{0}.{1}", 1)),
+        ),
+        "PyramidVisionTransformerV2",
+        (
+            (r"^patch_embed1\b", "patch_embed"),
+            (r"^patch_embed(\d+)\b(.*)", _number("stages.{0}.downsample{1}", -1)),
+            (
+                r"^block(\d+)\.(\d+)\.mlp\.dwconv\.dwconv\b(.*)",
+                _number("stages.{0}.blocks.{1}.mlp.dwconv{2}", -1),
+            ),
+            (r"^block(\d+)\b(.*)", _number("stages.{0}.blocks{1}", -1)),
+            (r"^norm(\d+)\b(.*)", _number("stages.{0}.norm{1}", -1)),
         ),
     ),
     Layout(
@@ -88,8 +124,26 @@ LAYOUTS = (
             (r"^head\.norm\.", "norm."),
             (r"^head\.fc\.", "head."),
         ),
+        "PoolFormer",
+        (
+            (r"^patch_embed\.proj\b", "stem.conv"),
+            (r"^network\.(\d*[13579])\.proj\b(.*)", _half("stages.{0}.downsample.conv{1}")),
+            (
+                r"^network\.(\d+)\.(\d+)\.layer_scale_(\d)$",
+                _half("stages.{0}.blocks.{1}.layer_scale{2}.scale"),
+            ),
+            (r"^network\.(\d+)\.(\d+)\b(.*)", _half("stages.{0}.blocks.{1}{2}")),
+            (r"^norm\b", "head.norm"),
+            (r"^head\b", "head.fc"),
+        ),
     ),
 )
+
+
+def layout_of_model(model: object) -> Layout | None:
+    """The layout that timm has today for a model, or None where tfimm names it the same."""
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return next((layout for layout in LAYOUTS if layout.architecture in names), None)
 
 
 def find_layout(keys: Iterable[str]) -> Layout | None:

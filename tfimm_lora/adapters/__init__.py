@@ -1,0 +1,1 @@
+"""Adapters: what LoRA learned as small files that PEFT reads, switched and combined."""

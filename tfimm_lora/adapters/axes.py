@@ -1,0 +1,222 @@
+"""Between the factors of a Keras layer and those of an adapter, which are in torch's order.
+
+With d the kernel's update, a and b in Keras' order, A and B in torch's:
+
+* dense: a (in, r), b (r, out); A (r, in), B (out, r).
+* convolution: a (*size, in, r), b (r, out); A (r, in, *size), B (out, r, 1, ...).
+* depthwise: a (kh kw, r), b (r, in multiplier); A (r, 1, kh, kw), B (in multiplier, r, 1, 1).
+* embedding: a (vocabulary, r), b (r, width); A (r, vocabulary), B (width, r).
+* einsum: the axes summed over as ``in``, those added as ``out``. Axes that input, kernel and
+  output share give one small product each; they are written as one with blocks.
+
+Parts of a fused projection and shared axes are written out at a wider rank, with a B that is
+zero outside of its blocks: exact, and what everybody else can read.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora import _keras
+from tfimm_lora.adapters.adapter import LayerUpdate
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.conv import ConvUpdate, DepthwiseConvUpdate
+from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate, EinsumProduct
+from tfimm_lora.layers.embedding import EmbeddingUpdate
+from tfimm_lora.layers.lookup import lora_class
+from tfimm_lora.layers.parts import selection
+
+
+class DoesNotFit(ValueError):
+    """The update of an adapter is not one of this layer; the message says what differs."""
+
+
+def kind_of(layer: Any) -> str:
+    """The kind of an adapted layer's update; see ``LayerUpdate.kind``."""
+    if isinstance(layer, EmbeddingUpdate):
+        return "embedding"
+    if isinstance(layer, DepthwiseConvUpdate):
+        return "depthwise"
+    if isinstance(layer, ConvUpdate):
+        if layer.groups > 1:
+            return "grouped"
+        return "standardised" if layer._lora_state.kernel_transformed else "conv"
+    if isinstance(layer, EinsumDenseUpdate) and _shared_sizes(layer):
+        return "batched"
+    return "linear"
+
+
+def update_of(layer: Any) -> LayerUpdate:
+    """The update of an adapted layer, whether it is merged at the moment or not."""
+    values = layer.lora_values()
+    a, b = _to_torch(layer, values["kernel_lora_a"], values["kernel_lora_b"])
+    spec = layer.lora
+    qkv = (spec.qkv, spec.qkv_layout) if spec.qkv else None
+    return LayerUpdate(a, b, spec.scale, kind_of(layer), qkv)
+
+
+def factors_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray]:
+    """a and b for an adapted layer with which it computes what an update says.
+
+    The layer keeps its scale; where that of the update differs, b takes up the difference.
+
+    Raises:
+        DoesNotFit: if rank, shape or kind differ.
+    """
+    kinds = {update.kind, kind_of(layer)}
+    if len(kinds) > 1 and kinds != {"linear", "conv"}:  # a 1x1 convolution is linear
+        raise DoesNotFit(f"is of the kind {update.kind!r}, expected {kind_of(layer)!r}")
+    shapes = tuple(tuple(v.shape) for v in (layer.kernel_lora_a, layer.kernel_lora_b))
+    zeros = _to_torch(layer, *(np.zeros(shape, "float32") for shape in shapes))
+    given = tuple(_full(x.shape) for x in (update.a, update.b))
+    if tuple(_full(x.shape) for x in zeros) != given:
+        wanted_a, wanted_b = (x.shape for x in zeros)
+        raise DoesNotFit(
+            f"has A {update.a.shape} and B {update.b.shape}, expected {wanted_a} and {wanted_b}"
+        )
+    a, b = _to_keras(layer, update.a.reshape(zeros[0].shape), update.b.reshape(zeros[1].shape))
+    if layer.lora.scale != update.scale:
+        if not layer.lora.scale:
+            raise DoesNotFit("has a scale, but the layer's scale is 0")
+        b = b * np.float32(update.scale / layer.lora.scale)
+    return a.reshape(shapes[0]).astype("float32"), b.reshape(shapes[1]).astype("float32")
+
+
+def kernel_shape(layer: Any) -> tuple[int, ...]:
+    """The shape of a layer's kernel in torch's order, whether it is adapted or not."""
+    seam = _keras.of(layer)
+    base = lora_class(type(layer))
+    kernel = layer.__dict__[seam.kernel_attributes[base._kernel_role]]  # type: ignore[attr-defined]
+    shape = tuple(kernel.shape)
+    if issubclass(base, DepthwiseConvUpdate):
+        return (shape[2] * shape[3], 1, *shape[:2])
+    if issubclass(base, ConvUpdate):
+        return (shape[-1], shape[-2], *shape[:-2])
+    if issubclass(base, EinsumDenseUpdate):
+        product = EinsumProduct(seam.ops, layer.equation)
+        a, b = product.factor_shapes(shape, 1)
+        shared = math.prod(a[: product.b.index(product.a[-1])])
+        return (math.prod(b), math.prod(a) // shared)
+    return tuple(reversed(shape))
+
+
+def moves_only_its_parts(update: LayerUpdate) -> bool:
+    """Whether an update is zero outside of the parts of a projection that it names."""
+    if update.qkv is None or update.b.ndim != 2:
+        return False
+    chosen, layout = update.qkv
+    mask = selection(chosen, layout)
+    if not mask.size or update.rank % len(chosen) or update.b.shape[0] % len(layout):
+        return False
+    rank, width = update.rank // len(chosen), update.b.shape[0] // len(layout)
+    blocks = update.b.reshape(len(layout), width, len(chosen), rank)
+    return not (blocks * (1 - mask.T)[:, None, :, None]).any()
+
+
+def _full(shape: tuple[int, ...]) -> list[int]:
+    """A shape but for axes of size one behind the second, as linear against 1x1 has."""
+    return [*shape[:2], *(size for size in shape[2:] if size != 1)]
+
+
+def _to_torch(layer: Any, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(layer, DepthwiseConvUpdate):
+        size = tuple(layer._kernel_variable.shape)[:2]
+        return a.T.reshape(-1, 1, *size), b.T.reshape(*b.T.shape, 1, 1)
+    if isinstance(layer, ConvUpdate):
+        turned = np.moveaxis(a, (-1, -2), (0, 1))
+        return turned, b.T.reshape(*b.T.shape, *(1 for _ in a.shape[:-2]))
+    if isinstance(layer, EinsumDenseUpdate):
+        blocks_a, blocks_b = _einsum_blocks(layer, a, b)
+        return _stacked(blocks_a), _block_diagonal(blocks_b)
+    if layer.lora.qkv:
+        return a.T, _widened(layer, b).T
+    return a.T, b.T
+
+
+def _to_keras(layer: Any, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    if isinstance(layer, DepthwiseConvUpdate):
+        return a.reshape(a.shape[0], -1).T, b.reshape(b.shape[:2]).T
+    if isinstance(layer, ConvUpdate):
+        return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
+    if isinstance(layer, EinsumDenseUpdate):
+        return _from_einsum_blocks(layer, a, b)
+    if layer.lora.qkv:
+        return a.T, _narrowed(layer, b.T)
+    return a.T, b.T
+
+
+# -- parts of a fused projection ------------------------------------------------------------
+
+
+def _widened(layer: Any, b: np.ndarray) -> np.ndarray:
+    """b of the chosen parts, (p r, d), as that of the whole kernel, (p r, n d)."""
+    chosen = selection(layer.lora.qkv, layer.lora.qkv_layout)
+    stacked = b.reshape(len(chosen), -1, b.shape[1])
+    return np.einsum("prd,pn->prnd", stacked, chosen).reshape(b.shape[0], -1)
+
+
+def _narrowed(layer: Any, wide: np.ndarray) -> np.ndarray:
+    """The reverse of ``_widened``."""
+    chosen = selection(layer.lora.qkv, layer.lora.qkv_layout)
+    parts, count = chosen.shape
+    blocks = wide.reshape(parts, wide.shape[0] // parts, count, -1)
+    narrow = np.einsum("prnd,pn->prd", blocks, chosen).reshape(wide.shape[0], -1)
+    if not np.array_equal(_widened(layer, narrow), wide):
+        raise DoesNotFit(
+            f"moves more than the parts {layer.lora.qkv!r} of {layer.lora.qkv_layout!r}, "
+            "which the layer adapts each by itself"
+        )
+    return narrow
+
+
+# -- einsum ---------------------------------------------------------------------------------
+
+
+def _shared_sizes(layer: Any) -> tuple[int, ...]:
+    """The sizes of the axes that input, kernel and output share."""
+    product = layer._product()
+    sizes = dict(zip(product.kernel, tuple(layer._kernel_variable.shape)))
+    return tuple(sizes[c] for c in product.b[: product.b.index(product.a[-1])])
+
+
+def _einsum_blocks(layer: Any, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """A (shared, r, in) and B (shared, out, r), with all axes of a kind made one."""
+    shared, rank = math.prod(_shared_sizes(layer)), a.shape[-1]
+    blocks_a = a.reshape(shared, -1, rank).transpose(0, 2, 1)
+    return blocks_a, b.reshape(shared, rank, -1).transpose(0, 2, 1)
+
+
+def _from_einsum_blocks(
+    layer: Any, a: np.ndarray, b: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    shared = math.prod(_shared_sizes(layer))
+    blocks_a = a.reshape(shared, a.shape[0] // shared, -1)
+    out, rank = b.shape[0] // shared, b.shape[1] // shared
+    blocks = b.reshape(shared, out, shared, rank)
+    blocks_b = blocks[np.arange(shared), :, np.arange(shared)]
+    if not np.array_equal(_block_diagonal(blocks_b), b):
+        raise DoesNotFit("mixes positions, each of which has a kernel of its own")
+    return blocks_a.transpose(0, 2, 1), blocks_b.transpose(0, 2, 1)
+
+
+def _stacked(blocks: np.ndarray) -> np.ndarray:
+    return blocks.reshape(-1, blocks.shape[-1])
+
+
+def _block_diagonal(blocks: np.ndarray) -> np.ndarray:
+    count, out, rank = blocks.shape
+    wide = np.zeros((count, out, count, rank), blocks.dtype)
+    wide[np.arange(count), :, np.arange(count)] = blocks
+    return wide.reshape(count * out, count * rank)
+
+
+def weight_norm(layer: Any) -> float:
+    """The Frobenius norm of a layer's frozen kernel."""
+    kernel = layer.lora_values()["kernel"] if isinstance(layer, LoRALayer) else None
+    if kernel is None:
+        seam = _keras.of(layer)
+        kernel = max(map(seam.to_numpy, seam.own_variables(layer)), key=np.size)
+    return float(np.linalg.norm(kernel.astype("float64")))

@@ -1,0 +1,40 @@
+"""README.md of an adapter folder: the model card that the hub shows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.version import __version__
+
+
+def model_card(adapter: Adapter, fields: dict[str, Any]) -> str:
+    """The text of the card; its header is what the hub searches by."""
+    base = adapter.base_model
+    lines = ["---", "library_name: peft"]
+    if base:
+        lines.append(f"base_model: {base}")
+    lines += ["tags:", "- lora", "- tfimm_lora", "- image-classification", "---", ""]
+    ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
+    title = f"LoRA adapter for {base}" if base else "LoRA adapter"
+    lines += [
+        f"# {title}",
+        "",
+        f"{len(adapter.layers)} layers of rank {ranks}; {adapter.size:,} bytes of weights.",
+    ]
+    if adapter.modules:
+        lines.append(f"Trained whole: {', '.join(adapter.modules)}.")
+    if adapter.bias != "none":
+        lines.append(f"Biases trained: {adapter.bias}.")
+    lines += ["", "In Keras:", "", "```python", "import tfimm_lora as lora", ""]
+    lines += ['lora.load_adapter(model, "path/of/this/folder")', "```", ""]
+    if fields["peft_type"] == "LORA":
+        lines += ["In PyTorch:", "", "```python", "from peft import PeftModel", ""]
+        lines += ['PeftModel.from_pretrained(timm_model, "path/of/this/folder")', "```"]
+    else:
+        lines.append(
+            "PEFT cannot read it: it holds layers that PEFT cannot express "
+            f"({', '.join(sorted(adapter.not_in_peft()))})."
+        )
+    lines += ["", f"Written by tfimm_lora {__version__}.", ""]
+    return "\n".join(lines)

@@ -1,0 +1,153 @@
+"""From a live model to an adapter: ``adapter_of`` and ``save_adapter``."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from tfimm_lora import _keras
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.axes import update_of
+from tfimm_lora.adapters.paths import Names, Weight
+from tfimm_lora.classifier import classifier_paths
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.frozen import FrozenLayer
+from tfimm_lora.merge import lora_layers
+from tfimm_lora.targets import is_suffix
+from tfimm_lora.weights.names import CHECKPOINTS
+
+#: Where a model keeps the values that weights had before an adapter replaced them, by key.
+BASE_WEIGHTS = "_lora_base_weights"
+
+
+def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
+    """The adapter that a LoRA model holds: its factors and the weights trained whole.
+
+    Args:
+        model: A built LoRA model, merged or not. It stays as it is.
+        base_model: What the adapter is of, for its file. Default: for a tfimm model the hub
+            id of its weights in timm, or its name; else "".
+
+    Raises:
+        ValueError: if the model has no LoRA layers or is not built.
+
+    Example:
+        >>> import tensorflow as tf, tfimm_lora as lora
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
+        >>> lora.adapter_of(model)
+        Adapter(1 layers of rank 2, base_model='')
+    """
+    found = lora_layers(model)
+    for layer in found.values():
+        layer._require_built("save")
+    names = Names(model)
+    layers = {names.modules[path]: update_of(layer) for path, layer in found.items()}
+    modules, weights = _trained_whole(model, names)
+    outside = [w for w in weights if not any(_is_in(w.key, m) for m in modules)]
+    in_lora = {w.key for w in outside if isinstance(w.wanted.layer, LoRALayer)}
+    bias = "none" if not outside else "lora_only" if len(in_lora) == len(outside) else "all"
+    config = model.__dict__.get("_lora_config")
+    return Adapter(
+        layers,
+        {w.key: w.value() for w in weights},
+        modules,
+        _name_of(model) if base_model is None else base_model,
+        bias,
+        float(getattr(config, "lora_dropout", 0.0)),
+    )
+
+
+def save_adapter(
+    model: Any,
+    path: str | os.PathLike[str],
+    *,
+    format: str | None = None,
+    base_model: str | None = None,
+) -> None:
+    """Write the adapter of a LoRA model to a folder that PEFT and this package read.
+
+    Args:
+        model: A built LoRA model, merged or not.
+        path: The folder; created if missing. An adapter in it is replaced, each file whole.
+        format: None (default), or "peft" to refuse what PEFT cannot express; see
+            ``Adapter.save``.
+        base_model: As in ``adapter_of``.
+
+    Raises:
+        ImportError: if safetensors is not installed.
+        ValueError: if the model has no LoRA layers or is not built; with format="peft", if
+            it has layers that PEFT cannot express. Nothing is written.
+
+    Example:
+        >>> import tempfile, tensorflow as tf, tfimm_lora as lora
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
+        >>> folder = tempfile.mkdtemp()
+        >>> lora.save_adapter(model, folder)
+        >>> lora.Adapter.load(folder) == lora.adapter_of(model)
+        True
+    """
+    adapter_of(model, base_model).save(path, format)
+
+
+def _trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weight]]:
+    """The modules trained whole, and all weights that an adapter must hold beside factors."""
+    roots = _roots(model, names)
+    replaced = set(model.__dict__.get(BASE_WEIGHTS, {}))
+    trainable = {id(v) for v in _trained_variables(model)}
+    modules: dict[str, None] = {}
+    weights = []
+    for weight in names.weights(model):
+        path = weight.wanted.name.rpartition("/")[0]
+        layer = weight.wanted.layer
+        root = next((r for r in roots if path == r or path.startswith(r + "/")), None)
+        trained = id(weight.variable) in trainable or weight.key in replaced
+        is_bias = isinstance(layer, (LoRALayer, FrozenLayer)) or layer is model
+        if root is None and not trained:
+            continue
+        if root is not None:
+            modules[names.modules[root]] = None
+        elif not is_bias or not _is_bias(layer, weight):
+            modules[names.modules.get(path, path)] = None
+        weights.append(weight)
+    return tuple(modules), weights
+
+
+def _is_bias(layer: Any, weight: Weight) -> bool:
+    return _keras.of(layer).is_bias_like(weight.variable)
+
+
+def _roots(model: Any, names: Names) -> list[str]:
+    """The paths of the layers that were asked to be trained whole, or replaced as such."""
+    config = model.__dict__.get("_lora_config")
+    if config is None:
+        return []
+    wanted = getattr(config, "lora_train_modules", ())
+    roots = [path for path in names.layers if any(is_suffix(path, name) for name in wanted)]
+    if getattr(config, "lora_train_classifier", None):
+        roots += classifier_paths(model)
+    return sorted(set(roots), key=len)
+
+
+def _trained_variables(model: Any) -> list[Any]:
+    """The variables that are trained, also of a model whose training is off at the moment."""
+    seam = _keras.of(model)
+    found = []
+    for _, layer in seam.walk(model):
+        own = seam.trainable_own_variables(layer)
+        if hasattr(layer, "_is_trained"):
+            own = [v for v in own if layer._is_trained(v)]
+        found += own
+    return found
+
+
+def _is_in(key: str, module: str) -> bool:
+    return key.startswith(f"{module}.")
+
+
+def _name_of(model: Any) -> str:
+    name = getattr(getattr(model, "cfg", None), "name", "") or ""
+    return f"timm/{CHECKPOINTS[name]}" if name in CHECKPOINTS else name

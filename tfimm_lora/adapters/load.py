@@ -1,0 +1,339 @@
+"""``load_adapter``: from an adapter into a live model, in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import warnings
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora import _keras
+from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.axes import (
+    DoesNotFit,
+    factors_for,
+    kernel_shape,
+    moves_only_its_parts,
+)
+from tfimm_lora.adapters.extract import BASE_WEIGHTS, adapter_of
+from tfimm_lora.adapters.paths import Names, Weight
+from tfimm_lora.classifier import classifier_paths
+from tfimm_lora.config import LoRAConfig, lora_field_names
+from tfimm_lora.inject import adapt_model, inject_lora, remove_lora
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.lookup import supported
+from tfimm_lora.layers.parts import layout_of
+from tfimm_lora.merge import has_lora, lora_layers
+from tfimm_lora.registry import lora_base_of
+from tfimm_lora.targets import nearest
+
+
+def load_adapter(
+    model: Any, adapter: Adapter | str | os.PathLike[str], **hub_options: Any
+) -> Any:
+    """Put an adapter into a model, in place.
+
+    Into a model with LoRA in the same layers at the same ranks it only assigns values:
+    compiled functions keep working, without a new trace, with the new weights. A merged
+    model stays merged. A model without LoRA, or with another one, gets the LoRA that the
+    adapter asks for (what was learned there is dropped) and must be compiled again.
+
+    Weights that the adapter holds whole (a classifier, biases) replace the model's. They
+    come back when an adapter is loaded that does not hold them.
+
+    Args:
+        model: A built Keras model, with LoRA or without.
+        adapter: An ``Adapter``, a folder, or "hf://user/repo".
+        **hub_options: As in ``Adapter.load``.
+
+    Returns:
+        The same model.
+
+    Raises:
+        FileNotFoundError, ImportError: as ``Adapter.load``.
+        ValueError: if a file is damaged or not supported; or if the adapter does not fit,
+            with all layers and weights that the model has not, or has in another shape. The
+            model is then as it was.
+
+    Warns:
+        UserWarning: where the model was trained whole in weights that the adapter does not
+            hold: they stay as they are.
+
+    Example:
+        >>> import tensorflow as tf, tfimm_lora as lora
+        >>> def make():
+        ...     return tf.keras.Sequential([
+        ...         tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+        >>> tuned = lora.inject_lora(make(), lora_rank=2, lora_targets=["fc"])
+        >>> model = lora.load_adapter(make(), lora.adapter_of(tuned))
+        >>> type(model.layers[-1]).__name__
+        'LoRADense'
+    """
+    if not isinstance(adapter, Adapter):
+        adapter = Adapter.load(adapter, **hub_options)
+    names = Names(model)
+    weights = _fitting_weights(model, names, adapter)
+    if not has_lora(model):
+        values = _injected(model, adapter)
+    else:
+        _require_enabled(model)
+        _warn_of_leftovers(model, adapter)
+        try:
+            values = _values(model, names, adapter)
+        except DoesNotFit:
+            values = _injected_anew(model, adapter)
+    for layer, a, b in values:
+        layer.assign_factors(a, b)
+    _replace_weights(model, weights)
+    return model
+
+
+def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
+    """The fields of ``LoRAConfig`` that give a model the LoRA an adapter asks for.
+
+    Raises:
+        ValueError: if the model has not all of the adapter's layers and weights in their
+            shapes; all that differs is named.
+    """
+    names = Names(model)
+    _fitting_weights(model, names, adapter)
+    paths = {names.paths[module]: x for module, x in adapter.layers.items()}
+    parts = _parts(paths)
+    ranks = {p: x.rank // (len(x.qkv[0]) if parts and x.qkv else 1) for p, x in paths.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    scale = Counter(x.scale for x in paths.values()).most_common(1)[0][0]
+    # Longer paths first: a pattern means every path that ends in it.
+    ordered = sorted(paths, key=lambda path: (-len(path), path))
+    odd_ranks = [p for p in ordered if ranks[p] != rank]
+    odd_alphas = [p for p in ordered if paths[p].scale != scale or p in odd_ranks]
+    if len(set(x.scale for x in paths.values())) == 1 and scale == 1:
+        odd_alphas = []  # lora_alpha=None is a scale of 1 at any rank
+    heads = classifier_paths(model)
+    modules = [
+        path for module in adapter.modules for path in _module_paths(names, model, module)
+    ]
+    return {
+        "lora_rank": rank,
+        "lora_alpha": None if scale == 1 else scale * rank,
+        "lora_rank_pattern": {_literal(p): ranks[p] for p in odd_ranks},
+        "lora_alpha_pattern": {_literal(p): paths[p].scale * ranks[p] for p in odd_alphas},
+        "lora_targets": _exact_targets(list(paths), list(names.layers)),
+        "lora_qkv": parts,
+        "lora_dropout": adapter.dropout,
+        "lora_train_bias": adapter.bias,
+        "lora_train_modules": [path for path in modules if path not in heads],
+        "lora_train_classifier": bool(heads) and set(heads) <= set(modules),
+    }
+
+
+def _module_paths(names: Names, model: Any, module: str) -> list[str]:
+    """The layer of a module trained whole; of a mere list of torch's, the layers in it."""
+    if module in names.paths:
+        return [names.paths[module]]
+    inside = [
+        weight.wanted.name.rpartition("/")[0]
+        for weight in names.weights(model)
+        if any(key.startswith(f"{module}.") for key in (weight.key, *weight.old_keys))
+    ]
+    return list(dict.fromkeys(inside))
+
+
+def _parts(paths: dict[str, LayerUpdate]) -> str | None:
+    """``lora_qkv`` of an adapter whose fused projections were adapted by parts, if so.
+
+    What does not follow one rule is loaded at the wider rank, which is as exact.
+    """
+    layouts = {path: layout_of(path) or "" for path in paths}
+    hints = {path: x.qkv for path, x in paths.items() if x.qkv}
+    if not hints or not all(moves_only_its_parts(paths[path]) for path in hints):
+        return None
+    alone = [layout for layout in layouts.values() if len(layout) == 1]
+    letters = "".join([*alone, *(qkv[0] for qkv in hints.values())])
+    chosen = "".join(part for part in "qkv" if part in letters)
+    for path, layout in layouts.items():
+        expected = "".join(part for part in layout if part in chosen)
+        if hints.get(path) != ((expected, layout) if len(layout) > 1 else None):
+            return None
+    return chosen
+
+
+def _literal(path: str) -> str:
+    return re.escape(path.replace("/", "."))
+
+
+def _exact_targets(paths: list[str], everything: list[str]) -> list[str] | str:
+    """``lora_targets`` for these layers and no others."""
+    chosen = set(paths)
+    ends_others = any(
+        other.endswith("/" + path)
+        for path in chosen
+        for other in everything
+        if other not in chosen
+    )
+    if not ends_others and not any("#" in path for path in paths):
+        return paths
+    return "|".join(re.escape(path) for path in paths)
+
+
+# -- does it fit? ---------------------------------------------------------------------------
+
+
+def _fitting_weights(
+    model: Any, names: Names, adapter: Adapter
+) -> list[tuple[Weight, np.ndarray]]:
+    """The weights that the adapter replaces, once everything in it was found to fit."""
+    problems = []
+    modules = {module for module, path in names.paths.items() if _can_adapt(names, path)}
+    for module, update in adapter.layers.items():
+        if module not in modules:
+            near = ", ".join(nearest([module.replace(".", "/")], sorted(modules), 3))
+            problems.append(f"no layer {module}" + (f" (nearest: {near})" if near else ""))
+            continue
+        shape = kernel_shape(names.layers[names.paths[module]])
+        if _squeezed(shape) != _squeezed(update.shape):
+            problems.append(f"{module} is of shape {shape}, the update {update.shape}")
+    known = {}
+    for candidate in names.weights(model):
+        known.update(dict.fromkeys((*candidate.old_keys, candidate.key), candidate))
+    weights = []
+    classifier = False
+    for key, value in adapter.weights.items():
+        weight = known.get(key)
+        if weight is None:
+            problems.append(f"no weight {key}")
+        elif not weight.fits(value):
+            problems.append(f"{key} has {weight.value().shape}, the adapter {value.shape}")
+            classifier |= weight.wanted.name.rpartition("/")[0] in classifier_paths(model)
+        else:
+            weights.append((weight, value))
+    if problems:
+        raise ValueError(_message(model, adapter, problems, classifier))
+    return weights
+
+
+def _can_adapt(names: Names, path: str) -> bool:
+    layer = names.layers[path]
+    return isinstance(layer, LoRALayer) or supported(layer)
+
+
+def _squeezed(shape: tuple[int, ...]) -> list[int]:
+    return [*shape[:2], *(size for size in shape[2:] if size != 1)]
+
+
+def _message(
+    model: Any, adapter: Adapter, problems: list[str], classifier: bool = False
+) -> str:
+    listed = "; ".join(problems[:20])
+    more = f"; and {len(problems) - 20} more" if len(problems) > 20 else ""
+    of = f" of {adapter.base_model!r}" if adapter.base_model else ""
+    remedy = "Load it into the model that it was trained on"
+    if classifier:
+        remedy += ", with as many classes: create_model(..., nb_classes=...)"
+    return (
+        f"Received an adapter{of} that does not fit model '{model.name}' "
+        f"({type(model).__name__}): {listed}{more}. {remedy}. The model is as it was."
+    )
+
+
+def _values(
+    model: Any, names: Names, adapter: Adapter
+) -> list[tuple[LoRALayer, np.ndarray, np.ndarray]]:
+    """A and B for every LoRA layer of the model, if it has just the adapter's layers."""
+    layers = lora_layers(model)
+    given = {names.paths[module]: x for module, x in adapter.layers.items()}
+    differing = sorted(set(layers) ^ set(given))
+    if differing:
+        raise DoesNotFit(f"has LoRA in other layers: {', '.join(differing)}")
+    values = []
+    for path, layer in layers.items():
+        try:
+            values.append((layer, *factors_for(layer, given[path])))
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{names.modules[path]} {error}") from error
+    return values
+
+
+# -- putting it in --------------------------------------------------------------------------
+
+Values = list[tuple[LoRALayer, np.ndarray, np.ndarray]]
+
+
+def _injected(model: Any, adapter: Adapter) -> Values:
+    """LoRA put into a model without it, and the values for its layers."""
+    inject_lora(model, **lora_arguments(model, adapter))
+    try:
+        return _values(model, Names(model), adapter)
+    except DoesNotFit as error:
+        remove_lora(model, merge=False)
+        raise ValueError(_message(model, adapter, [str(error)])) from error
+
+
+def _injected_anew(model: Any, adapter: Adapter) -> Values:
+    """Another LoRA put into a model in place of the one it has; that one back on failure."""
+    own_class = type(model) if lora_base_of(type(model)) not in (None, type(model)) else None
+    before, config = adapter_of(model), model.__dict__.get("_lora_config")
+    cfg: Any = getattr(model, "cfg", None)
+    if config is None or (own_class is not None and not isinstance(cfg, LoRAConfig)):
+        raise ValueError(
+            f"Received an adapter with other layers or ranks than model '{model.name}' "
+            f"({type(model).__name__}) has, whose own code decides on its LoRA. Create the "
+            f"model as the adapter needs it: {lora_arguments(model, adapter)}."
+        )
+
+    def inject(arguments: dict[str, Any]) -> None:
+        if own_class is None:
+            inject_lora(model, **arguments)
+            return
+        _keras.of(model).swap_class(model, own_class)
+        model.cfg = dataclasses.replace(cfg, **arguments)
+        adapt_model(model, model.cfg, rebuilt_by_class=True)
+
+    arguments = lora_arguments(model, adapter)
+    remove_lora(model, merge=False)
+    try:
+        inject(arguments)
+        return _values(model, Names(model), adapter)
+    except ValueError as error:
+        if has_lora(model):
+            remove_lora(model, merge=False)
+        inject({name: getattr(config, name) for name in lora_field_names()})
+        for layer, a, b in _values(model, Names(model), before):
+            layer.assign_factors(a, b)
+        raise ValueError(_message(model, adapter, [str(error)])) from error
+
+
+def _replace_weights(model: Any, weights: list[tuple[Weight, np.ndarray]]) -> None:
+    """Give weights the adapter's values, and those of the last adapter their own back."""
+    base = model.__dict__.get(BASE_WEIGHTS, {})
+    kept = {weight.key: base.get(weight.key, weight.value()) for weight, _ in weights}
+    for weight in Names(model).weights(model) if base else []:
+        if weight.key in base and weight.key not in kept:
+            weight.assign(base[weight.key])
+    for weight, value in weights:
+        weight.assign(value)
+    model.__dict__[BASE_WEIGHTS] = kept
+
+
+def _require_enabled(model: Any) -> None:
+    if any(layer._lora_state.disabled for layer in lora_layers(model).values()):
+        raise ValueError(
+            f"The adapter of model '{model.name}' is disabled. Leave the disable_adapter "
+            "block before you load another one."
+        )
+
+
+def _warn_of_leftovers(model: Any, adapter: Adapter) -> None:
+    """Weights that were trained whole here have no value to go back to."""
+    known = {*adapter.weights, *model.__dict__.get(BASE_WEIGHTS, {})}
+    left = [key for key in adapter_of(model).weights if key not in known]
+    if left:
+        warnings.warn(
+            f"Model '{model.name}' trains {', '.join(left[:5])}"
+            f"{', ...' if len(left) > 5 else ''} whole, which the adapter does not hold: they "
+            "stay as they are.",
+            stacklevel=3,
+        )

@@ -1,0 +1,108 @@
+"""What the layers and the weights of a model are called in an adapter.
+
+Names are timm's of today for tfimm models; for others the layer's path with dots.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfimm_lora import _keras
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.weights.keys import (
+    Wanted,
+    fits,
+    key_of_path,
+    to_keras,
+    torch_axes,
+    wanted_variables,
+)
+from tfimm_lora.weights.layouts import layout_of_model
+
+
+#: Weights of dense layers of tfimm that are those of 1x1 convolutions in timm, by class.
+_CONVOLUTIONS_IN_TIMM = {"ResNetV2": ("head.fc.weight",)}
+
+
+class Names:
+    """The names of one model in adapters.
+
+    Attributes:
+        modules: Path of a layer -> its module path.
+        paths: Module path -> path of the layer. Names of the older layout of timm are
+            understood as well.
+    """
+
+    def __init__(self, model: Any) -> None:
+        layers = {path: x for path, x in _keras.of(model).walk(model) if path}
+        self._layout = layout_of_model(model)
+        classes = [cls.__name__ for cls in type(model).__mro__]
+        self._convolutions = [
+            key for name in classes for key in _CONVOLUTIONS_IN_TIMM.get(name, ())
+        ]
+        self.layers = layers
+        self.modules = {path: self._current(key_of_path(path)) for path in layers}
+        self.paths = {key_of_path(path): path for path in layers}
+        self.paths.update({module: path for path, module in self.modules.items()})
+
+    def _current(self, key: str) -> str:
+        return self._layout.rename_back(key) if self._layout else key
+
+    def weights(self, model: Any) -> list[Weight]:
+        """The weights of a model, but for LoRA's factors."""
+        weights = []
+        for wanted in wanted_variables(model):
+            key = self._current(_key(wanted))
+            weights.append(Weight(key, wanted, wanted.keys, key in self._convolutions))
+        return weights
+
+
+class Weight(NamedTuple):
+    """A weight of the model that an adapter may hold whole."""
+
+    #: Its key in an adapter, for example "head.weight".
+    key: str
+    wanted: Wanted
+    #: Its keys in the older layout of timm.
+    old_keys: tuple[str, ...]
+    #: Whether timm has it as the weight of a 1x1 convolution.
+    is_convolution: bool = False
+
+    @property
+    def variable(self) -> Any:
+        return self.wanted.variable
+
+    def value(self) -> np.ndarray:
+        """What the variable holds, in torch's order of axes (of a merged layer: unmerged)."""
+        layer, seam = self.wanted.layer, _keras.of(self.wanted.layer)
+        if isinstance(layer, LoRALayer) and self.variable is layer._kernel_variable:
+            value = layer.lora_values()["kernel"]
+        else:
+            value = seam.to_numpy(self.variable)
+        value = to_torch(value, self.wanted)
+        return value[..., None, None] if self.is_convolution else value
+
+    def fits(self, value: np.ndarray) -> bool:
+        """Whether a value of an adapter is one of this weight."""
+        return fits(value.shape, self.wanted)
+
+    def assign(self, value: np.ndarray) -> None:
+        """Give the variable a value of an adapter."""
+        dtype = _keras.of(self.wanted.layer).to_numpy(self.variable).dtype
+        self.variable.assign(to_keras(value, self.wanted).astype(dtype))
+
+
+def to_torch(value: np.ndarray, wanted: Wanted) -> np.ndarray:
+    """The value of a variable in torch's order of axes; the reverse of ``to_keras``."""
+    axes = torch_axes(wanted.name.rpartition("/")[2], value.ndim)
+    return value.transpose(np.argsort(axes)) if axes else value
+
+
+def _key(wanted: Wanted) -> str:
+    """The key that timm gives to a weight: a gamma of its own is no scale of a norm."""
+    is_norm = "Normalization" in "".join(cls.__name__ for cls in type(wanted.layer).__mro__)
+    leaf = wanted.name.rpartition("/")[2]
+    own = leaf in ("gamma", "beta") and not is_norm
+    return wanted.keys[-1] if own else wanted.keys[0]
