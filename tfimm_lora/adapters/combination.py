@@ -125,15 +125,13 @@ class Method:
         first = terms[0][0]
         rank = self.rank or max(update.rank for update, _ in terms)
         if self.combination_type == "svd":
-            b, a = stacked(terms)
-            size = norm_of_sum(terms)
-            b, a = truncate_product(b, a, rank)
+            all_b, all_a = stacked(terms)
+            b, a, kept, size = truncate_product(all_b, all_a, rank)
+            size = _without_rounding(size, all_b, all_a)
         else:
-            matrix = self._pruned(path, terms)
-            size = float(np.linalg.norm(matrix))
-            b, a = nearest_factors(matrix, rank)
+            b, a, kept, size = nearest_factors(self._pruned(path, terms), rank)
         # Pythagoras: what is kept is a projection of what there was.
-        lost = math.sqrt(max(size**2 - product_norm(b, a) ** 2, 0.0))
+        lost = math.sqrt(max(size**2 - kept**2, 0.0))
         update = make_update(b, a, first.shape, first.kind, _dtype(terms))
         return update, Loss(lost, size)
 
@@ -200,8 +198,13 @@ def norm_of_sum(terms: list[Term]) -> float:
     """The Frobenius norm of the weighted sum, from the factors; 0 if only rounding is left."""
     if not terms:
         return 0.0
-    norm = product_norm(*stacked(terms))
-    return norm if norm > 1e-13 * sum(product_norm(*stacked([x])) for x in terms) else 0.0
+    b, a = stacked(terms)
+    return _without_rounding(product_norm(b, a), b, a)
+
+
+def _without_rounding(norm: float, b: np.ndarray, a: np.ndarray) -> float:
+    """The norm of B A, or 0 if it is as small as what rounding makes of zero."""
+    return norm if norm > 1e-13 * np.linalg.norm(b) * np.linalg.norm(a) else 0.0
 
 
 def _common_qkv(terms: list[Term]) -> tuple[str, str] | None:
