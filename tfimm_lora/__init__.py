@@ -14,6 +14,13 @@ from tfimm_lora.adapters.adapter import Adapter, LayerUpdate  # noqa: E402
 from tfimm_lora.adapters.extract import adapter_of, save_adapter  # noqa: E402
 from tfimm_lora.adapters.hub import push_to_hub  # noqa: E402
 from tfimm_lora.adapters.load import load_adapter  # noqa: E402
+from tfimm_lora.adapters.routing import (  # noqa: E402
+    adapter_ids,
+    attach_adapters,
+    detach_adapters,
+    routed_model,
+    use_adapters,
+)
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
 from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
 from tfimm_lora.factory import create_model, list_models  # noqa: E402
@@ -62,12 +69,15 @@ __all__ = [
     "LoRAEmbedding",
     "LoRALayer",
     "__version__",
+    "adapter_ids",
     "adapter_of",
+    "attach_adapters",
     "convert_to_lora_layer",
     "convert_to_lora_model",
     "convert_to_regular_model",
     "create_model",
     "create_preprocessing",
+    "detach_adapters",
     "disable_adapter",
     "inject_lora",
     "list_models",
@@ -85,10 +95,12 @@ __all__ = [
     "register_layer_classes",
     "register_lora_architecture",
     "remove_lora",
+    "routed_model",
     "save_adapter",
     "set_adapter_scale",
     "transfer_weights",
     "unmerge_lora_weights",
+    "use_adapters",
 ]
 
 if _keras.uses_legacy_keras() and _keras.installed("tfimm"):

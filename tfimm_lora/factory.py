@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import fnmatch
+import os
 from typing import Any
 
 from tfimm_lora import _keras
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.load import load_adapter, lora_arguments
+from tfimm_lora.classifier import classifier_names
 from tfimm_lora.convert import (
     convert_to_lora_model,
     create_registered,
@@ -21,7 +25,12 @@ from tfimm_lora.zoo import import_tfimm, require_known
 
 
 def create_model(
-    model_name: str, pretrained: bool = False, model_path: str = "", **kwargs: Any
+    model_name: str,
+    pretrained: bool = False,
+    model_path: str = "",
+    *,
+    adapter: Adapter | str | os.PathLike[str] | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Create a LoRA model by its tfimm name.
 
@@ -35,6 +44,9 @@ def create_model(
             precedence over ``pretrained``. If that is a LoRA model, its factors are taken
             over too and its config is the starting point. Or a checkpoint of timm in a
             safetensors file, or a folder with one, for the model with these arguments.
+        adapter: An adapter for the model: an ``Adapter``, a folder, or "hf://user/repo". The
+            model gets the LoRA that the adapter asks for, and as many classes as the
+            adapter's classifier, if it holds one. lora_* arguments are then not taken.
         **kwargs: lora_* arguments go into the LoRA config (see ``LoRAConfig``), all others
             to ``tfimm.create_model`` (nb_classes, in_channels, input_size, ...).
             ``lora_train_classifier=None`` (default) trains the classifier where it is new:
@@ -49,7 +61,8 @@ def create_model(
         ValueError: for an unknown model name (the nearest are named), an argument out of
             range, or ``pretrained`` for a name without weights (the reason is given).
         FileNotFoundError, PermissionError, ConnectionError: as ``load_timm_weights``.
-        TypeError: for an unknown argument (the nearest is named).
+        TypeError: for an unknown argument (the nearest is named), or lora_* arguments next
+            to an adapter.
 
     Example:
         >>> import tfimm_lora as lora
@@ -66,17 +79,35 @@ def create_model(
     # tfimm ignores an unknown field with a line in the log; a typo must not pass. This
     # also checks the values of the LoRA config before any weight is created.
     _check_arguments(named_cfg, lora_cls, kwargs)
+    if adapter is not None:
+        if lora_kwargs:
+            raise TypeError(
+                f"Received {', '.join(lora_kwargs)} and an adapter; expected one of them: the "
+                "adapter says which LoRA the model gets."
+            )
+        if not isinstance(adapter, Adapter):
+            adapter = Adapter.load(adapter)
+        if other_kwargs.get("nb_classes") is None:
+            other_kwargs["nb_classes"] = _classes_of(adapter, named_cfg)
     if model_path and is_checkpoint(model_path):
         base = create_from_file(tfimm, model_name, model_path, **other_kwargs)
     elif model_path:
         loaded = _load(model_path)
         if has_lora(loaded):
+            if adapter is not None:
+                raise ValueError(
+                    f"Received an adapter and model_path={model_path!r}, a LoRA model; "
+                    "expected an ordinary one. Load it, and then load_adapter."
+                )
             return _adapt_loaded(loaded, type(loaded), kwargs)
         base = tfimm.create_model(model_name, False, model_path, **other_kwargs)
     elif pretrained:
         base = create_pretrained(tfimm, model_name, **other_kwargs)
     else:
         base = tfimm.create_model(model_name, **other_kwargs)
+    if adapter is not None:
+        model = convert_to_lora_model(base, **lora_arguments(base, adapter))
+        return load_adapter(model, adapter)
     if lora_kwargs.get("lora_train_classifier") is None:
         lora_kwargs["lora_train_classifier"] = has_new_classifier(base.cfg, named_cfg)
     return convert_to_lora_model(base, **lora_kwargs)
@@ -104,6 +135,16 @@ def list_models(pattern: str = "") -> list[str]:
     if pattern:
         names = fnmatch.filter(names, pattern)
     return [n for n in names if lora_version_of(tfimm.models.model_class(n)) is not None]
+
+
+def _classes_of(adapter: Adapter, named_cfg: Any) -> int | None:
+    """The number of classes of an adapter's classifier; None where it holds none."""
+    names = [name.replace("/", ".") for name in classifier_names(named_cfg)]
+    for key, value in adapter.weights.items():
+        # timm calls some "head.fc" that tfimm calls "head".
+        if any(key in (f"{name}.weight", f"{name}.fc.weight") for name in names):
+            return int(value.shape[0])
+    return None
 
 
 def _check_arguments(named_cfg: Any, lora_cls: type, kwargs: dict[str, Any]) -> None:

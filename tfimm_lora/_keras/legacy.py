@@ -32,6 +32,7 @@ _OPS = types.SimpleNamespace(
     reshape=tf.reshape,
     transpose=tf.transpose,
     moveaxis=tf.experimental.numpy.moveaxis,
+    equal=tf.equal,
     cast=tf.cast,
     shape=tf.shape,
     take=lambda x, indices, axis: tf.gather(x, indices, axis=axis),

@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora import _keras
-from tfimm_lora.adapters.adapter import LayerUpdate
+from tfimm_lora.adapters.adapter import OWN_KINDS, LayerUpdate
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conv import ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate, EinsumProduct
@@ -83,6 +83,29 @@ def factors_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray
             raise DoesNotFit("has a scale, but the layer's scale is 0")
         b = b * np.float32(update.scale / layer.lora.scale)
     return a.reshape(shapes[0]).astype("float32"), b.reshape(shapes[1]).astype("float32")
+
+
+def columns_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray]:
+    """a and b of an update at its own rank, with its scale in b, for the plain product of an
+    adapted layer (which does not take fused projections apart).
+
+    Raises:
+        DoesNotFit: if the layer's product cannot be split in two narrow ones.
+    """
+    if update.kind in OWN_KINDS or kind_of(layer) in OWN_KINDS:
+        kind = update.kind if update.kind in OWN_KINDS else kind_of(layer)
+        raise DoesNotFit(f"is {kind}, and so has no two narrow products")
+    a, b = update.a, update.scale * update.b.reshape(update.b.shape[:2])
+    if isinstance(layer, ConvUpdate):
+        window = tuple(layer._kernel_variable.shape)[:-2]
+        a = np.moveaxis(a.reshape(*a.shape[:2], *window), (0, 1), (-1, -2))
+        return a.astype("float32"), b.T.astype("float32")
+    a, b = a.reshape(a.shape[0], -1).T, b.T
+    if isinstance(layer, EinsumDenseUpdate):
+        kernel = tuple(layer._kernel_variable.shape)
+        shapes = layer._product().factor_shapes(kernel, update.rank)
+        a, b = a.reshape(shapes[0]), b.reshape(shapes[1])
+    return a.astype("float32"), b.astype("float32")
 
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:

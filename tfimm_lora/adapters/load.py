@@ -179,6 +179,11 @@ def _exact_targets(paths: list[str], everything: list[str]) -> list[str] | str:
     return "|".join(re.escape(path) for path in paths)
 
 
+def check_fits(model: Any, adapter: Adapter) -> None:
+    """Raise a ValueError that names what of an adapter a model has not, or otherwise."""
+    _fitting_weights(model, Names(model), adapter)
+
+
 # -- does it fit? ---------------------------------------------------------------------------
 
 

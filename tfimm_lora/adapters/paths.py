@@ -21,7 +21,6 @@ from tfimm_lora.weights.keys import (
 )
 from tfimm_lora.weights.layouts import layout_of_model
 
-
 #: Weights of dense layers of tfimm that are those of 1x1 convolutions in timm, by class.
 _CONVOLUTIONS_IN_TIMM = {"ResNetV2": ("head.fc.weight",)}
 

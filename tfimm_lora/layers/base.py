@@ -10,7 +10,7 @@ import numpy as np
 
 from tfimm_lora import _keras, config
 from tfimm_lora._keras.common import Found
-from tfimm_lora.layers import parts, slot, update
+from tfimm_lora.layers import parts, routes, slot, update
 
 
 @dataclass(frozen=True)
@@ -278,6 +278,10 @@ class LoRALayer:
         """The layer's product (on ``inputs``); see ``update.Product``."""
         raise NotImplementedError
 
+    def _plain_product(self, inputs: Any = None) -> Any:
+        """The product of the base layer, of which A and B are not taken apart."""
+        return self._product(inputs)
+
     def _factors(self) -> tuple[Any, Any]:
         """A and B as float32 tensors."""
         seam = _keras.of(self)
@@ -307,6 +311,10 @@ class LoRALayer:
         seam, spec, product = _keras.of(self), self.lora, self._product(inputs)
         dtype = seam.compute_dtype(self)
         kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
+        route = routes.current()
+        if route is not None:
+            plain = self._plain_product(inputs)
+            return routes.routed(self, seam, plain, inputs, kernel, dtype, route)
         a, b = self._factors()
         narrow = dtype in ("float16", "bfloat16")
         if not (narrow or spec.dropout or factored):
@@ -334,6 +342,7 @@ class LoRALayer:
                 "adapted. Leave the layer out of lora_targets, or let its call use the kernel "
                 "attribute."
             )
+        self._require_routed()
         transformed = frame.effective is not None and not frame.reached_product
         state.kernel_transformed = state.kernel_transformed or transformed
         if self.lora.dropout and not self.merged and transformed:
@@ -342,6 +351,20 @@ class LoRALayer:
                 "to drop from. Pass lora_dropout=0, or leave the layer out of lora_targets."
             )
         return outputs
+
+    def _require_routed(self) -> None:
+        """Raise if adapters were chosen by example and this layer did not go by them."""
+        route = routes.current()
+        if route is not None and id(self) not in route.used:
+            why = (
+                "it is merged: call unmerge_lora_weights first"
+                if self.merged
+                else ("its own call has no place for that")
+            )
+            raise NotAdaptable(
+                f"Layer '{self.name}' ({base_of(type(self)).__name__}) cannot take an adapter "
+                f"for each example; {why}."
+            )
 
     def _call_name(self) -> str:
         return f"The call of {base_of(type(self)).__name__} (layer '{self.name}')"

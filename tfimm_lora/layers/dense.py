@@ -129,6 +129,9 @@ class DenseUpdate(LoRALayer):
             return product
         return PartsOfMatrix(product, self.lora.qkv, self.lora.qkv_layout)
 
+    def _plain_product(self, inputs: Any = None) -> Product:
+        return MatrixProduct(_keras.of(self).ops)
+
     def _probe_shape(self) -> tuple[int, ...]:
         return (1, self._kernel_variable.shape[0])
 

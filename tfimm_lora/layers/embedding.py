@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tfimm_lora import _keras
+from tfimm_lora.layers import routes
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
 from tfimm_lora.layers.slot import kernel_shown_as
@@ -40,12 +41,25 @@ class EmbeddingUpdate(LoRALayer):
         known = has_keras_call(type(self)) and seam.is_dense_tensor(inputs)
         if self.merged or not known or getattr(self, "sparse", False):
             return super().call(inputs, *args, **kwargs)
+        route = routes.current()
         with kernel_shown_as(self, lambda: self._kernel_variable):
             outputs = super(LoRALayer, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
+        if route is not None:
+            return outputs + seam.ops.cast(self._routed(inputs, route), outputs.dtype)
         a, b = self._factors()
         rows = seam.ops.take(a, seam.ops.cast(inputs, "int32"), axis=0)
         branch = self.lora.scale * seam.ops.matmul(self._dropped(rows), b)
         return outputs + seam.ops.cast(branch, outputs.dtype)
+
+    def _routed(self, inputs: Any, route: routes.Route) -> Any:
+        """The branch for adapters chosen by example."""
+        seam = _keras.of(self)
+        route.used.add(id(self))
+        attached = self.__dict__.get("_lora_attached")
+        if attached is None:
+            return 0
+        rows = seam.ops.take(attached.a, seam.ops.cast(inputs, "int32"), axis=0)
+        return seam.ops.matmul(routes.masked(seam, rows, attached, route), attached.b)
 
     def _shown_kernel(self) -> Any:
         if self.merged:
