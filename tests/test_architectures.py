@@ -1,5 +1,8 @@
 """Every tfimm family has a LoRA version that keeps the promises of a model."""
 
+import importlib.util
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -292,3 +295,38 @@ def test_every_tfimm_name_has_a_lora_architecture():
     families = {tfimm.models.model_class(name) for name in names}
     assert {tfimm.models.model_class(t.name) for t in ARCHITECTURES.values()} == families
     assert {"sam_vit_b", "resnet18"} < set(lora.list_models())
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "make_architectures.py"
+
+#: A small model of each family, whose numbers are counted again.
+COUNTED = [
+    "cait_xxs24_224",
+    "convmixer_768_32",
+    "convnext_tiny",
+    "efficientnet_es",
+    "gmixer_24_224",
+    "pit_ti_224",
+    "poolformer_s12",
+    "pvt_tiny",
+    "pvt_v2_b0",
+    "resnet18",
+    "resnetv2_50x1_bitm",
+    "swin_tiny_patch4_window7_224",
+    "vit_tiny_patch16_224",
+]
+
+
+def test_page_of_architectures_is_true():
+    """docs/architectures.md: the text and every name from the code, some numbers counted."""
+    spec = importlib.util.spec_from_file_location("make_architectures", PAGE)
+    maker = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(maker)
+    written = maker.PAGE.read_text()
+    lines = {
+        line.split("`")[1]: line for line in written.splitlines() if line.startswith("| `")
+    }
+    assert list(lines) == [name for names in maker.families().values() for name in names]
+    assert maker.page(lines) == written
+    for name in COUNTED:
+        assert maker.row(name, *maker.numbers(name)) == lines[name]
