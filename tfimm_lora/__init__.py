@@ -11,6 +11,8 @@ _keras.prefer_legacy_for_tfimm()
 
 from tfimm_lora.adapters.activation import disable_adapter, set_adapter_scale  # noqa: E402
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate  # noqa: E402
+from tfimm_lora.adapters.algebra import combination_errors, combine_adapters  # noqa: E402
+from tfimm_lora.adapters.explain import extract_adapter  # noqa: E402
 from tfimm_lora.adapters.extract import adapter_of, save_adapter  # noqa: E402
 from tfimm_lora.adapters.hub import push_to_hub  # noqa: E402
 from tfimm_lora.adapters.load import load_adapter  # noqa: E402
@@ -72,6 +74,8 @@ __all__ = [
     "adapter_ids",
     "adapter_of",
     "attach_adapters",
+    "combination_errors",
+    "combine_adapters",
     "convert_to_lora_layer",
     "convert_to_lora_model",
     "convert_to_regular_model",
@@ -79,6 +83,7 @@ __all__ = [
     "create_preprocessing",
     "detach_adapters",
     "disable_adapter",
+    "extract_adapter",
     "inject_lora",
     "list_models",
     "load_adapter",

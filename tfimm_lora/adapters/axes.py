@@ -126,6 +126,21 @@ def kernel_shape(layer: Any) -> tuple[int, ...]:
     return tuple(reversed(shape))
 
 
+def kernel_in_torch_order(layer: Any, kernel: np.ndarray) -> np.ndarray:
+    """The value of a layer's kernel in the shape that ``kernel_shape`` gives."""
+    base = lora_class(type(layer))
+    if issubclass(base, DepthwiseConvUpdate):
+        return kernel.transpose(2, 3, 0, 1).reshape(kernel_shape(layer))
+    if issubclass(base, ConvUpdate):
+        return np.moveaxis(kernel, (-1, -2), (0, 1))
+    if issubclass(base, EinsumDenseUpdate):
+        product = EinsumProduct(_keras.of(layer).ops, layer.equation)
+        added, summed = product.b.partition(product.a[-1])[2], product.a[:-1]
+        turned = np.einsum(f"{product.kernel}->{added}{summed}", kernel)
+        return turned.reshape(kernel_shape(layer))
+    return kernel.T
+
+
 def moves_only_its_parts(update: LayerUpdate) -> bool:
     """Whether an update is zero outside of the parts of a projection that it names."""
     if update.qkv is None or update.b.ndim != 2:

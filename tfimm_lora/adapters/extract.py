@@ -53,7 +53,7 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
         layers,
         {w.key: w.value() for w in weights},
         modules,
-        _name_of(model) if base_model is None else base_model,
+        name_of(model) if base_model is None else base_model,
         bias,
         float(getattr(config, "lora_dropout", 0.0)),
     )
@@ -148,6 +148,7 @@ def _is_in(key: str, module: str) -> bool:
     return key.startswith(f"{module}.")
 
 
-def _name_of(model: Any) -> str:
+def name_of(model: Any) -> str:
+    """What a model's adapters are of: the hub id of its weights in timm, its name, or ""."""
     name = getattr(getattr(model, "cfg", None), "name", "") or ""
     return f"timm/{CHECKPOINTS[name]}" if name in CHECKPOINTS else name

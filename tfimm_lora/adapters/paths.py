@@ -1,10 +1,13 @@
 """What the layers and the weights of a model are called in an adapter.
 
-Names are timm's of today for tfimm models; for others the layer's path with dots.
+Names are timm's of today for tfimm models; for others the layer's path with dots. Where Keras
+named a layer itself, its number counts within the layer around it: another process, or a
+second model in this one, gives it another.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,8 +45,9 @@ class Names:
             key for name in classes for key in _CONVOLUTIONS_IN_TIMM.get(name, ())
         ]
         self.layers = layers
-        self.modules = {path: self._current(key_of_path(path)) for path in layers}
-        self.paths = {key_of_path(path): path for path in layers}
+        self._steady = _steady_paths(layers)
+        self.modules = {p: self._current(key_of_path(self._steady[p])) for p in layers}
+        self.paths = {key_of_path(self._steady[path]): path for path in layers}
         self.paths.update({module: path for path, module in self.modules.items()})
 
     def _current(self, key: str) -> str:
@@ -53,9 +57,38 @@ class Names:
         """The weights of a model, but for LoRA's factors."""
         weights = []
         for wanted in wanted_variables(model):
+            path, _, leaf = wanted.name.rpartition("/")
+            if self._steady.get(path, path) != path:
+                wanted = wanted._replace(name=f"{self._steady[path]}/{leaf}")
             key = self._current(_key(wanted))
             weights.append(Weight(key, wanted, wanted.keys, key in self._convolutions))
         return weights
+
+
+def _steady_paths(layers: dict[str, Any]) -> dict[str, str]:
+    """Paths with the numbers of names that Keras gave replaced by an order of appearance."""
+    steady: dict[str, str] = {"": ""}
+    counts: dict[tuple[str, str], int] = {}
+    for path, layer in layers.items():  # parents first
+        above = path.rpartition("/")[0]
+        while above not in steady:
+            above = above.rpartition("/")[0]
+        name = path[len(above) :].strip("/")
+        given = re.fullmatch(rf"{re.escape(_own_name(layer))}(_\d+)?", name)
+        if given:
+            stem = name.removesuffix(given[1] or "")
+            place = counts.get((above, stem), 0)
+            counts[above, stem] = place + 1
+            name = f"{stem}_{place}" if place else stem
+        steady[path] = f"{steady[above]}/{name}".strip("/")
+    return steady
+
+
+def _own_name(layer: Any) -> str:
+    """What Keras calls a layer of this class that is given no name: "multi_head_attention"."""
+    plain = next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
+    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", plain.__name__)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
 
 
 class Weight(NamedTuple):

@@ -343,9 +343,12 @@ class LoRALayer:
                 "attribute."
             )
         self._require_routed()
-        transformed = frame.effective is not None and not frame.reached_product
+        # A merged layer goes past the product that would tell.
+        transformed = (
+            frame.effective is not None and not frame.reached_product and not self.merged
+        )
         state.kernel_transformed = state.kernel_transformed or transformed
-        if self.lora.dropout and not self.merged and transformed:
+        if self.lora.dropout and transformed:
             raise NotAdaptable(
                 f"{self._call_name()} transforms its kernel, so there is no low-rank branch "
                 "to drop from. Pass lora_dropout=0, or leave the layer out of lora_targets."

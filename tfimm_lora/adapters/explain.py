@@ -1,0 +1,179 @@
+"""``extract_adapter``: the adapter that best explains a model that was fine-tuned whole."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora import _keras
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.axes import kernel_in_torch_order, kind_of
+from tfimm_lora.adapters.decompose import check_rank_or_energy, extract_updates
+from tfimm_lora.adapters.extract import name_of
+from tfimm_lora.adapters.paths import Names, Weight
+from tfimm_lora.classifier import classifier_paths
+from tfimm_lora.layers.base import make_spec
+from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer, supported
+from tfimm_lora.merge import has_lora
+
+
+def extract_adapter(
+    base: Any,
+    tuned: Any,
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    base_model: str | None = None,
+) -> Adapter:
+    """The adapter of the smallest error for a model that was fine-tuned without LoRA.
+
+    For the kernel of every layer that LoRA supports it takes the best approximation of
+    dW = W_tuned - W_base of a rank, by singular value decomposition. Everything else that
+    changed is held whole: the classifier, biases, the layers of norms.
+
+    Args:
+        base: The model before, ordinary and built.
+        tuned: The model after; of the same architecture, also with other classes.
+        rank: The rank of every update, or ...
+        energy: ... the share of every update's squared norm to hold, in (0, 1]; each layer
+            gets the smallest rank that does. Just one of the two is given.
+        base_model: As in ``adapter_of``.
+
+    Returns:
+        The adapter. Layers that did not change are not in it.
+
+    Raises:
+        ValueError: if the models have other layers or shapes, or LoRA in them, if no kernel
+            changed, or unless just one of rank and energy is given, in its range.
+
+    Warns:
+        UserWarning: for changed weights that an adapter has no place for: a model's own
+            variables, such as position embeddings.
+
+    Example:
+        >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
+        >>> def make():
+        ...     return tf.keras.Sequential([
+        ...         tf.keras.Input((4,)), tf.keras.layers.Dense(4, name="fc1"),
+        ...         tf.keras.layers.Dense(3, name="head")])
+        >>> base, tuned = make(), make()
+        >>> adapter = lora.extract_adapter(base, tuned, energy=0.9)
+        >>> adapter.modules, sorted(adapter.layers)
+        (('head',), ['fc1'])
+
+    Reference: Eckart and Young, "The approximation of one matrix by another of lower rank",
+    Psychometrika 1 (1936); differences of weights as task vectors: Ilharco et al., "Editing
+    Models with Task Arithmetic", arXiv:2212.04089, section 2.
+    """
+    check_rank_or_energy(rank, energy)
+    for role, model in (("base", base), ("tuned", tuned)):
+        if has_lora(model):
+            raise ValueError(
+                f"Received {role} with LoRA layers; expected an ordinary model. "
+                + ("adapter_of(tuned) is its adapter." if role == "tuned" else "")
+            )
+    names, others = Names(base), Names(tuned)
+    before = {w.key: w for w in names.weights(base)}
+    after = {w.key: w for w in others.weights(tuned)}
+    heads = classifier_paths(base)
+    _check_alike(before, after, [f"{names.modules[path]}." for path in heads])
+    kernels = {id(v): path for path, v in _kernels(names).items() if path not in heads}
+    differences: dict[str, np.ndarray] = {}
+    kinds: dict[str, str] = {}
+    whole: dict[str, Weight] = {}
+    for key, weight in before.items():
+        mine, theirs = weight.value(), after[key].value()
+        if mine.shape == theirs.shape and np.array_equal(mine, theirs):
+            continue
+        path = kernels.get(id(weight.variable))
+        if path is None:
+            whole[key] = after[key]
+            continue
+        layer, module = names.layers[path], names.modules[path]
+        seam = _keras.of(layer)
+        values = [seam.to_numpy(w.variable).astype("float64") for w in (weight, after[key])]
+        differences[module] = kernel_in_torch_order(layer, values[1] - values[0])
+        kinds[module] = _kind(layer)
+    if not differences:
+        raise ValueError(
+            f"Received base '{base.name}' and tuned '{tuned.name}', whose kernels are the "
+            "same; there is nothing to explain by LoRA."
+        )
+    layers = extract_updates(differences, rank, energy, kinds)
+    layers = {m: _single(update) for m, update in layers.items()}
+    modules, weights, lost = _held_whole(names, whole, set(layers))
+    if lost:
+        warnings.warn(
+            f"{', '.join(lost)} changed, for which an adapter has no place: they are left out.",
+            stacklevel=2,
+        )
+    outside = [key for key in weights if not any(key.startswith(f"{m}.") for m in modules)]
+    return Adapter(
+        layers,
+        weights,
+        modules,
+        name_of(base) if base_model is None else base_model,
+        "all" if outside else "none",
+    )
+
+
+def _check_alike(before: dict[str, Weight], after: dict[str, Weight], heads: list[str]) -> None:
+    problems = [f"only one has {key}" for key in sorted(set(before) ^ set(after))]
+    for key in set(before) & set(after):
+        shapes = [tuple(w.variable.shape) for w in (before[key], after[key])]
+        if shapes[0] != shapes[1] and not any(key.startswith(head) for head in heads):
+            problems.append(f"{key} has {shapes[0]} in base, {shapes[1]} in tuned")
+    if problems:
+        raise ValueError(
+            f"Received models that are not of one architecture: {'; '.join(problems[:20])}."
+        )
+
+
+def _kernels(names: Names) -> dict[str, Any]:
+    """The kernel variable of every layer that LoRA supports, by path."""
+    found = {}
+    for path, layer in names.layers.items():
+        if supported(layer):
+            role = lora_class(type(layer))._kernel_role  # type: ignore[attr-defined]
+            found[path] = layer.__dict__[_keras.of(layer).kernel_attributes[role]]
+    return found
+
+
+def _kind(layer: Any) -> str:
+    """What ``kind_of`` says of the layer once it is adapted; it stays as it is."""
+    adapt_layer(layer, make_spec(_keras.of(layer), {"lora_rank": 1}))
+    try:
+        return kind_of(layer)
+    finally:
+        restore_layer(layer)
+
+
+def _single(update: Any) -> Any:
+    """An update in float32, as the factors of models are."""
+    return type(update)(
+        update.a.astype("float32"), update.b.astype("float32"), update.scale, update.kind
+    )
+
+
+def _held_whole(
+    names: Names, whole: dict[str, Weight], adapted: set[str]
+) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
+    """Modules and weights to hold whole, and the keys that have no place."""
+    by_layer: dict[str, list[Weight]] = {}
+    for weight in whole.values():
+        path = weight.wanted.name.rpartition("/")[0]
+        by_layer.setdefault(path, []).append(weight)
+    modules, weights, lost = [], {}, []
+    for path, changed in by_layer.items():
+        module = names.modules.get(path)
+        biases = [w for w in changed if _keras.of(w.wanted.layer).is_bias_like(w.variable)]
+        inside = any(name == module or name.startswith(f"{module}.") for name in adapted)
+        if len(biases) < len(changed) and (module is None or inside):
+            lost += [w.key for w in changed if w not in biases]
+            changed = biases
+        elif len(biases) < len(changed):
+            modules.append(module)
+        weights.update({w.key: w.value() for w in changed})
+    return tuple(m for m in modules if m is not None), weights, lost
