@@ -2,13 +2,15 @@
 
 It serves repositories from memory, at one revision "main", with what huggingface_hub relies
 on: ETag, X-Repo-Commit, X-Linked-ETag, X-Linked-Size and Range, and X-Error-Code for what
-is not there. It can be told to misbehave::
+is not there. It takes uploads in commits, from who has the token. It can be told to
+misbehave::
 
     with HubServer({"user/model": {"model.safetensors": b"..."}}) as server:
         server.faults["user/model", "model.safetensors"] = Fault.CUT
         # in another process: HF_ENDPOINT=server.endpoint
 """
 
+import base64
 import enum
 import hashlib
 import json
@@ -17,6 +19,9 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+#: The token that may write.
+TOKEN = "hf_may_write"
 
 
 class Fault(enum.Enum):
@@ -70,6 +75,44 @@ def _handler(server):
 
         def do_GET(self):
             self._answer(with_body=True)
+
+        def do_POST(self):
+            server.requests.append((self.command, self.path, None))
+            content = self.rfile.read(int(self.headers["Content-Length"]))
+            if self.headers.get("Authorization") != f"Bearer {TOKEN}":
+                return self._error(401, "Unauthorized", "Invalid token")
+            path = self.path.partition("?")[0]
+            if path == "/api/repos/create":
+                asked = json.loads(content)
+                name = f"{asked['organization']}/{asked['name']}"
+                answer = {"url": f"{server.endpoint}/{name}", "name": name}
+                if name in server.repositories:
+                    return self._json({**answer, "error": "You already created it"}, 409)
+                server.repositories[name] = {}
+                return self._json(answer)
+            if path == "/api/validate-yaml":
+                return self._json({"errors": [], "warnings": []})
+            found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(preupload|commit)/main", path)
+            if not found or found[1] not in server.repositories:
+                return self._error(404, "RepoNotFound", "Repository not found")
+            if found[2] == "preupload":
+                files = [f["path"] for f in json.loads(content)["files"]]
+                modes = [
+                    {"path": f, "uploadMode": "regular", "shouldIgnore": False} for f in files
+                ]
+                return self._json({"files": modes})
+            for line in content.splitlines():
+                item = json.loads(line)
+                if item["key"] == "file":
+                    value = item["value"]
+                    uploaded = base64.b64decode(value["content"])
+                    server.repositories[found[1]][value["path"]] = uploaded
+            url = f"{server.endpoint}/{found[1]}/commit/{COMMIT}"
+            self._json({"commitUrl": url, "commitOid": COMMIT, "success": True})
+
+        def _json(self, answer, status=200):
+            headers = {"Content-Type": "application/json"}
+            self._send(status, json.dumps(answer).encode(), headers, with_body=True)
 
         def _answer(self, with_body):
             asked = self.headers.get("Range")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import golden
-from tests.hub_server import COMMIT, Fault, HubServer
+from tests.hub_server import COMMIT, TOKEN, Fault, HubServer
 from tests.kerases import LEGACY
 
 if not LEGACY:
@@ -200,3 +200,75 @@ def test_an_unreachable_hub_says_so_unless_the_cache_has_the_file(hub):
     kind, message = hub["unreachable"]["timm/new"]
     assert kind == "ConnectionError"
     assert "could not be reached" in message and "HF_ENDPOINT" in message
+
+
+#: Pushes an adapter, loads it again, and tries what goes wrong.
+ADAPTERS = """
+import json, os, sys
+import numpy as np
+import tfimm_lora as lora
+
+update = lora.LayerUpdate(np.ones((2, 8), "float32"), np.ones((4, 2), "float32"), 0.5)
+adapter = lora.Adapter({"fc": update}, base_model="me/base")
+outcomes = {}
+
+def attempt(what, step):
+    try:
+        outcomes[what] = ["done", str(step())]
+    except Exception as error:
+        outcomes[what] = [type(error).__name__, str(error)]
+
+attempt("push", lambda: lora.push_to_hub(adapter, "me/adapter"))
+attempt("again", lambda: lora.push_to_hub(adapter, "me/adapter"))
+attempt("load", lambda: lora.Adapter.load("hf://me/adapter") == adapter)
+attempt("revision", lambda: lora.Adapter.load("hf://me/adapter@main") == adapter)
+attempt("nothing", lambda: lora.Adapter.load("hf://me/nothing"))
+attempt("address", lambda: lora.Adapter.load("hf://adapter"))
+attempt("repository", lambda: lora.push_to_hub(adapter, "adapter"))
+attempt("wrong", lambda: lora.Adapter.load("hf://me/wrong"))
+attempt("cut", lambda: lora.Adapter.load("hf://me/cut"))
+os.environ["HF_TOKEN"] = "hf_other"
+attempt("token", lambda: lora.push_to_hub(adapter, "me/other"))
+print("OUTCOMES" + json.dumps(outcomes))
+"""
+
+
+def test_adapters_go_to_the_hub_and_come_back(tmp_path):
+    import numpy as np
+
+    import tfimm_lora as lora
+
+    update = lora.LayerUpdate(np.ones((2, 8), "float32"), np.ones((4, 2), "float32"), 0.5)
+    lora.Adapter({"fc": update}).save(tmp_path / "files")
+    files = {p.name: p.read_bytes() for p in (tmp_path / "files").iterdir()}
+    weights = "adapter_model.safetensors"
+    with HubServer({"me/wrong": dict(files), "me/cut": dict(files)}) as server:
+        server.faults["me/wrong", weights] = Fault.WRONG_CONTENT
+        server.faults["me/cut", weights] = Fault.CUT
+        done = subprocess.run(
+            [sys.executable, "-c", ADAPTERS],
+            env={
+                **{k: v for k, v in os.environ.items() if not k.startswith("HF_")},
+                "HF_ENDPOINT": server.endpoint,
+                "HF_HOME": str(tmp_path / "home"),
+                "HF_TOKEN": TOKEN,
+                "PYTHONPATH": os.pathsep.join(sys.path),
+            },
+            capture_output=True,
+            text=True,
+        )
+        uploaded = server.repositories["me/adapter"]
+        assert "me/other" not in server.repositories
+    assert done.returncode == 0, done.stderr[-3000:]
+    line = next(x for x in done.stdout.splitlines() if x.startswith("OUTCOMES"))
+    outcomes = json.loads(line.removeprefix("OUTCOMES"))
+    assert outcomes["push"] == outcomes["again"] == ["done", "hf://me/adapter"]
+    assert sorted(uploaded) == ["README.md", "adapter_config.json", weights]
+    assert outcomes["load"] == outcomes["revision"] == ["done", "True"]
+    assert outcomes["nothing"][0] == "FileNotFoundError"
+    assert "'me/nothing' does not exist" in outcomes["nothing"][1]
+    assert outcomes["address"][0] == outcomes["repository"][0] == "ValueError"
+    assert outcomes["wrong"][0] == "ValueError"
+    assert "is not what the hub announced" in outcomes["wrong"][1]
+    assert outcomes["cut"][0] == "ConnectionError"
+    assert outcomes["token"][0] == "PermissionError" and "HF_TOKEN" in outcomes["token"][1]

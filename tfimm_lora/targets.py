@@ -45,7 +45,7 @@ def is_suffix(path: str, name: str) -> bool:
 
 
 def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first key that matches the end of a path, from a separator on.
+    r"""The value of the first key that matches the end of a path, from a separator on.
 
     As PEFT does it for its rank_pattern and alpha_pattern.
 
