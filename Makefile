@@ -29,11 +29,12 @@ test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on 
 	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=jax $(PY) -m pytest -m backends
 	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=torch $(PY) -m pytest -m backends
 
-test-interop: $(VENV)/.made-interop  ## Compare with real timm on torch (CPU): weights, names, preprocessing
+test-interop: $(VENV)/.made-interop  ## Compare with real timm and PEFT on torch (CPU): weights, adapters, training
 	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 tests/interop
 
 benchmark: $(STAMP)  ## Measure training steps and forward passes against the plain model
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/step_time.py
+	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/switch_adapters.py
 
 quality: $(VENV)/.made-quality  ## Check style and types
 	$(VENV)/bin/ruff check .
@@ -71,5 +72,5 @@ $(VENV)/.made-backends: $(STAMP)
 $(VENV)/.made-interop: $(STAMP)
 	$(PIP) install --quiet "torch==2.13.0" pillow pyyaml
 	$(PIP) install --quiet --no-deps "torchvision==0.28.0"
-	$(PIP) install --quiet "timm==1.0.31"
+	$(PIP) install --quiet "timm==1.0.31" "peft==0.21.2"
 	touch $@

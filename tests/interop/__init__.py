@@ -1,10 +1,10 @@
-"""Tests against real timm and torch, which `make test-interop` installs."""
+"""Tests against real timm, PEFT and torch, which `make test-interop` installs."""
 
 import importlib.util
 
 MISSING = [
     name
-    for name in ("torch", "torchvision", "timm", "safetensors")
+    for name in ("torch", "torchvision", "timm", "peft", "safetensors")
     if importlib.util.find_spec(name) is None
 ]
 

@@ -44,7 +44,7 @@ def disable_adapter(model: Any) -> Iterator[Any]:
         layer._require_built("disable")
     outermost = not layers[0]._lora_state.disabled
     base = model.__dict__.get(BASE_WEIGHTS, {}) if outermost else {}
-    weights = [w for w in Names(model).weights(model) if w.key in base] if base else []
+    weights = [w for w in Names(model).weights if w.key in base] if base else []
     tuned = [weight.value() for weight in weights]
     disabled = []
     try:

@@ -75,8 +75,8 @@ def extract_adapter(
                 + ("adapter_of(tuned) is its adapter." if role == "tuned" else "")
             )
     names, others = Names(base), Names(tuned)
-    before = {w.key: w for w in names.weights(base)}
-    after = {w.key: w for w in others.weights(tuned)}
+    before = {w.key: w for w in names.weights}
+    after = {w.key: w for w in others.weights}
     heads = classifier_paths(base)
     _check_alike(before, after, [f"{names.modules[path]}." for path in heads])
     kernels = {id(v): path for path, v in _kernels(names).items() if path not in heads}

@@ -44,7 +44,7 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
         layer._require_built("save")
     names = Names(model)
     layers = {names.modules[path]: update_of(layer) for path, layer in found.items()}
-    modules, weights = _trained_whole(model, names)
+    modules, weights = trained_whole(model, names)
     outside = [w for w in weights if not any(_is_in(w.key, m) for m in modules)]
     in_lora = {w.key for w in outside if isinstance(w.wanted.layer, LoRALayer)}
     bias = "none" if not outside else "lora_only" if len(in_lora) == len(outside) else "all"
@@ -93,14 +93,14 @@ def save_adapter(
     adapter_of(model, base_model).save(path, format)
 
 
-def _trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weight]]:
+def trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weight]]:
     """The modules trained whole, and all weights that an adapter must hold beside factors."""
     roots = _roots(model, names)
     replaced = set(model.__dict__.get(BASE_WEIGHTS, {}))
     trainable = {id(v) for v in _trained_variables(model)}
     modules: dict[str, None] = {}
     weights = []
-    for weight in names.weights(model):
+    for weight in names.weights:
         path = weight.wanted.name.rpartition("/")[0]
         layer = weight.wanted.layer
         root = next((r for r in roots if path == r or path.startswith(r + "/")), None)

@@ -19,7 +19,7 @@ from tfimm_lora.adapters.axes import (
     kernel_shape,
     moves_only_its_parts,
 )
-from tfimm_lora.adapters.extract import BASE_WEIGHTS, adapter_of
+from tfimm_lora.adapters.extract import BASE_WEIGHTS, adapter_of, trained_whole
 from tfimm_lora.adapters.paths import Names, Weight
 from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LoRAConfig, lora_field_names
@@ -27,7 +27,7 @@ from tfimm_lora.inject import adapt_model, inject_lora, remove_lora
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.lookup import supported
 from tfimm_lora.layers.parts import layout_of
-from tfimm_lora.merge import has_lora, lora_layers
+from tfimm_lora.merge import has_lora
 from tfimm_lora.registry import lora_base_of
 from tfimm_lora.targets import nearest
 
@@ -77,18 +77,18 @@ def load_adapter(
         adapter = Adapter.load(adapter, **hub_options)
     names = Names(model)
     weights = _fitting_weights(model, names, adapter)
-    if not has_lora(model):
+    if not names.adapted():
         values = _injected(model, adapter)
     else:
-        _require_enabled(model)
-        _warn_of_leftovers(model, adapter)
+        _require_enabled(model, names)
+        _warn_of_leftovers(model, names, adapter)
         try:
             values = _values(model, names, adapter)
         except DoesNotFit:
             values = _injected_anew(model, adapter)
     for layer, a, b in values:
         layer.assign_factors(a, b)
-    _replace_weights(model, weights)
+    _replace_weights(model, names, weights)
     return model
 
 
@@ -136,7 +136,7 @@ def _module_paths(names: Names, model: Any, module: str) -> list[str]:
         return [names.paths[module]]
     inside = [
         weight.wanted.name.rpartition("/")[0]
-        for weight in names.weights(model)
+        for weight in names.weights
         if any(key.startswith(f"{module}.") for key in (weight.key, *weight.old_keys))
     ]
     return list(dict.fromkeys(inside))
@@ -202,7 +202,7 @@ def _fitting_weights(
         if _squeezed(shape) != _squeezed(update.shape):
             problems.append(f"{module} is of shape {shape}, the update {update.shape}")
     known = {}
-    for candidate in names.weights(model):
+    for candidate in names.weights:
         known.update(dict.fromkeys((*candidate.old_keys, candidate.key), candidate))
     weights = []
     classifier = False
@@ -248,7 +248,7 @@ def _values(
     model: Any, names: Names, adapter: Adapter
 ) -> list[tuple[LoRALayer, np.ndarray, np.ndarray]]:
     """A and B for every LoRA layer of the model, if it has just the adapter's layers."""
-    layers = lora_layers(model)
+    layers = names.adapted()
     given = {names.paths[module]: x for module, x in adapter.layers.items()}
     differing = sorted(set(layers) ^ set(given))
     if differing:
@@ -311,11 +311,13 @@ def _injected_anew(model: Any, adapter: Adapter) -> Values:
         raise ValueError(_message(model, adapter, [str(error)])) from error
 
 
-def _replace_weights(model: Any, weights: list[tuple[Weight, np.ndarray]]) -> None:
+def _replace_weights(
+    model: Any, names: Names, weights: list[tuple[Weight, np.ndarray]]
+) -> None:
     """Give weights the adapter's values, and those of the last adapter their own back."""
     base = model.__dict__.get(BASE_WEIGHTS, {})
     kept = {weight.key: base.get(weight.key, weight.value()) for weight, _ in weights}
-    for weight in Names(model).weights(model) if base else []:
+    for weight in names.weights if base else []:
         if weight.key in base and weight.key not in kept:
             weight.assign(base[weight.key])
     for weight, value in weights:
@@ -323,18 +325,18 @@ def _replace_weights(model: Any, weights: list[tuple[Weight, np.ndarray]]) -> No
     model.__dict__[BASE_WEIGHTS] = kept
 
 
-def _require_enabled(model: Any) -> None:
-    if any(layer._lora_state.disabled for layer in lora_layers(model).values()):
+def _require_enabled(model: Any, names: Names) -> None:
+    if any(layer._lora_state.disabled for layer in names.adapted().values()):
         raise ValueError(
             f"The adapter of model '{model.name}' is disabled. Leave the disable_adapter "
             "block before you load another one."
         )
 
 
-def _warn_of_leftovers(model: Any, adapter: Adapter) -> None:
+def _warn_of_leftovers(model: Any, names: Names, adapter: Adapter) -> None:
     """Weights that were trained whole here have no value to go back to."""
     known = {*adapter.weights, *model.__dict__.get(BASE_WEIGHTS, {})}
-    left = [key for key in adapter_of(model).weights if key not in known]
+    left = [w.key for w in trained_whole(model, names)[1] if w.key not in known]
     if left:
         warnings.warn(
             f"Model '{model.name}' trains {', '.join(left[:5])}"

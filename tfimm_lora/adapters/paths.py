@@ -7,6 +7,7 @@ second model in this one, gives it another.
 
 from __future__ import annotations
 
+import functools
 import re
 from typing import Any, NamedTuple
 
@@ -32,6 +33,7 @@ class Names:
     """The names of one model in adapters.
 
     Attributes:
+        layers: Path -> layer, of every layer in the model.
         modules: Path of a layer -> its module path.
         paths: Module path -> path of the layer. Names of the older layout of timm are
             understood as well.
@@ -39,6 +41,7 @@ class Names:
 
     def __init__(self, model: Any) -> None:
         layers = {path: x for path, x in _keras.of(model).walk(model) if path}
+        self._model = model
         self._layout = layout_of_model(model)
         classes = [cls.__name__ for cls in type(model).__mro__]
         self._convolutions = [
@@ -53,10 +56,15 @@ class Names:
     def _current(self, key: str) -> str:
         return self._layout.rename_back(key) if self._layout else key
 
-    def weights(self, model: Any) -> list[Weight]:
-        """The weights of a model, but for LoRA's factors."""
+    def adapted(self) -> dict[str, LoRALayer]:
+        """The LoRA layers by path."""
+        return {path: x for path, x in self.layers.items() if isinstance(x, LoRALayer)}
+
+    @functools.cached_property
+    def weights(self) -> list[Weight]:
+        """The weights of the model, but for LoRA's factors."""
         weights = []
-        for wanted in wanted_variables(model):
+        for wanted in wanted_variables(self._model):
             path, _, leaf = wanted.name.rpartition("/")
             if self._steady.get(path, path) != path:
                 wanted = wanted._replace(name=f"{self._steady[path]}/{leaf}")
