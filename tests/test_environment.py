@@ -25,6 +25,7 @@ ORDER = [
     "trainability",
     "transfer",
     "merge",
+    "replaced",
     "registry",
     "inject",
     "copying",

@@ -102,9 +102,15 @@ class LoRAConfig:
         check_pattern(self.lora_alpha_pattern, "lora_alpha_pattern", check_alpha)
         check_dropout(self.lora_dropout)
         check_train_bias(self.lora_train_bias)
+        if not isinstance(self.lora_targets, (str, Sequence, type(None))):
+            self.lora_targets = tuple(_listed(self.lora_targets, "lora_targets"))
         check_targets(self.lora_targets)
         check_qkv(self.lora_qkv)
         check_names(self.lora_train_modules, "lora_train_modules")
+        if not isinstance(self.lora_use_rslora, bool):
+            raise TypeError(
+                f"Received lora_use_rslora={self.lora_use_rslora!r}; expected True or False."
+            )
         if self.lora_train_classifier not in (None, True, False):
             raise TypeError(
                 f"Received lora_train_classifier={self.lora_train_classifier!r}; expected "
@@ -197,7 +203,7 @@ def check_pattern(pattern: Any, name: str, check: Callable[[Any], None]) -> None
         )
     for key, value in pattern.items():
         try:
-            re.compile(key)
+            re.compile(rf"(.*\.)?({key})")
         except re.error as error:
             raise ValueError(
                 f"Received {name} with the key {key!r}, which is no regular expression: "
@@ -231,6 +237,14 @@ def check_targets(targets: Any) -> None:
             f"Received lora_targets={targets!r}; expected a list of layer names, the name "
             "of a preset or a regular expression as a string, or None for the default."
         )
+
+
+def _listed(values: Any, field: str) -> list[Any]:
+    """The members of anything that can be gone through once."""
+    try:
+        return list(values)
+    except TypeError as error:
+        raise TypeError(f"Received {field}={values!r}; expected a list of names.") from error
 
 
 def check_names(names: Any, field: str) -> None:

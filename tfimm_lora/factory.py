@@ -106,8 +106,10 @@ def create_model(
     else:
         base = tfimm.create_model(model_name, **other_kwargs)
     if adapter is not None:
-        model = convert_to_lora_model(base, **lora_arguments(base, adapter))
-        return load_adapter(model, adapter)
+        arguments = lora_arguments(base, adapter)
+        if has_new_classifier(base.cfg, named_cfg):  # also where the adapter holds none
+            arguments["lora_train_classifier"] = True
+        return load_adapter(convert_to_lora_model(base, **arguments), adapter)
     if lora_kwargs.get("lora_train_classifier") is None:
         lora_kwargs["lora_train_classifier"] = has_new_classifier(base.cfg, named_cfg)
     return convert_to_lora_model(base, **lora_kwargs)

@@ -19,8 +19,10 @@ from tfimm_lora.layers import parts
 from tfimm_lora.layers.base import LoRALayer, LoRASpec, make_spec
 from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, thaw_layer
 from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer, supported
+from tfimm_lora.layers.routes import detach
 from tfimm_lora.merge import has_lora, lora_layers
 from tfimm_lora.registry import base_config, default_targets, lora_base_of, presets
+from tfimm_lora.replaced import forget, give_back
 from tfimm_lora.targets import (
     check_expression,
     matches,
@@ -92,12 +94,18 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
     if config.lora_train_classifier and not classifier:
         raise ValueError(
             f"Received lora_train_classifier=True for model '{model.name}', in which no "
-            "classifier was found: no dense layer gives its output. Leave it out, and set "
-            "`trainable` of what you want to train after lora was put in."
+            "classifier was found: no dense layer gives its output. Leave it out, and name "
+            "what you want to train whole in lora_train_modules."
         )
     trained = inside_paths(layers, classifier if config.lora_train_classifier else ())
     trained |= layers_under(layers, config.lora_train_modules)
     targets = {path: layer for path, layer in targets.items() if id(layer) not in trained}
+    if not targets:
+        raise ValueError(
+            f"Received lora_targets={config.lora_targets!r} and lora_train_modules="
+            f"{config.lora_train_modules!r} for model '{model.name}', which leave no layer to "
+            "adapt: layers that are trained whole get no LoRA."
+        )
     specs = _specs(seam, config, targets)
     _check_targets(targets, specs)
     try:
@@ -113,11 +121,7 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
 
 def _check_model(seam: Any, model: Any) -> None:
     """Raise unless a model is built and without LoRA."""
-    if not _weights_exist(seam, model):
-        raise ValueError(
-            f"Received model '{model.name}', which is not built: its layers have no "
-            "variables yet. Call it on an input (or model.build(input_shape)) first."
-        )
+    require_built(model)
     if has_lora(model):
         raise ValueError(
             f"Received model '{model.name}', which has LoRA layers already. Take them out "
@@ -130,8 +134,14 @@ def _check_model(seam: Any, model: Any) -> None:
         )
 
 
-def _weights_exist(seam: Any, model: Any) -> bool:
-    return bool(model.built) and any(seam.own_variables(x) for _, x in seam.walk(model))
+def require_built(model: Any) -> None:
+    """Raise unless a model is built."""
+    seam = _keras.of(model)
+    if not model.built or not any(seam.own_variables(x) for _, x in seam.walk(model)):
+        raise ValueError(
+            f"Received model '{model.name}', which is not built: its layers have no "
+            "variables yet. Call it on an input (or model.build(input_shape)) first."
+        )
 
 
 def _find_targets(
@@ -274,15 +284,17 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
 
     Args:
         model: A model with LoRA layers.
-        merge: True (default) adds the updates to the kernels; False drops them, so that
-            the kernels are what they were, bit for bit.
+        merge: True (default) adds the updates to the kernels, and keeps the weights that an
+            adapter replaced; False drops both, so that the model is what it was, bit for
+            bit.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if the model has neither LoRA layers nor layers frozen for LoRA (as a
-            model has whose adapted part was taken out by itself), or one is not built.
+        ValueError: within a disable_adapter block; if the model has neither LoRA layers nor
+            layers frozen for LoRA (as a model has whose adapted part was taken out by
+            itself); or if one is not built.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -293,6 +305,10 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
         ['Dense']
     """
     layers = lora_layers(model) if has_lora(model) or not _is_changed(model) else {}
+    for layer in layers.values():
+        layer._require_enabled("taken out")
+    if not merge:
+        give_back(model)
     if merge:
         for layer in layers.values():
             layer._require_built("merge")
@@ -324,6 +340,8 @@ def _take_out(model: Any) -> None:
         elif "_lora_found" in layer.__dict__:
             seam.restore(layer, layer.__dict__.pop("_lora_found"))
         layer.__dict__.pop("_lora_config", None)
+        forget(layer)
+        detach(layer)
         base = lora_base_of(type(layer))
         if base is not None and base is not type(layer):
             cfg = base_config(layer.cfg, base)

@@ -26,9 +26,9 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
         (True, False)
     """
     if isinstance(targets, str):
-        path = without_counts(path)
-        dotted = path.replace("/", ".")
-        return any(re.fullmatch(targets, p) is not None for p in (path, dotted))
+        plain = without_counts(path)
+        forms = (path, plain, plain.replace("/", "."))
+        return any(re.fullmatch(targets, form) is not None for form in forms)
     return any(is_suffix(path, name) for name in targets)
 
 
@@ -39,7 +39,7 @@ def without_counts(path: str) -> str:
 
 def is_suffix(path: str, name: str) -> bool:
     """Whether ``name`` is a path, or the end of it from a separator on."""
-    path = without_counts(path).replace(".", "/")
+    path = (path if "#" in name else without_counts(path)).replace(".", "/")
     name = name.replace(".", "/").strip("/")
     return path == name or path.endswith("/" + name)
 
@@ -53,8 +53,8 @@ def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
         >>> value_for("blocks/3/mlp/fc1", {"fc2": 8, r"mlp.fc\d": 16}, 4)
         16
     """
-    dotted = without_counts(path).replace("/", ".")
     for key, value in pattern.items():
+        dotted = (path if "#" in key else without_counts(path)).replace("/", ".")
         if re.fullmatch(rf"(.*\.)?({key.replace('/', '.')})", dotted):
             return value
     return default

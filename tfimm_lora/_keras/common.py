@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 _BIAS_NAMES = ("bias", "beta")
+
+#: Where a model keeps the models that call it.
+_USERS = "_lora_users"
 
 
 class Found(NamedTuple):
@@ -158,12 +162,18 @@ class KerasSeam:
         return isinstance(layer, self.keras.Model)
 
     def reset_functions(self, model: Any) -> None:
-        """Forget what Keras has traced for fit, evaluate and predict, on every model."""
-        for _, layer in self.walk(model):
+        """Forget what Keras has traced for fit, evaluate and predict, on every model in a
+        model, and on those that ``note_user`` told of."""
+        around = [m for m in (ref() for ref in model.__dict__.get(_USERS, ())) if m is not None]
+        for layer in [*(x for _, x in self.walk(model)), *around]:
             if self.is_model(layer):
                 layer.train_function = None
                 layer.test_function = None
                 layer.predict_function = None
+
+    def note_user(self, model: Any, user: Any) -> None:
+        """Tell that a model is called by another, whose traces depend on it."""
+        model.__dict__.setdefault(_USERS, []).append(weakref.ref(user))
 
     def is_compiled(self, model: Any) -> bool:
         """Whether ``compile`` was called on the model."""

@@ -8,9 +8,9 @@ import numbers
 from collections.abc import Iterator
 from typing import Any
 
-from tfimm_lora.adapters.extract import BASE_WEIGHTS
 from tfimm_lora.adapters.paths import Names
 from tfimm_lora.merge import lora_layers
+from tfimm_lora.replaced import replaced, shelve, unshelve
 
 
 @contextlib.contextmanager
@@ -21,6 +21,8 @@ def disable_adapter(model: Any) -> Iterator[Any]:
     nested; the adapter comes back bit for bit, also after an error. A merged model is merged
     again. Weights that ``load_adapter`` replaced (a classifier, biases) are the model's own in
     the block; weights that were trained in this model itself have no other value and stay.
+    ``save_adapter`` in the block saves the adapter; Keras' own weight files are better written
+    outside of it.
 
     Args:
         model: A built LoRA model.
@@ -43,22 +45,26 @@ def disable_adapter(model: Any) -> Iterator[Any]:
     for layer in layers:
         layer._require_built("disable")
     outermost = not layers[0]._lora_state.disabled
-    base = model.__dict__.get(BASE_WEIGHTS, {}) if outermost else {}
+    base = replaced(model) if outermost else {}
     weights = [w for w in Names(model).weights if w.key in base] if base else []
-    tuned = [weight.value() for weight in weights]
+    tuned = {weight.key: weight.value() for weight in weights}
     disabled = []
     try:
         for layer in layers:
             layer.disable()
             disabled.append(layer)
+        if outermost:
+            shelve(model, tuned)
         for weight in weights:
-            weight.assign(base[weight.key])
+            weight.variable.assign(base[weight.key].before)
         yield model
     finally:
         for layer in disabled:
             layer.enable()
-        for weight, value in zip(weights, tuned):
-            weight.assign(value)
+        for weight in weights:
+            weight.assign(tuned[weight.key])
+        if outermost:
+            unshelve(model)
 
 
 def set_adapter_scale(model: Any, scale: float) -> Any:

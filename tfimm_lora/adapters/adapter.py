@@ -53,6 +53,13 @@ class LayerUpdate:
             value.setflags(write=False)
             object.__setattr__(self, name, value)
         object.__setattr__(self, "scale", float(self.scale))
+        for name in ("a", "b", "scale"):
+            value = np.asarray(getattr(self, name))
+            if value.dtype.kind != "f" or not value.size or not np.isfinite(value).all():
+                raise ValueError(
+                    f"Received {name} of type {value.dtype}, shape {value.shape}; expected "
+                    "finite floating point numbers, at least one."
+                )
         if self.kind not in PEFT_KINDS and self.kind not in OWN_KINDS:
             raise ValueError(
                 f"Received kind={self.kind!r}; expected one of "
@@ -71,7 +78,7 @@ class LayerUpdate:
 
     @property
     def alpha(self) -> float:
-        """lora_alpha, with which scale = alpha / rank."""
+        """lora_alpha, with which scale = alpha / rank, but for the last bit of a float."""
         return self.scale * self.rank
 
     @property
@@ -97,6 +104,9 @@ class LayerUpdate:
             np.asarray(np.linalg.qr(b, mode="r")) @ np.asarray(np.linalg.qr(a.T, mode="r")).T
         )
         return abs(self.scale) * np.linalg.svd(middle, compute_uv=False)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return LayerUpdate, (self.a, self.b, self.scale, self.kind, self.qkv)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerUpdate):
@@ -235,6 +245,10 @@ class Adapter:
             for path, update in self.layers.items()
             if update.kind in OWN_KINDS
         }
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        plain = (dict(self.layers), dict(self.weights))
+        return Adapter, (*plain, self.modules, self.base_model, self.bias, self.dropout)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Adapter):

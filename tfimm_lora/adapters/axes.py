@@ -22,11 +22,11 @@ import numpy as np
 
 from tfimm_lora import _keras
 from tfimm_lora.adapters.adapter import OWN_KINDS, LayerUpdate
-from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.base import LoRALayer, has_keras_call, make_spec
 from tfimm_lora.layers.conv import ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate, EinsumProduct
 from tfimm_lora.layers.embedding import EmbeddingUpdate
-from tfimm_lora.layers.lookup import lora_class
+from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer
 from tfimm_lora.layers.parts import selection
 
 
@@ -35,18 +35,45 @@ class DoesNotFit(ValueError):
 
 
 def kind_of(layer: Any) -> str:
-    """The kind of an adapted layer's update; see ``LayerUpdate.kind``."""
-    if isinstance(layer, EmbeddingUpdate):
+    """The kind of a layer's update, adapted or not; see ``LayerUpdate.kind``."""
+    kind = sure_kind(layer)
+    if kind is not None:
+        return kind
+    # What its call does with the kernel shows in the adapted layer. It stays as it is.
+    adapt_layer(layer, make_spec(_keras.of(layer), {"lora_rank": 1}))
+    try:
+        return sure_kind(layer) or "conv"
+    finally:
+        restore_layer(layer)
+
+
+def sure_kind(layer: Any) -> str | None:
+    """``kind_of`` as far as the class tells: None for a convolution with a call of its own
+    that is not adapted, which may standardise its kernel or not."""
+    made = lora_class(plain_class(layer))
+    if issubclass(made, EmbeddingUpdate):
         return "embedding"
-    if isinstance(layer, DepthwiseConvUpdate):
+    if issubclass(made, DepthwiseConvUpdate):
         return "depthwise"
-    if isinstance(layer, ConvUpdate):
+    if issubclass(made, ConvUpdate):
         if layer.groups > 1:
             return "grouped"
-        return "standardised" if layer._lora_state.kernel_transformed else "conv"
-    if isinstance(layer, EinsumDenseUpdate) and _shared_sizes(layer):
+        if isinstance(layer, LoRALayer):
+            return "standardised" if layer._lora_state.kernel_transformed else "conv"
+        return "conv" if has_keras_call(made) else None
+    if issubclass(made, EinsumDenseUpdate) and _shared_sizes(layer):
         return "batched"
     return "linear"
+
+
+def plain_class(layer: Any) -> type:
+    """The class of a layer but for what LoRA made of it."""
+    return next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
+
+
+def kinds_agree(one: str, other: str) -> bool:
+    """Whether an update of one kind can be that of a layer of another."""
+    return one == other or {one, other} == {"linear", "conv"}  # a 1x1 convolution is linear
 
 
 def update_of(layer: Any) -> LayerUpdate:
@@ -66,8 +93,7 @@ def factors_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray
     Raises:
         DoesNotFit: if rank, shape or kind differ.
     """
-    kinds = {update.kind, kind_of(layer)}
-    if len(kinds) > 1 and kinds != {"linear", "conv"}:  # a 1x1 convolution is linear
+    if not kinds_agree(update.kind, kind_of(layer)):
         raise DoesNotFit(f"is of the kind {update.kind!r}, expected {kind_of(layer)!r}")
     shapes = tuple(tuple(v.shape) for v in (layer.kernel_lora_a, layer.kernel_lora_b))
     zeros = _to_torch(layer, *(np.zeros(shape, "float32") for shape in shapes))
@@ -95,6 +121,8 @@ def columns_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray
     if update.kind in OWN_KINDS or kind_of(layer) in OWN_KINDS:
         kind = update.kind if update.kind in OWN_KINDS else kind_of(layer)
         raise DoesNotFit(f"is {kind}, and so has no two narrow products")
+    if not isinstance(layer, ConvUpdate) and not has_keras_call(type(layer)):
+        raise DoesNotFit("is of a class with a call of its own, which has no place for that")
     a, b = update.a, update.scale * update.b.reshape(update.b.shape[:2])
     if isinstance(layer, ConvUpdate):
         window = tuple(layer._kernel_variable.shape)[:-2]
@@ -215,8 +243,9 @@ def _narrowed(layer: Any, wide: np.ndarray) -> np.ndarray:
 
 def _shared_sizes(layer: Any) -> tuple[int, ...]:
     """The sizes of the axes that input, kernel and output share."""
-    product = layer._product()
-    sizes = dict(zip(product.kernel, tuple(layer._kernel_variable.shape)))
+    product = EinsumProduct(_keras.of(layer).ops, layer.equation)
+    kernel = layer.__dict__[_keras.of(layer).kernel_attributes["kernel"]]
+    sizes = dict(zip(product.kernel, tuple(kernel.shape)))
     return tuple(sizes[c] for c in product.b[: product.b.index(product.a[-1])])
 
 

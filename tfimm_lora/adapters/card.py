@@ -7,6 +7,9 @@ from typing import Any
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.version import __version__
 
+#: What tells a card that was written here from one that somebody wrote.
+MARK = "Written by tfimm_lora"
+
 
 def model_card(adapter: Adapter, fields: dict[str, Any]) -> str:
     """The text of the card; its header is what the hub searches by."""
@@ -36,5 +39,5 @@ def model_card(adapter: Adapter, fields: dict[str, Any]) -> str:
             "PEFT cannot read it: it holds layers that PEFT cannot express "
             f"({', '.join(sorted(adapter.not_in_peft()))})."
         )
-    lines += ["", f"Written by tfimm_lora {__version__}.", ""]
+    lines += ["", f"{MARK} {__version__}.", ""]
     return "\n".join(lines)

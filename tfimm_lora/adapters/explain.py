@@ -14,8 +14,7 @@ from tfimm_lora.adapters.decompose import check_rank_or_energy, extract_updates
 from tfimm_lora.adapters.extract import name_of
 from tfimm_lora.adapters.paths import Names, Weight
 from tfimm_lora.classifier import classifier_paths
-from tfimm_lora.layers.base import make_spec
-from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer, supported
+from tfimm_lora.layers.lookup import lora_class, supported
 from tfimm_lora.merge import has_lora
 
 
@@ -82,20 +81,20 @@ def extract_adapter(
     kernels = {id(v): path for path, v in _kernels(names).items() if path not in heads}
     differences: dict[str, np.ndarray] = {}
     kinds: dict[str, str] = {}
-    whole: dict[str, Weight] = {}
+    whole: list[tuple[Weight, np.ndarray]] = []
     for key, weight in before.items():
         mine, theirs = weight.value(), after[key].value()
         if mine.shape == theirs.shape and np.array_equal(mine, theirs):
             continue
         path = kernels.get(id(weight.variable))
         if path is None:
-            whole[key] = after[key]
+            whole.append((weight, theirs))
             continue
         layer, module = names.layers[path], names.modules[path]
         seam = _keras.of(layer)
         values = [seam.to_numpy(w.variable).astype("float64") for w in (weight, after[key])]
         differences[module] = kernel_in_torch_order(layer, values[1] - values[0])
-        kinds[module] = _kind(layer)
+        kinds[module] = kind_of(layer)
     if not differences:
         raise ValueError(
             f"Received base '{base.name}' and tuned '{tuned.name}', whose kernels are the "
@@ -141,15 +140,6 @@ def _kernels(names: Names) -> dict[str, Any]:
     return found
 
 
-def _kind(layer: Any) -> str:
-    """What ``kind_of`` says of the layer once it is adapted; it stays as it is."""
-    adapt_layer(layer, make_spec(_keras.of(layer), {"lora_rank": 1}))
-    try:
-        return kind_of(layer)
-    finally:
-        restore_layer(layer)
-
-
 def _single(update: Any) -> Any:
     """An update in float32, as the factors of models are."""
     return type(update)(
@@ -158,22 +148,25 @@ def _single(update: Any) -> Any:
 
 
 def _held_whole(
-    names: Names, whole: dict[str, Weight], adapted: set[str]
+    names: Names, whole: list[tuple[Weight, np.ndarray]], adapted: set[str]
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
     """Modules and weights to hold whole, and the keys that have no place."""
-    by_layer: dict[str, list[Weight]] = {}
-    for weight in whole.values():
-        path = weight.wanted.name.rpartition("/")[0]
-        by_layer.setdefault(path, []).append(weight)
+    by_layer: dict[str, list[tuple[Weight, np.ndarray]]] = {}
+    for weight, value in whole:
+        by_layer.setdefault(weight.path, []).append((weight, value))
     modules, weights, lost = [], {}, []
     for path, changed in by_layer.items():
         module = names.modules.get(path)
-        biases = [w for w in changed if _keras.of(w.wanted.layer).is_bias_like(w.variable)]
+        biases = [pair for pair in changed if _is_bias(pair[0])]
         inside = any(name == module or name.startswith(f"{module}.") for name in adapted)
         if len(biases) < len(changed) and (module is None or inside):
-            lost += [w.key for w in changed if w not in biases]
+            lost += [weight.key for weight, _ in changed if not _is_bias(weight)]
             changed = biases
         elif len(biases) < len(changed):
             modules.append(module)
-        weights.update({w.key: w.value() for w in changed})
-    return tuple(m for m in modules if m is not None), weights, lost
+        weights.update({weight.key: value for weight, value in changed})
+    return tuple(sorted(m for m in modules if m is not None)), weights, lost
+
+
+def _is_bias(weight: Weight) -> bool:
+    return _keras.of(weight.wanted.layer).is_bias_like(weight.variable)

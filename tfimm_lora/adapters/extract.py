@@ -13,11 +13,9 @@ from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.merge import lora_layers
+from tfimm_lora.replaced import replaced, shelved
 from tfimm_lora.targets import is_suffix
 from tfimm_lora.weights.names import CHECKPOINTS
-
-#: Where a model keeps the values that weights had before an adapter replaced them, by key.
-BASE_WEIGHTS = "_lora_base_weights"
 
 
 def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
@@ -49,9 +47,10 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
     in_lora = {w.key for w in outside if isinstance(w.wanted.layer, LoRALayer)}
     bias = "none" if not outside else "lora_only" if len(in_lora) == len(outside) else "all"
     config = model.__dict__.get("_lora_config")
+    held = shelved(model)
     return Adapter(
         layers,
-        {w.key: w.value() for w in weights},
+        {w.key: _value(w, held) for w in weights},
         modules,
         name_of(model) if base_model is None else base_model,
         bias,
@@ -93,27 +92,37 @@ def save_adapter(
     adapter_of(model, base_model).save(path, format)
 
 
+def _value(weight: Weight, shelved: dict[str, Any]) -> Any:
+    """The value of a weight in the adapter, also while that is disabled; 16 bits as 32."""
+    value = shelved.get(weight.key)
+    value = weight.value() if value is None else value
+    return value.astype("float32") if value.dtype.itemsize < 4 else value
+
+
 def trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weight]]:
     """The modules trained whole, and all weights that an adapter must hold beside factors."""
     roots = _roots(model, names)
-    replaced = set(model.__dict__.get(BASE_WEIGHTS, {}))
+    known = replaced(model)
     trainable = {id(v) for v in _trained_variables(model)}
     modules: dict[str, None] = {}
     weights = []
     for weight in names.weights:
-        path = weight.wanted.name.rpartition("/")[0]
+        path = weight.path
         layer = weight.wanted.layer
-        root = next((r for r in roots if path == r or path.startswith(r + "/")), None)
-        trained = id(weight.variable) in trainable or weight.key in replaced
-        is_bias = isinstance(layer, (LoRALayer, FrozenLayer)) or layer is model
-        if root is None and not trained:
+        inside = any(path == r or path.startswith(r + "/") for r in roots)
+        is_open = not isinstance(layer, (LoRALayer, FrozenLayer)) and layer is not model
+        trained = id(weight.variable) in trainable or weight.key in known
+        if not (inside or trained or (is_open and _is_trained(layer, trainable))):
             continue
-        if root is not None:
-            modules[names.modules[root]] = None
-        elif not is_bias or not _is_bias(layer, weight):
-            modules[names.modules.get(path, path)] = None
+        if inside or is_open or not _is_bias(layer, weight):
+            modules[names.module_of(weight, roots)] = None
         weights.append(weight)
-    return tuple(modules), weights
+    return tuple(sorted(modules)), weights
+
+
+def _is_trained(layer: Any, trainable: set[int]) -> bool:
+    """Whether a layer is trained whole: then its statistics belong to what it learned."""
+    return any(id(v) in trainable for v in _keras.of(layer).own_variables(layer))
 
 
 def _is_bias(layer: Any, weight: Weight) -> bool:

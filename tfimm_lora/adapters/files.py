@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import tempfile
@@ -23,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import OWN_KINDS, Adapter, LayerUpdate
-from tfimm_lora.adapters.card import model_card
+from tfimm_lora.adapters.card import MARK, model_card
 from tfimm_lora.adapters.peft_config import PeftConfig, config_fields
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
@@ -42,6 +43,9 @@ _FLOATS = ("F64", "F32", "F16", "BF16")
 _FACTOR = re.compile(
     r"(?P<module>.+)\.(?:(?P<part>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
 )
+
+#: Names of PEFT that belong to other variants of LoRA (DoRA, lora_bias, ...).
+_OTHER_FACTOR = re.compile(r"\.lora_(magnitude_vector|[A-Z]|embedding_[A-Z])(\.|$)")
 
 _WORDS_OF_PEFT = (".base_layer.", ".original_module.", ".modules_to_save.")
 
@@ -62,7 +66,8 @@ def write(adapter: Adapter, path: str | os.PathLike[str], format: str | None = N
             "train without these layers in lora_targets."
         )
     fields = config_fields(adapter, own=bool(refused))
-    config = (json.dumps(fields, indent=2, sort_keys=True) + "\n").encode()
+    # Not sorted: of the patterns the first that matches counts.
+    config = (json.dumps(fields, indent=2) + "\n").encode()
     weights = _serialised(adapter, hashlib.sha256(config).hexdigest())
     folder = Path(path)
     if folder.is_file():
@@ -75,8 +80,14 @@ def write(adapter: Adapter, path: str | os.PathLike[str], format: str | None = N
         os.replace(temporary, folder / WEIGHTS)
     os.replace(folder / _PENDING, folder / CONFIG)
     _sync(folder)
-    with _new_file(folder, model_card(adapter, fields).encode()) as temporary:
-        os.replace(temporary, folder / CARD)
+    if _is_ours(folder / CARD):
+        with _new_file(folder, model_card(adapter, fields).encode()) as temporary:
+            os.replace(temporary, folder / CARD)
+
+
+def _is_ours(card: Path) -> bool:
+    """Whether a model card may be replaced: it is none, or one that nobody wrote."""
+    return not card.exists() or MARK in card.read_text(errors="replace")
 
 
 @contextlib.contextmanager
@@ -129,7 +140,10 @@ def _serialised(adapter: Adapter, config_hash: str) -> bytes:
     notes: dict[str, Any] = {"version": 1, "config": config_hash}
     kinds = {m: x.kind for m, x in adapter.layers.items() if x.kind in OWN_KINDS}
     parts = {m: list(x.qkv) for m, x in adapter.layers.items() if x.qkv}
-    notes.update({name: value for name, value in (("kinds", kinds), ("qkv", parts)) if value})
+    # alpha / rank is not always the scale to the last bit.
+    scales = {m: x.scale for m, x in adapter.layers.items() if x.alpha / x.rank != x.scale}
+    more = (("kinds", kinds), ("qkv", parts), ("scales", scales))
+    notes.update({name: value for name, value in more if value})
     metadata = {"format": "pt", "tfimm_lora": json.dumps(notes, separators=(",", ":"))}
     return save(tensors, metadata)
 
@@ -236,7 +250,7 @@ def _notes(text: str | None) -> dict[str, Any]:
         return {}
     notes = _parsed(text.encode())
     shaped = isinstance(notes, dict) and all(
-        isinstance(notes.get(name, {}), dict) for name in ("kinds", "qkv")
+        isinstance(notes.get(name, {}), dict) for name in ("kinds", "qkv", "scales")
     )
     if not shaped:
         raise ValueError("has damaged metadata of tfimm_lora")
@@ -265,11 +279,13 @@ def _assembled(
             factors.setdefault(module, {})[part] = value
             if found["embedding"]:
                 embeddings.add(module)
-        elif ".lora_" in name:
+        elif _OTHER_FACTOR.search(name):
             raise ValueError(f"has {key!r} (DoRA, lora_bias, ...), which is not supported")
         elif not name.endswith(".num_batches_tracked"):
             for word in _WORDS_OF_PEFT:
                 name = name.replace(word, ".")
+            if name in weights:
+                raise ValueError(f"has two values for {name}")
             weights[name] = value
     layers = {}
     for module, pair in factors.items():
@@ -279,17 +295,19 @@ def _assembled(
         layers[module] = _update(module, pair, module in embeddings, notes, config)
     if not layers:
         raise ValueError("has no LoRA factors")
-    unused = [m for m in config.modules if not any(_inside(key, m) for key in weights)]
+    meant = {name: _meant(name, weights, set(layers)) for name in config.modules}
+    unused = [name for name, modules in meant.items() if not modules]
     if unused:
         raise ValueError(f"has no tensors for modules_to_save {unused}")
-    outside = [k for k in weights if not any(_inside(k, m) for m in config.modules)]
+    modules = tuple(sorted({module for found in meant.values() for module in found}))
+    outside = [k for k in weights if not any(k.startswith(f"{m}.") for m in modules)]
     odd = [k for k in outside if config.bias == "none" or not re.search(r"bias|\.beta$", k)]
     if odd:
         raise ValueError(f"has tensors that its config does not explain: {', '.join(odd)}")
     return Adapter(
         layers,
         weights,
-        _full_modules(config.modules, weights),
+        modules,
         config.base_model,
         config.bias,
         config.dropout,
@@ -310,7 +328,7 @@ def _update(
     kind = "embedding" if is_embedding else "linear" if a.ndim == 2 else "conv"
     own = notes.get("kinds", {}).get(module)
     if own is not None:
-        if own not in OWN_KINDS:
+        if not isinstance(own, str) or own not in OWN_KINDS:
             raise ValueError(f"says that {module} is of the unknown kind {own!r}")
         kind = own
     qkv = notes.get("qkv", {}).get(module)
@@ -318,23 +336,22 @@ def _update(
     if qkv is not None and not letters:
         raise ValueError(f"has damaged metadata of tfimm_lora for {module}")
     scale = config.scale_of(module, a.shape[0])
+    exact = notes.get("scales", {}).get(module)
+    if isinstance(exact, float) and math.isclose(exact, scale, rel_tol=1e-12):
+        scale = exact
     return LayerUpdate(a, b, scale, kind, tuple(qkv) if qkv else None)  # type: ignore[arg-type]
 
 
-def _inside(key: str, module: str) -> bool:
-    """Whether a weight is in a module to save, which PEFT names by the end of its path."""
-    return re.search(rf"(^|\.){re.escape(module)}\.", key) is not None
+def _meant(name: str, weights: dict[str, np.ndarray], adapted: set[str]) -> list[str]:
+    """The modules trained whole that a name of modules_to_save means.
 
-
-def _full_modules(names: tuple[str, ...], weights: dict[str, np.ndarray]) -> tuple[str, ...]:
-    """The whole paths of the modules that PEFT's names mean."""
-    found: dict[str, None] = {}
-    for name in names:
-        for key in weights:
-            match = re.search(rf"^(.*\.)?{re.escape(name)}(?=\.)", key)
-            if match:
-                found[match[0]] = None
-    return tuple(found)
+    The module of this path, if it is there; else those whose path ends so, as in PEFT. A
+    layer with factors is not trained whole.
+    """
+    if any(key.startswith(f"{name}.") for key in weights) and name not in adapted:
+        return [name]
+    found = (re.match(rf"(.*\.)?{re.escape(name)}(?=\.)", key) for key in weights)
+    return list(dict.fromkeys(m[0] for m in found if m and m[0] not in adapted))
 
 
 def _safetensors() -> Any:

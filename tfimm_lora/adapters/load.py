@@ -17,18 +17,21 @@ from tfimm_lora.adapters.axes import (
     DoesNotFit,
     factors_for,
     kernel_shape,
+    kinds_agree,
     moves_only_its_parts,
+    sure_kind,
 )
-from tfimm_lora.adapters.extract import BASE_WEIGHTS, adapter_of, trained_whole
+from tfimm_lora.adapters.extract import adapter_of, trained_whole
 from tfimm_lora.adapters.paths import Names, Weight
 from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LoRAConfig, lora_field_names
-from tfimm_lora.inject import adapt_model, inject_lora, remove_lora
+from tfimm_lora.inject import adapt_model, inject_lora, remove_lora, require_built
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.lookup import supported
 from tfimm_lora.layers.parts import layout_of
 from tfimm_lora.merge import has_lora
 from tfimm_lora.registry import lora_base_of
+from tfimm_lora.replaced import Replaced, forget, remember, replaced
 from tfimm_lora.targets import nearest
 
 
@@ -42,8 +45,9 @@ def load_adapter(
     model stays merged. A model without LoRA, or with another one, gets the LoRA that the
     adapter asks for (what was learned there is dropped) and must be compiled again.
 
-    Weights that the adapter holds whole (a classifier, biases) replace the model's. They
-    come back when an adapter is loaded that does not hold them.
+    Weights that the adapter holds whole (a classifier, biases) replace the model's, which come
+    back when an adapter is loaded that does not hold them. They are trained on only where LoRA
+    is put in anew, or where the model trains them already.
 
     Args:
         model: A built Keras model, with LoRA or without.
@@ -75,20 +79,22 @@ def load_adapter(
     """
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, **hub_options)
+    require_built(model)
     names = Names(model)
     weights = _fitting_weights(model, names, adapter)
+    left: list[Weight] = []
     if not names.adapted():
         values = _injected(model, adapter)
     else:
         _require_enabled(model, names)
-        _warn_of_leftovers(model, names, adapter)
+        left = _leftovers(model, names, adapter)
         try:
             values = _values(model, names, adapter)
         except DoesNotFit:
             values = _injected_anew(model, adapter)
     for layer, a, b in values:
         layer.assign_factors(a, b)
-    _replace_weights(model, names, weights)
+    _replace_weights(model, weights, left)
     return model
 
 
@@ -113,29 +119,29 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
     if len(set(x.scale for x in paths.values())) == 1 and scale == 1:
         odd_alphas = []  # lora_alpha=None is a scale of 1 at any rank
     heads = classifier_paths(model)
-    modules = [
-        path for module in adapter.modules for path in _module_paths(names, model, module)
-    ]
+    modules = [p for module in adapter.modules for p in _module_paths(names, module)]
+    all_heads = bool(heads) and set(heads) <= set(modules)
     return {
         "lora_rank": rank,
         "lora_alpha": None if scale == 1 else scale * rank,
+        "lora_use_rslora": False,
         "lora_rank_pattern": {_literal(p): ranks[p] for p in odd_ranks},
         "lora_alpha_pattern": {_literal(p): paths[p].scale * ranks[p] for p in odd_alphas},
         "lora_targets": _exact_targets(list(paths), list(names.layers)),
         "lora_qkv": parts,
         "lora_dropout": adapter.dropout,
         "lora_train_bias": adapter.bias,
-        "lora_train_modules": [path for path in modules if path not in heads],
-        "lora_train_classifier": bool(heads) and set(heads) <= set(modules),
+        "lora_train_modules": [p for p in modules if not (all_heads and p in heads)],
+        "lora_train_classifier": all_heads,
     }
 
 
-def _module_paths(names: Names, model: Any, module: str) -> list[str]:
+def _module_paths(names: Names, module: str) -> list[str]:
     """The layer of a module trained whole; of a mere list of torch's, the layers in it."""
     if module in names.paths:
         return [names.paths[module]]
     inside = [
-        weight.wanted.name.rpartition("/")[0]
+        weight.path
         for weight in names.weights
         if any(key.startswith(f"{module}.") for key in (weight.key, *weight.old_keys))
     ]
@@ -198,12 +204,15 @@ def _fitting_weights(
             near = ", ".join(nearest([module.replace(".", "/")], sorted(modules), 3))
             problems.append(f"no layer {module}" + (f" (nearest: {near})" if near else ""))
             continue
-        shape = kernel_shape(names.layers[names.paths[module]])
+        layer = names.layers[names.paths[module]]
+        shape, kind = kernel_shape(layer), sure_kind(layer)
         if _squeezed(shape) != _squeezed(update.shape):
             problems.append(f"{module} is of shape {shape}, the update {update.shape}")
-    known = {}
-    for candidate in names.weights:
-        known.update(dict.fromkeys((*candidate.old_keys, candidate.key), candidate))
+        elif kind is not None and not kinds_agree(kind, update.kind):
+            problems.append(f"{module} is of the kind {kind!r}, the update {update.kind!r}")
+    # Names of today last: an older one of another layer may be the same.
+    known = {key: weight for weight in names.weights for key in weight.old_keys}
+    known.update({weight.key: weight for weight in names.weights})
     weights = []
     classifier = False
     for key, value in adapter.weights.items():
@@ -212,7 +221,7 @@ def _fitting_weights(
             problems.append(f"no weight {key}")
         elif not weight.fits(value):
             problems.append(f"{key} has {weight.value().shape}, the adapter {value.shape}")
-            classifier |= weight.wanted.name.rpartition("/")[0] in classifier_paths(model)
+            classifier |= weight.path in classifier_paths(model)
         else:
             weights.append((weight, value))
     if problems:
@@ -280,9 +289,8 @@ def _injected(model: Any, adapter: Adapter) -> Values:
 def _injected_anew(model: Any, adapter: Adapter) -> Values:
     """Another LoRA put into a model in place of the one it has; that one back on failure."""
     own_class = type(model) if lora_base_of(type(model)) not in (None, type(model)) else None
-    before, config = adapter_of(model), model.__dict__.get("_lora_config")
-    cfg: Any = getattr(model, "cfg", None)
-    if config is None or (own_class is not None and not isinstance(cfg, LoRAConfig)):
+    before, cfg = adapter_of(model), getattr(model, "cfg", None)
+    if own_class is not None and not isinstance(cfg, LoRAConfig):
         raise ValueError(
             f"Received an adapter with other layers or ranks than model '{model.name}' "
             f"({type(model).__name__}) has, whose own code decides on its LoRA. Create the "
@@ -294,35 +302,47 @@ def _injected_anew(model: Any, adapter: Adapter) -> Values:
             inject_lora(model, **arguments)
             return
         _keras.of(model).swap_class(model, own_class)
-        model.cfg = dataclasses.replace(cfg, **arguments)
+        changed: Any = cfg
+        model.cfg = dataclasses.replace(changed, **arguments)
         adapt_model(model, model.cfg, rebuilt_by_class=True)
 
-    arguments = lora_arguments(model, adapter)
+    config = model.__dict__.get("_lora_config")
+    was = {name: getattr(config, name) for name in lora_field_names()} if config else None
+    arguments, now = lora_arguments(model, adapter), was or lora_arguments(model, before)
+    known = replaced(model)
+    forget(model)  # they are given back, or not, by what comes
     remove_lora(model, merge=False)
     try:
         inject(arguments)
-        return _values(model, Names(model), adapter)
+        values = _values(model, Names(model), adapter)
     except ValueError as error:
         if has_lora(model):
             remove_lora(model, merge=False)
-        inject({name: getattr(config, name) for name in lora_field_names()})
+        inject(now)
         for layer, a, b in _values(model, Names(model), before):
             layer.assign_factors(a, b)
+        remember(model, known)
         raise ValueError(_message(model, adapter, [str(error)])) from error
+    remember(model, known)
+    return values
 
 
 def _replace_weights(
-    model: Any, names: Names, weights: list[tuple[Weight, np.ndarray]]
+    model: Any, weights: list[tuple[Weight, np.ndarray]], left: list[Weight]
 ) -> None:
     """Give weights the adapter's values, and those of the last adapter their own back."""
-    base = model.__dict__.get(BASE_WEIGHTS, {})
-    kept = {weight.key: base.get(weight.key, weight.value()) for weight, _ in weights}
-    for weight in names.weights if base else []:
-        if weight.key in base and weight.key not in kept:
-            weight.assign(base[weight.key])
+    base, seam = replaced(model), _keras.of(model)
+    kept = {
+        weight.key: base.get(weight.key)
+        or Replaced(weight.variable, seam.to_numpy(weight.variable))
+        for weight in (*(w for w, _ in weights), *left)
+    }
+    for key, former in base.items():
+        if key not in kept:
+            former.variable.assign(former.before)
     for weight, value in weights:
         weight.assign(value)
-    model.__dict__[BASE_WEIGHTS] = kept
+    remember(model, kept)
 
 
 def _require_enabled(model: Any, names: Names) -> None:
@@ -333,14 +353,16 @@ def _require_enabled(model: Any, names: Names) -> None:
         )
 
 
-def _warn_of_leftovers(model: Any, names: Names, adapter: Adapter) -> None:
-    """Weights that were trained whole here have no value to go back to."""
-    known = {*adapter.weights, *model.__dict__.get(BASE_WEIGHTS, {})}
-    left = [w.key for w in trained_whole(model, names)[1] if w.key not in known]
+def _leftovers(model: Any, names: Names, adapter: Adapter) -> list[Weight]:
+    """Weights that were trained whole here and have no value to go back to."""
+    known = {*adapter.weights, *replaced(model)}
+    left = [w for w in trained_whole(model, names)[1] if w.key not in known]
     if left:
+        listed = [weight.key for weight in left]
         warnings.warn(
-            f"Model '{model.name}' trains {', '.join(left[:5])}"
+            f"Model '{model.name}' trains {', '.join(listed[:5])}"
             f"{', ...' if len(left) > 5 else ''} whole, which the adapter does not hold: they "
             "stay as they are.",
             stacklevel=3,
         )
+    return left

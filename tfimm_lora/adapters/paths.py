@@ -19,6 +19,7 @@ from tfimm_lora.weights.keys import (
     Wanted,
     fits,
     key_of_path,
+    leaf_of,
     to_keras,
     torch_axes,
     wanted_variables,
@@ -49,12 +50,30 @@ class Names:
         ]
         self.layers = layers
         self._steady = _steady_paths(layers)
-        self.modules = {p: self._current(key_of_path(self._steady[p])) for p in layers}
-        self.paths = {key_of_path(self._steady[path]): path for path in layers}
+        self._is_tfimm = hasattr(model, "cfg") and any(
+            cls.__module__.partition(".")[0] == "tfimm" for cls in type(model).__mro__
+        )
+        self.modules = {path: self._module(self._steady[path]) for path in layers}
+        self.paths = {self._old_module(self._steady[path]): path for path in layers}
         self.paths.update({module: path for path, module in self.modules.items()})
+        _check_unique({p: m for p, m in self.modules.items() if _owns(layers[p])}, "layers")
+
+    def _old_module(self, path: str) -> str:
+        return key_of_path(path) if self._is_tfimm else path.replace("/", ".")
+
+    def _module(self, path: str) -> str:
+        return self._current(self._old_module(path))
 
     def _current(self, key: str) -> str:
         return self._layout.rename_back(key) if self._layout else key
+
+    def module_of(self, weight: Weight, roots: list[str]) -> str:
+        """The module by which PEFT would save a weight whole: the largest one that was asked
+        for, or that of the weight's own layer."""
+        path = weight.path
+        root = next((r for r in roots if path == r or path.startswith(r + "/")), path)
+        # Where timm has other levels than tfimm, only the layers themselves correspond.
+        return self.modules.get(path if self._layout else root, path.replace("/", "."))
 
     def adapted(self) -> dict[str, LoRALayer]:
         """The LoRA layers by path."""
@@ -66,11 +85,35 @@ class Names:
         weights = []
         for wanted in wanted_variables(self._model):
             path, _, leaf = wanted.name.rpartition("/")
-            if self._steady.get(path, path) != path:
-                wanted = wanted._replace(name=f"{self._steady[path]}/{leaf}")
-            key = self._current(_key(wanted))
-            weights.append(Weight(key, wanted, wanted.keys, key in self._convolutions))
+            steady = self._steady.get(path, path)
+            named = wanted._replace(name=f"{steady}/{leaf}" if steady else leaf)
+            if self._is_tfimm:
+                old = named.keys
+                key = self._current(_key(named))
+            else:
+                key = f"{self._module(steady)}.{_key(named).rpartition('.')[2]}".strip(".")
+                old = (key,)
+            weights.append(Weight(key, path, named, old, key in self._convolutions))
+        _check_unique(
+            {w.wanted.name + f" ({i})": w.key for i, w in enumerate(weights)}, "weights"
+        )
         return weights
+
+
+def _owns(layer: Any) -> bool:
+    return bool(_keras.of(layer).own_variables(layer))
+
+
+def _check_unique(names: dict[str, str], what: str) -> None:
+    """Raise if two layers or weights would have one name in an adapter."""
+    first: dict[str, str] = {}
+    for path, name in names.items():
+        if name in first:
+            raise ValueError(
+                f"The {what} '{first[name]}' and '{path}' would both be called '{name}' in an "
+                "adapter. Give them names that differ in more than '/' and '.'."
+            )
+        first[name] = path
 
 
 def _steady_paths(layers: dict[str, Any]) -> dict[str, str]:
@@ -82,9 +125,9 @@ def _steady_paths(layers: dict[str, Any]) -> dict[str, str]:
         while above not in steady:
             above = above.rpartition("/")[0]
         name = path[len(above) :].strip("/")
-        given = re.fullmatch(rf"{re.escape(_own_name(layer))}(_\d+)?", name)
+        given = re.fullmatch(rf"{_own_name(layer)}(_\d+)?", name)
         if given:
-            stem = name.removesuffix(given[1] or "")
+            stem = re.sub(r"_\d+$", "", name)
             place = counts.get((above, stem), 0)
             counts[above, stem] = place + 1
             name = f"{stem}_{place}" if place else stem
@@ -96,7 +139,9 @@ def _own_name(layer: Any) -> str:
     """What Keras calls a layer of this class that is given no name: "multi_head_attention"."""
     plain = next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
     words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", plain.__name__)
-    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
+    own = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
+    # Legacy Keras calls a functional model so.
+    return "(functional|model)" if own == "functional" else own
 
 
 class Weight(NamedTuple):
@@ -104,6 +149,8 @@ class Weight(NamedTuple):
 
     #: Its key in an adapter, for example "head.weight".
     key: str
+    #: The path of its layer.
+    path: str
     wanted: Wanted
     #: Its keys in the older layout of timm.
     old_keys: tuple[str, ...]
@@ -136,7 +183,7 @@ class Weight(NamedTuple):
 
 def to_torch(value: np.ndarray, wanted: Wanted) -> np.ndarray:
     """The value of a variable in torch's order of axes; the reverse of ``to_keras``."""
-    axes = torch_axes(wanted.name.rpartition("/")[2], value.ndim)
+    axes = torch_axes(leaf_of(wanted), value.ndim)
     return value.transpose(np.argsort(axes)) if axes else value
 
 

@@ -33,6 +33,9 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
 }
 
+#: Longer expressions take long to compile alone.
+_LONGEST_PATTERN = 1000
+
 #: Initialisers after which the base weights are those of the checkpoint.
 _KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 
@@ -89,7 +92,7 @@ class PeftConfig:
         for name in ("rank_pattern", "alpha_pattern"):
             for key, value in getattr(self, name).items():
                 number = isinstance(value, (int, float)) and not isinstance(value, bool)
-                if not number or not math.isfinite(value):
+                if not number or not math.isfinite(_float(name, value)):
                     raise ValueError(f"has {name}[{key!r}]={value!r}, expected a number")
         if self.rank < 1 or not 0 <= self.dropout < 1 or not math.isfinite(self.alpha):
             raise ValueError(
@@ -112,7 +115,7 @@ class PeftConfig:
             return default
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise ValueError(f"has {name}={value!r}, expected a number")
-        return float(value)
+        return _float(name, value)
 
     def scale_of(self, module: str, rank: int) -> float:
         """The scale of a module whose A has this rank.
@@ -125,6 +128,13 @@ class PeftConfig:
             raise ValueError(f"gives {module} the rank {said}, its tensors have {rank}")
         alpha = value_by_pattern(module, self.alpha_pattern, self.alpha)
         return scale(rank, alpha, self.use_rslora)
+
+
+def _float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"has a number in {name} that is too large") from error
 
 
 def value_by_pattern(module: str, pattern: Mapping[str, Any], default: Any) -> Any:
@@ -153,11 +163,13 @@ def _ends_with(module: str, key: str) -> bool:
             "Patterns in an adapter's config that are more than names need regex: pip "
             "install regex"
         ) from error
+    if len(key) > _LONGEST_PATTERN:
+        raise ValueError(f"has a pattern of {len(key)} characters ({key[:40]!r}...)")
     try:
         return regex.match(rf"(.*\.)?({key})$", module, timeout=0.5) is not None
     except TimeoutError as error:
         raise ValueError(f"has the pattern {key!r}, which takes too long to match") from error
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         raise ValueError(f"has the pattern {key!r}, no regular expression: {error}") from error
 
 

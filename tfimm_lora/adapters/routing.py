@@ -17,8 +17,19 @@ from tfimm_lora.adapters.load import check_fits, lora_arguments
 from tfimm_lora.adapters.paths import Names
 from tfimm_lora.inject import inject_lora, remove_lora
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.routes import Attached, Route, along, current
+from tfimm_lora.layers.routes import (
+    ATTACHED_NAMES,
+    Attached,
+    Route,
+    along,
+    attach,
+    current,
+    detach,
+)
 from tfimm_lora.merge import has_lora, lora_layers
+
+#: Whether ``attach_adapters`` put LoRA into the model.
+_INJECTED = "_lora_injected_to_attach"
 
 
 def attach_adapters(
@@ -56,8 +67,11 @@ def attach_adapters(
         ...     model(np.ones((3, 4), "float32")).shape
         TensorShape([3, 3])
     """
-    if not adapters:
-        raise ValueError("Received no adapters; expected at least one, by name.")
+    if not adapters or not all(isinstance(name, str) for name in adapters):
+        raise ValueError(
+            f"Received adapters with the names {list(adapters)}; expected at least one, by a "
+            "name of text."
+        )
     loaded = {
         name: x if isinstance(x, Adapter) else Adapter.load(x) for name, x in adapters.items()
     }
@@ -76,10 +90,13 @@ def attach_adapters(
         if injected:
             remove_lora(model, merge=False)
         raise
-    detach_adapters(model)
+    was_injected = model.__dict__.get(_INJECTED, False)
+    for _, layer in _keras.of(model).walk(model):
+        detach(layer)
     for layer, columns in attached:
-        layer.__dict__["_lora_attached"] = columns
-    model.__dict__["_lora_attached_names"] = tuple(loaded)
+        attach(layer, columns)
+    model.__dict__[_INJECTED] = injected or was_injected
+    model.__dict__[ATTACHED_NAMES] = tuple(loaded)
     model.__dict__["call"] = functools.partial(_checked_call, model)
     _keras.of(model).reset_functions(model)
     return model
@@ -88,6 +105,8 @@ def attach_adapters(
 def detach_adapters(model: Any) -> Any:
     """Undo ``attach_adapters``; without attached adapters nothing happens.
 
+    LoRA that it put into a model without LoRA is taken out again.
+
     Args:
         model: The model.
 
@@ -95,11 +114,10 @@ def detach_adapters(model: Any) -> Any:
         The same model.
     """
     seam = _keras.of(model)
-    for _, layer in seam.walk(model):
-        layer.__dict__.pop("_lora_attached", None)
-    if model.__dict__.pop("_lora_attached_names", None) is not None:
-        model.__dict__.pop("call", None)
+    if any([detach(layer) for _, layer in seam.walk(model)]):
         seam.reset_functions(model)
+    if model.__dict__.pop(_INJECTED, False) and has_lora(model):
+        remove_lora(model, merge=False)
     return model
 
 
@@ -107,8 +125,10 @@ def detach_adapters(model: Any) -> Any:
 def use_adapters(names: Sequence[str | None]) -> Iterator[None]:
     """Within this block every example of a batch takes its own adapter.
 
-    For models called directly, of any Keras; a compiled function made within the block keeps
-    these names. For ``predict`` and for one function for all batches use ``routed_model``.
+    For models called directly, of any Keras. A function that is traced within the block keeps
+    these names, and one that was traced before does not see them: ``predict`` too. For those
+    use ``routed_model``. None is the model as it is without its factors; weights that
+    ``load_adapter`` replaced whole count for every example.
 
     Args:
         names: For each example of the batch the name of an attached adapter, or None for
@@ -170,7 +190,10 @@ def adapter_ids(model: Any, names: Sequence[str | None]) -> np.ndarray:
 
     Raises:
         ValueError: for a name that is not attached, or if none are.
+        TypeError: for a single name.
     """
+    if isinstance(names, str):
+        raise TypeError(f"Received names={names!r}; expected a list of names and None.")
     return Route(list(names)).ids(_attached_names(model))
 
 
@@ -182,8 +205,11 @@ def _routed_class(base: type) -> type:
         def __init__(self, model: Any) -> None:
             super().__init__(name=f"routed_{model.name}")
             self.model = model
+            # Factors are constants of its traces.
+            _keras.of(model).note_user(model, self)
 
         def call(self, inputs: Any, training: Any = None) -> Any:
+            _attached_names(self.model)
             with along(Route(None, inputs["adapter"])):
                 return self.model(inputs["inputs"])
 
@@ -191,7 +217,7 @@ def _routed_class(base: type) -> type:
 
 
 def _attached_names(model: Any) -> tuple[str, ...]:
-    names = model.__dict__.get("_lora_attached_names")
+    names = model.__dict__.get(ATTACHED_NAMES)
     if names is None:
         raise ValueError(
             f"Received model '{model.name}', to which no adapters are attached. Call "
@@ -241,10 +267,10 @@ def _side_by_side(model: Any, adapters: dict[str, Adapter]) -> list[tuple[LoRALa
                     problems.append(f"{module} {error}")
                     continue
                 members += [index] * adapter.layers[key].rank
-        if columns:
-            a = np.concatenate([a for a, _ in columns], axis=-1)
-            b = np.concatenate([b for _, b in columns], axis=0)
-            result.append((layer, Attached(tuple(adapters), a, b, np.array(members, "int32"))))
+        # A layer that no adapter has takes part with no columns.
+        a = np.concatenate([a for a, _ in columns], axis=-1) if columns else np.zeros(0)
+        b = np.concatenate([b for _, b in columns], axis=0) if columns else np.zeros(0)
+        result.append((layer, Attached(tuple(adapters), a, b, np.array(members, "int32"))))
     if problems:
         raise ValueError(
             f"Received adapters that cannot be chosen by example: {'; '.join(problems)}. "

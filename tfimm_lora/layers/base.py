@@ -364,7 +364,7 @@ class LoRALayer:
                 if self.merged
                 else ("its own call has no place for that")
             )
-            raise NotAdaptable(
+            raise ValueError(
                 f"Layer '{self.name}' ({base_of(type(self)).__name__}) cannot take an adapter "
                 f"for each example; {why}."
             )
@@ -578,6 +578,7 @@ class LoRALayer:
     def _forget_merge(self) -> None:
         """The variables were given new values, which are those of an unmerged layer."""
         self._lora_state.unmerged = None
+        self._lora_state.strength = None
 
 
 def base_of(lora_cls: type) -> type:

@@ -55,8 +55,9 @@ class EmbeddingUpdate(LoRALayer):
         """The branch for adapters chosen by example."""
         seam = _keras.of(self)
         route.used.add(id(self))
-        attached = self.__dict__.get("_lora_attached")
-        if attached is None:
+        attached = routes.attached_to(self)
+        route.ids(attached.names)
+        if not len(attached.members):
             return 0
         rows = seam.ops.take(attached.a, seam.ops.cast(inputs, "int32"), axis=0)
         return seam.ops.matmul(routes.masked(seam, rows, attached, route), attached.b)

@@ -20,6 +20,9 @@ import numpy as np
 
 _state = threading.local()
 
+#: Where a layer keeps its ``Attached``, and a model the names of attached adapters.
+_ATTACHED, ATTACHED_NAMES = "_lora_attached", "_lora_attached_names"
+
 
 class Attached(NamedTuple):
     """What a layer knows of the attached adapters."""
@@ -81,14 +84,43 @@ def along(route: Route | None) -> Iterator[Route | None]:
         _state.route = outer
 
 
+def attached_to(layer: Any) -> Attached:
+    """What is attached to a layer.
+
+    Raises:
+        ValueError: if nothing is.
+    """
+    attached = layer.__dict__.get(_ATTACHED)
+    if attached is None:
+        raise ValueError(
+            f"Received adapters to choose from in a model to whose layer '{layer.name}' none "
+            "are attached. Call attach_adapters first."
+        )
+    return attached
+
+
+def attach(layer: Any, attached: Attached) -> None:
+    """Attach adapters to a layer."""
+    layer.__dict__[_ATTACHED] = attached
+
+
+def detach(layer: Any) -> bool:
+    """Drop what is attached to a layer or a model, and say whether something was."""
+    if layer.__dict__.pop(ATTACHED_NAMES, None) is not None:
+        layer.__dict__.pop("call", None)
+        return True
+    return layer.__dict__.pop(_ATTACHED, None) is not None
+
+
 def routed(
     layer: Any, seam: Any, product: Any, x: Any, kernel: Any, dtype: str, route: Route
 ) -> Any:
     """x W + ((x A) * mask) B for the adapters that are attached to a layer."""
     route.used.add(id(layer))
     outputs = product.apply(x, seam.ops.cast(kernel, dtype))
-    attached = layer.__dict__.get("_lora_attached")
-    if attached is None:  # no adapter has this layer
+    attached = attached_to(layer)
+    route.ids(attached.names)  # also where no adapter has this layer: names are checked
+    if not len(attached.members):
         return outputs
     a, b = (seam.ops.cast(factor, dtype) for factor in (attached.a, attached.b))
     narrow = product.down(x, a)

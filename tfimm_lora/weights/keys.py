@@ -116,7 +116,7 @@ def torch_axes(leaf: str, rank: int) -> tuple[int, ...] | None:
 def expected_shape(wanted: Wanted) -> tuple[int, ...]:
     """The shape that a variable has in torch's order of axes."""
     shape = tuple(wanted.variable.shape)
-    axes = torch_axes(_leaf(wanted), len(shape))
+    axes = torch_axes(leaf_of(wanted), len(shape))
     return tuple(shape[axes.index(i)] for i in range(len(axes))) if axes else shape
 
 
@@ -131,12 +131,16 @@ def fits(shape: Collection[int], wanted: Wanted) -> bool:
 def to_keras(value: np.ndarray, wanted: Wanted) -> np.ndarray:
     """A tensor of torch as the value of a variable; its shape must fit."""
     value = value.reshape(expected_shape(wanted))
-    axes = torch_axes(_leaf(wanted), value.ndim)
+    axes = torch_axes(leaf_of(wanted), value.ndim)
     return value.transpose(axes) if axes else value
 
 
-def _leaf(wanted: Wanted) -> str:
-    return wanted.name.rpartition("/")[2]
+def leaf_of(wanted: Wanted) -> str:
+    """What kind of variable it is: the last part of its name, the same in both Kerases."""
+    leaf = wanted.name.rpartition("/")[2]
+    # Keras 3 calls the kernel of a depthwise convolution as it calls any other.
+    depthwise = any(cls.__name__ == "DepthwiseConv2D" for cls in type(wanted.layer).__mro__)
+    return "depthwise_kernel" if leaf == "kernel" and depthwise else leaf
 
 
 def _without_ones(shape: Collection[int]) -> list[int]:
