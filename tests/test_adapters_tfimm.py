@@ -52,8 +52,12 @@ def test_adapter_that_peft_wrote_gives_pefts_logits(name, tmp_path):
         np.testing.assert_allclose(update.delta(), adapter.layers[module].delta(), atol=1e-6)
 
 
-@pytest.mark.parametrize("train_bias", ["none", "all"])
-@pytest.mark.parametrize("name", CLASSIFIERS)
+#: With every supported layer and every bias for all families, with the defaults for some.
+KINDS = [(name, "all") for name in CLASSIFIERS]
+KINDS += [(name, "none") for name in ("vit", "swin", "convnext", "resnet")]
+
+
+@pytest.mark.parametrize("name, train_bias", KINDS)
 def test_adapter_of_every_family_loads_into_its_base_model(name, train_bias, tmp_path):
     tiny = ARCHITECTURES[name]
     base = lora.convert_to_regular_model(

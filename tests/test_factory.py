@@ -133,9 +133,15 @@ def test_list_models():
     assert lora.list_models("nothing*") == []
 
 
-@pytest.mark.parametrize("train_bias", ["none", "all"])
-@pytest.mark.parametrize("merged", [False, True])
-@pytest.mark.parametrize("form", ["keras", "savedmodel"])
+@pytest.mark.parametrize(
+    "train_bias, merged, form",
+    [
+        ("none", False, "keras"),
+        ("all", True, "keras"),
+        ("all", False, "savedmodel"),
+        ("none", True, "savedmodel"),
+    ],
+)
 def test_saved_lora_model_loads_and_trains_on(tmp_path, train_bias, merged, form):
     """The ancestor froze the classifier on loading and forgot the merged flag."""
     model = lora.create_model("tiny_convnext", nb_classes=5, lora_train_bias=train_bias)

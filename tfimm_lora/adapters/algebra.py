@@ -224,8 +224,6 @@ def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
                 f"'{path}' is of the kind 'batched', whose positions have kernels of their "
                 "own and no decomposition together: pass 'cat', or one that mixes factors"
             )
-        if not all(np.isfinite(x).all() for update in updates for x in update.matrices()):
-            problems.append(f"'{path}' has NaN or infinity in its factors")
     if not problems:
         return
     advice = ""
