@@ -8,8 +8,6 @@ import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import numpy as np
-
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.combination import Loss, Method, Term, norm_of_sum
 from tfimm_lora.adapters.whole import combine_whole, different, listed
