@@ -331,3 +331,27 @@ def test_swin_of_four_stages_and_modules_of_renamed_layers(train_bias, tmp_path)
     theirs = lora.adapter_of(model).layers
     for module, mine in lora.adapter_of(other).layers.items():
         assert mine == theirs[module]
+
+
+@keras.saving.register_keras_serializable(package="tests")
+class TwoOfOneName(layers.Layer):
+    def build(self, shape):
+        self.one = self.add_weight(name="scale", shape=(4,), initializer="ones")
+        self.two = self.add_weight(name="scale", shape=(4,), initializer="ones")
+        super().build(shape)
+
+    def call(self, x):
+        return x * self.one + self.two
+
+
+def test_weights_of_one_name_matter_only_where_they_are_trained():
+    entry = keras.Input((4,))
+    x = TwoOfOneName(name="own")(layers.Dense(4, name="fc")(entry))
+    model = keras.Model(entry, layers.Dense(3, name="head")(x))
+    lora.inject_lora(model, lora_rank=2)
+    assert list(lora.adapter_of(model).layers) == ["fc"]
+    lora.load_adapter(model, lora.adapter_of(model))
+    lora.remove_lora(model)
+    lora.inject_lora(model, lora_train_modules=["own"])
+    with pytest.raises(ValueError, match="both be called 'own.scale'"):
+        lora.adapter_of(model)

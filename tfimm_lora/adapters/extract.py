@@ -8,7 +8,7 @@ from typing import Any
 from tfimm_lora import _keras
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.axes import update_of
-from tfimm_lora.adapters.paths import Names, Weight
+from tfimm_lora.adapters.paths import Names, Weight, require_unique
 from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
@@ -117,6 +117,7 @@ def trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weigh
         if inside or is_open or not _is_bias(layer, weight):
             modules[names.module_of(weight, roots)] = None
         weights.append(weight)
+    require_unique([(weight.wanted.name, weight.key) for weight in weights], "weights")
     return tuple(sorted(modules)), weights
 
 

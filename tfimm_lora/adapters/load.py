@@ -213,10 +213,14 @@ def _fitting_weights(
     # Names of today last: an older one of another layer may be the same.
     known = {key: weight for weight in names.weights for key in weight.old_keys}
     known.update({weight.key: weight for weight in names.weights})
+    counts = Counter(weight.key for weight in names.weights)
     weights = []
     classifier = False
     for key, value in adapter.weights.items():
         weight = known.get(key)
+        if counts[key] > 1:
+            problems.append(f"{counts[key]} weights called {key}")
+            continue
         if weight is None:
             problems.append(f"no weight {key}")
         elif not weight.fits(value):

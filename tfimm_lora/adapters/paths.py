@@ -15,6 +15,7 @@ import numpy as np
 
 from tfimm_lora import _keras
 from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.lookup import supported
 from tfimm_lora.weights.keys import (
     Wanted,
     fits,
@@ -56,7 +57,8 @@ class Names:
         self.modules = {path: self._module(self._steady[path]) for path in layers}
         self.paths = {self._old_module(self._steady[path]): path for path in layers}
         self.paths.update({module: path for path, module in self.modules.items()})
-        _check_unique({p: m for p, m in self.modules.items() if _owns(layers[p])}, "layers")
+        can = [p for p, x in layers.items() if isinstance(x, LoRALayer) or supported(x)]
+        require_unique([(path, self.modules[path]) for path in can], "layers")
 
     def _old_module(self, path: str) -> str:
         return key_of_path(path) if self._is_tfimm else path.replace("/", ".")
@@ -94,20 +96,13 @@ class Names:
                 key = f"{self._module(steady)}.{_key(named).rpartition('.')[2]}".strip(".")
                 old = (key,)
             weights.append(Weight(key, path, named, old, key in self._convolutions))
-        _check_unique(
-            {w.wanted.name + f" ({i})": w.key for i, w in enumerate(weights)}, "weights"
-        )
         return weights
 
 
-def _owns(layer: Any) -> bool:
-    return bool(_keras.of(layer).own_variables(layer))
-
-
-def _check_unique(names: dict[str, str], what: str) -> None:
+def require_unique(names: list[tuple[str, str]], what: str) -> None:
     """Raise if two layers or weights would have one name in an adapter."""
     first: dict[str, str] = {}
-    for path, name in names.items():
+    for path, name in names:
         if name in first:
             raise ValueError(
                 f"The {what} '{first[name]}' and '{path}' would both be called '{name}' in an "
