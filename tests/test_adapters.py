@@ -13,7 +13,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests import tiny_models
-from tests.kerases import array, keras, run, values
+from tests.kerases import BACKEND, array, keras, run, values
 
 GENERIC = pytest.mark.parametrize("spec", tiny_models.GENERIC, ids=lambda spec: spec.name)
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -243,7 +243,8 @@ def test_switching_needs_no_new_trace(merged):
         third = model.predict(x, verbose=0)
     finally:
         type(model).call = call
-    assert len(traces) == count
+    if BACKEND != "torch":  # which runs every call anew
+        assert len(traces) == count
     np.testing.assert_allclose(first, output, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(third, first, rtol=1e-6, atol=1e-6)
     assert np.abs(second - first).max() > 1e-3
