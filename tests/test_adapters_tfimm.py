@@ -1,5 +1,6 @@
 """Adapters of tfimm models: golden files of real PEFT, every family, create_model."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -179,3 +180,18 @@ def test_extracted_adapter_of_a_model_trained_whole():
         lora.load_adapter(model, adapter)
         errors.append(np.abs(run(model, x) - expected).max())
     assert errors[0] > errors[1] > errors[2] and errors[2] < 1e-3
+
+
+def test_adapter_of_a_smaller_model_of_the_family_is_refused():
+    """All layers of a ResNet-18 are in a ResNet-34, in the same shapes."""
+    adapter = lora.adapter_of(lora.create_model("resnet18", lora_rank=1))
+    model = lora.create_model("resnet34", lora_rank=1)
+    before = lora.adapter_of(model)
+    with pytest.raises(
+        ValueError, match=r"nb_blocks is \(2, 2, 2, 2\) there, \(3, 4, 6, 3\) here"
+    ):
+        lora.load_adapter(model, adapter)
+    assert lora.adapter_of(model) == before
+    # What only the images differ in is no other architecture, nor is a name of one's own.
+    other = dataclasses.replace(adapter, base_model="timm/resnet18.my_own")
+    lora.load_adapter(lora.create_model("resnet18", lora_rank=1), other)

@@ -21,6 +21,7 @@ from tfimm_lora.adapters.axes import (
     moves_only_its_parts,
     sure_kind,
 )
+from tfimm_lora.adapters.base_model import differences
 from tfimm_lora.adapters.extract import adapter_of, trained_whole
 from tfimm_lora.adapters.paths import Names, Weight
 from tfimm_lora.classifier import classifier_paths
@@ -197,7 +198,7 @@ def _fitting_weights(
     model: Any, names: Names, adapter: Adapter
 ) -> list[tuple[Weight, np.ndarray]]:
     """The weights that the adapter replaces, once everything in it was found to fit."""
-    problems = []
+    problems = differences(model, adapter)
     modules = {module for module, path in names.paths.items() if _can_adapt(names, path)}
     for module, update in adapter.layers.items():
         if module not in modules:
