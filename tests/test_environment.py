@@ -17,6 +17,7 @@ ROOT = Path(tfimm_lora.__file__).parent
 #: A module may import those above it, never one below.
 ORDER = [
     "version",
+    "optional",
     "_keras",
     "config",
     "targets",
@@ -35,6 +36,10 @@ ORDER = [
     "weights",
     "adapters",
     "factory",
+    "exporting",
+    "finetuning",
+    "cli",
+    "__main__",
 ]
 
 

@@ -8,6 +8,7 @@ import warnings as _warnings
 from tfimm_lora import _keras
 
 _keras.prefer_legacy_for_tfimm()
+_keras.quiet_on_the_command_line()
 
 from tfimm_lora.adapters.activation import disable_adapter, set_adapter_scale  # noqa: E402
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate  # noqa: E402

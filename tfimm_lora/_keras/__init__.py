@@ -29,6 +29,18 @@ def prefer_legacy_for_tfimm(environ: Any = os.environ) -> None:
         environ[LEGACY_SWITCH] = "1"
 
 
+def quiet_on_the_command_line(environ: Any = os.environ) -> None:
+    """Keep TensorFlow's greeting off the screen where the process is ``tfimm-lora``.
+
+    A library leaves the log as its user set it; a program speaks for itself. TensorFlow
+    reads the level once, when it is imported, which importing this package does.
+    """
+    words = sys.orig_argv[:4]
+    is_program = any(os.path.basename(word) == "tfimm-lora" for word in words)
+    if is_program or words[1:3] == ["-m", "tfimm_lora"]:
+        environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+
+
 def installed(package: str) -> bool:
     """Whether ``package`` can be imported, without importing it."""
     return package in sys.modules or importlib.util.find_spec(package) is not None

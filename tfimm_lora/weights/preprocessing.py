@@ -24,8 +24,8 @@ def create_preprocessing(
 
     Args:
         model_or_name: A model with a config (mean, std, ...), which ``load_timm_weights``
-            and ``create_model(pretrained=True)`` take from the checkpoint; or a name of
-            tfimm, for its registered config.
+            and ``create_model(pretrained=True)`` take from the checkpoint; or such a config
+            itself; or a name of tfimm, for its registered config.
         in_channels: Number of channels of the images. Default: as in the config. Mean and
             std are repeated or cut to it.
         dtype: Type of the result. Default: Keras' floatx.
@@ -74,13 +74,13 @@ def create_preprocessing(
 def _config(model_or_name: Any) -> Any:
     if isinstance(model_or_name, str):
         return _registered_config(model_or_name)
-    cfg = getattr(model_or_name, "cfg", None)
-    if not all(hasattr(cfg, name) for name in ("mean", "std", "in_channels")):
-        raise TypeError(
-            f"Received {model_or_name!r}; expected a model whose cfg has mean, std and "
-            "in_channels, or the name of a tfimm model."
-        )
-    return cfg
+    for cfg in (model_or_name, getattr(model_or_name, "cfg", None)):
+        if all(hasattr(cfg, name) for name in ("mean", "std", "in_channels")):
+            return cfg
+    raise TypeError(
+        f"Received {model_or_name!r}; expected a model whose cfg has mean, std and "
+        "in_channels, such a config, or the name of a tfimm model."
+    )
 
 
 def _registered_config(name: str) -> Any:

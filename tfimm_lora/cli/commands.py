@@ -1,0 +1,14 @@
+"""The subcommands, in the order of ``tfimm-lora --help``."""
+
+from __future__ import annotations
+
+import importlib
+
+#: Modules of this folder. Importing one registers its command.
+COMMANDS: tuple[str, ...] = ()
+
+
+def register() -> None:
+    """Make all subcommands known to ``app``."""
+    for name in COMMANDS:
+        importlib.import_module(f"tfimm_lora.cli.{name}")

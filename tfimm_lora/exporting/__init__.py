@@ -1,0 +1,1 @@
+"""Export of a model for production: Keras, SavedModel, TFLite, ONNX."""
