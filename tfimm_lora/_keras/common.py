@@ -84,6 +84,18 @@ class KerasSeam:
         """Those of ``own_variables`` that were created to be trained."""
         raise NotImplementedError
 
+    def random_states(self, layer: Any) -> list[Any]:
+        """The variables that hold the state of a layer's own random generators."""
+        raise NotImplementedError
+
+    def restart_random_ops(self, seed: int) -> None:
+        """Let random operations without a state of their own begin again from a seed."""
+        raise NotImplementedError
+
+    def optimizer_variables(self, optimizer: Any) -> list[Any]:
+        """The variables of a built optimizer, also of the one inside a loss scaling."""
+        raise NotImplementedError
+
     def created_like(self, model: Any) -> contextlib.AbstractContextManager[Any]:
         """The dtype policy and the strategy under which ``model`` was created."""
         raise NotImplementedError

@@ -104,6 +104,19 @@ class Keras3Seam(KerasSeam):
     def trainable_own_variables(self, layer: Any) -> list[Any]:
         return list(layer._trainable_variables)
 
+    def random_states(self, layer: Any) -> list[Any]:
+        return [generator.state for generator in layer._seed_generators]
+
+    def restart_random_ops(self, seed: int) -> None:
+        """Layers of Keras 3 keep a state; this is for what calls ``tf.random`` itself."""
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            tf.random.set_seed(seed)
+
+    def optimizer_variables(self, optimizer: Any) -> list[Any]:
+        return list(optimizer.variables)
+
     def to_numpy(self, variable: Any) -> Any:
         with AutocastScope(None):
             return np.array(keras.ops.convert_to_numpy(variable))

@@ -121,6 +121,16 @@ class LegacySeam(KerasSeam):
     def trainable_own_variables(self, layer: Any) -> list[Any]:
         return list(layer._trainable_weights)
 
+    def random_states(self, layer: Any) -> list[Any]:
+        return []  # the state is in the kernels of TensorFlow's operations
+
+    def restart_random_ops(self, seed: int) -> None:
+        tf.random.set_seed(seed)
+
+    def optimizer_variables(self, optimizer: Any) -> list[Any]:
+        variables = optimizer.variables
+        return list(variables() if callable(variables) else variables)
+
     def to_numpy(self, variable: Any) -> Any:
         with autocast_variable.enable_auto_cast_variables(None):
             return variable.numpy()
