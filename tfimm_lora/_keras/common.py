@@ -169,6 +169,10 @@ class KerasSeam:
         """Undo ``add_sublayer``."""
         raise NotImplementedError
 
+    def dtype_policy(self, name: str | None) -> contextlib.AbstractContextManager[Any]:
+        """A dtype policy for what is created within; None leaves it as it is."""
+        raise NotImplementedError
+
     def is_model(self, layer: Any) -> bool:
         """Whether a layer is a model of this Keras."""
         return isinstance(layer, self.keras.Model)

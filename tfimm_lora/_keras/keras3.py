@@ -275,14 +275,18 @@ class Keras3Seam(KerasSeam):
         return layer, list(layer._inbound_nodes[index].input_tensors)
 
     @contextlib.contextmanager
-    def created_like(self, model: Any) -> Any:
+    def dtype_policy(self, name: Any) -> Any:
         policy = keras.config.dtype_policy()
-        keras.config.set_dtype_policy(model.dtype_policy)
+        keras.config.set_dtype_policy(name or policy)
         try:
-            with self.variable_scope(model.weights[0]):
-                yield
+            yield
         finally:
             keras.config.set_dtype_policy(policy)
+
+    @contextlib.contextmanager
+    def created_like(self, model: Any) -> Any:
+        with self.dtype_policy(model.dtype_policy), self.variable_scope(model.weights[0]):
+            yield
 
     def input_shapes(self, model: Any) -> Any:
         """The shapes of the inputs that a model was built for, nested as they are."""

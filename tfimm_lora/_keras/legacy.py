@@ -220,14 +220,18 @@ class LegacySeam(KerasSeam):
         return node.layer, list(inputs)
 
     @contextlib.contextmanager
-    def created_like(self, model: Any) -> Any:
+    def dtype_policy(self, name: Any) -> Any:
         policy = tf_keras.mixed_precision.global_policy()
-        tf_keras.mixed_precision.set_global_policy(model.dtype_policy)
+        tf_keras.mixed_precision.set_global_policy(name or policy)
         try:
-            with self.variable_scope(model.weights[0]):
-                yield
+            yield
         finally:
             tf_keras.mixed_precision.set_global_policy(policy)
+
+    @contextlib.contextmanager
+    def created_like(self, model: Any) -> Any:
+        with self.dtype_policy(model.dtype_policy), self.variable_scope(model.weights[0]):
+            yield
 
     def input_shapes(self, model: Any) -> Any:
         """The shapes of the inputs that a model was built for, nested as they are."""

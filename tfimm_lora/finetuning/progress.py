@@ -27,14 +27,14 @@ class Reporter:
             return []
         if self.kind == "bar":
             self._make_bar()
-        return [
-            seam.keras.callbacks.LambdaCallback(
-                on_epoch_begin=self._begin,
-                on_epoch_end=self._end,
-                on_train_batch_end=self._batch if self.bar else None,
-                on_train_end=self._close,
-            )
-        ]
+        hooks: dict[str, Any] = {
+            "on_epoch_begin": self._begin,
+            "on_epoch_end": self._end,
+            "on_train_end": self._close,
+        }
+        if self.bar:
+            hooks["on_train_batch_end"] = self._batch
+        return [seam.keras.callbacks.LambdaCallback(**hooks)]
 
     def _make_bar(self) -> None:
         progress = require("rich.progress", extra="cli", why="A progress bar")

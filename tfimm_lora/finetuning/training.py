@@ -169,6 +169,7 @@ def finetune(
             validation_data=validation,
             class_weight=dict(class_weight) if class_weight else None,
             callbacks=[*callbacks, *reporter.callbacks(seam), keeper.callback()],
+            shuffle=False,  # batches come in their order; Keras 3 warns of anything else
             verbose=0,
         )
     return keeper.finish()

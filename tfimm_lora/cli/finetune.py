@@ -1,0 +1,213 @@
+"""``tfimm-lora finetune``: from a folder of pictures to a fine-tuned model and a report."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Annotated, Any, Optional
+
+from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.optional import require
+
+EXAMPLES = """
+[bold]Examples[/]
+
+tfimm-lora finetune --model vit_tiny_patch16_224 --pretrained --data pictures --out run
+
+tfimm-lora finetune --model convnext_tiny --pretrained --data labels.csv --rank 8
+--targets mlp --epochs 20 --patience 3 --balanced --out run
+
+tfimm-lora finetune --model applications/MobileNetV2 --pretrained --data pictures --out run
+
+tfimm-lora finetune --out run --resume
+
+tfimm-lora finetune --config run/config.yaml --seed 1 --out run-1
+"""
+
+Text = Optional[str]  # noqa: UP045 - typer reads the annotations at run time
+Whole = Optional[int]  # noqa: UP045
+Number = Optional[float]  # noqa: UP045
+Flag = Optional[bool]  # noqa: UP045
+
+_LORA = "LoRA"
+_DATA = "Pictures"
+_TRAINING = "Training"
+
+
+def _option(*names: str, help: str, panel: str) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False)
+
+
+@app.command(epilog=EXAMPLES)
+def finetune(
+    out: Annotated[str, typer.Option(help="The folder for all that comes of it.")],
+    model: Annotated[
+        Text,
+        typer.Option(
+            help="A name of tfimm (see tfimm-lora models), applications/NAME of Keras, or a "
+            "saved Keras model."
+        ),
+    ] = None,
+    data: Annotated[
+        Text,
+        typer.Option(
+            help="A folder of class folders, or of train/ and val/ with such; or a CSV file of "
+            "path,label."
+        ),
+    ] = None,
+    pretrained: Annotated[
+        Flag, typer.Option(help="Load the weights that the name stands for.")
+    ] = None,
+    weights: Annotated[
+        Text, typer.Option(help="Load weights from this file (timm's safetensors, Keras').")
+    ] = None,
+    config: Annotated[
+        Text,
+        typer.Option(help="Take what is not given here from this YAML: config.yaml of a run."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")
+    ] = False,
+    rank: Annotated[Whole, _option(help="Rank of the updates. [4]", panel=_LORA)] = None,
+    alpha: Annotated[
+        Number, _option(help="Their scale is alpha / rank. [rank]", panel=_LORA)
+    ] = None,
+    targets: Annotated[
+        Text,
+        _option(
+            help='A preset ("attention", "mlp", "all"), names with commas, or a regular '
+            "expression. [those of the architecture]",
+            panel=_LORA,
+        ),
+    ] = None,
+    lora: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        _option(
+            help='Any other field of LoRAConfig as NAME=VALUE in YAML: "dropout=0.1", '
+            '"train_bias=all", "qkv=qv".',
+            panel=_LORA,
+        ),
+    ] = None,
+    input_size: Annotated[
+        Text, _option(help="Height and width, 224 or 224x288. [the model's]", panel=_DATA)
+    ] = None,
+    normalisation: Annotated[
+        Text,
+        _option(
+            help="imagenet, inception ([-1, 1]), unit ([0, 1]) or raw. [the model's]",
+            panel=_DATA,
+        ),
+    ] = None,
+    validation: Annotated[
+        Number, _option(help="Share kept to validate on. [0.2]", panel=_DATA)
+    ] = None,
+    on_error: Annotated[
+        Text, _option(help="Unreadable pictures: skip or refuse. [skip]", panel=_DATA)
+    ] = None,
+    augmentation: Annotated[
+        Text, _option(help="none, light or default. [default]", panel=_DATA)
+    ] = None,
+    balanced: Annotated[
+        Flag, _option(help="Let all classes weigh the same in the loss.", panel=_DATA)
+    ] = None,
+    epochs: Annotated[Whole, _option(help="[10]", panel=_TRAINING)] = None,
+    batch_size: Annotated[Whole, _option(help="[32]", panel=_TRAINING)] = None,
+    learning_rate: Annotated[
+        Number,
+        _option("--lr", "--learning-rate", help="Highest rate. [0.001]", panel=_TRAINING),
+    ] = None,
+    weight_decay: Annotated[Number, _option(help="[0.01]", panel=_TRAINING)] = None,
+    warmup: Annotated[
+        Number, _option(help="Share of the steps to warm up in. [0.1]", panel=_TRAINING)
+    ] = None,
+    patience: Annotated[
+        Whole, _option(help="End after so many epochs without a better one.", panel=_TRAINING)
+    ] = None,
+    monitor: Annotated[
+        Text, _option(help="val_loss or val_accuracy. [val_loss]", panel=_TRAINING)
+    ] = None,
+    mixed_precision: Annotated[
+        Text, _option(help="mixed_float16 or mixed_bfloat16. [float32]", panel=_TRAINING)
+    ] = None,
+    seed: Annotated[Whole, _option(help="Of all that is random. [0]", panel=_TRAINING)] = None,
+    as_json: Json = False,
+) -> None:
+    """Fine-tune a model on labelled pictures: an adapter, and a report to look at."""
+    from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+    from tfimm_lora.finetuning.report import evaluate_run
+
+    names = {f.name for f in dataclasses.fields(Recipe)}
+    given = {k: v for k, v in locals().items() if k in names and v is not None and k != "lora"}
+    if "input_size" in given:
+        given["input_size"] = _size(given["input_size"])
+    asked = {"rank": rank, "alpha": alpha, "targets": _targets(targets), **_pairs(lora or [])}
+    fields = {f"lora_{name}": value for name, value in asked.items() if value is not None}
+    before = _before(out, config, resume)
+    settings = {**before, **given, "lora": {**before.get("lora", {}), **fields}}
+    recipe = Recipe.from_dict(settings)
+    bar = sys.stderr.isatty() and not as_json
+    run = finetune_pictures(
+        recipe, out, resume=resume, verbose="bar" if bar else "lines", say=note
+    )
+    evaluation = evaluate_run(run)
+    result = {
+        "out": str(run.path),
+        "accuracy": evaluation.accuracy,
+        "loss": evaluation.loss,
+        "best_epoch": run.facts["best_epoch"],
+        "trainable": run.facts["trainable"],
+        "parameters": run.facts["parameters"],
+        "report": str(run.path / "report.html"),
+    }
+
+    def show() -> None:
+        share = result["trainable"] / result["parameters"]
+        print(
+            f"accuracy {evaluation.accuracy:.1%} on {len(evaluation.predictions)} pictures "
+            f"that were not trained on (epoch {result['best_epoch']}), with {share:.2%} of the "
+            f"parameters trained\nadapter: {run.adapter}\nreport:  {result['report']}"
+        )
+
+    emit(result, as_json, show)
+
+
+def _before(out: str, config: str | None, resume: bool) -> dict[str, Any]:
+    """The recipe that options are added to."""
+    from pathlib import Path
+
+    from tfimm_lora.finetuning.run import CONFIG, RECIPE, Run, read_yaml
+
+    if config is not None:
+        read = read_yaml(config)
+        return dict(read.get(RECIPE, read))
+    if resume and (Path(out) / CONFIG).is_file():
+        return dict(Run.open(out).recipe)
+    return {}
+
+
+def _targets(text: str | None) -> str | list[str] | None:
+    if text is None or "," not in text:
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _size(text: str) -> tuple[int, int]:
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
+        raise ValueError(f"Received --input-size {text}; expected 224, or 224x288.")
+    return int(sides[0]), int(sides[-1])
+
+
+def _pairs(texts: list[str]) -> dict[str, Any]:
+    """NAME=VALUE with values in YAML; the prefix lora_ may be left out."""
+    yaml = require("yaml", extra="cli", why="--lora")
+    pairs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"Received --lora {text}; expected NAME=VALUE.")
+        try:
+            pairs[name.strip().removeprefix("lora_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(f"Received --lora {text}, whose value is no YAML.") from error
+    return pairs
