@@ -36,6 +36,7 @@ ORDER = [
     "weights",
     "adapters",
     "factory",
+    "planning",
     "exporting",
     "finetuning",
     "cli",

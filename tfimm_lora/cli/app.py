@@ -40,9 +40,14 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def common(
-    debug: Annotated[bool, typer.Option(help="Show where an error comes from.")] = False,
+    debug: Annotated[
+        bool, typer.Option("--debug", help="Show where an error comes from.")
+    ] = False,
     version: Annotated[
-        bool, typer.Option("--version", callback=_show_version, is_eager=True)
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version."
+        ),
     ] = False,
 ) -> None:
     """What comes before the subcommand."""
@@ -51,9 +56,13 @@ def common(
 
 
 def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """Print a result on stdout: as one JSON document, or the way ``show`` does."""
+    """Print a result on stdout: as one JSON document, or the way ``show`` does.
+
+    Raises:
+        ValueError: for a number that JSON has no word for (NaN, infinity): give None.
+    """
     if as_json:
-        print(json.dumps(data, indent=2))
+        print(json.dumps(data, indent=2, allow_nan=False))
     else:
         show()
 
@@ -84,7 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     global _debug
     _debug = False
     try:
-        app(args=None if argv is None else list(argv))
+        app(args=None if argv is None else list(argv), prog_name="tfimm-lora")
     except SystemExit as end:  # typer ends so, also after wrong usage, which it explains
         return end.code if isinstance(end.code, int) else DONE
     except KeyboardInterrupt:

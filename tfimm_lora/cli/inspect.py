@@ -1,0 +1,180 @@
+"""``tfimm-lora inspect``: what is in an adapter."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from tfimm_lora.adapters.adapter import Adapter, LayerUpdate, effective_rank
+from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.cli.outputs import Overwrite, new_file
+from tfimm_lora.cli.tables import byte_text, show_facts, show_table
+
+EXAMPLES = """Examples:
+
+tfimm-lora inspect runs/flowers/adapter
+
+tfimm-lora inspect hf://user/repo --plot adapter.png
+
+tfimm-lora inspect runs/flowers --json
+"""
+
+#: The share of an update's energy, the sum of its squared singular values, that counts as
+#: nearly all of it.
+ENERGY = 0.9
+
+
+@app.command("inspect", epilog=EXAMPLES)
+def inspect_command(
+    adapter: Annotated[
+        str, typer.Argument(help="Folder of an adapter or of a run, or hf://user/repo.")
+    ],
+    plot: Annotated[
+        Path | None,
+        typer.Option(help="Draw sizes and spectra of all layers to this .png, .svg or .pdf."),
+    ] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Show the layers of an adapter, with the size and spectrum of each update.
+
+    The update of a layer is dW = scale * B A. "norm" is its Frobenius norm,
+    "largest" its largest singular value. Two numbers say how much of the rank
+    is used: "effective rank" is the exponential of the entropy of the singular
+    values, "90 %" how many of them hold nine tenths of the energy.
+    """
+    if overwrite and plot is None:
+        raise typer.BadParameter("--overwrite goes with --plot.")
+    value = open_adapter(adapter)
+    data = describe(value)
+    if plot is not None:
+        from tfimm_lora.cli.spectra import draw, require_suffix
+
+        require_suffix(plot)
+        with new_file(plot, overwrite) as path:
+            draw(data["layers"], path, title=data["base_model"] or adapter)
+        note(f"drawn: {plot}")
+    emit({"adapter": adapter, **data}, as_json, lambda: show(data))
+
+
+def open_adapter(address: str) -> Adapter:
+    """The adapter in a folder, of a run (its folder "adapter"), or on the hub.
+
+    Raises:
+        FileNotFoundError, ValueError, ImportError: as ``Adapter.load``.
+    """
+    inside = Path(address) / "adapter"
+    is_run = inside.is_dir() and not (Path(address) / "adapter_config.json").exists()
+    return Adapter.load(str(inside) if is_run else address)
+
+
+def in_order(names: Iterable[str]) -> list[str]:
+    """Names sorted as people do it, by the numbers in them; files sort them by letters.
+
+    Example:
+        >>> in_order(["blocks.10.fc", "blocks.2.fc"])
+        ['blocks.2.fc', 'blocks.10.fc']
+    """
+
+    def parts(name: str) -> list[Any]:
+        return [int(p) if p.isdecimal() else p for p in re.split(r"(\d+)", name)]
+
+    return sorted(names, key=parts)
+
+
+def describe(adapter: Adapter) -> dict[str, Any]:
+    """An adapter as plain values, for JSON."""
+    paths, keys = in_order(adapter.layers), in_order(adapter.weights)
+    layers = [{"layer": path, **_numbers(adapter.layers[path])} for path in paths]
+    whole = [
+        {"name": key, "shape": list(value.shape), "parameters": value.size}
+        for key, value in ((key, adapter.weights[key]) for key in keys)
+    ]
+    return {
+        "base_model": adapter.base_model,
+        "bias": adapter.bias,
+        "dropout": adapter.dropout,
+        "modules": list(adapter.modules),
+        "not_in_peft": adapter.not_in_peft(),
+        "layers": layers,
+        "whole": whole,
+        "totals": {
+            "layers": len(layers),
+            "factors": sum(layer["parameters"] for layer in layers),
+            "whole": sum(weight["parameters"] for weight in whole),
+            "bytes": adapter.size,
+            "norm": float(np.linalg.norm([layer["norm"] for layer in layers])),
+        },
+    }
+
+
+def _numbers(update: LayerUpdate) -> dict[str, Any]:
+    # From the factors alone: the update itself may be as large as the layer.
+    values = update.singular_values()
+    energy = np.cumsum(values**2)
+    return {
+        "kind": update.kind,
+        "parts": list(update.qkv) if update.qkv else None,
+        "shape": list(update.shape),
+        "rank": update.rank,
+        "alpha": update.alpha,
+        "scale": update.scale,
+        "parameters": update.a.size + update.b.size,
+        "norm": float(np.sqrt(energy[-1])),
+        "largest": float(values[0]),
+        "effective_rank": effective_rank(values),
+        "rank_of_90_percent": int(np.searchsorted(energy, ENERGY * energy[-1]) + 1)
+        if energy[-1]
+        else 0,
+        "singular_values": values.tolist(),
+    }
+
+
+def show(data: dict[str, Any]) -> None:
+    """Print what ``describe`` gives."""
+    totals = data["totals"]
+    rows = [
+        [
+            x["layer"],
+            x["kind"] if not x["parts"] else f"{x['kind']}, {x['parts'][0]} of {x['parts'][1]}",
+            "x".join(map(str, x["shape"])),
+            str(x["rank"]),
+            f"{x['alpha']:.4g}",
+            f"{x['scale']:.4g}",
+            f"{x['parameters']:,}",
+            f"{x['norm']:.4g}",
+            f"{x['largest']:.4g}",
+            f"{x['effective_rank']:.2f}",
+            str(x["rank_of_90_percent"]),
+        ]
+        for x in data["layers"]
+    ]
+    headers = ["layer", "kind", "shape", "rank", "alpha", "scale", "parameters", "norm"]
+    show_table([*headers, "largest", "effective rank", "90 %"], rows, left=("kind",))
+    if data["whole"]:
+        print()
+        stored = [
+            [x["name"], "x".join(map(str, x["shape"])), f"{x['parameters']:,}"]
+            for x in data["whole"]
+        ]
+        show_table(["stored whole", "shape", "parameters"], stored)
+    print()
+    refused = len(data["not_in_peft"])
+    show_facts(
+        [
+            ("base model", data["base_model"] or "not named"),
+            ("layers", str(totals["layers"])),
+            ("parameters of the factors", f"{totals['factors']:,}"),
+            ("parameters stored whole", f"{totals['whole']:,}"),
+            ("bytes of all arrays", f"{totals['bytes']:,} ({byte_text(totals['bytes'])})"),
+            ("norm of all updates", f"{totals['norm']:.4g}"),
+            ("modules trained whole", ", ".join(data["modules"]) or "none"),
+            ("biases trained", data["bias"]),
+            ("dropout", f"{data['dropout']:g}"),
+            ("in PEFT", f"no: {refused} layers that it cannot express" if refused else "yes"),
+        ]
+    )
