@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 
 #: Modules of this folder. Importing one registers its command.
-COMMANDS: tuple[str, ...] = ()
+COMMANDS: tuple[str, ...] = ("models", "plan", "finetune", "inspect", "combine", "diff")
 
 
 def register() -> None:
