@@ -512,7 +512,7 @@ def test_missing_files_folders_and_programs_are_unreadable(tmp_path):
     for name, reason in (
         ("gone.png", "No such file"),
         (".", "directory"),
-        ("script.png", "not a"),
+        ("script.png", "none of JPEG"),
     ):
         with pytest.raises(UnreadablePicture, match=reason):
             read_picture(tmp_path / name)

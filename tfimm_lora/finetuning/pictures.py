@@ -96,7 +96,8 @@ def read_picture(
             array = np.array(rgb if channels == 3 else rgb.convert("L"))
             return array.reshape(*array.shape[:2], channels)
     except image_module.UnidentifiedImageError:
-        raise UnreadablePicture(os.fspath(path), "not a picture, or a damaged one.") from None
+        reason = f"damaged, or none of {', '.join(_FORMATS)}."
+        raise UnreadablePicture(os.fspath(path), reason) from None
     except Exception as error:  # damaged files make decoders raise anything
         raise UnreadablePicture(os.fspath(path), str(error) or type(error).__name__) from error
 
@@ -184,7 +185,7 @@ def check_pictures(
         >>> found = [Picture(str(folder / name), 0) for name in ("good.png", "bad.png")]
         >>> clean, problems = check_pictures(PictureSet(tuple(found), ("cat",)))
         >>> len(clean), problems[0].label, problems[0].reason
-        (1, 'cat', 'not a picture, or a damaged one.')
+        (1, 'cat', 'damaged, or none of JPEG, PNG, BMP, GIF, WEBP, TIFF, PPM.')
     """
     if on_error not in ("skip", "refuse"):
         raise ValueError(f'Received on_error={on_error!r}; expected "skip" or "refuse".')

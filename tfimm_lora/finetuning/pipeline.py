@@ -125,20 +125,23 @@ class PictureBatches:
         import tensorflow as tf
 
         count = len(self.picture_set)
-        filling = tf.fill([-count % self.batch_size], tf.constant(-1, tf.int64))
+        places = self.steps_per_epoch * self.batch_size
+        filling = tf.fill([places - count], tf.constant(-1, tf.int64))
         read = self._reader(augmentation)
         shape = (*self.preprocessing.input_size, self.preprocessing.in_channels)
 
         def indices(epoch: Any) -> Any:
+            seed = _folded(tf, tf.constant([self.seed, 0], tf.int64), epoch)
             order = tf.range(count, dtype=tf.int64)
             if shuffle:
-                seed = self._seed(tf, epoch, count)  # no picture has this number
-                order = tf.random.experimental.stateless_shuffle(order, seed, alg="philox")
+                own = _folded(tf, seed, count)  # no picture has this number
+                order = tf.random.experimental.stateless_shuffle(order, own, alg="philox")
             order = tf.concat([order, filling], 0)
-            return tf.data.Dataset.from_tensor_slices((tf.fill(tf.shape(order), epoch), order))
+            seeds = tf.tile(seed[None], [places, 1])
+            return tf.data.Dataset.from_tensor_slices((seeds, order))
 
-        def picture(epoch: Any, index: Any) -> Any:
-            x = tf.cond(index < 0, lambda: tf.zeros(shape), lambda: read(epoch, index))
+        def picture(seed: Any, index: Any) -> Any:
+            x = tf.cond(index < 0, lambda: tf.zeros(shape), lambda: read(seed, index))
             return tf.ensure_shape(x, shape), index
 
         labels = np.array([p.label for p in self.picture_set.pictures], np.int32)
@@ -162,7 +165,7 @@ class PictureBatches:
         )
 
     def _reader(self, augmentation: Augmentation | None) -> Any:
-        """A function from the numbers of an epoch and a picture to an input of the model."""
+        """A function from an epoch's seed and a picture's number to an input of the model."""
         import tensorflow as tf
 
         preprocessing = self.preprocessing
@@ -181,20 +184,18 @@ class PictureBatches:
                 crop_pct=preprocessing.crop_pct,
             )
 
-        def read(epoch: Any, index: Any) -> Any:
+        def read(seed: Any, index: Any) -> Any:
             # Reading has no side effects; said so, it stays parallel where TensorFlow is
             # told to be deterministic.
             x = tf.numpy_function(load, [index], tf.uint8, stateful=False)
             x = tf.ensure_shape(x, (None, None, channels))
             if augment is not None:
-                x = augment(x, self._seed(tf, epoch, index))
+                x = augment(x, _folded(tf, seed, index))
             return tf.cast(prepare(x), tf.float32)
 
         return read
 
-    def _seed(self, tf: Any, epoch: Any, number: Any) -> Any:
-        """The seed of one thing that is random in an epoch."""
-        seed = tf.constant([self.seed, 0], tf.int64)
-        for value in (epoch, number):
-            seed = tf.random.fold_in(seed, value, alg="philox")
-        return seed
+
+def _folded(tf: Any, seed: Any, number: Any) -> Any:
+    """A seed for one of many things; TensorFlow's own choice of method differs by device."""
+    return tf.random.fold_in(seed, number, alg="philox")
