@@ -2,11 +2,13 @@
 
 Run it as ``TF_USE_LEGACY_KERAS=1 python docs/make_architectures.py``. It creates each of the
 285 models, which takes some forty minutes on one core. tests/test_architectures.py
-holds the page against the code.
+holds the page against the code. The sizes go into the package too, for
+``tfimm-lora models``, with those of keras.applications; tests/test_cli.py counts some again.
 """
 
 import gc
 import inspect
+import json
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -16,6 +18,7 @@ import numpy as np
 import tfimm_lora as lora
 
 PAGE = Path(__file__).parent / "architectures.md"
+SIZES = Path(lora.__file__).parent / "cli" / "sizes.json"
 
 INTRODUCTION = """# Architectures
 
@@ -51,6 +54,17 @@ def row(name, total, trained):
     """One line of a table."""
     share = 100 * trained / total
     return f"| `{name}` | {total / 1e6:.1f} M | {trained / 1e3:,.1f} k | {share:.2f} % |"
+
+
+def application(keras, name):
+    """The parameters of a model of keras.applications, and the size of its pictures."""
+    model = getattr(keras.applications, name)(weights=None)
+    return [model.count_params(), *model.input_shape[1:3]]
+
+
+def applications(keras):
+    """The names of the models of keras.applications."""
+    return [name for name, made in vars(keras.applications).items() if inspect.isfunction(made)]
 
 
 def families():
@@ -95,16 +109,22 @@ def _size(variables):
 
 
 def main():
-    """Create every model in turn and write the page."""
-    import tensorflow as tf
+    """Create every model in turn and write the page and the sizes."""
+    from tensorflow import keras
 
-    rows = {}
-    for name in lora.list_models():
-        rows[name] = row(name, *numbers(name))
-        print(rows[name], flush=True)
-        tf.keras.backend.clear_session()
+    def cleared(value):
+        print(value, flush=True)
+        keras.backend.clear_session()
         gc.collect()
+        return value
+
+    rows, sizes = {}, {}
+    for name in lora.list_models():
+        sizes[name], trained = numbers(name)
+        rows[name] = cleared(row(name, sizes[name], trained))
+    others = {n: cleared(application(keras, n)) for n in applications(keras)}
     PAGE.write_text(page(rows))
+    SIZES.write_text(json.dumps({"tfimm": sizes, "applications": others}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

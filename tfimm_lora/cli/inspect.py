@@ -44,8 +44,8 @@ def inspect_command(
 
     The update of a layer is dW = scale * B A. "norm" is its Frobenius norm,
     "largest" its largest singular value. Two numbers say how much of the rank
-    is used: "effective rank" is the exponential of the entropy of the singular
-    values, "90 %" how many of them hold nine tenths of the energy.
+    is used: "eff. rank", the effective rank, is the exponential of the entropy
+    of the singular values; "90 %" how many of them hold nine tenths of the energy.
     """
     if overwrite and plot is None:
         raise typer.BadParameter("--overwrite goes with --plot.")
@@ -143,7 +143,6 @@ def show(data: dict[str, Any]) -> None:
             x["kind"] if not x["parts"] else f"{x['kind']}, {x['parts'][0]} of {x['parts'][1]}",
             "x".join(map(str, x["shape"])),
             str(x["rank"]),
-            f"{x['alpha']:.4g}",
             f"{x['scale']:.4g}",
             f"{x['parameters']:,}",
             f"{x['norm']:.4g}",
@@ -153,8 +152,8 @@ def show(data: dict[str, Any]) -> None:
         ]
         for x in data["layers"]
     ]
-    headers = ["layer", "kind", "shape", "rank", "alpha", "scale", "parameters", "norm"]
-    show_table([*headers, "largest", "effective rank", "90 %"], rows, left=("kind",))
+    headers = ["layer", "kind", "shape", "rank", "scale", "parameters", "norm"]
+    show_table([*headers, "largest", "eff. rank", "90 %"], rows, left=("kind",))
     if data["whole"]:
         print()
         stored = [

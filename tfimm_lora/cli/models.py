@@ -7,6 +7,7 @@ import fnmatch
 import functools
 import inspect
 import json
+from collections.abc import Iterable
 from importlib import resources
 from typing import Annotated, Any
 
@@ -71,29 +72,30 @@ def matching(pattern: str, names: list[str]) -> list[str]:
         >>> matching("net50", ["resnet50", "vit_tiny"]), matching("vit_?iny", ["vit_tiny"])
         (['resnet50'], ['vit_tiny'])
     """
-    wanted = pattern.lower()
-    is_part = not any(sign in pattern for sign in "*?[")
-    found = [
-        name
-        for name in names
-        if (wanted in name.lower() if is_part else fnmatch.fnmatch(name.lower(), wanted))
-    ]
+    found = _found(pattern, names)
     if found:
         return found
-    plain = wanted.strip("*").replace("*", "_")
+    plain = pattern.lower().strip("*").replace("*", "_")
     lowered = {name.lower().removeprefix(APPLICATIONS): name for name in names}
     near = difflib.get_close_matches(plain.removeprefix(APPLICATIONS), lowered, n=5, cutoff=0.3)
     raise ValueError(
         f"Received PATTERN {pattern!r}, which matches none of {len(names)} names. "
         + (f"Nearest: {', '.join(lowered[n] for n in near)}. " if near else "")
-        + _elsewhere(wanted)
+        + _elsewhere(pattern)
         + "Part of a name will do; without PATTERN all are listed."
     )
 
 
-def _elsewhere(wanted: str) -> str:
+def _found(pattern: str, names: Iterable[str]) -> list[str]:
+    wanted = pattern.lower()
+    if any(sign in pattern for sign in "*?["):
+        return [name for name in names if fnmatch.fnmatchcase(name.lower(), wanted)]
+    return [name for name in names if wanted in name.lower()]
+
+
+def _elsewhere(pattern: str) -> str:
     """What to do for models that only another process could make."""
-    if _keras.uses_legacy_keras() or not any(wanted.strip("*") in n for n in sizes()["tfimm"]):
+    if _keras.uses_legacy_keras() or not _found(pattern, sizes()["tfimm"]):
         return ""
     return "tfimm has such names: it needs TF_USE_LEGACY_KERAS=1, where it is installed. "
 
@@ -140,7 +142,7 @@ def show(models: list[dict[str, Any]]) -> None:
             x["name"],
             x["family"],
             "?" if x["parameters"] is None else f"{x['parameters'] / 1e6:,.1f} M",
-            "x".join("?" if side is None else str(side) for side in x["input_size"]),
+            "any" if None in x["input_size"] else "x".join(map(str, x["input_size"])),
             _targets_text(x["targets"]),
         ]
         for x in models

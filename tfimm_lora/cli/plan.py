@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.cli.arguments import parse_targets
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table
-from tfimm_lora.config import Targets
 from tfimm_lora.finetuning.memory import activation_bytes
 from tfimm_lora.finetuning.sources import open_base
 from tfimm_lora.inject import inject_lora
 from tfimm_lora.planning import Plan, plan
-from tfimm_lora.registry import presets
 
 EXAMPLES = """Examples:
 
@@ -39,7 +38,7 @@ def plan_command(
         str | None,
         typer.Option(
             help="Layers to adapt: a preset (attention, mlp, all), names with commas between "
-            "(fc1,fc2), or re:EXPRESSION."
+            "(fc1,fc2), or a regular expression for whole paths."
         ),
     ] = None,
     qkv: Annotated[
@@ -73,7 +72,7 @@ def plan_command(
     arguments = {
         "lora_rank": rank,
         "lora_alpha": alpha,
-        "lora_targets": parse_targets(targets, base),
+        "lora_targets": parse_targets(targets),
         "lora_qkv": qkv,
         "lora_train_bias": train_bias,
         "lora_train_classifier": new,
@@ -91,21 +90,6 @@ def plan_command(
         "memory": memory,
     }
     emit(data, as_json, lambda: show(found, data, show_all))
-
-
-def parse_targets(text: str | None, model: Any) -> Targets:
-    """``lora_targets`` from the command line.
-
-    Args:
-        text: The name of a preset of the model, "re:" and a regular expression for whole
-            paths, or names with commas between. None is the default.
-        model: The model.
-    """
-    if text is None or text in presets(type(model)):
-        return text
-    if text.startswith("re:"):
-        return text.removeprefix("re:")
-    return [name.strip() for name in text.split(",")]
 
 
 def _add_activations(

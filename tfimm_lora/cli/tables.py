@@ -7,14 +7,17 @@ from collections.abc import Collection, Sequence
 
 from tfimm_lora.optional import require
 
+#: A column of text is not made narrower than that.
+_NARROWEST = 20
+
 
 def show_table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str] = ()
 ) -> None:
     """Print rows under headers.
 
-    On a terminal long texts are broken over several lines, never cut; elsewhere every row is
-    one line, whatever its length.
+    Nothing is ever cut. On a terminal long texts are broken over several lines; elsewhere
+    every row is one line, whatever its length.
 
     Args:
         headers: The names of the columns.
@@ -54,14 +57,24 @@ def byte_text(count: int) -> str:
 def _show_with_rich(
     headers: Sequence[str], rows: Sequence[Sequence[str]], to_left: Sequence[bool]
 ) -> None:
-    console = require("rich.console", extra="cli").Console()
-    text = require("rich.text", extra="cli").Text
     library = require("rich.table", extra="cli")
-    table = library.Table(box=require("rich.box", extra="cli").SIMPLE_HEAD, pad_edge=False)
-    for header, is_left in zip(headers, to_left):
-        table.add_column(header, justify="left" if is_left else "right", overflow="fold")
+    text = require("rich.text", extra="cli").Text
+    measured = require("rich.measure", extra="cli").Measurement
+    console = require("rich.console", extra="cli").Console()
+    table = library.Table(
+        box=require("rich.box", extra="cli").SIMPLE_HEAD, padding=(0, 1, 0, 0)
+    )
+    for i, (header, column, is_left) in enumerate(zip(headers, zip(*rows), to_left)):
+        # Only texts are broken, and a name is none.
+        width = max(map(len, (header, *column)))
+        least = min(width, _NARROWEST) if i and is_left else width
+        justify = "left" if is_left else "right"
+        table.add_column(header, justify=justify, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*map(text, row))
+    # Where that is still too wide the terminal breaks the lines.
+    unlimited = console.options.update(max_width=1 << 20)
+    console.width = max(console.width, measured.get(console, unlimited, table).minimum)
     console.print(table)
 
 
