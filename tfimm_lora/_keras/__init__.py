@@ -8,9 +8,11 @@ may hold models of both.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 import sys
+import tempfile
 from functools import cache
 from typing import Any
 
@@ -32,13 +34,28 @@ def prefer_legacy_for_tfimm(environ: Any = os.environ) -> None:
 def quiet_on_the_command_line(environ: Any = os.environ) -> None:
     """Keep TensorFlow's greeting off the screen where the process is ``tfimm-lora``.
 
-    A library leaves the log as its user set it; a program speaks for itself. TensorFlow
-    reads the level once, when it is imported, which importing this package does.
+    A library leaves the log as its user set it; a program speaks for itself. What TensorFlow
+    says while it is imported no setting silences, so it goes to a file meanwhile.
     """
     words = sys.orig_argv[:4]
     is_program = any(os.path.basename(word) == "tfimm-lora" for word in words)
-    if is_program or words[1:3] == ["-m", "tfimm_lora"]:
-        environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    if not is_program and words[1:3] != ["-m", "tfimm_lora"]:
+        return
+    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in environ:
+        return
+    environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    screen = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        try:
+            importlib.import_module("tensorflow")
+        except BaseException:
+            said.seek(0)
+            os.write(screen, said.read())
+            raise
+        finally:
+            os.dup2(screen, 2)
+            os.close(screen)
 
 
 def installed(package: str) -> bool:

@@ -7,17 +7,14 @@ import sys
 from typing import Annotated, Any, Optional
 
 from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.cli.arguments import parse_targets
 from tfimm_lora.optional import require
 
-EXAMPLES = """
-[bold]Examples[/]
+EXAMPLES = """Examples:
 
-tfimm-lora finetune --model vit_tiny_patch16_224 --pretrained --data pictures --out run
+tfimm-lora finetune --model convnext_tiny --data pictures --out run
 
-tfimm-lora finetune --model convnext_tiny --pretrained --data labels.csv --rank 8
---targets mlp --epochs 20 --patience 3 --balanced --out run
-
-tfimm-lora finetune --model applications/MobileNetV2 --pretrained --data pictures --out run
+tfimm-lora finetune --model my.keras --normalisation unit --data list.csv --out run
 
 tfimm-lora finetune --out run --resume
 
@@ -140,7 +137,12 @@ def finetune(
     given = {k: v for k, v in locals().items() if k in names and v is not None and k != "lora"}
     if "input_size" in given:
         given["input_size"] = _size(given["input_size"])
-    asked = {"rank": rank, "alpha": alpha, "targets": _targets(targets), **_pairs(lora or [])}
+    asked = {
+        "rank": rank,
+        "alpha": alpha,
+        "targets": parse_targets(targets),
+        **_pairs(lora or []),
+    }
     fields = {f"lora_{name}": value for name, value in asked.items() if value is not None}
     before = _before(out, config, resume)
     settings = {**before, **given, "lora": {**before.get("lora", {}), **fields}}
@@ -183,12 +185,6 @@ def _before(out: str, config: str | None, resume: bool) -> dict[str, Any]:
     if resume and (Path(out) / CONFIG).is_file():
         return dict(Run.open(out).recipe)
     return {}
-
-
-def _targets(text: str | None) -> str | list[str] | None:
-    if text is None or "," not in text:
-        return text
-    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def _size(text: str) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from tfimm_lora.weights.preprocessing import _METHODS
+from tfimm_lora.weights.preprocessing import INTERPOLATIONS
 
 #: The random numbers of a picture, in [0, 1). New ones go to the end: they leave the others.
 _DRAWN = (
@@ -133,7 +133,7 @@ class Augmentation:
         """
         import tensorflow as tf
 
-        method = _METHODS.get(interpolation, interpolation)
+        method = INTERPOLATIONS.get(interpolation, interpolation)
 
         def augment(picture: Any, seed: Any) -> Any:
             picture = tf.convert_to_tensor(picture)

@@ -6,6 +6,7 @@ import dataclasses
 import os
 import platform
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from tfimm_lora.finetuning.data import PictureSet, Split, find_pictures
 from tfimm_lora.finetuning.pictures import check_pictures
 from tfimm_lora.finetuning.pipeline import PictureBatches
 from tfimm_lora.finetuning.preprocessing import Preprocessing
-from tfimm_lora.finetuning.run import CONFIG, Run, base_hash, open_recipe_base
+from tfimm_lora.finetuning.run import BASE_WEIGHTS, CONFIG, Run, base_hash, open_recipe_base
 from tfimm_lora.finetuning.schedule import check_number, check_whole
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.inject import inject_lora
@@ -144,24 +145,14 @@ def finetune_pictures(
     seam = _keras.default()
     with seam.dtype_policy(recipe.mixed_precision):
         if run is None:
-            split, skipped = _pictures(recipe, say)
-            model, facts, kept = _create(seam, recipe, split, say)
-            run = Run.create(
-                folder,
-                recipe.to_dict(),
-                split,
-                skipped,
-                kept,
-                **facts,
-                versions=_versions(seam),
-            )
-            _inject(seam, recipe, model, facts)
+            run, split, model = _begin(seam, recipe, folder, say)
         else:
             say(f"going on with the run in {folder}")
             split = run.split
+            # For weights that are not kept: a new classifier, if no epoch was finished.
+            seam.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
             _inject(seam, recipe, model, run.facts)
-        run.tell(**_sizes(model))
         trained, seconds = _train(recipe, run, model, split, verbose)
     run.tell(
         best_epoch=trained.best_epoch,
@@ -211,10 +202,11 @@ def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, list[A
     return split, problems
 
 
-def _create(
-    seam: Any, recipe: Recipe, split: Split, say: Callable[[str], None]
-) -> tuple[Any, dict[str, Any], Any]:
-    """The ordinary model, what is known of it, and itself if it has to be kept."""
+def _begin(
+    seam: Any, recipe: Recipe, folder: Path, say: Callable[[str], None]
+) -> tuple[Run, Split, Any]:
+    """A new run, its pictures and its model. The folder is made as the last thing."""
+    split, skipped = _pictures(recipe, say)
     say(f"opening {recipe.model}")
     seam.keras.utils.set_random_seed(recipe.seed)
     base = open_recipe_base(recipe.to_dict(), len(split.labels))
@@ -224,12 +216,20 @@ def _create(
         "base_sha256": base_hash(recipe.to_dict()),
         "trained_on": split.train.counts(),
         "validated_on": split.val.counts(),
+        "versions": _versions(seam),
     }
     if base.from_scratch:
         say("its weights are random: pass --pretrained or --weights for those that it learned")
-    trained_head = _trains_classifier(recipe, base.new_classifier)
-    kept = base.from_scratch or (base.new_classifier and trained_head is False)
-    return base.model, facts, base.model if kept else None
+    random_head = base.new_classifier and not _trains_classifier(recipe, base.new_classifier)
+    with tempfile.TemporaryDirectory() as temporary:
+        kept = None
+        if base.from_scratch or random_head:
+            kept = Path(temporary) / BASE_WEIGHTS
+            base.model.save_weights(kept)
+        _inject(seam, recipe, base.model, facts)
+        facts.update(_sizes(base.model))
+        run = Run.create(folder, recipe.to_dict(), split, skipped, kept, **facts)
+    return run, split, base.model
 
 
 def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:

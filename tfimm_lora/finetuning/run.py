@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,12 +50,13 @@ class Run:
         recipe: Mapping[str, Any],
         split: Split,
         skipped: Iterable[Problem],
-        base_model: Any = None,
+        base_weights: Path | None = None,
         **facts: Any,
     ) -> Run:
         """Begin a run: write what is known before training, ``config.yaml`` as the last.
 
-        ``base_model`` is the ordinary model where nobody could make it again.
+        ``base_weights`` is a weight file of the ordinary model, where nobody could make its
+        weights again.
         """
         run = cls(Path(path), {RECIPE: dict(recipe), FACTS: facts})
         run.path.mkdir(parents=True, exist_ok=True)
@@ -70,9 +72,8 @@ class Run:
         )
         bad = [(x.path, x.reason) for x in skipped]
         _write_csv(run.path / SKIPPED, ("path", "reason"), bad)
-        if base_model is not None:
-            base_model.save_weights(run.path / f"unfinished-{BASE_WEIGHTS}")
-            os.replace(run.path / f"unfinished-{BASE_WEIGHTS}", run.path / BASE_WEIGHTS)
+        if base_weights is not None:
+            shutil.copyfile(base_weights, run.path / BASE_WEIGHTS)
         run.save()
         return run
 

@@ -124,6 +124,11 @@ def _tfimm(
 ) -> Base:
     tfimm = import_tfimm()
     require_known(tfimm, name)
+    if not hasattr(tfimm.models.model_config(name), "nb_classes"):
+        raise ValueError(
+            f"Received model {name!r}, which has no classes: it is not made to classify "
+            "pictures. Put LoRA into it with lora.create_model, and train it on its own task."
+        )
     asked: dict[str, Any] = {"nb_classes": classes, "input_size": input_size}
     asked = {key: value for key, value in asked.items() if value is not None}
     if weights is not None:

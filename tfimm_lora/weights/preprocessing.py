@@ -10,7 +10,12 @@ from tfimm_lora import _keras
 from tfimm_lora.zoo import import_tfimm, require_known
 
 #: timm's names of interpolations that TensorFlow calls otherwise.
-_METHODS = {"lanczos": "lanczos3", "random": "bilinear", "box": "area", "hamming": "bilinear"}
+INTERPOLATIONS = {
+    "lanczos": "lanczos3",
+    "random": "bilinear",
+    "box": "area",
+    "hamming": "bilinear",
+}
 
 
 def create_preprocessing(
@@ -100,7 +105,7 @@ def _resized(tf: Any, images: Any, cfg: Any) -> Any:
     crop = getattr(cfg, "crop_pct", None) or 1.0
     size = _covering(tf, tf.shape(images)[-3:-1], height / crop, width / crop)
     method = getattr(cfg, "interpolation", None) or "bicubic"
-    images = tf.image.resize(images, size, _METHODS.get(method, method), antialias=True)
+    images = tf.image.resize(images, size, INTERPOLATIONS.get(method, method), antialias=True)
     # Cubic and Lanczos kernels overshoot; pictures do not.
     images = tf.clip_by_value(images, 0.0, 255.0)
     offset = tf.cast(tf.round(tf.cast(size - cfg.input_size, tf.float32) / 2), tf.int32)
