@@ -14,7 +14,7 @@ EXAMPLES = """Examples:
 
 tfimm-lora finetune --model convnext_tiny --data pictures --out run
 
-tfimm-lora finetune --model my.keras --normalisation unit --data list.csv --out run
+tfimm-lora finetune --model my.keras --normalisation unit --data a.csv --out run
 
 tfimm-lora finetune --out run --resume
 
@@ -65,15 +65,17 @@ def finetune(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")
     ] = False,
-    rank: Annotated[Whole, _option(help="Rank of the updates. [4]", panel=_LORA)] = None,
+    rank: Annotated[
+        Whole, _option(help="Rank of the updates. Default: 4.", panel=_LORA)
+    ] = None,
     alpha: Annotated[
-        Number, _option(help="Their scale is alpha / rank. [rank]", panel=_LORA)
+        Number, _option(help="Their scale is alpha / rank. Default: rank.", panel=_LORA)
     ] = None,
     targets: Annotated[
         Text,
         _option(
             help='A preset ("attention", "mlp", "all"), names with commas, or a regular '
-            "expression. [those of the architecture]",
+            "expression. Default: those of the architecture.",
             panel=_LORA,
         ),
     ] = None,
@@ -86,47 +88,53 @@ def finetune(
         ),
     ] = None,
     input_size: Annotated[
-        Text, _option(help="Height and width, 224 or 224x288. [the model's]", panel=_DATA)
+        Text,
+        _option(help="Height and width, 224 or 224x288. Default: the model's.", panel=_DATA),
     ] = None,
     normalisation: Annotated[
         Text,
         _option(
-            help="imagenet, inception ([-1, 1]), unit ([0, 1]) or raw. [the model's]",
+            help="imagenet, inception ([-1, 1]), unit ([0, 1]) or raw. Default: the model's.",
             panel=_DATA,
         ),
     ] = None,
     validation: Annotated[
-        Number, _option(help="Share kept to validate on. [0.2]", panel=_DATA)
+        Number, _option(help="Share kept to validate on. Default: 0.2.", panel=_DATA)
     ] = None,
     on_error: Annotated[
-        Text, _option(help="Unreadable pictures: skip or refuse. [skip]", panel=_DATA)
+        Text, _option(help="Unreadable pictures: skip or refuse. Default: skip.", panel=_DATA)
     ] = None,
     augmentation: Annotated[
-        Text, _option(help="none, light or default. [default]", panel=_DATA)
+        Text, _option(help="none, light or default. Default: default.", panel=_DATA)
     ] = None,
     balanced: Annotated[
         Flag, _option(help="Let all classes weigh the same in the loss.", panel=_DATA)
     ] = None,
-    epochs: Annotated[Whole, _option(help="[10]", panel=_TRAINING)] = None,
-    batch_size: Annotated[Whole, _option(help="[32]", panel=_TRAINING)] = None,
+    epochs: Annotated[Whole, _option(help="Default: 10.", panel=_TRAINING)] = None,
+    batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
     learning_rate: Annotated[
         Number,
-        _option("--lr", "--learning-rate", help="Highest rate. [0.001]", panel=_TRAINING),
+        _option(
+            "--lr", "--learning-rate", help="Highest rate. Default: 0.001.", panel=_TRAINING
+        ),
     ] = None,
-    weight_decay: Annotated[Number, _option(help="[0.01]", panel=_TRAINING)] = None,
+    weight_decay: Annotated[Number, _option(help="Default: 0.01.", panel=_TRAINING)] = None,
     warmup: Annotated[
-        Number, _option(help="Share of the steps to warm up in. [0.1]", panel=_TRAINING)
+        Number, _option(help="Share of the steps to warm up in. Default: 0.1.", panel=_TRAINING)
     ] = None,
     patience: Annotated[
         Whole, _option(help="End after so many epochs without a better one.", panel=_TRAINING)
     ] = None,
     monitor: Annotated[
-        Text, _option(help="val_loss or val_accuracy. [val_loss]", panel=_TRAINING)
+        Text, _option(help="val_loss or val_accuracy. Default: val_loss.", panel=_TRAINING)
     ] = None,
     mixed_precision: Annotated[
-        Text, _option(help="mixed_float16 or mixed_bfloat16. [float32]", panel=_TRAINING)
+        Text,
+        _option(help="mixed_float16 or mixed_bfloat16. Default: float32.", panel=_TRAINING),
     ] = None,
-    seed: Annotated[Whole, _option(help="Of all that is random. [0]", panel=_TRAINING)] = None,
+    seed: Annotated[
+        Whole, _option(help="Of all that is random. Default: 0.", panel=_TRAINING)
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model on labelled pictures: an adapter, and a report to look at."""
