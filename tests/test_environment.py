@@ -19,6 +19,7 @@ ORDER = [
     "version",
     "optional",
     "_keras",
+    "checks",
     "config",
     "targets",
     "layers",
@@ -28,6 +29,8 @@ ORDER = [
     "merge",
     "replaced",
     "registry",
+    "selection",
+    "target_table",
     "inject",
     "copying",
     "convert",
@@ -82,7 +85,7 @@ def test_only_the_seam_imports_a_keras_and_only_architectures_and_zoo_tfimm():
         "keras": ("_keras",),
         "tf_keras": ("_keras",),
         # Preparing images is TensorFlow's, in tf.data, whichever Keras there is.
-        "tensorflow": ("_keras", "weights"),
+        "tensorflow": ("_keras", "weights", "finetuning", "exporting"),
         "tfimm": ("architectures", "zoo"),
     }
     for path in ROOT.rglob("*.py"):

@@ -5,17 +5,26 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
-import numbers
-import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tfimm_lora.checks import (
+    check_alpha,
+    check_dropout,
+    check_names,
+    check_pattern,
+    check_qkv,
+    check_rank,
+    check_targets,
+    check_train_bias,
+    indices_of,
+    listed,
+    patterns_of,
+)
+
 #: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
 LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
-
-#: Values of ``train_bias``: no bias, those of adapted layers, every one in the model.
-TRAIN_BIAS = ("none", "lora_only", "all")
 
 Targets = str | Sequence[str] | None
 
@@ -49,6 +58,18 @@ class LoRAConfig:
             path; or a preset, "attention", "mlp" or "all" (every supported layer but the
             classifier); or a regular expression that matches a whole path; or None
             (default) for the targets of the architecture, elsewhere the same as "all".
+            PEFT's "all-linear" is understood as "all".
+        lora_exclude: Layers that are not adapted though lora_targets means them, in the
+            same ways: names, a preset, an expression. Default none.
+        lora_layers: The numbers of the blocks to adapt, one or a list; others are not, nor
+            are layers outside of blocks. A layer's number is the first level of its path
+            that is one: 3 in ``blocks/3/attn/qkv``. Where a model has stages it is that of
+            the stage, 2 in ``stages/2/blocks/0/mlp/fc1``. None (default) adapts all.
+        lora_layers_pattern: Which numbers lora_layers means: the name, or a regular
+            expression for it, of the level before the number. "blocks" makes it 0 in
+            ``stages/2/blocks/0/mlp/fc1``. With a pattern the number may also end the name
+            of a level, as it does in Keras: "block" is the pattern for ``block3/fc`` and
+            ``block_3/fc``. Of a list, the first that a path has counts.
         lora_qkv: The parts of attention's projections to adapt, letters of "qkv", for
             example "qv". In a fused layer ("qkv", "kv") each of these parts gets factors
             of its own; of separate layers ("q", "k", "v") only these are adapted. None
@@ -82,6 +103,9 @@ class LoRAConfig:
     lora_initializer: Any = None
     lora_regularizer: Any = None
     lora_targets: Targets = None
+    lora_exclude: Targets = None
+    lora_layers: int | Sequence[int] | None = None
+    lora_layers_pattern: str | Sequence[str] | None = None
     lora_qkv: str | None = None
     lora_train_modules: Sequence[str] = ()
     lora_train_bias: str = "none"
@@ -103,8 +127,13 @@ class LoRAConfig:
         check_dropout(self.lora_dropout)
         check_train_bias(self.lora_train_bias)
         if not isinstance(self.lora_targets, (str, Sequence, type(None))):
-            self.lora_targets = tuple(_listed(self.lora_targets, "lora_targets"))
+            self.lora_targets = tuple(listed(self.lora_targets, "lora_targets"))
         check_targets(self.lora_targets)
+        if not isinstance(self.lora_exclude, (str, type(None))):
+            self.lora_exclude = tuple(listed(self.lora_exclude, "lora_exclude")) or None
+        check_targets(self.lora_exclude, "lora_exclude")
+        self.lora_layers = indices_of(self.lora_layers)
+        self.lora_layers_pattern = patterns_of(self.lora_layers_pattern, self.lora_layers)
         check_qkv(self.lora_qkv)
         check_names(self.lora_train_modules, "lora_train_modules")
         if not isinstance(self.lora_use_rslora, bool):
@@ -169,99 +198,4 @@ def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> Non
         raise TypeError(
             f"Received unknown keywords for {what}: {', '.join(problems)} "
             f"Known keywords: {', '.join(known)}."
-        )
-
-
-def check_rank(rank: Any) -> None:
-    """Raise unless ``rank`` is a positive integer."""
-    whole = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
-    if not whole or rank < 1:
-        raise (ValueError if whole else TypeError)(
-            f"Received lora_rank={rank!r}; expected a positive integer. Pass for example "
-            "lora_rank=4, or leave the layer out of lora_targets."
-        )
-
-
-def check_alpha(alpha: Any) -> None:
-    """Raise unless ``alpha`` is None or a finite number."""
-    if alpha is None:
-        return
-    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
-        raise TypeError(
-            f"Received lora_alpha={alpha!r}; expected a number, or None for a scale of 1."
-        )
-    if not math.isfinite(alpha):
-        raise ValueError(f"Received lora_alpha={alpha!r}; expected a finite number.")
-
-
-def check_pattern(pattern: Any, name: str, check: Callable[[Any], None]) -> None:
-    """Raise unless ``pattern`` maps regular expressions to values that ``check`` takes."""
-    if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):
-        raise TypeError(
-            f"Received {name}={pattern!r}; expected a dictionary from names of layers to "
-            "values."
-        )
-    for key, value in pattern.items():
-        try:
-            re.compile(rf"(.*\.)?({key})")
-        except re.error as error:
-            raise ValueError(
-                f"Received {name} with the key {key!r}, which is no regular expression: "
-                f"{error}."
-            ) from error
-        check(value)
-
-
-def check_dropout(rate: Any) -> None:
-    """Raise unless ``rate`` is a number in [0, 1)."""
-    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        raise TypeError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
-    if not 0 <= float(rate) < 1:
-        raise ValueError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
-
-
-def check_train_bias(train_bias: Any) -> None:
-    """Raise unless ``train_bias`` is one of ``TRAIN_BIAS``."""
-    if train_bias not in TRAIN_BIAS:
-        raise ValueError(
-            f"Received train_bias={train_bias!r}; expected one of {', '.join(TRAIN_BIAS)}."
-        )
-
-
-def check_targets(targets: Any) -> None:
-    """Raise unless ``targets`` is None, a preset or expression, or a list of names."""
-    if targets is None or isinstance(targets, str):
-        return
-    if not isinstance(targets, Iterable) or not all(isinstance(t, str) for t in targets):
-        raise TypeError(
-            f"Received lora_targets={targets!r}; expected a list of layer names, the name "
-            "of a preset or a regular expression as a string, or None for the default."
-        )
-
-
-def _listed(values: Any, field: str) -> list[Any]:
-    """The members of anything that can be gone through once."""
-    try:
-        return list(values)
-    except TypeError as error:
-        raise TypeError(f"Received {field}={values!r}; expected a list of names.") from error
-
-
-def check_names(names: Any, field: str) -> None:
-    """Raise unless ``names`` is a list of strings."""
-    listed = isinstance(names, Iterable) and not isinstance(names, str)
-    if not listed or not all(isinstance(name, str) for name in names):
-        raise TypeError(f"Received {field}={names!r}; expected a list of layer names.")
-
-
-def check_qkv(parts: Any) -> None:
-    """Raise unless ``parts`` is None or consists of different letters of "qkv"."""
-    if parts is None:
-        return
-    if not isinstance(parts, str):
-        raise TypeError(f'Received lora_qkv={parts!r}; expected letters of "qkv", or None.')
-    if not parts or set(parts) - set("qkv") or len(set(parts)) < len(parts):
-        raise ValueError(
-            f'Received lora_qkv={parts!r}; expected letters of "qkv", each at most once, '
-            'for example "qv".'
         )

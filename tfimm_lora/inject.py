@@ -3,36 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable
 from typing import Any
 
 from tfimm_lora import _keras
-from tfimm_lora.classifier import classifier_paths
-from tfimm_lora.config import (
-    LoRAConfig,
-    Presets,
-    Targets,
-    check_keywords,
-    lora_field_names,
-)
-from tfimm_lora.layers import parts
-from tfimm_lora.layers.base import LoRALayer, LoRASpec, make_spec
+from tfimm_lora.config import LoRAConfig
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, thaw_layer
-from tfimm_lora.layers.lookup import adapt_layer, lora_class, restore_layer, supported
+from tfimm_lora.layers.lookup import adapt_layer, restore_layer
 from tfimm_lora.layers.routes import detach
 from tfimm_lora.merge import has_lora, lora_layers
-from tfimm_lora.registry import base_config, default_targets, lora_base_of, presets
+from tfimm_lora.registry import base_config, lora_base_of
 from tfimm_lora.replaced import forget, give_back
-from tfimm_lora.targets import (
-    check_expression,
-    matches,
-    nearest,
-    no_match_error,
-    resolve,
-    unmatched,
-    value_for,
-)
-from tfimm_lora.trainability import inside_paths, layers_under
+from tfimm_lora.selection import check_ready, config_for, select
 
 
 def inject_lora(model: Any, **lora_arguments: Any) -> Any:
@@ -72,10 +54,7 @@ def inject_lora(model: Any, **lora_arguments: Any) -> Any:
 
     Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.
     """
-    check_keywords(lora_arguments, lora_field_names(), "inject_lora")
-    config = LoRAConfig(**lora_arguments)
-    if config.lora_targets is None:
-        config.lora_targets = default_targets(type(model))
+    config = config_for(model, lora_arguments, "inject_lora")
     adapt_model(model, config, rebuilt_by_class=False)
     return model
 
@@ -86,144 +65,19 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
     ``rebuilt_by_class`` says that the class of the model puts LoRA in by itself when it
     is created from its config, so that whole-model files can be loaded again.
     """
-    seam = _keras.of(model)
-    _check_model(seam, model)
-    layers = list(seam.walk(model))
-    classifier = classifier_paths(model)
-    targets = _find_targets(layers, config.lora_targets, classifier, presets(type(model)))
-    if config.lora_train_classifier and not classifier:
-        raise ValueError(
-            f"Received lora_train_classifier=True for model '{model.name}', in which no "
-            "classifier was found: no dense layer gives its output. Leave it out, and name "
-            "what you want to train whole in lora_train_modules."
-        )
-    trained = inside_paths(layers, classifier if config.lora_train_classifier else ())
-    trained |= layers_under(layers, config.lora_train_modules)
-    targets = {path: layer for path, layer in targets.items() if id(layer) not in trained}
-    if not targets:
-        raise ValueError(
-            f"Received lora_targets={config.lora_targets!r} and lora_train_modules="
-            f"{config.lora_train_modules!r} for model '{model.name}', which leave no layer to "
-            "adapt: layers that are trained whole get no LoRA."
-        )
-    specs = _specs(seam, config, targets)
-    _check_targets(targets, specs)
+    check_ready(model)
+    chosen = select(model, config)
+    if chosen.errors:
+        raise chosen.errors[0]
     try:
-        for path, spec in specs.items():
-            adapt_layer(targets[path], spec)
-        freeze_rest(model, config.lora_train_bias, trained, rebuilt_by_class)
+        for path, spec in chosen.specs.items():
+            adapt_layer(chosen.layers[path], spec)
+        freeze_rest(model, config.lora_train_bias, chosen.trained, rebuilt_by_class)
     except BaseException:
         _take_out(model)
         raise
     model.__dict__["_lora_config"] = config
     _forget_traces(model, "LoRA was put into")
-
-
-def _check_model(seam: Any, model: Any) -> None:
-    """Raise unless a model is built and without LoRA."""
-    require_built(model)
-    if has_lora(model):
-        raise ValueError(
-            f"Received model '{model.name}', which has LoRA layers already. Take them out "
-            "with remove_lora (merge=True keeps what they learned), then put new ones in."
-        )
-    if any(isinstance(x, FrozenLayer) for _, x in seam.walk(model)):
-        raise ValueError(
-            f"Received model '{model.name}', which is part of a model that LoRA was put "
-            "into: its layers are frozen. Put LoRA into the whole model, with lora_targets."
-        )
-
-
-def require_built(model: Any) -> None:
-    """Raise unless a model is built."""
-    seam = _keras.of(model)
-    if not model.built or not any(seam.own_variables(x) for _, x in seam.walk(model)):
-        raise ValueError(
-            f"Received model '{model.name}', which is not built: its layers have no "
-            "variables yet. Call it on an input (or model.build(input_shape)) first."
-        )
-
-
-def _find_targets(
-    layers: Iterable[tuple[str, Any]],
-    targets: Targets,
-    classifier: list[str],
-    table: Presets,
-) -> dict[str, Any]:
-    """The layers to adapt by path. A name that means none of them is an error."""
-    meant, is_preset = resolve(targets, table)
-    check_expression(meant)
-    candidates = {path: layer for path, layer in layers if supported(layer)}
-    if meant is None:
-        found = {p: x for p, x in candidates.items() if p not in classifier}
-    else:
-        found = {p: x for p, x in candidates.items() if matches(p, meant)}
-    missing = [] if is_preset else unmatched(meant, list(candidates))
-    if missing or not found:
-        raise no_match_error(missing or targets, candidates, table)
-    return found
-
-
-def _specs(seam: Any, config: LoRAConfig, targets: dict[str, Any]) -> dict[str, LoRASpec]:
-    """The settings of each layer to adapt; those without a part in ``lora_qkv`` are left
-    out."""
-
-    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
-        for key in getattr(config, name):
-            if not any(value_for(path, {key: True}, False) for path in targets):
-                raise ValueError(
-                    f"Received {name} with the key {key!r}, which matches none of the layers "
-                    f"to adapt: {', '.join(nearest([key], list(targets), 10))}."
-                )
-
-    def spec_of(path: str, **more: Any) -> LoRASpec:
-        arguments = config.layer_arguments()
-        arguments["lora_train_bias"] = config.lora_train_bias != "none"
-        rank = value_for(path, config.lora_rank_pattern, config.lora_rank)
-        alpha = value_for(path, config.lora_alpha_pattern, config.lora_alpha)
-        return make_spec(seam, {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more})
-
-    if config.lora_qkv is None:
-        return {path: spec_of(path) for path in targets}
-    layouts = {path: parts.layout_of(path) for path in targets}
-    if not any(layouts.values()):
-        raise ValueError(
-            f"Received lora_qkv={config.lora_qkv!r}, but none of the layers to adapt is "
-            f"called like a projection of attention ({', '.join(parts.LAYOUTS)}). Leave it "
-            f"out, or target such layers. To be adapted: {', '.join(list(targets)[:10])}."
-        )
-    specs = {}
-    for path, layout in layouts.items():
-        chosen = "".join(part for part in layout or "" if part in config.lora_qkv)
-        if layout is None or (len(layout) == 1 and chosen):
-            specs[path] = spec_of(path)
-        elif chosen:
-            specs[path] = spec_of(path, lora_qkv=chosen, lora_qkv_layout=layout)
-    if not specs:
-        raise ValueError(
-            f"Received lora_qkv={config.lora_qkv!r}, of which the layers to adapt have no "
-            f"part: {', '.join(targets)}."
-        )
-    return specs
-
-
-def _check_targets(targets: dict[str, Any], specs: dict[str, LoRASpec]) -> None:
-    """Raise one error for all layers that cannot be adapted."""
-    problems = []
-    for path, spec in specs.items():
-        layer = targets[path]
-        if not layer.built:
-            problems.append(
-                f"layer '{path}' is not built, the model has never used it; call the model "
-                "on an input that does, or leave the layer out of lora_targets"
-            )
-            continue
-        try:
-            lora_class(type(layer)).check_support(layer, spec)  # type: ignore[attr-defined]
-        except ValueError as error:
-            problems.append(str(error))
-    if problems:
-        raise ValueError("; ".join(problems))
 
 
 def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class: bool) -> None:

@@ -15,12 +15,13 @@ from tfimm_lora.adapters.axes import kind_of, plain_class
 from tfimm_lora.adapters.extract import save_adapter
 from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LORA_WEIGHT_NAMES
-from tfimm_lora.inject import inject_lora, remove_lora, require_built
+from tfimm_lora.inject import inject_lora, remove_lora
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.layers.lookup import supported
 from tfimm_lora.merge import has_lora, lora_layers
 from tfimm_lora.registry import presets
+from tfimm_lora.selection import require_built
 from tfimm_lora.targets import matches, resolve
 from tfimm_lora.trainability import inside_paths
 

@@ -8,10 +8,17 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tfimm_lora.config import Presets, Targets
+
+#: PEFT's name for what is called "all" here. In PEFT it means linear layers alone, in most
+#: image models with the classifier, and without a single convolution.
+ALL_LINEAR = "all-linear"
+
+#: The level before the number of a block, where no ``lora_layers_pattern`` says which.
+ANY_LEVEL = "[^.]+"
 
 
 def matches(path: str, targets: str | Iterable[str]) -> bool:
@@ -60,14 +67,37 @@ def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
     return default
 
 
-def check_expression(targets: Targets) -> None:
+def index_of(path: str, patterns: Sequence[str] | None = None) -> int | None:
+    """The number of the block that a layer is in, for ``lora_layers``; None outside of one.
+
+    Without patterns it is the first level of the path, after another one, that is a number.
+    A pattern is the name of the level before the number, as PEFT's layers_pattern; or, as
+    Keras names layers, the beginning of a level that ends in the number.
+
+    Example:
+        >>> path = "stages/2/blocks/0/mlp/fc1"
+        >>> index_of(path), index_of(path, ["blocks"]), index_of("block3/fc", ["block"])
+        (2, 0, 3)
+    """
+    dotted = without_counts(path).replace("/", ".")
+    for pattern in patterns or (ANY_LEVEL,):
+        # The first number counts, not the last: a block may hold a list of its own.
+        found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", dotted)
+        if found is None and patterns:
+            found = re.match(rf"(?:^|.*?\.)(?:{pattern})(?:_|(?<!\d))(\d+)\.", dotted)
+        if found:
+            return int(found.groups()[-1])
+    return None
+
+
+def check_expression(targets: Targets, field: str = "lora_targets") -> None:
     """Raise a ValueError if ``targets`` is a string and no regular expression."""
     if isinstance(targets, str):
         try:
             re.compile(targets)
         except re.error as error:
             raise ValueError(
-                f"Received lora_targets={targets!r}, which is not a regular expression: "
+                f"Received {field}={targets!r}, which is not a regular expression: "
                 f"{error}. For layer names pass a list."
             ) from error
 
@@ -79,6 +109,8 @@ def resolve(targets: Targets, presets: Presets) -> tuple[Targets, bool]:
     """
     if targets is None:
         targets = "default"
+    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
+        targets = "all"
     if isinstance(targets, str) and targets in presets:
         return presets[targets], True
     return targets, False
@@ -107,7 +139,9 @@ def nearest(names: Iterable[str], candidates: list[str], limit: int = 20) -> lis
     return sorted(candidates, key=distance)[:limit]
 
 
-def no_match_error(targets: Any, candidates: dict[str, Any], presets: Presets) -> ValueError:
+def no_match_error(
+    targets: Any, candidates: dict[str, Any], presets: Presets, field: str = "lora_targets"
+) -> ValueError:
     """The error for targets that mean no layer, or none that can be adapted."""
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     paths = nearest(wanted, list(candidates))
@@ -115,7 +149,7 @@ def no_match_error(targets: Any, candidates: dict[str, Any], presets: Presets) -
     more = len(candidates) - len(paths)
     tail = f" and {more} more" if more > 0 else ""
     return ValueError(
-        f"Received lora_targets={targets!r}, which matches no layer that can be adapted. "
+        f"Received {field}={targets!r}, which matches no layer that can be adapted. "
         + (
             f"Candidates, nearest first: {listed}{tail}. Presets: {', '.join(presets)}."
             if candidates

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tfimm_lora import _keras
-from tfimm_lora.config import check_train_bias
+from tfimm_lora.checks import check_train_bias
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.targets import is_suffix, nearest
 

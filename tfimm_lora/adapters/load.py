@@ -26,13 +26,14 @@ from tfimm_lora.adapters.extract import adapter_of, trained_whole
 from tfimm_lora.adapters.paths import Names, Weight
 from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LoRAConfig, lora_field_names
-from tfimm_lora.inject import adapt_model, inject_lora, remove_lora, require_built
+from tfimm_lora.inject import adapt_model, inject_lora, remove_lora
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.lookup import supported
 from tfimm_lora.layers.parts import layout_of
 from tfimm_lora.merge import has_lora
 from tfimm_lora.registry import lora_base_of
 from tfimm_lora.replaced import Replaced, forget, remember, replaced
+from tfimm_lora.selection import require_built
 from tfimm_lora.targets import nearest
 
 
@@ -129,6 +130,9 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
         "lora_rank_pattern": {_literal(p): ranks[p] for p in odd_ranks},
         "lora_alpha_pattern": {_literal(p): paths[p].scale * ranks[p] for p in odd_alphas},
         "lora_targets": _exact_targets(list(paths), list(names.layers)),
+        "lora_exclude": None,  # the targets are exact
+        "lora_layers": None,
+        "lora_layers_pattern": None,
         "lora_qkv": parts,
         "lora_dropout": adapter.dropout,
         "lora_train_bias": adapter.bias,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.config import TRAIN_BIAS
+from tfimm_lora.checks import TRAIN_BIAS
 
 
 def combine_whole(

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras, config
+from tfimm_lora import _keras, checks, config
 from tfimm_lora._keras.common import Found
 from tfimm_lora.layers import parts, routes, slot, update
 from tfimm_lora.layers.values import LayerValues, State
@@ -38,10 +38,10 @@ class LoRASpec:
     use_rslora: bool = False
 
     def __post_init__(self) -> None:
-        config.check_rank(self.rank)
-        config.check_alpha(self.alpha)
-        config.check_dropout(self.dropout)
-        config.check_qkv(self.qkv)
+        checks.check_rank(self.rank)
+        checks.check_alpha(self.alpha)
+        checks.check_dropout(self.dropout)
+        checks.check_qkv(self.qkv)
         parts.check_layout(self.qkv, self.qkv_layout)
 
     @property

@@ -1,0 +1,156 @@
+"""Checks of the values that a ``LoRAConfig`` and a LoRA layer are given."""
+
+from __future__ import annotations
+
+import math
+import numbers
+import re
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+#: Values of ``train_bias``: no bias, those of adapted layers, every one in the model.
+TRAIN_BIAS = ("none", "lora_only", "all")
+
+
+def check_rank(rank: Any) -> None:
+    """Raise unless ``rank`` is a positive integer."""
+    whole = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
+    if not whole or rank < 1:
+        raise (ValueError if whole else TypeError)(
+            f"Received lora_rank={rank!r}; expected a positive integer. Pass for example "
+            "lora_rank=4, or leave the layer out of lora_targets."
+        )
+
+
+def check_alpha(alpha: Any) -> None:
+    """Raise unless ``alpha`` is None or a finite number."""
+    if alpha is None:
+        return
+    if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
+        raise TypeError(
+            f"Received lora_alpha={alpha!r}; expected a number, or None for a scale of 1."
+        )
+    if not math.isfinite(alpha):
+        raise ValueError(f"Received lora_alpha={alpha!r}; expected a finite number.")
+
+
+def check_pattern(pattern: Any, name: str, check: Callable[[Any], None]) -> None:
+    """Raise unless ``pattern`` maps regular expressions to values that ``check`` takes."""
+    if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):
+        raise TypeError(
+            f"Received {name}={pattern!r}; expected a dictionary from names of layers to "
+            "values."
+        )
+    for key, value in pattern.items():
+        try:
+            re.compile(rf"(.*\.)?({key})")
+        except re.error as error:
+            raise ValueError(
+                f"Received {name} with the key {key!r}, which is no regular expression: "
+                f"{error}."
+            ) from error
+        check(value)
+
+
+def check_dropout(rate: Any) -> None:
+    """Raise unless ``rate`` is a number in [0, 1)."""
+    if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
+        raise TypeError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
+    if not 0 <= float(rate) < 1:
+        raise ValueError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
+
+
+def check_train_bias(train_bias: Any) -> None:
+    """Raise unless ``train_bias`` is one of ``TRAIN_BIAS``."""
+    if train_bias not in TRAIN_BIAS:
+        raise ValueError(
+            f"Received train_bias={train_bias!r}; expected one of {', '.join(TRAIN_BIAS)}."
+        )
+
+
+def check_targets(targets: Any, field: str = "lora_targets") -> None:
+    """Raise unless ``targets`` is None, a preset or expression, or a list of names."""
+    if targets is None or isinstance(targets, str):
+        return
+    if not isinstance(targets, Iterable) or not all(isinstance(t, str) for t in targets):
+        raise TypeError(
+            f"Received {field}={targets!r}; expected a list of layer names, the name "
+            "of a preset or a regular expression as a string, or None for the default."
+        )
+
+
+def listed(values: Any, field: str) -> list[Any]:
+    """The members of anything that can be gone through once."""
+    try:
+        return list(values)
+    except TypeError as error:
+        raise TypeError(f"Received {field}={values!r}; expected a list of names.") from error
+
+
+def check_names(names: Any, field: str) -> None:
+    """Raise unless ``names`` is a list of strings."""
+    is_list = isinstance(names, Iterable) and not isinstance(names, str)
+    if not is_list or not all(isinstance(name, str) for name in names):
+        raise TypeError(f"Received {field}={names!r}; expected a list of layer names.")
+
+
+def indices_of(layers: Any) -> tuple[int, ...] | None:
+    """``lora_layers`` as a tuple of numbers, or None for every layer.
+
+    Raises:
+        TypeError, ValueError: for anything but non-negative integers, or none of them.
+    """
+    if layers is None:
+        return None
+    given = list(layers) if isinstance(layers, Iterable) else [layers]
+    if not all(isinstance(i, numbers.Integral) and not isinstance(i, bool) for i in given):
+        raise TypeError(
+            f"Received lora_layers={layers!r}; expected an integer or a list of integers, "
+            "the numbers of the blocks to adapt, or None for all."
+        )
+    if not given or min(given) < 0:
+        raise ValueError(
+            f"Received lora_layers={layers!r}; expected at least one number, none of them "
+            "negative, for example [10, 11], or None for all blocks."
+        )
+    return tuple(int(i) for i in given)
+
+
+def patterns_of(pattern: Any, layers: Any) -> tuple[str, ...] | None:
+    """``lora_layers_pattern`` as a tuple of regular expressions, or None.
+
+    Raises:
+        TypeError, ValueError: for anything else, or without ``lora_layers``.
+    """
+    if pattern is None or pattern in ("", [], ()):
+        return None
+    given = [pattern] if isinstance(pattern, str) else listed(pattern, "lora_layers_pattern")
+    check_names(given, "lora_layers_pattern")
+    if layers is None:
+        raise ValueError(
+            f"Received lora_layers_pattern={pattern!r} without lora_layers; expected both: "
+            "the pattern says which numbers in a path lora_layers means."
+        )
+    for one in given:
+        try:
+            re.compile(f"(?:{one})")
+        except re.error as error:
+            raise ValueError(
+                f"Received lora_layers_pattern={pattern!r}, in which {one!r} is no regular "
+                f"expression: {error}. It is the name of the level before the number, for "
+                'example "blocks".'
+            ) from error
+    return tuple(given)
+
+
+def check_qkv(parts: Any) -> None:
+    """Raise unless ``parts`` is None or consists of different letters of "qkv"."""
+    if parts is None:
+        return
+    if not isinstance(parts, str):
+        raise TypeError(f'Received lora_qkv={parts!r}; expected letters of "qkv", or None.')
+    if not parts or set(parts) - set("qkv") or len(set(parts)) < len(parts):
+        raise ValueError(
+            f'Received lora_qkv={parts!r}; expected letters of "qkv", each at most once, '
+            'for example "qv".'
+        )
