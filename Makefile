@@ -9,7 +9,7 @@ HUB     = $(VENV)/.made-hub
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-legacy test-keras3 test-backends test-interop benchmark quality clean
+.PHONY: help demo test test-legacy test-keras3 test-backends test-interop benchmark docs quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,20 +36,23 @@ benchmark: $(STAMP)  ## Measure training steps and forward passes against the pl
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/step_time.py
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/switch_adapters.py
 
+docs: $(STAMP)  ## Build the site into site/
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+
 quality: $(VENV)/.made-quality  ## Check style and types
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 
 clean:  ## Remove everything that was made
-	rm -rf $(VENV) .demo build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One pip call, so that TensorFlow and tf-keras are chosen to fit and TensorFlow is
 # fetched once. tfimm 0.2.14 says python < 3.11 but runs on 3.10 to 3.12, hence the flags.
 $(STAMP): setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet tf-keras "tensorflow>=2.16" markdown -e ".[weights,cli,onnx,demo,test]"
+	$(PIP) install --quiet tf-keras "tensorflow>=2.16" markdown -e ".[weights,cli,onnx,demo,docs,test]"
 	$(PIP) install --quiet --no-deps --ignore-requires-python tfimm==0.2.14
 	touch $@
 

@@ -69,15 +69,39 @@ def test_examples_in_docstrings(name):
         assert runner.failures == 0, "".join(output)
 
 
+def notebook_code(path):
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+#: With torch and PEFT; run by tests/interop.
+NEEDS_TORCH = "adapters_between_keras_and_pytorch"
+
+
 @pytest.mark.parametrize(
     "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
 )
 def test_notebook(path, tmp_path):
-    cells = json.loads(path.read_text())["cells"]
-    code = "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+    if path.stem == NEEDS_TORCH:
+        pytest.skip("run by make test-interop")
     if not LEGACY and "legacy Keras" in path.read_text():
         pytest.skip("needs tfimm")
-    run_program(code, tmp_path)
+    run_program(notebook_code(path), tmp_path)
+
+
+@pytest.mark.skipif(not LEGACY, reason="once is enough")
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-3000:]
+    page = (tmp_path / "api" / "models" / "index.html").read_text()
+    assert "lora_rank" in page and "https://fonts" not in page
 
 
 def test_nothing_in_the_repository_names_a_machine():

@@ -27,6 +27,16 @@ from tfimm_lora.adapters.routing import (  # noqa: E402
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
 from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
 from tfimm_lora.factory import create_model, list_models  # noqa: E402
+from tfimm_lora.finetuning.augment import Augmentation  # noqa: E402
+from tfimm_lora.finetuning.data import Picture, PictureSet, Split, find_pictures  # noqa: E402
+from tfimm_lora.finetuning.evaluation import evaluate  # noqa: E402
+from tfimm_lora.finetuning.pictures import check_pictures  # noqa: E402
+from tfimm_lora.finetuning.pipeline import PictureBatches  # noqa: E402
+from tfimm_lora.finetuning.preprocessing import Preprocessing  # noqa: E402
+from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures  # noqa: E402
+from tfimm_lora.finetuning.run import Run  # noqa: E402
+from tfimm_lora.finetuning.scores import Evaluation  # noqa: E402
+from tfimm_lora.finetuning.training import Trained, finetune  # noqa: E402
 from tfimm_lora.inject import inject_lora, remove_lora  # noqa: E402
 from tfimm_lora.layers import (  # noqa: E402
     LoRAConv1D,
@@ -42,6 +52,7 @@ from tfimm_lora.layers import (  # noqa: E402
     register_layer_classes,
 )
 from tfimm_lora.merge import merge_lora_weights, unmerge_lora_weights  # noqa: E402
+from tfimm_lora.planning import Plan, plan  # noqa: E402
 from tfimm_lora.registry import (  # noqa: E402
     lora_architecture,
     lora_base_architecture,
@@ -61,6 +72,8 @@ merge_weights = merge_lora_weights
 __all__ = [
     "LORA_WEIGHT_NAMES",
     "Adapter",
+    "Augmentation",
+    "Evaluation",
     "LayerUpdate",
     "LoRAConfig",
     "LoRAConv1D",
@@ -71,10 +84,20 @@ __all__ = [
     "LoRAEinsumDense",
     "LoRAEmbedding",
     "LoRALayer",
+    "Picture",
+    "PictureBatches",
+    "PictureSet",
+    "Plan",
+    "Preprocessing",
+    "Recipe",
+    "Run",
+    "Split",
+    "Trained",
     "__version__",
     "adapter_ids",
     "adapter_of",
     "attach_adapters",
+    "check_pictures",
     "combination_errors",
     "combine_adapters",
     "convert_to_lora_layer",
@@ -84,7 +107,11 @@ __all__ = [
     "create_preprocessing",
     "detach_adapters",
     "disable_adapter",
+    "evaluate",
     "extract_adapter",
+    "find_pictures",
+    "finetune",
+    "finetune_pictures",
     "inject_lora",
     "list_models",
     "load_adapter",
@@ -97,6 +124,7 @@ __all__ = [
     "lora_trainable_weights",
     "merge_lora_weights",
     "merge_weights",
+    "plan",
     "push_to_hub",
     "register_layer_classes",
     "register_lora_architecture",

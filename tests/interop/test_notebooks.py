@@ -1,0 +1,10 @@
+"""The notebook that exchanges adapters with torch, run."""
+
+from tests.test_documents import NEEDS_TORCH, ROOT, notebook_code, run_program
+
+
+def test_notebook_with_torch(tmp_path):
+    code = notebook_code(ROOT / "notebooks" / f"{NEEDS_TORCH}.ipynb")
+    # What makes timm's torchvision importable beside torch for the CPU.
+    prelude = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tests.interop"
+    run_program(f"{prelude}\n{code}", tmp_path)
