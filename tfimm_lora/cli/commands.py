@@ -5,7 +5,10 @@ from __future__ import annotations
 import importlib
 
 #: Modules of this folder. Importing one registers its command.
-COMMANDS: tuple[str, ...] = ("models", "plan", "finetune", "inspect", "combine", "diff")
+COMMANDS: tuple[str, ...] = (
+    *("models", "plan", "finetune", "evaluate", "predict"),
+    *("inspect", "combine", "diff"),
+)
 
 
 def register() -> None:

@@ -1,0 +1,167 @@
+"""``tfimm-lora evaluate``: how good a fine-tuned model is on labelled pictures."""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import Annotated, Any
+
+from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
+from tfimm_lora.cli.tables import show_facts, show_table
+from tfimm_lora.finetuning.checkpoint import write_whole
+from tfimm_lora.finetuning.data import Picture, PictureSet
+from tfimm_lora.finetuning.evaluation import evaluate_pictures
+from tfimm_lora.finetuning.finding import in_csv, in_folder, natural_order, some
+from tfimm_lora.finetuning.pictures import check_pictures
+from tfimm_lora.finetuning.plots import draw_confusion, draw_mistakes
+from tfimm_lora.finetuning.run import SPLIT, Run
+from tfimm_lora.finetuning.scores import Evaluation
+from tfimm_lora.finetuning.wording import percent, readable
+
+EXAMPLES = """Examples:
+
+tfimm-lora evaluate runs/flowers
+
+tfimm-lora evaluate runs/flowers --data more-pictures --out evaluation
+
+tfimm-lora evaluate runs/flowers --data labels.csv --json
+"""
+
+
+@app.command("evaluate", epilog=EXAMPLES)
+def evaluate_command(
+    run: Annotated[Path, typer.Argument(help="The folder that finetune made.")],
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of class folders, or a CSV file of path,label; of what is split, "
+            "val. Default: the pictures that the run validated on."
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Folder for confusion.png, mistakes.png and predictions.csv."),
+    ] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Evaluate a fine-tuned model on labelled pictures.
+
+    Pictures that cannot be read are named and left out.
+    """
+    if out is not None:
+        refuse_to_overwrite(out, overwrite)
+    opened = Run.open(run)
+    found = opened.split.val if data is None else labelled_pictures(data, opened.labels)
+    pictures, problems = check_pictures(found)
+    for problem in problems:
+        note(f"left out {readable(problem.path)}: {readable(problem.reason)}")
+    seen = trained_on(opened, pictures)
+    if seen:
+        note(f"{seen} of {len(pictures)} pictures are among those that were trained on")
+    evaluation = evaluate_pictures(
+        opened.model(), pictures, opened.preprocessing, batch_size=batch_size
+    )
+    if out is not None:
+        write(evaluation, out)
+        note(f"written: {out}")
+    result = {
+        "run": str(run),
+        "data": None if data is None else str(data),
+        **evaluation.to_dict(),
+        "trained_on": seen,
+        "skipped": [{"path": x.path, "reason": x.reason} for x in problems],
+    }
+    emit(result, as_json, lambda: show(evaluation))
+
+
+def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
+    """The pictures in a folder or CSV file to evaluate a model of these labels on.
+
+    All of them; where they are split into train and val, those of val.
+
+    Raises:
+        FileNotFoundError: if it is not there.
+        ValueError: if there are no pictures, or some of a class that is none of the labels.
+    """
+    if not data.exists():
+        raise FileNotFoundError(
+            f"Received --data {data}, which does not exist; expected a folder of class "
+            "folders, or a CSV file with path,label."
+        )
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always", UserWarning)
+        parts = in_folder(data.absolute()) if data.is_dir() else in_csv(data.absolute())
+    for warning in told:
+        note(f"warning: {warning.message}")
+    found = parts["val"] if "val" in parts else parts.get("", [])
+    if not found:
+        raise ValueError(f"Received --data {data}, which has no pictures to evaluate on.")
+    unknown = sorted({x.label for x in found} - set(labels), key=natural_order)
+    if unknown:
+        raise ValueError(
+            f"{data} has {len(unknown)} classes that the run does not know: {some(unknown)}; "
+            f"expected some of its own: {some(labels, 20)}."
+        )
+    number = {label: i for i, label in enumerate(labels)}
+    listed = tuple(Picture(x.path, number[x.label]) for x in sorted(found))
+    return PictureSet(listed, tuple(labels))
+
+
+def trained_on(run: Run, pictures: PictureSet) -> int:
+    """The number of pictures that the run was trained on: they flatter the model."""
+    with open(run.path / SPLIT, newline="", encoding="utf-8") as file:
+        rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
+    known = {os.path.realpath(row["path"]) for row in rows}
+    return sum(os.path.realpath(picture.path) in known for picture in pictures.pictures)
+
+
+def write(evaluation: Evaluation, folder: Path) -> None:
+    """Write what ``--out`` promises."""
+    folder.mkdir(parents=True, exist_ok=True)
+    draw_confusion(evaluation, folder / "confusion.png")
+    draw_mistakes(evaluation, folder / "mistakes.png")
+    text = io.StringIO()
+    table = csv.writer(text, lineterminator="\n")
+    names = ("path", "label", "predicted", "probability", "probability_of_label", "loss")
+    table.writerow(names)
+    for x in evaluation.predictions:
+        numbers = (x.probability, x.probability_of_true, x.loss)
+        table.writerow([x.path, x.true, x.predicted, *(f"{number:.6g}" for number in numbers)])
+    # Names of files need not be UTF-8; they keep their bytes.
+    content = text.getvalue().encode("utf-8", "surrogateescape")
+    write_whole(folder / "predictions.csv", content)
+
+
+def show(evaluation: Evaluation) -> None:
+    """Print the numbers, and a table of the classes."""
+    rows = [
+        [
+            readable(x.label),
+            str(x.count),
+            *((percent(x.recall), percent(x.precision), f"{x.f1:.3f}") if x.count else "---"),
+        ]
+        for x in evaluation.classes
+    ]
+    show_table(["class", "pictures", "recall", "precision", "F1"], rows)
+    low, high = evaluation.accuracy_interval()
+    pictures = len(evaluation.predictions)
+    facts: list[tuple[str, Any]] = [
+        ("pictures", f"{pictures:,}"),
+        (
+            "accuracy",
+            f"{percent(evaluation.accuracy)} (95 %: {percent(low)} to {percent(high)})",
+        ),
+        ("balanced accuracy", percent(evaluation.balanced_accuracy)),
+        ("loss", f"{evaluation.loss:.4f}"),
+        ("calibration error", percent(evaluation.calibration_error)),
+    ]
+    if evaluation.top5 is not None:
+        facts.insert(2, ("top 5", percent(evaluation.top5)))
+    print()
+    show_facts(facts)

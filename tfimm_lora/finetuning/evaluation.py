@@ -1,0 +1,158 @@
+"""``evaluate``: a model on labelled pictures, and ``predict_pictures`` on any."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora.finetuning.data import PictureSet
+from tfimm_lora.finetuning.pictures import UnreadablePicture, read_picture
+from tfimm_lora.finetuning.pipeline import PictureBatches
+from tfimm_lora.finetuning.preprocessing import Preprocessing
+from tfimm_lora.finetuning.scores import Evaluation, log_softmax
+
+
+def evaluate(
+    model: Any, dataset: Iterable[Any], labels: Sequence[str] | None = None
+) -> Evaluation:
+    """Evaluate a model on batches (pictures, numbers of labels).
+
+    Args:
+        model: A model that gives logits (n, classes).
+        dataset: A ``tf.data.Dataset`` with an end, or any iterable, of pairs of batches: the
+            model's inputs, and whole numbers (n,) as labels.
+        labels: The names of the classes. Default: "0", "1", ...
+
+    Returns:
+        An ``Evaluation``.
+
+    Raises:
+        ValueError: if there are no pictures, the dataset has no end, a label is none of the
+            model's classes, or the model gives probabilities, or numbers that are not finite.
+
+    Example:
+        >>> import numpy as np, tensorflow as tf
+        >>> from tfimm_lora.finetuning.evaluation import evaluate
+        >>> model = tf.keras.Sequential([tf.keras.Input((3,)), tf.keras.layers.Dense(3)])
+        >>> model.layers[-1].set_weights([np.eye(3), np.zeros(3)])
+        >>> x, y = np.eye(3, dtype="float32"), np.array([0, 1, 1])
+        >>> dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
+        >>> value = evaluate(model, dataset, labels=("cat", "dog", "eel"))
+        >>> round(value.accuracy, 3), value.confused()
+        (0.667, [('dog', 'eel', 1)])
+    """
+    return Evaluation.of(*_outputs(model, dataset), labels)
+
+
+def evaluate_pictures(
+    model: Any,
+    pictures: PictureSet,
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> Evaluation:
+    """Evaluate a model on labelled files.
+
+    Args:
+        model: A model that gives logits, one for each label of the pictures.
+        pictures: The pictures, checked by ``check_pictures``.
+        preprocessing: That of the model.
+        batch_size: Number of pictures that are predicted at once. Default 32.
+        progress: Called as ``progress(done, total)`` after each batch.
+
+    Returns:
+        An ``Evaluation`` whose predictions have the paths of the files.
+
+    Raises:
+        ValueError: as ``evaluate``, and for an empty set.
+    """
+
+    def told(batches: Iterable[Any]) -> Iterator[Any]:
+        done = 0
+        for x, y in batches:
+            yield x, y
+            done += len(y)
+            if progress is not None:
+                progress(done, len(pictures))
+
+    batches = PictureBatches(pictures, preprocessing, batch_size).in_order()
+    paths = [picture.path for picture in pictures.pictures]
+    return Evaluation.of(*_outputs(model, told(batches)), pictures.labels, paths)
+
+
+def predict_pictures(
+    model: Any,
+    paths: Sequence[str | os.PathLike[str]],
+    preprocessing: Preprocessing,
+    *,
+    batch_size: int = 32,
+) -> Iterator[tuple[str, np.ndarray | UnreadablePicture]]:
+    """The probabilities of the classes for files, one after the other.
+
+    Args:
+        model: A model that gives logits.
+        paths: The files.
+        preprocessing: That of the model.
+        batch_size: Number of pictures that are predicted at once. Default 32.
+
+    Yields:
+        The path of a file, with its probabilities (classes,), or with what is wrong with it.
+    """
+    prepare = preprocessing.function(resize=True)
+
+    def load(path: str) -> np.ndarray | UnreadablePicture:
+        try:
+            pixels = read_picture(path, preprocessing.in_channels)
+        except UnreadablePicture as problem:
+            return problem
+        return np.asarray(prepare(pixels), np.float32)
+
+    def predicted(batch: list[Any]) -> Iterator[np.ndarray | UnreadablePicture]:
+        good = [x for x in batch if isinstance(x, np.ndarray)]
+        p = iter(np.exp(log_softmax(_logits(model, np.stack(good)))) if good else ())
+        yield from (next(p) if isinstance(x, np.ndarray) else x for x in batch)
+
+    names = [os.fspath(path) for path in paths]
+    starts = range(0, len(names), batch_size)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        coming = pool.map(load, names[:batch_size])
+        for start in starts:
+            # The next batch is read while the model works on this one.
+            batch, end = list(coming), start + batch_size
+            coming = pool.map(load, names[end : end + batch_size])
+            yield from zip(names[start:end], predicted(batch))
+
+
+def _outputs(model: Any, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Logits and labels of all batches."""
+    if getattr(batches, "cardinality", lambda: 0)() == -1:  # tf.data.INFINITE_CARDINALITY
+        raise ValueError("Received a dataset without end; expected each picture once.")
+    pairs = [(_logits(model, x), np.asarray(y)) for x, y in batches]
+    if not pairs:
+        raise ValueError("Received a dataset without batches; expected at least one picture.")
+    logits, labels = (np.concatenate(parts) for parts in zip(*pairs))
+    if (logits >= 0).all() and np.allclose(logits.sum(1), 1, rtol=0, atol=1e-3):
+        raise ValueError(
+            f"The model '{model.name}' gives probabilities; expected logits. Leave the softmax "
+            "at its end out, or open it with open_base, which does that."
+        )
+    return logits, labels
+
+
+def _logits(model: Any, pictures: Any) -> np.ndarray:
+    """The model's outputs for a batch, in float64."""
+    x = np.asarray(pictures)
+    outputs = model.predict_on_batch(x)
+    shape = getattr(outputs, "shape", None)
+    if shape is None or len(shape) != 2 or len(outputs) < len(x):
+        raise ValueError(
+            f"The model '{model.name}' gives outputs of shape {shape} for {len(x)} pictures; "
+            "expected logits, (pictures, classes)."
+        )
+    # Under a strategy Keras 3 hands out the batch once for each device.
+    return np.asarray(outputs, np.float64)[: len(x)]

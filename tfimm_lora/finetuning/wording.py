@@ -1,0 +1,67 @@
+"""Numbers, names and paths as people read them, whoever wrote them."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def percent(share: float, digits: int = 1) -> str:
+    """A share of 1 in percent; 100 % and 0 % are said of exactly these only.
+
+    Example:
+        >>> percent(0.5), percent(0.99999), percent(1.0), percent(0.00001)
+        ('50.0 %', '99.9 %', '100 %', '0.1 %')
+    """
+    if share in (0, 1):
+        return f"{100 * share:.0f} %"
+    least = 10.0**-digits
+    return f"{min(max(100 * share, least), 100 - least):.{digits}f} %"
+
+
+def duration(seconds: float) -> str:
+    """A time for people.
+
+    Example:
+        >>> duration(7.25), duration(100), duration(7300)
+        ('7.2 s', '1 min 40 s', '2 h 1 min')
+    """
+    if seconds < 60:
+        return f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    if minutes < 60:
+        return f"{minutes} min {rest} s"
+    return f"{minutes // 60} h {minutes % 60} min"
+
+
+def readable(text: str) -> str:
+    """A text of a stranger, such as a file's name, on one line and without side effects.
+
+    Control characters (which could move a terminal's cursor), signs that turn the direction
+    of writing, and bytes that are no UTF-8 are written out.
+
+    Example:
+        >>> print(readable("a\\x1b[2J\\n"))
+        a\\x1b[2J\\n
+    """
+    return "".join(_visible(sign) for sign in text)
+
+
+def _visible(sign: str) -> str:
+    # Control, format (but for joiners, which scripts and emoji need), surrogates, separators.
+    hidden = unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if not hidden or sign in "\u200c\u200d":
+        return sign
+    return sign.encode("unicode_escape").decode("ascii")
+
+
+def shortened(text: str, most: int) -> str:
+    """A text with its middle left out where it is longer than ``most`` characters.
+
+    Example:
+        >>> shortened("Chihuahua (short hair)", 11), shortened("tulip", 11)
+        ('Chihu…hair)', 'tulip')
+    """
+    if len(text) <= most:
+        return text
+    end = (most - 1) // 2
+    return f"{text[: most - 1 - end]}…{text[len(text) - end :]}"
