@@ -136,7 +136,9 @@ def _outputs(model: Any, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray
     if not pairs:
         raise ValueError("Received a dataset without batches; expected at least one picture.")
     logits, labels = (np.concatenate(parts) for parts in zip(*pairs))
-    if (logits >= 0).all() and np.allclose(logits.sum(1), 1, rtol=0, atol=1e-3):
+    # Logits of zeros and ones alone can be anything's; those of a softmax hardly are.
+    like_shares = (logits >= 0).all() and np.allclose(logits.sum(1), 1, rtol=0, atol=1e-3)
+    if like_shares and not np.isin(logits, (0, 1)).all():
         raise ValueError(
             f"The model '{model.name}' gives probabilities; expected logits. Leave the softmax "
             "at its end out, or open it with open_base, which does that."
