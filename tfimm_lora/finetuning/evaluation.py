@@ -35,13 +35,12 @@ def evaluate(
             model's classes, or the model gives probabilities, or numbers that are not finite.
 
     Example:
-        >>> import numpy as np, tensorflow as tf
-        >>> from tfimm_lora.finetuning.evaluation import evaluate
+        >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
         >>> model = tf.keras.Sequential([tf.keras.Input((3,)), tf.keras.layers.Dense(3)])
         >>> model.layers[-1].set_weights([np.eye(3), np.zeros(3)])
         >>> x, y = np.eye(3, dtype="float32"), np.array([0, 1, 1])
         >>> dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(2)
-        >>> value = evaluate(model, dataset, labels=("cat", "dog", "eel"))
+        >>> value = lora.evaluate(model, dataset, labels=("cat", "dog", "eel"))
         >>> round(value.accuracy, 3), value.confused()
         (0.667, [('dog', 'eel', 1)])
     """

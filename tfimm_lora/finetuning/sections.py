@@ -154,7 +154,7 @@ def confusions(evaluation: Evaluation) -> Html:
     told = f"The most frequent of {count(len(pairs), 'confusion')}"
     return tag(
         "div",
-        tag("div", drawing(*matrix, alt="Confusion matrix"), class_="wide"),
+        tag("div", drawing(*matrix, alt="Confusion matrix")),
         tag("div", tag("p", told, class_="quiet"), listed, class_="rest")
         if pairs
         else tag("p", "No class was taken for another."),
@@ -208,7 +208,7 @@ def _mistake(run: Run, mistake: Prediction) -> Html:
         tag(
             "figcaption",
             tag("span", mistake.true, class_="true"),
-            tag("span", f"→ {mistake.predicted}", class_="predicted"),
+            tag("span", f"→\N{NO-BREAK SPACE}{mistake.predicted}", class_="predicted"),
             tag("span", percent(mistake.probability)),
             tag("span", path if inside.startswith("..") else inside, class_="path"),
         ),
