@@ -318,3 +318,24 @@ def test_a_tfimm_model_is_fine_tuned(folder, tmp_path):
 def test_config_yaml_is_plain(folder, tmp_path):
     run = finetune_pictures(recipe(folder, epochs=1), tmp_path / "run", verbose="none")
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config
+
+
+def test_file_names_that_are_no_text_are_kept_as_they_are(folder, tmp_path):
+    """A name of bytes that are no UTF-8, as old archives hold them."""
+    odd = os.fsencode(tmp_path / "digits" / "1") + b"/\xff.png"
+    write_digits(tmp_path / "digits", labels=range(2), each=6, size=16)
+    os.rename(tmp_path / "digits" / "1" / "0.png", odd)
+    asked = recipe(folder, data=str(tmp_path / "digits"), epochs=1)
+    run = finetune_pictures(asked, tmp_path / "run", verbose="none")
+    split = run.split
+    paths = [os.fsencode(p.path) for p in split.train.pictures + split.val.pictures]
+    assert odd in paths
+
+
+def test_warnings_reach_the_command_line_as_notes(folder, tmp_path, capsys):
+    write_digits(tmp_path / "digits", labels=range(2), each=6, size=16)
+    (tmp_path / "digits" / "0" / "notes.txt").write_text("no picture")
+    data = ["--data", str(tmp_path / "digits"), "--epochs", "1"]
+    assert main(arguments(folder, tmp_path / "run", *data)) == 0
+    said = capsys.readouterr().err
+    assert "warning: " in said and "no pictures" in said and ".py:" not in said

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from tfimm_lora.optional import require
@@ -93,7 +95,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     global _debug
     _debug = False
     try:
-        app(args=None if argv is None else list(argv), prog_name="tfimm-lora")
+        with _warnings_as_notes():
+            app(args=None if argv is None else list(argv), prog_name="tfimm-lora")
     except SystemExit as end:  # typer ends so, also after wrong usage, which it explains
         return end.code if isinstance(end.code, int) else DONE
     except KeyboardInterrupt:
@@ -105,6 +108,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         note(f"error: {_message(error)}")
         return FAILED
     return DONE
+
+
+@contextlib.contextmanager
+def _warnings_as_notes() -> Iterator[None]:
+    """Say what is warned of without the place in the code, which is no user's business."""
+
+    def show(message: Warning | str, *place: Any) -> None:
+        note(f"warning: {message}")
+
+    with warnings.catch_warnings():
+        warnings.showwarning = show
+        yield
 
 
 def _message(error: Exception) -> str:

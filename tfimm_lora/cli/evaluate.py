@@ -115,7 +115,7 @@ def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
 
 def trained_on(run: Run, pictures: PictureSet) -> int:
     """The number of pictures that the run was trained on: they flatter the model."""
-    with open(run.path / SPLIT, newline="", encoding="utf-8") as file:
+    with open(run.path / SPLIT, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     known = {os.path.realpath(row["path"]) for row in rows}
     return sum(os.path.realpath(picture.path) in known for picture in pictures.pictures)

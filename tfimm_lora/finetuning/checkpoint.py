@@ -152,7 +152,9 @@ class Checkpoints:
 
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that it is there whole or as it was before, whenever that ends."""
-    data = content.encode() if isinstance(content, str) else content
+    # Names of files may be no UTF-8; Python gives their bytes as surrogates.
+    text = isinstance(content, str)
+    data = content.encode("utf-8", "surrogateescape") if text else content
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:

@@ -203,7 +203,7 @@ def _rows(path: Path) -> tuple[list[str], Iterable[tuple[int, dict[str, str]]]]:
     """The header in small letters, and each line that is not empty with its number."""
     try:
         # utf-8-sig: spreadsheets put a mark at the beginning.
-        with open(path, newline="", encoding="utf-8-sig") as file:
+        with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.reader(file, skipinitialspace=True)
             lines = [(reader.line_num, line) for line in reader if line]
     except (UnicodeDecodeError, csv.Error) as error:

@@ -137,7 +137,9 @@ class Run:
     @property
     def skipped(self) -> list[tuple[str, str]]:
         """Pictures that could not be read, and why."""
-        with open(self.path / SKIPPED, newline="", encoding="utf-8") as file:
+        with open(
+            self.path / SKIPPED, newline="", encoding="utf-8", errors="surrogateescape"
+        ) as file:
             return [(row["path"], row["reason"]) for row in csv.DictReader(file)]
 
     @property
