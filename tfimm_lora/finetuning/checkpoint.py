@@ -153,12 +153,12 @@ class Checkpoints:
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write a file so that it is there whole or as it was before, whenever that ends."""
     # Names of files may be no UTF-8; Python gives their bytes as surrogates.
-    text = isinstance(content, str)
-    data = content.encode("utf-8", "surrogateescape") if text else content
+    if isinstance(content, str):
+        content = content.encode("utf-8", "surrogateescape")
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(unfinished, "wb") as file:
-            file.write(data)
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
         os.replace(unfinished, path)
