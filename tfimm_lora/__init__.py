@@ -26,6 +26,7 @@ from tfimm_lora.adapters.routing import (  # noqa: E402
 )
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
 from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
+from tfimm_lora.exporting import Exported, export  # noqa: E402
 from tfimm_lora.factory import create_model, list_models  # noqa: E402
 from tfimm_lora.finetuning.augment import Augmentation  # noqa: E402
 from tfimm_lora.finetuning.data import Picture, PictureSet, Split, find_pictures  # noqa: E402
@@ -74,6 +75,7 @@ __all__ = [
     "Adapter",
     "Augmentation",
     "Evaluation",
+    "Exported",
     "LayerUpdate",
     "LoRAConfig",
     "LoRAConv1D",
@@ -108,6 +110,7 @@ __all__ = [
     "detach_adapters",
     "disable_adapter",
     "evaluate",
+    "export",
     "extract_adapter",
     "find_pictures",
     "finetune",
