@@ -6,7 +6,7 @@ import importlib
 
 #: Modules of this folder. Importing one registers its command.
 COMMANDS: tuple[str, ...] = (
-    *("models", "plan", "finetune", "evaluate", "predict"),
+    *("models", "plan", "finetune", "evaluate", "predict", "merge", "export"),
     *("inspect", "combine", "diff"),
 )
 

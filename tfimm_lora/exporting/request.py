@@ -62,7 +62,7 @@ def checked_request(
         ImportError: if a package is missing.
     """
     path = Path(os.path.abspath(path))
-    format = _format(path, format)
+    format = format_of(path, format)
     if quantize is not None and quantize not in QUANTIZE:
         raise ValueError(
             f"Received quantize={quantize!r}; expected None or one of "
@@ -97,7 +97,7 @@ def checked_request(
             f"Received tolerance={tolerance!r}; expected a number above 0, the largest "
             "difference from the model's outputs relative to the largest output."
         )
-    _check_place(path, format, overwrite)
+    check_place(path, format, overwrite)
     _check_backend(model, format)
     _check_size(model, format, quantize)
     if format == "onnx":
@@ -106,7 +106,12 @@ def checked_request(
     return Request(path, format, quantize, opset or OPSET, tolerance)
 
 
-def _format(path: Path, format: str | None) -> str:
+def format_of(path: Path, format: str | None) -> str:
+    """The format that is meant.
+
+    Raises:
+        ValueError: if it is unknown, or its files end in something else than ``path``.
+    """
     of_suffix = {suffix: name for name, suffix in FORMATS.items()}
     if format is not None and format not in FORMATS:
         raise ValueError(
@@ -131,7 +136,8 @@ def _format(path: Path, format: str | None) -> str:
     return format
 
 
-def _check_place(path: Path, format: str, overwrite: bool) -> None:
+def check_place(path: Path, format: str, overwrite: bool) -> None:
+    """Raise an OSError unless a file of a format may be written to a path."""
     if not path.parent.is_dir():
         raise FileNotFoundError(
             f"Received the path {path}, whose folder {path.parent} does not exist; expected "

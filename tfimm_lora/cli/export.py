@@ -1,0 +1,243 @@
+"""``tfimm-lora export``: a file for production from a run or a saved model."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+
+from tfimm_lora import _keras
+from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
+from tfimm_lora.cli.predict import files_in
+from tfimm_lora.cli.tables import byte_text, show_facts
+from tfimm_lora.exporting.description import read_description
+from tfimm_lora.exporting.exported import Exported, TensorInfo, description_path
+from tfimm_lora.exporting.request import check_place, format_of
+from tfimm_lora.exporting.to_file import export
+from tfimm_lora.finetuning.pictures import UnreadablePicture, read_picture
+from tfimm_lora.finetuning.preprocessing import Preprocessing
+from tfimm_lora.finetuning.run import CONFIG, Run
+
+EXAMPLES = """Examples:
+
+tfimm-lora export runs/flowers --out flowers.onnx
+
+tfimm-lora export runs/flowers --out flowers.tflite --include-preprocessing
+
+tfimm-lora export runs/flowers --out flowers.tflite --quantize int8 --samples pictures/train
+
+tfimm-lora export model.keras --format savedmodel --out served/model/1 --json
+"""
+
+#: So many samples show the ranges of activations well enough; more only take longer.
+_SAMPLES = 200
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that the command line was given, and what is known of it."""
+
+    model: Any
+    labels: list[str] | None
+    preprocessing: Preprocessing | None
+
+
+@app.command("export", epilog=EXAMPLES)
+def export_command(
+    source: Annotated[
+        Path, typer.Argument(help="The folder that finetune made, or a saved Keras model.")
+    ],
+    out: Annotated[Path, typer.Option(help="The file, or the folder of a SavedModel.")],
+    format: Annotated[
+        str | None,
+        typer.Option(help="keras, savedmodel, tflite or onnx. Default: by the end of --out."),
+    ] = None,
+    include_preprocessing: Annotated[
+        bool,
+        typer.Option(
+            "--include-preprocessing",
+            help="The file takes RGB pictures in 0..255 (float32) and normalises them itself.",
+        ),
+    ] = False,
+    quantize: Annotated[
+        str | None,
+        typer.Option(help="For tflite: float16, dynamic or int8 (weights and activations)."),
+    ] = None,
+    samples: Annotated[
+        Path | None,
+        typer.Option(help=f"For int8: a folder of typical pictures; {_SAMPLES} are taken."),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(help="Largest difference from the model, relative to its outputs."),
+    ] = None,
+    opset: Annotated[int | None, typer.Option(help="For onnx: 13 to 18; default 17.")] = None,
+    overwrite: Overwrite = False,
+    as_json: Json = False,
+) -> None:
+    """Write a model as a file that runs without this package.
+
+    The file is run and its outputs are compared with the model's; if they
+    differ nothing is written. Labels and preprocessing are written beside it.
+    """
+    format = checked_place(out, format, overwrite)
+    opened = open_source(source)
+    taken = None
+    if samples is not None:
+        taken = sample_pictures(samples, opened.preprocessing, include_preprocessing)
+    exported = export(
+        opened.model,
+        out,
+        format,
+        labels=opened.labels,
+        preprocessing=opened.preprocessing,
+        include_preprocessing=include_preprocessing,
+        quantize=quantize,
+        samples=taken,
+        tolerance=tolerance,
+        opset=opset,
+        overwrite=overwrite,
+    )
+    tell(source, exported, as_json)
+
+
+def checked_place(out: Path, format: str | None, overwrite: bool) -> str:
+    """The format of ``--out``, checked before the time that opening a model takes.
+
+    Raises:
+        ValueError, OSError: if nothing can be written there.
+    """
+    format = format_of(out, format)
+    for path in (out, description_path(out)):
+        refuse_to_overwrite(path, overwrite)
+    check_place(out.absolute(), format, overwrite)
+    return format
+
+
+def open_source(path: Path) -> Opened:
+    """The model of a run, or that of a file; labels and preprocessing where they are known.
+
+    Beside a file that was exported they are in its description.
+
+    Raises:
+        FileNotFoundError: if there is neither.
+        ValueError: if what is there cannot be loaded.
+    """
+    if (path / CONFIG).is_file():
+        run = Run.open(path)
+        return Opened(run.model(), run.labels, run.preprocessing)
+    model = _load(path)
+    told = read_description(path)
+    values = told.get("preprocessing")
+    cfg = getattr(model, "cfg", None)
+    preprocessing = None
+    if values is not None:
+        preprocessing = Preprocessing.from_dict(values)
+    elif hasattr(cfg, "mean"):
+        preprocessing = Preprocessing.of(cfg)
+    return Opened(model, told.get("labels"), preprocessing)
+
+
+def _load(path: Path) -> Any:
+    if not path.exists():
+        raise FileNotFoundError(
+            f"{path} does not exist; expected the folder of a run of finetune, or a saved "
+            "Keras model."
+        )
+    is_model = path.is_file() or (path / "saved_model.pb").is_file()
+    if not is_model:
+        raise ValueError(
+            f"{path} is neither a run of finetune (it has no {CONFIG}) nor a saved Keras model "
+            "(.keras, .h5, or the SavedModel of legacy Keras)."
+        )
+    seam = _keras.default()
+    name = seam.keras.__name__
+    try:
+        model = seam.keras.models.load_model(str(path), compile=False)
+    except Exception as error:
+        raise ValueError(
+            f"{path} cannot be loaded by {name}: {error}. If the other Keras wrote it, set "
+            f"TF_USE_LEGACY_KERAS={0 if name == 'tf_keras' else 1}."
+        ) from error
+    if not isinstance(model, seam.keras.Model):
+        raise ValueError(
+            f"{path} is a SavedModel without Keras in it, which cannot be changed to another "
+            "format. Export from the run or from a Keras file."
+        )
+    return model
+
+
+def sample_pictures(
+    folder: Path, preprocessing: Preprocessing | None, as_pictures: bool
+) -> np.ndarray:
+    """Pictures of a folder and of those in it, as inputs of a file.
+
+    Args:
+        folder: With pictures. If there are many, some are taken, evenly.
+        preprocessing: That of the model.
+        as_pictures: Whether the file takes pictures in 0..255; else they are normalised.
+
+    Raises:
+        ValueError: without preprocessing, or if no picture can be read.
+    """
+    if preprocessing is None:
+        raise ValueError(
+            "Received --samples for a model whose preprocessing is unknown, so pictures cannot "
+            "be made its inputs. Give a run of finetune, or the file of a tfimm model."
+        )
+    if as_pictures:
+        n = preprocessing.in_channels
+        preprocessing = dataclasses.replace(
+            preprocessing, mean=(0.0,) * n, std=(1 / 255,) * n, channel_order="rgb"
+        )
+    prepare = preprocessing.function(resize=True)
+    paths = files_in([folder])
+    chosen = np.unique(np.linspace(0, len(paths) - 1, _SAMPLES).round().astype(int))
+    found = []
+    for i in chosen:
+        try:
+            picture = read_picture(paths[i], preprocessing.in_channels)
+        except UnreadablePicture as error:
+            note(f"skipped: {error}")
+        else:
+            found.append(np.asarray(prepare(picture), "float32"))
+    if not found:
+        raise ValueError(f"None of the pictures in {folder} can be read.")
+    note(f"samples: {len(found)} of {len(paths)} pictures in {folder}")
+    return np.stack(found)
+
+
+def tell(source: Path, exported: Exported, as_json: bool) -> None:
+    """Print what was written."""
+    data = {
+        "source": str(source),
+        **exported.to_dict(),
+        "description": str(exported.description),
+    }
+    emit(data, as_json, lambda: _show(exported))
+    if exported.needs and not as_json:
+        note(f"To load it in Python: {', '.join(exported.needs)}.")
+
+
+def _show(exported: Exported) -> None:
+    facts = [
+        ("file", str(exported.path)),
+        ("format", " ".join(filter(None, (exported.format, exported.quantize)))),
+        ("size", byte_text(exported.bytes)),
+        ("takes", ", ".join(map(_text, exported.inputs))),
+        ("gives", ", ".join(map(_text, exported.outputs))),
+        ("farthest from the model", f"{exported.difference:.2g} of the largest output"),
+        ("labels and preprocessing", str(exported.description)),
+    ]
+    if exported.agreement is not None:
+        facts.insert(-1, ("same top class", f"{exported.agreement:.1%} of the samples"))
+    show_facts(facts)
+
+
+def _text(tensor: TensorInfo) -> str:
+    shape = ", ".join("any" if size is None else str(size) for size in tensor.shape)
+    return f"{tensor.name} ({shape}) {tensor.dtype}"
