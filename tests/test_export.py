@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import numpy as np
 import pytest
@@ -175,6 +176,24 @@ def test_a_subclassed_model_converted(tmp_path, format):
     model = adapted(_subclassed)
     done = export(model, tmp_path / NAMES[format])
     assert_same(format, done.path, model, (5, 6))
+
+
+@on_tensorflow
+def test_a_file_that_would_need_this_package_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(to_file, "ordinary_model", lambda model, **_: nullcontext(model))
+    with pytest.raises(ValueError, match="would need tfimm_lora to be loaded"):
+        export(adapted(), tmp_path / "m.keras")
+    assert not os.listdir(tmp_path)
+
+
+@pytest.mark.backends
+def test_layers_written_as_lora_layers_become_ordinary(tmp_path):
+    entry = keras.Input((4,))
+    model = keras.Model(entry, lora.LoRADense(3, lora_rank=2, name="fc")(entry))
+    randomise(model)
+    done = export(model, tmp_path / "m.keras")
+    assert type(keras.models.load_model(done.path).layers[-1]) is layers.Dense
+    assert_same("keras", done.path, model, (4,))
 
 
 class Unconfigured(keras.Model):

@@ -220,7 +220,7 @@ def tell(source: Path, exported: Exported, as_json: bool) -> None:
     }
     emit(data, as_json, lambda: _show(exported))
     if exported.needs and not as_json:
-        note(f"To load it in Python: {', '.join(exported.needs)}.")
+        note(f"Loading it takes {' and '.join(exported.needs)}.")
 
 
 def _show(exported: Exported) -> None:

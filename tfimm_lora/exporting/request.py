@@ -158,6 +158,11 @@ def check_place(path: Path, format: str, overwrite: bool) -> None:
             f"Received the path {path}, which is a file; expected a new name, since a "
             "SavedModel is a folder."
         )
+    if description_path(path).is_dir():
+        raise IsADirectoryError(
+            f"{description_path(path)} is a folder, where the description of {path.name} is to "
+            "be; expected another path."
+        )
     for there in (path, description_path(path)):
         empty = there.is_dir() and not any(there.iterdir())
         if (there.exists() or there.is_symlink()) and not empty and not overwrite:

@@ -174,6 +174,7 @@ def _check(request: Request, model: Any, found: comparison.Comparison) -> None:
         "int8": "Pass more and typical samples, or use quantize='dynamic' or 'float16'",
         "dynamic": "Use quantize='float16'",
         "float16": "Leave quantize out",
+        "keras": "Keras may make one of its classes otherwise than it was: try another format",
     }
     remedy = remedies.get(request.kind, "Try another format")
     if not found.difference <= bound:

@@ -35,15 +35,13 @@ def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
         ValueError: if it would need this package, or Keras cannot load it.
     """
     model.save(path)
-    problem = _problem_of_loading(model, path)
-    if problem is not None:
-        with contextlib.suppress(ValueError):  # a class that Keras cannot call without numbers
-            _as_one_layer(model, inputs).save(path)
-        if _problem_of_loading(model, path) is not None:
-            raise ValueError(
-                f"Keras cannot load its class {type(model).__name__} again: {problem}. Export "
-                "to a SavedModel, TFLite or ONNX, which do not need the class."
-            )
+    by_class = not _keras.of(model).is_rebuilt_with_layers(model)
+    problem = _problem_of_loading(model, path) if by_class else None
+    if problem is not None and not _saved_as_one_layer(model, inputs, path):
+        raise ValueError(
+            f"Keras cannot load its class {type(model).__name__} again: {problem}. Export to a "
+            "SavedModel, TFLite or ONNX, which do not need the class."
+        )
     with zipfile.ZipFile(path) as archive:
         config = json.loads(archive.read("config.json"))
     needed = {*_packages(config), _keras.of(model).keras.__name__} - {"builtins"}
@@ -81,18 +79,24 @@ def _problem_of_loading(model: Any, path: Path) -> str | None:
     return "it comes back without its weights"
 
 
-def _as_one_layer(model: Any, inputs: Inputs) -> Any:
-    """A functional model around a model.
+def _saved_as_one_layer(model: Any, inputs: Inputs, path: Path) -> bool:
+    """Save a functional model around a model, and tell whether that one can be loaded.
 
     Its batch of one is for the shapes that layers ask for when they are built, and binds
     nobody: tfimm's Transformers know too little with a batch of any size.
     """
     keras = _keras.of(model).keras
-    entries = [
-        keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)
-        for t in inputs.tensors
-    ]
-    return keras.Model(entries, model(inputs.pack(entries)))
+    entries = inputs.pack(
+        [
+            keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)
+            for t in inputs.tensors
+        ]
+    )
+    try:
+        keras.Model(entries, model(entries)).save(path)
+    except Exception:  # noqa: BLE001 - some classes need numbers, and say so in their own way
+        return False
+    return _problem_of_loading(model, path) is None
 
 
 def _packages(config: Any) -> Iterator[str]:
