@@ -114,11 +114,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _warnings_as_notes() -> Iterator[None]:
     """Say what is warned of without the place in the code, which is no user's business."""
 
-    def show(message: Warning | str, *place: Any) -> None:
+    def show(message: Warning | str, *place: Any, **more: Any) -> None:
         note(f"warning: {message}")
 
     with warnings.catch_warnings():
-        warnings.showwarning = show
+        warnings.showwarning = show  # type: ignore[assignment]
         yield
 
 
