@@ -9,7 +9,7 @@ HUB     = $(VENV)/.made-hub
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-legacy test-keras3 test-backends test-interop benchmark docs quality clean
+.PHONY: help demo test test-legacy test-keras3 test-long test-backends test-interop benchmark docs quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,10 +20,14 @@ demo: $(STAMP)  ## Fine-tune a small model on real pictures with LoRA, merge and
 test: test-legacy test-keras3  ## Run the tests on legacy Keras and on Keras 3
 
 test-legacy: $(STAMP)  ## Run the tests on legacy Keras
-	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2
+	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -m "not long"
 
 test-keras3: $(HUB)  ## Run the tests on Keras 3
-	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest -n 2
+	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest -n 2 -m "not long"
+
+test-long: $(HUB)  ## Run what takes long: killed and resumed runs, several devices, exports
+	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -m long
+	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest -n 2 -m long
 
 test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on Keras 3's JAX and torch
 	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=jax $(PY) -m pytest -m backends

@@ -134,7 +134,7 @@ def test_exit_codes(call, monkeypatch):
     call("inspect", "x", expect=130)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("program", ["script", "module"])
 def test_the_program_runs_in_a_process_of_its_own(program, saved, tmp_path):
     path = saved("one", several())

@@ -181,7 +181,7 @@ def test_help_ends_with_examples(call):
         assert f"tfimm-lora {command} runs/flowers --out" in out.split("Examples")[1]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_json_is_all_that_stdout_holds(tmp_path):
     """Converters print from C, too, which nothing in Python catches."""
     ordinary().save(tmp_path / "m.keras")

@@ -78,12 +78,15 @@ def notebook_code(path):
 NEEDS_TORCH = "adapters_between_keras_and_pytorch"
 
 
-@pytest.mark.parametrize(
-    "path", sorted((ROOT / "notebooks").glob("*.ipynb")), ids=lambda p: p.stem
-)
+def notebooks():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        long = [pytest.mark.long] if path.stem.startswith("compare") else []
+        if path.stem != NEEDS_TORCH:
+            yield pytest.param(path, id=path.stem, marks=long)
+
+
+@pytest.mark.parametrize("path", list(notebooks()))
 def test_notebook(path, tmp_path):
-    if path.stem == NEEDS_TORCH:
-        pytest.skip("run by make test-interop")
     if not LEGACY and "legacy Keras" in path.read_text():
         pytest.skip("needs tfimm")
     run_program(notebook_code(path), tmp_path)

@@ -169,7 +169,7 @@ def _subclassed():
     return model
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @on_tensorflow
 @pytest.mark.parametrize("format", ["tflite", "onnx"])
 def test_a_subclassed_model_converted(tmp_path, format):
@@ -632,7 +632,7 @@ FAST = ("vit", "onnx")
 @pytest.mark.parametrize(
     "name, format",
     [
-        pytest.param(n, f, marks=() if (n, f) == FAST else pytest.mark.slow)
+        pytest.param(n, f, marks=() if (n, f) == FAST else pytest.mark.long)
         for n in ("vit", "convnext")
         for f in NAMES
     ],
@@ -650,7 +650,7 @@ def test_tfimm_models(tmp_path, name, format):
     ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
 @pytest.mark.parametrize("name", ["swin", "pvt", "seresnext"])
 @pytest.mark.parametrize("format", ["tflite", "onnx"])
@@ -663,7 +663,7 @@ def test_tfimm_models_that_ask_for_sizes_roll_or_have_groups(tmp_path, name, for
     assert done.difference < 1e-4 and done.inputs[0].shape[0] is None
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
 def test_a_class_that_keras_cannot_load_is_said_so(tmp_path):
     from tests.tiny_architectures import ARCHITECTURES
@@ -694,7 +694,7 @@ assert "tfimm_lora" not in sys.modules
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @on_tensorflow
 @pytest.mark.parametrize("kind", ["savedmodel", "keras", *(["tfimm"] if LEGACY else [])])
 def test_a_process_without_this_package_predicts_the_same(tmp_path, kind):

@@ -289,7 +289,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     """kill -9 in the middle of an epoch, then another process."""
     code = textwrap.dedent("""

@@ -151,7 +151,7 @@ print(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest())
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("how", ["plain", "deterministic"])
 def test_a_process_that_starts_with_an_epoch_gives_the_same_bytes(tmp_path, how):
     folder = write_digits(tmp_path, size=(23, 17))
@@ -193,7 +193,7 @@ print(sizes)
 """
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="once is enough")
 def test_two_devices_share_each_batch_of_one(tmp_path):
     sizes = in_new_process(DISTRIBUTED, str(tmp_path))

@@ -135,7 +135,7 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(folder, 
     assert any(not np.array_equal(one[key], three[key]) for key in one)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_killed_run_is_resumed_to_the_very_weights(folder, tmp_path):
     def command(out):
         return [sys.executable, "-m", "tfimm_lora", *arguments(folder, out, "--resume")]
@@ -299,6 +299,7 @@ def test_a_model_from_a_file_gives_logits(tmp_path):
         open_base(tmp_path / "headless.keras", normalisation="unit", classes=2)
 
 
+@pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="needs tfimm")
 def test_a_tfimm_model_is_fine_tuned(folder, tmp_path):
     asked = recipe(

@@ -260,7 +260,7 @@ def test_datasets_without_pictures_and_without_end_are_refused():
         evaluate(Fixed([[0.0, 1]]), endless)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_a_model_on_two_devices_is_evaluated_once():
     program = """
 import numpy as np, tensorflow as tf
@@ -536,7 +536,7 @@ def browse(address, tmp_path, *options):
     return done.stdout, console, {x["url"] for x in by_pages}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 def test_a_browser_shows_the_report_and_asks_for_nothing(run, evaluation, tmp_path):
     path = run.path / "report.html"
@@ -550,7 +550,7 @@ def test_a_browser_shows_the_report_and_asks_for_nothing(run, evaluation, tmp_pa
     assert console and asked == {"http://127.0.0.1:9/x.png"}
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("width", [360, 1200])
 def test_the_report_fits_its_window(run, evaluation, tmp_path, width):
