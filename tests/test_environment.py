@@ -20,6 +20,8 @@ ORDER = [
     "optional",
     "_keras",
     "checks",
+    "peft_fields",
+    "peft_translation",
     "config",
     "targets",
     "layers",

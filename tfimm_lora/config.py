@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+from tfimm_lora import peft_translation
 from tfimm_lora.checks import (
     check_alpha,
     check_dropout,
@@ -136,6 +138,7 @@ class LoRAConfig:
         self.lora_layers_pattern = patterns_of(self.lora_layers_pattern, self.lora_layers)
         check_qkv(self.lora_qkv)
         check_names(self.lora_train_modules, "lora_train_modules")
+        self.lora_train_modules = tuple(self.lora_train_modules)
         if not isinstance(self.lora_use_rslora, bool):
             raise TypeError(
                 f"Received lora_use_rslora={self.lora_use_rslora!r}; expected True or False."
@@ -161,6 +164,76 @@ class LoRAConfig:
             "lora_initializer": self.lora_initializer,
             "lora_regularizer": self.lora_regularizer,
         }
+
+    def arguments(self) -> dict[str, Any]:
+        """The lora_* fields as keyword arguments: ``inject_lora(model, **x.arguments())``."""
+        return {name: getattr(self, name) for name in lora_field_names()}
+
+    @classmethod
+    def from_peft(cls, source: Any, **fields: Any) -> LoRAConfig:
+        """A config that means what one of PEFT means.
+
+        Modules are layers of the same name: "blocks.0.attn.qkv" is ``blocks/0/attn/qkv``.
+        For models whose layers timm calls otherwise there is ``lora_arguments_from_peft``.
+        "all-linear" means every supported layer but the classifier here, not only linear
+        ones. A new classifier is trained though no modules_to_save names it, unless
+        ``lora_train_classifier=False`` is given.
+
+        Args:
+            source: An adapter_config.json or its folder, its fields as a dictionary, or a
+                ``peft.LoraConfig``.
+            **fields: Other fields of this class, and those to change.
+
+        Returns:
+            The config.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            TypeError: for another kind of source, an unknown field, or one of a wrong type.
+            ValueError: for a field out of its range, or with a value that has no counterpart
+                here (use_dora, megatron_config, ...); all of these are named.
+
+        Example:
+            >>> import tfimm_lora as lora
+            >>> peft = {"r": 8, "lora_alpha": 16, "target_modules": ["attn.qkv"]}
+            >>> config = lora.LoRAConfig.from_peft(peft)
+            >>> config.lora_rank, config.lora_scale, config.lora_targets
+            (8, 2.0, ['attn/qkv'])
+        """
+        check_keywords(fields, [f.name for f in dataclasses.fields(cls)], "from_peft")
+        given = peft_translation.read_fields(source)
+        try:
+            arguments = peft_translation.arguments_from(given)
+        except ValueError as error:
+            where = source if isinstance(source, (str, os.PathLike)) else "a config of PEFT"
+            raise ValueError(f"Received {where}, which {error}.") from error
+        return cls(**{**arguments, **fields})
+
+    def to_peft(self) -> dict[str, Any]:
+        """The fields of PEFT's LoraConfig that mean the same.
+
+        For an adapter that was trained ``save_adapter`` writes a config that names its very
+        layers. This is for a config as such; ``from_peft`` is its reverse.
+
+        Returns:
+            A dictionary for ``peft.LoraConfig(**fields)`` or a JSON file.
+
+        Raises:
+            ValueError: for what PEFT cannot express: targets that depend on the model
+                (pass ``explain_targets(model, ...).adapted``), parts of a fused projection,
+                a regularizer, ...; all of these are named.
+
+        Example:
+            >>> import tfimm_lora as lora
+            >>> config = lora.LoRAConfig(lora_rank=4, lora_targets=["attn/qkv"])
+            >>> fields = config.to_peft()
+            >>> fields["r"], fields["lora_alpha"], fields["target_modules"]
+            (4, 4, ['attn.qkv'])
+        """
+        try:
+            return peft_translation.fields_from(self.arguments(), self.presets())
+        except ValueError as error:
+            raise ValueError(f"Received a config that {error}.") from error
 
     @classmethod
     def presets(cls) -> dict[str, Targets]:

@@ -12,13 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from tfimm_lora.config import Presets, Targets
-
-#: PEFT's name for what is called "all" here. In PEFT it means linear layers alone, in most
-#: image models with the classifier, and without a single convolution.
-ALL_LINEAR = "all-linear"
-
-#: The level before the number of a block, where no ``lora_layers_pattern`` says which.
-ANY_LEVEL = "[^.]+"
+from tfimm_lora.peft_fields import ALL_LINEAR, ANY_LEVEL
 
 
 def matches(path: str, targets: str | Iterable[str]) -> bool:
@@ -41,7 +35,7 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
 
 def without_counts(path: str) -> str:
     """A path without the "#2" that tells layers of one path apart."""
-    return re.sub(r"#\d+(?=/|$)", "", path)
+    return re.sub(r"#\d+(?=[/.]|$)", "", path)
 
 
 def is_suffix(path: str, name: str) -> bool:

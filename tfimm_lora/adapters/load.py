@@ -24,6 +24,7 @@ from tfimm_lora.adapters.axes import (
 from tfimm_lora.adapters.base_model import differences
 from tfimm_lora.adapters.extract import adapter_of, trained_whole
 from tfimm_lora.adapters.paths import Names, Weight
+from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LoRAConfig, lora_field_names
 from tfimm_lora.inject import adapt_model, inject_lora, remove_lora
@@ -114,22 +115,20 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
     ranks = {p: x.rank // (len(x.qkv[0]) if parts and x.qkv else 1) for p, x in paths.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     scale = Counter(x.scale for x in paths.values()).most_common(1)[0][0]
-    # Longer paths first: a pattern means every path that ends in it.
-    ordered = sorted(paths, key=lambda path: (-len(path), path))
-    odd_ranks = [p for p in ordered if ranks[p] != rank]
-    odd_alphas = [p for p in ordered if paths[p].scale != scale or p in odd_ranks]
-    if len(set(x.scale for x in paths.values())) == 1 and scale == 1:
-        odd_alphas = []  # lora_alpha=None is a scale of 1 at any rank
+    dotted = {path: path.replace("/", ".") for path in paths}
+    alphas = {dotted[p]: x.scale * ranks[p] for p, x in paths.items()}
+    # Without an alpha the scale is 1 at any rank.
+    plain = all(x.scale == 1 for x in paths.values())
     heads = classifier_paths(model)
-    modules = [p for module in adapter.modules for p in _module_paths(names, module)]
+    modules = [p for module in adapter.modules for p in module_paths(names, module)]
     all_heads = bool(heads) and set(heads) <= set(modules)
     return {
         "lora_rank": rank,
-        "lora_alpha": None if scale == 1 else scale * rank,
+        "lora_alpha": None if plain else scale * rank,
         "lora_use_rslora": False,
-        "lora_rank_pattern": {_literal(p): ranks[p] for p in odd_ranks},
-        "lora_alpha_pattern": {_literal(p): paths[p].scale * ranks[p] for p in odd_alphas},
-        "lora_targets": _exact_targets(list(paths), list(names.layers)),
+        "lora_rank_pattern": exact_pattern({dotted[p]: ranks[p] for p in paths}, rank),
+        "lora_alpha_pattern": {} if plain else exact_pattern(alphas, scale * rank),
+        "lora_targets": exact_targets(list(paths), list(names.layers)),
         "lora_exclude": None,  # the targets are exact
         "lora_layers": None,
         "lora_layers_pattern": None,
@@ -141,7 +140,7 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
     }
 
 
-def _module_paths(names: Names, module: str) -> list[str]:
+def module_paths(names: Names, module: str) -> list[str]:
     """The layer of a module trained whole; of a mere list of torch's, the layers in it."""
     if module in names.paths:
         return [names.paths[module]]
@@ -172,11 +171,7 @@ def _parts(paths: dict[str, LayerUpdate]) -> str | None:
     return chosen
 
 
-def _literal(path: str) -> str:
-    return re.escape(path.replace("/", "."))
-
-
-def _exact_targets(paths: list[str], everything: list[str]) -> list[str] | str:
+def exact_targets(paths: list[str], everything: list[str]) -> list[str] | str:
     """``lora_targets`` for these layers and no others."""
     chosen = set(paths)
     ends_others = any(
