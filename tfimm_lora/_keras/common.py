@@ -40,6 +40,18 @@ class KerasSeam:
     #: Mixin that calls ``_after_build`` once the variables of the base layer exist.
     BuildHook: type
 
+    def backend(self) -> str:
+        """What computes: "tensorflow", "jax" or "torch"."""
+        return "tensorflow"
+
+    def distribution(self) -> Any:
+        """The ``keras.distribution`` that is set, or None."""
+        return None
+
+    def copies(self, variable: Any) -> int:
+        """The number of devices to which a ``keras.distribution`` spread a variable."""
+        return 1
+
     def sublayers(self, layer: Any) -> list[Any]:
         """The layers directly inside a layer, in order of creation, also in containers."""
         inside = layer._flatten_layers(recursive=False, include_self=False)

@@ -10,6 +10,7 @@ import keras
 import numpy as np
 from keras.src.backend.common import global_state
 from keras.src.backend.common.variables import AutocastScope
+from keras.src.distribution import distribution_lib
 from keras.src.layers.convolutional.base_conv import BaseConv
 
 from tfimm_lora._keras.common import KerasSeam
@@ -78,6 +79,17 @@ class Keras3Seam(KerasSeam):
     BuildHook = _BuildHook
 
     depthwise_convolution = staticmethod(_depthwise_convolution)
+
+    def backend(self) -> str:
+        return keras.backend.backend()
+
+    def distribution(self) -> Any:
+        return distribution_lib.distribution()
+
+    def copies(self, variable: Any) -> int:
+        if keras.backend.backend() != "jax":
+            return 1
+        return len(variable.value.sharding.device_set)
 
     def conv1d_call(self, layer: Any, inputs: Any, base_call: Any) -> Any:
         """Call a Conv1D so that it goes through ``convolution_op``."""

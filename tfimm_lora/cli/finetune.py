@@ -132,6 +132,14 @@ def finetune(
         Text,
         _option(help="mixed_float16 or mixed_bfloat16. Default: float32.", panel=_TRAINING),
     ] = None,
+    strategy: Annotated[
+        Text,
+        _option(
+            help="none, mirrored (all devices of this machine), multiworker, tpu, or "
+            "data-parallel (Keras 3 on JAX). Default: none.",
+            panel=_TRAINING,
+        ),
+    ] = None,
     seed: Annotated[
         Whole, _option(help="Of all that is random. Default: 0.", panel=_TRAINING)
     ] = None,
@@ -140,6 +148,7 @@ def finetune(
     """Fine-tune a model on labelled pictures: an adapter, and a report to look at."""
     from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
     from tfimm_lora.finetuning.report import evaluate_run
+    from tfimm_lora.finetuning.strategy import leads
 
     names = {f.name for f in dataclasses.fields(Recipe)}
     given = {k: v for k, v in locals().items() if k in names and v is not None and k != "lora"}
@@ -159,16 +168,14 @@ def finetune(
     run = finetune_pictures(
         recipe, out, resume=resume, verbose="bar" if bar else "lines", say=note
     )
+    told = ("best_epoch", "trainable", "parameters")
+    result = {"out": str(run.path), **{name: run.facts[name] for name in told}}
+    if not leads(recipe.strategy):
+        emit(result, as_json, lambda: print("trained; the chief writes the report"))
+        return
     evaluation = evaluate_run(run)
-    result = {
-        "out": str(run.path),
-        "accuracy": evaluation.accuracy,
-        "loss": evaluation.loss,
-        "best_epoch": run.facts["best_epoch"],
-        "trainable": run.facts["trainable"],
-        "parameters": run.facts["parameters"],
-        "report": str(run.path / "report.html"),
-    }
+    result["accuracy"], result["loss"] = evaluation.accuracy, evaluation.loss
+    result["report"] = str(run.path / "report.html")
 
     def show() -> None:
         share = result["trainable"] / result["parameters"]

@@ -17,11 +17,21 @@ from tfimm_lora import _keras
 from tfimm_lora.config import LoRAConfig, check_keywords, lora_field_names
 from tfimm_lora.finetuning.augment import Augmentation
 from tfimm_lora.finetuning.data import PictureSet, Split, find_pictures
+from tfimm_lora.finetuning.devices import Devices
 from tfimm_lora.finetuning.pictures import check_pictures
 from tfimm_lora.finetuning.pipeline import PictureBatches
 from tfimm_lora.finetuning.preprocessing import Preprocessing
-from tfimm_lora.finetuning.run import BASE_WEIGHTS, CONFIG, Run, base_hash, open_recipe_base
+from tfimm_lora.finetuning.run import (
+    BASE_WEIGHTS,
+    CONFIG,
+    FACTS,
+    RECIPE,
+    Run,
+    base_hash,
+    open_recipe_base,
+)
 from tfimm_lora.finetuning.schedule import check_number, check_whole
+from tfimm_lora.finetuning.strategy import check_name, check_strategy, open_strategy
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.inject import inject_lora
 from tfimm_lora.version import __version__
@@ -49,6 +59,8 @@ class Recipe:
         batch_size: Pictures in a step, over all devices. Default 32.
         balanced: Whether rare classes weigh more in the loss, so that all weigh the same.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
+        strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu"
+            or "data-parallel"; see docs/scaling.md. A run may go on with another one.
         seed: Of everything that is random: split, order, augmentation, A, dropout.
     """
 
@@ -71,12 +83,14 @@ class Recipe:
     patience: int | None = None
     balanced: bool = False
     mixed_precision: str | None = None
+    strategy: str = "none"
     seed: int = 0
 
     def __post_init__(self) -> None:
         check_keywords(self.lora, lora_field_names(), "lora")
         LoRAConfig(**self.lora)
         Augmentation.named(self.augmentation)
+        check_name(self.strategy)
         check_whole("epochs", self.epochs, 1)
         check_whole("batch_size", self.batch_size, 1)
         check_number("learning_rate", self.learning_rate, 0, above=True)
@@ -141,11 +155,15 @@ def finetune_pictures(
             nothing but the run's own folder is changed.
     """
     folder = Path(out)
+    check_strategy(recipe.strategy)
     run = _existing(folder, recipe, resume)
-    seam = _keras.default()
-    with seam.dtype_policy(recipe.mixed_precision):
+    seam, devices = _keras.default(), open_strategy(recipe.strategy)
+    devices.check_batch(recipe.batch_size)
+    if devices.replicas > 1:
+        say(f"training on {devices}")
+    with seam.dtype_policy(recipe.mixed_precision), devices.scope(), devices.together():
         if run is None:
-            run, split, model = _begin(seam, recipe, folder, say)
+            run, split, model = _begin(seam, recipe, folder, devices, say)
         else:
             say(f"going on with the run in {folder}")
             split = run.split
@@ -153,12 +171,15 @@ def finetune_pictures(
             seam.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
             _inject(seam, recipe, model, run.facts)
-        trained, seconds = _train(recipe, run, model, split, verbose)
-    run.tell(
-        best_epoch=trained.best_epoch,
-        stopped_early=trained.stopped_early,
-        seconds=round(run.facts.get("seconds", 0) + seconds, 1),
-    )
+        trained, seconds = _train(recipe, run, model, split, devices, verbose)
+    facts = {
+        "best_epoch": trained.best_epoch,
+        "stopped_early": trained.stopped_early,
+        "seconds": round(run.facts.get("seconds", 0) + seconds, 1),
+    }
+    if devices.is_chief:
+        run.tell(**facts)
+    run.facts.update(facts)
     return run
 
 
@@ -180,7 +201,12 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
             "(resume=True) to go on with it, or another folder."
         )
     run, asked = Run.open(folder), recipe.to_dict()
-    differing = [name for name in asked if run.recipe.get(name) != asked[name]]
+    differing = [
+        name
+        for name in asked
+        # Other devices give the same, but for the last digits.
+        if name != "strategy" and run.recipe.get(name) != asked[name]
+    ]
     if differing:
         told = [f"{n}={run.recipe.get(n)!r}, now {asked[n]!r}" for n in differing]
         raise ValueError(
@@ -203,7 +229,7 @@ def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, list[A
 
 
 def _begin(
-    seam: Any, recipe: Recipe, folder: Path, say: Callable[[str], None]
+    seam: Any, recipe: Recipe, folder: Path, devices: Devices, say: Callable[[str], None]
 ) -> tuple[Run, Split, Any]:
     """A new run, its pictures and its model. The folder is made as the last thing."""
     split, skipped = _pictures(recipe, say)
@@ -228,8 +254,20 @@ def _begin(
             base.model.save_weights(kept)
         _inject(seam, recipe, base.model, facts)
         facts.update(_sizes(base.model))
-        run = Run.create(folder, recipe.to_dict(), split, skipped, kept, **facts)
+        devices.agree("recipe and pictures", _told(recipe, split, facts))
+        if devices.is_chief:
+            run = Run.create(folder, recipe.to_dict(), split, skipped, kept, **facts)
+        else:
+            run = Run(folder, {RECIPE: recipe.to_dict(), FACTS: facts})
     return run, split, base.model
+
+
+def _told(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """What must be the same for all workers, whatever their folders are called."""
+    told = {**recipe.to_dict(), **facts}
+    for part, pictures in (("train", split.train), ("val", split.val)):
+        told[part] = [(os.path.basename(p.path), p.label) for p in pictures.pictures]
+    return {name: told[name] for name in told if name not in ("model", "data", "weights")}
 
 
 def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
@@ -257,7 +295,7 @@ def _sizes(model: Any) -> dict[str, Any]:
 
 
 def _train(
-    recipe: Recipe, run: Run, model: Any, split: Split, verbose: str
+    recipe: Recipe, run: Run, model: Any, split: Split, devices: Devices, verbose: str
 ) -> tuple[Trained, float]:
     preprocessing = Preprocessing.from_dict(run.facts["preprocessing"])
     batches = PictureBatches(
@@ -267,7 +305,8 @@ def _train(
         augmentation=Augmentation.named(recipe.augmentation),
         seed=recipe.seed,
     )
-    validation = PictureBatches(split.val, preprocessing, recipe.batch_size).in_order()
+    size = devices.validation_batch(len(split.val), recipe.batch_size)
+    validation = PictureBatches(split.val, preprocessing, size).in_order()
     started = time.monotonic()
     trained = finetune(
         model,
@@ -280,7 +319,7 @@ def _train(
         class_weight=class_weights(split.train) if recipe.balanced else None,
         monitor=recipe.monitor,
         patience=recipe.patience,
-        callbacks=tensorboard(model, run.path / "logs"),
+        callbacks=tensorboard(model, run.path / "logs") if devices.is_chief else [],
         out=run.path,
         resume=True,
         seed=recipe.seed,

@@ -11,13 +11,14 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 
 from tfimm_lora import _keras
-from tfimm_lora.adapters.extract import save_adapter
+from tfimm_lora.adapters.extract import adapter_of
 from tfimm_lora.finetuning.checkpoint import (
     Checkpoints,
     Progress,
     give_values,
     values_of,
 )
+from tfimm_lora.finetuning.devices import Devices, devices_of
 from tfimm_lora.finetuning.metrics import write_metrics
 from tfimm_lora.finetuning.progress import Reporter
 from tfimm_lora.finetuning.schedule import check_whole, create_optimizer
@@ -81,6 +82,9 @@ def finetune(
     a cosine, early stopping, the best weights) and that a training can go on where it was
     interrupted.
 
+    A model that was created in the scope of a ``tf.distribute.Strategy``, or under a
+    ``keras.distribution``, is trained on its devices: see docs/scaling.md.
+
     Args:
         model: A model with LoRA that gives logits (n, classes). What is trained is what its
             LoRA config says.
@@ -135,18 +139,12 @@ def finetune(
     if patience is not None:
         check_whole("patience", patience, 1)
     _require_trainable(model)
-    seam = _keras.of(model)
+    seam, devices = _keras.of(model), devices_of(model)
+    devices.check(seam)
     steps = _steps(train, steps_per_epoch)
-    if optimizer is None:
-        optimizer = create_optimizer(
-            seam.keras,
-            steps=epochs * steps,
-            learning_rate=learning_rate,
-            weight_decay=weight_decay,
-            warmup=warmup,
-        )
     keeper = _Keeper(
         model,
+        devices,
         Path(out) if out is not None else None,
         monitor=monitor if validation is not None or monitor != "val_loss" else None,
         patience=patience,
@@ -154,25 +152,51 @@ def finetune(
         fingerprint={"epochs": epochs, "steps_per_epoch": steps, "seed": seed},
     )
     keeper.look(resume)
-    with_loss = loss if loss is not None else _cross_entropy(seam)
-    model.compile(optimizer=optimizer, loss=with_loss, metrics=list(metrics))
-    model.optimizer.build(model.trainable_variables)
-    first = keeper.start()
-    reporter = Reporter(verbose, epochs, steps)
+    reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps)
     endless = isinstance(train, Epochs)
-    if first < epochs and not keeper.stopped:
-        model.fit(
-            train.epochs(first) if endless else train,
-            epochs=epochs,
-            initial_epoch=first,
-            steps_per_epoch=steps if endless or steps_per_epoch else None,
-            validation_data=validation,
-            class_weight=dict(class_weight) if class_weight else None,
-            callbacks=[*callbacks, *reporter.callbacks(seam), keeper.callback()],
-            shuffle=False,  # batches come in their order; Keras 3 warns of anything else
-            verbose=0,
+    with devices.scope(), devices.together():
+        done = keeper.progress.epoch
+        devices.agree(f"state in out={out!r}, here after epoch {done}", vars(keeper.progress))
+        if optimizer is None:
+            optimizer = create_optimizer(
+                seam.keras,
+                steps=epochs * steps,
+                learning_rate=learning_rate,
+                weight_decay=weight_decay,
+                warmup=warmup,
+            )
+        with_loss = loss if loss is not None else _cross_entropy(seam, devices)
+        # Weights that devices give to pictures are for the loss only.
+        model.compile(
+            optimizer=optimizer,
+            loss=with_loss,
+            metrics=list(metrics),
+            weighted_metrics=[],
         )
-    return keeper.finish()
+        model.optimizer.build(model.trainable_variables)
+        first = keeper.start()
+        if first < epochs and not keeper.stopped:
+            batches, weights = devices.training(
+                train.epochs(first) if endless else train,
+                dict(class_weight) if class_weight else None,
+            )
+            model.fit(
+                batches,
+                epochs=epochs,
+                initial_epoch=first,
+                steps_per_epoch=steps if endless or steps_per_epoch else None,
+                validation_data=devices.validation(validation),
+                class_weight=weights,
+                callbacks=[
+                    *callbacks,
+                    *devices.callbacks(seam),
+                    *reporter.callbacks(seam),
+                    keeper.callback(),
+                ],
+                shuffle=False,  # batches come in their order; Keras 3 warns of anything else
+                verbose=0,
+            )
+        return keeper.finish()
 
 
 def _require_trainable(model: Any) -> None:
@@ -204,12 +228,13 @@ def _steps(train: Any, steps_per_epoch: int | None) -> int:
     return steps
 
 
-def _cross_entropy(seam: Any) -> Any:
+def _cross_entropy(seam: Any, devices: Devices) -> Any:
     entropy = seam.keras.losses.sparse_categorical_crossentropy
 
     def cross_entropy(labels: Any, logits: Any) -> Any:
         # Under mixed precision the logits are 16-bit, in which a softmax loses digits.
-        return entropy(labels, seam.ops.cast(logits, "float32"), from_logits=True)
+        logits = seam.ops.cast(logits, "float32")
+        return devices.by_share(entropy(labels, logits, from_logits=True))
 
     return cross_entropy
 
@@ -220,6 +245,7 @@ class _Keeper:
     def __init__(
         self,
         model: Any,
+        devices: Devices,
         out: Path | None,
         *,
         monitor: str | None,
@@ -228,7 +254,8 @@ class _Keeper:
         fingerprint: dict[str, Any],
     ) -> None:
         self.model, self.out, self.monitor, self.patience = model, out, monitor, patience
-        self.seed, self.seam = seed, _keras.of(model)
+        self.seam, self.writes = _keras.of(model), devices.is_chief
+        self.seed = seed + devices.worker  # workers drop out different features
         self.progress = Progress(fingerprint=fingerprint)
         self.checkpoints = Checkpoints(out / STATE) if out is not None else None
         self.best_values: dict[str, np.ndarray] | None = None
@@ -292,11 +319,10 @@ class _Keeper:
         if self._is_best(numbers):
             progress.best = epoch
             self.best_values = values
-            if self.out is not None:
-                save_adapter(self.model, self.out / ADAPTER)
-        if self.checkpoints is not None:
+            self._save_adapter()
+        if self.checkpoints is not None and self.writes:
             self.checkpoints.save(progress, values)
-            self._write_metrics()
+        self._write_metrics()
         if self.stopped:
             self.model.stop_training = True
 
@@ -329,10 +355,15 @@ class _Keeper:
         best = self.progress.best
         assert best is not None and self.best_values is not None
         give_values(self.model, None, self.best_values)
-        if self.out is not None:
-            save_adapter(self.model, self.out / ADAPTER)
+        self._save_adapter()
         return Trained(self.progress.history, best + 1, self.stopped)
 
-    def _write_metrics(self) -> None:
+    def _save_adapter(self) -> None:
         if self.out is not None:
+            adapter = adapter_of(self.model)  # by all workers: some values are means of theirs
+            if self.writes:
+                adapter.save(self.out / ADAPTER)
+
+    def _write_metrics(self) -> None:
+        if self.out is not None and self.writes:
             write_metrics(self.out / METRICS, self.progress.history)
