@@ -200,7 +200,10 @@ def in_csv(path: Path) -> Parts:
 
 
 def _rows(path: Path) -> tuple[list[str], Iterable[tuple[int, dict[str, str]]]]:
-    """The header in small letters, and each line that is not empty with its number."""
+    """The header in small letters, and each line that is not empty with its number.
+
+    Names of files may be any bytes, which Python keeps as surrogates; all else is UTF-8.
+    """
     try:
         # utf-8-sig: spreadsheets put a mark at the beginning.
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
@@ -209,7 +212,11 @@ def _rows(path: Path) -> tuple[list[str], Iterable[tuple[int, dict[str, str]]]]:
     except (UnicodeDecodeError, csv.Error) as error:
         raise ValueError(f"{path} is not a CSV file in UTF-8: {error}.") from error
     header = [name.strip().lower() for name in lines[0][1]] if lines else []
-    return header, [(number, dict(zip(header, line))) for number, line in lines[1:]]
+    rows = [(number, dict(zip(header, line))) for number, line in lines[1:]]
+    texts = [*header, *(row[name] for _, row in rows for name in row if name != "path")]
+    if any("\udc80" <= letter <= "\udcff" for text in texts for letter in text):
+        raise ValueError(f"{path} is not a CSV file in UTF-8.")
+    return header, rows
 
 
 def _part(path: Path, line: int, row: dict[str, str]) -> str:
