@@ -53,7 +53,7 @@ def modules():
         skipped = ("legacy", "keras3") if not LEGACY else ("keras3",)
         if not LEGACY and "architectures" in module.name:
             continue
-        if module.name.rpartition(".")[2] not in skipped:
+        if module.name.rpartition(".")[2] not in (*skipped, "__main__"):
             yield module.name
 
 

@@ -44,7 +44,7 @@ def check_strategy(name: str) -> None:
     Example:
         >>> from tfimm_lora.finetuning.strategy import check_strategy
         >>> check_strategy("none")
-        >>> check_strategy("mirorred")
+        >>> check_strategy("mirorred")  # doctest: +ELLIPSIS
         Traceback (most recent call last):
         ValueError: Received strategy='mirorred'; expected one of none, mirrored, ...
     """
