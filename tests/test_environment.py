@@ -29,6 +29,7 @@ ORDER = [
     "trainability",
     "transfer",
     "merge",
+    "optimizers",
     "replaced",
     "registry",
     "selection",

@@ -39,6 +39,8 @@ class KerasSeam:
     FilteredWeights: type
     #: Mixin that calls ``_after_build`` once the variables of the base layer exist.
     BuildHook: type
+    #: Mixin for optimizers whose learning rate differs by variable; see ``rates``.
+    VariableRates: type
 
     def backend(self) -> str:
         """What computes: "tensorflow", "jax" or "torch"."""
@@ -106,6 +108,30 @@ class KerasSeam:
 
     def optimizer_variables(self, optimizer: Any) -> list[Any]:
         """The variables of a built optimizer, also of the one inside a loss scaling."""
+        raise NotImplementedError
+
+    def optimizer_rule(self, optimizer: Any) -> type:
+        """The class of an optimizer that has its rule for one variable, ``update_step``."""
+        return type(optimizer)
+
+    def optimizer_classes(self) -> list[type]:
+        """The optimizers of this Keras that have such a rule."""
+        found = [getattr(self.keras.optimizers, name) for name in dir(self.keras.optimizers)]
+        return [cls for cls in found if isinstance(cls, type) and self.has_rule(cls)]
+
+    def has_rule(self, optimizer_cls: Any) -> bool:
+        """Whether a class is an optimizer with a rule, and not one around others."""
+        optimizers = self.keras.optimizers
+        around = [getattr(self.keras.mixed_precision, "LossScaleOptimizer", None)]
+        around.append(getattr(optimizers, "MultiOptimizer", None))
+        return (
+            issubclass(optimizer_cls, optimizers.Optimizer)
+            and optimizer_cls.update_step is not optimizers.Optimizer.update_step
+            and not issubclass(optimizer_cls, tuple(cls for cls in around if cls))
+        )
+
+    def is_built_optimizer(self, optimizer: Any) -> bool:
+        """Whether an optimizer has its variables already."""
         raise NotImplementedError
 
     def created_like(self, model: Any) -> contextlib.AbstractContextManager[Any]:

@@ -14,6 +14,7 @@ from keras.src.distribution import distribution_lib
 from keras.src.layers.convolutional.base_conv import BaseConv
 
 from tfimm_lora._keras.common import KerasSeam
+from tfimm_lora._keras.rates import Keras3VariableRates
 
 
 def _depthwise_convolution(layer: Any, inputs: Any, kernel: Any) -> Any:
@@ -77,6 +78,7 @@ class Keras3Seam(KerasSeam):
     }
     FilteredWeights = _FilteredWeights
     BuildHook = _BuildHook
+    VariableRates = Keras3VariableRates
 
     depthwise_convolution = staticmethod(_depthwise_convolution)
 
@@ -128,6 +130,14 @@ class Keras3Seam(KerasSeam):
 
     def optimizer_variables(self, optimizer: Any) -> list[Any]:
         return list(optimizer.variables)
+
+    def optimizer_rule(self, optimizer: Any) -> type:
+        # On torch Keras makes an instance of a class that updates all variables at once.
+        own = type(optimizer).__mro__
+        return next(c for c in own if not c.__module__.startswith("keras.src.backend"))
+
+    def is_built_optimizer(self, optimizer: Any) -> bool:
+        return bool(optimizer.built)
 
     def to_numpy(self, variable: Any) -> Any:
         with AutocastScope(None):

@@ -13,6 +13,7 @@ import tf_keras
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora._keras.common import KerasSeam
+from tfimm_lora._keras.rates import LegacyVariableRates
 
 
 def _depthwise_convolution(layer: Any, inputs: Any, kernel: Any) -> Any:
@@ -104,6 +105,7 @@ class LegacySeam(KerasSeam):
     }
     FilteredWeights = _FilteredWeights
     BuildHook = _BuildHook
+    VariableRates = LegacyVariableRates
 
     depthwise_convolution = staticmethod(_depthwise_convolution)
 
@@ -130,6 +132,9 @@ class LegacySeam(KerasSeam):
     def optimizer_variables(self, optimizer: Any) -> list[Any]:
         variables = optimizer.variables
         return list(variables() if callable(variables) else variables)
+
+    def is_built_optimizer(self, optimizer: Any) -> bool:
+        return bool(getattr(optimizer, "_built", False))
 
     def to_numpy(self, variable: Any) -> Any:
         with autocast_variable.enable_auto_cast_variables(None):
