@@ -11,7 +11,7 @@ from tests.kerases import LEGACY
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
 def test_demo_runs_and_its_export_predicts_the_same(tmp_path):
     program = [

@@ -64,6 +64,7 @@ def losses_of(kind):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
+@pytest.mark.long
 def test_mirrored_strategy_trains_to_the_same_losses():
     one, two = losses_of("one"), losses_of("mirrored")
     assert one[-1] < one[0]

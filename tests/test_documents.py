@@ -120,7 +120,7 @@ def test_nothing_in_the_repository_names_a_machine():
                 )
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="of tfimm models")
 def test_benchmark_runs(tmp_path):
     out = tmp_path / "table.json"

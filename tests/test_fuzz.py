@@ -256,7 +256,7 @@ def mutated(content, rng):
     return bytes(content)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_thousands_of_mutations_never_do_more_than_raise(original, tmp_path):
     rng = np.random.default_rng(0)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

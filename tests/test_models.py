@@ -18,7 +18,7 @@ def test_model(spec, promise, tmp_path):
     promise(spec, tmp_path)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(
     LEGACY or BACKEND != "tensorflow", reason="of Keras 3, tested on TensorFlow"
 )

@@ -30,7 +30,7 @@ def vit_base():
     return keras.Model(entry, keras.layers.Dense(1000, name="head")(x[:, 0]))
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="once is enough")
 def test_injection_adds_the_memory_of_the_factors_in_under_two_seconds():
