@@ -53,6 +53,7 @@ from tfimm_lora.layers import (  # noqa: E402
     register_layer_classes,
 )
 from tfimm_lora.merge import merge_lora_weights, unmerge_lora_weights  # noqa: E402
+from tfimm_lora.optimizers import loraplus_optimizer  # noqa: E402
 from tfimm_lora.planning import Plan, plan  # noqa: E402
 from tfimm_lora.registry import (  # noqa: E402
     lora_architecture,
@@ -60,6 +61,7 @@ from tfimm_lora.registry import (  # noqa: E402
     lora_config,
     register_lora_architecture,
 )
+from tfimm_lora.target_table import explain_targets  # noqa: E402
 from tfimm_lora.trainability import (  # noqa: E402
     lora_non_trainable_weights,
     lora_trainable_weights,
@@ -110,6 +112,7 @@ __all__ = [
     "detach_adapters",
     "disable_adapter",
     "evaluate",
+    "explain_targets",
     "export",
     "extract_adapter",
     "find_pictures",
@@ -125,6 +128,7 @@ __all__ = [
     "lora_config",
     "lora_non_trainable_weights",
     "lora_trainable_weights",
+    "loraplus_optimizer",
     "merge_lora_weights",
     "merge_weights",
     "plan",
