@@ -17,6 +17,7 @@ from tfimm_lora.adapters.explain import extract_adapter  # noqa: E402
 from tfimm_lora.adapters.extract import adapter_of, save_adapter  # noqa: E402
 from tfimm_lora.adapters.hub import push_to_hub  # noqa: E402
 from tfimm_lora.adapters.load import load_adapter  # noqa: E402
+from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft  # noqa: E402
 from tfimm_lora.adapters.routing import (  # noqa: E402
     adapter_ids,
     attach_adapters,
@@ -123,6 +124,7 @@ __all__ = [
     "load_adapter",
     "load_timm_weights",
     "lora_architecture",
+    "lora_arguments_from_peft",
     "lora_base_architecture",
     "lora_class",
     "lora_config",
