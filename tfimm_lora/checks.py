@@ -34,6 +34,12 @@ def check_alpha(alpha: Any) -> None:
         raise ValueError(f"Received lora_alpha={alpha!r}; expected a finite number.")
 
 
+def check_bool(value: Any, field: str) -> None:
+    """Raise unless ``value`` is True or False."""
+    if not isinstance(value, bool):
+        raise TypeError(f"Received {field}={value!r}; expected True or False.")
+
+
 def check_pattern(pattern: Any, name: str, check: Callable[[Any], None]) -> None:
     """Raise unless ``pattern`` maps regular expressions to values that ``check`` takes."""
     if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):

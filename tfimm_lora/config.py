@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from tfimm_lora import peft_translation
 from tfimm_lora.checks import (
     check_alpha,
+    check_bool,
     check_dropout,
     check_names,
     check_pattern,
@@ -53,6 +54,9 @@ class LoRAConfig:
             counts, as in PEFT. Default none.
         lora_dropout: Rate in [0, 1) of the dropout on the input of the low-rank branch
             while training. Default 0.
+        lora_freeze_a: Whether A stays as it was drawn and B alone is trained (LoRA-FA): about
+            half the trained parameters, and compiled functions need not keep the inputs of
+            adapted layers for the gradient. Default False.
         lora_initializer: Initializer of A (B starts at zero): a name, a config or an
             object. None (default) draws uniformly from +-1/sqrt(fan_in).
         lora_regularizer: Regularizer of A and of B. Default none.
@@ -93,7 +97,9 @@ class LoRAConfig:
         2.0
 
     Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1; Kalajdzievski, "A Rank
-    Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732.
+    Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732; Zhang et al.,
+    "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
+    arXiv:2308.03303.
     """
 
     lora_rank: int = 4
@@ -102,6 +108,7 @@ class LoRAConfig:
     lora_rank_pattern: dict[str, int] = field(default_factory=dict)
     lora_alpha_pattern: dict[str, float] = field(default_factory=dict)
     lora_dropout: float = 0.0
+    lora_freeze_a: bool = False
     lora_initializer: Any = None
     lora_regularizer: Any = None
     lora_targets: Targets = None
@@ -139,10 +146,8 @@ class LoRAConfig:
         check_qkv(self.lora_qkv)
         check_names(self.lora_train_modules, "lora_train_modules")
         self.lora_train_modules = tuple(self.lora_train_modules)
-        if not isinstance(self.lora_use_rslora, bool):
-            raise TypeError(
-                f"Received lora_use_rslora={self.lora_use_rslora!r}; expected True or False."
-            )
+        check_bool(self.lora_use_rslora, "lora_use_rslora")
+        check_bool(self.lora_freeze_a, "lora_freeze_a")
         if self.lora_train_classifier not in (None, True, False):
             raise TypeError(
                 f"Received lora_train_classifier={self.lora_train_classifier!r}; expected "
@@ -161,6 +166,7 @@ class LoRAConfig:
             "lora_alpha": self.lora_alpha,
             "lora_use_rslora": self.lora_use_rslora,
             "lora_dropout": self.lora_dropout,
+            "lora_freeze_a": self.lora_freeze_a,
             "lora_initializer": self.lora_initializer,
             "lora_regularizer": self.lora_regularizer,
         }

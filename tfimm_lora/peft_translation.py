@@ -199,6 +199,7 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
 
 #: Fields of ``LoRAConfig`` that PEFT has not, and what to do instead.
 _WITHOUT_COUNTERPART = {
+    "lora_freeze_a": "PEFT has an optimizer for it, create_lorafa_optimizer",
     "lora_qkv": "PEFT adapts a fused kernel whole; save_adapter writes its parts exactly",
     "lora_regularizer": "PEFT has none",
     "lora_train_classifier": "name the classifier in lora_train_modules",

@@ -86,7 +86,8 @@ def _trained_in(seam: Any, layer: Any, train_bias: str, whole: bool) -> list[Any
         chosen = biases if train_bias != "none" else []
         if "kernel_lora_a" not in layer.__dict__:
             return chosen
-        return [layer.kernel_lora_a, layer.kernel_lora_b, *chosen]  # type: ignore[attr-defined]
+        factors = [layer.kernel_lora_a, layer.kernel_lora_b]  # type: ignore[attr-defined]
+        return [*(v for v in factors if layer._is_trained(v)), *chosen]
     return biases if train_bias == "all" else []
 
 

@@ -19,7 +19,7 @@ class LoRASpec:
     """The settings of one adapted layer, validated.
 
     Attributes:
-        rank, alpha, dropout, initializer, regularizer: as in ``LoRAConfig``.
+        rank, alpha, dropout, freeze_a, initializer, regularizer: as in ``LoRAConfig``.
         train_bias: whether the layer's own bias is trained.
         qkv: the parts of a fused kernel that are adapted; None for the kernel as one.
         qkv_layout: the parts that a fused kernel consists of.
@@ -36,6 +36,7 @@ class LoRASpec:
     qkv: str | None = None
     qkv_layout: str = "qkv"
     use_rslora: bool = False
+    freeze_a: bool = False
 
     def __post_init__(self) -> None:
         checks.check_rank(self.rank)
@@ -55,6 +56,7 @@ LAYER_ARGUMENTS: dict[str, Any] = {
     "lora_alpha": None,
     "lora_use_rslora": False,
     "lora_dropout": 0.0,
+    "lora_freeze_a": False,
     "lora_initializer": None,
     "lora_regularizer": None,
     "lora_train_bias": False,
@@ -77,6 +79,7 @@ def make_spec(seam: Any, arguments: dict[str, Any]) -> LoRASpec:
         qkv=values["lora_qkv"],
         qkv_layout=values["lora_qkv_layout"],
         use_rslora=bool(values["lora_use_rslora"]),
+        freeze_a=bool(values["lora_freeze_a"]),
     )
 
 
@@ -92,6 +95,7 @@ class LoRALayer(LayerValues):
         lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
         lora_use_rslora: Whether s is alpha / sqrt(rank). Default False.
         lora_dropout: Rate in [0, 1) of the dropout on the branch's input. Default 0.
+        lora_freeze_a: Whether B alone is trained (LoRA-FA). Default False.
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(fan_in).
         lora_regularizer: Regularizer of A and of B. Default none.
         lora_train_bias: Whether the layer's bias is trained too. Default False.
@@ -181,8 +185,9 @@ class LoRALayer(LayerValues):
         return self.__dict__[_keras.of(self).kernel_attributes[self._kernel_role]]
 
     def _is_trained(self, variable: Any) -> bool:
-        if _keras.of(self).variable_name(variable) in config.LORA_WEIGHT_NAMES:
-            return True
+        name = _keras.of(self).variable_name(variable)
+        if name in config.LORA_WEIGHT_NAMES:
+            return name == config.LORA_WEIGHT_NAMES[1] or not self.lora.freeze_a
         return self.lora.train_bias and _keras.of(self).is_bias_like(variable)
 
     @classmethod
@@ -357,6 +362,7 @@ class LoRALayer(LayerValues):
             "lora_alpha": spec.alpha,
             "lora_use_rslora": spec.use_rslora,
             "lora_dropout": spec.dropout,
+            "lora_freeze_a": spec.freeze_a,
             "lora_initializer": initializers.serialize(spec.initializer)
             if spec.initializer is not None
             else None,

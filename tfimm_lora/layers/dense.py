@@ -52,6 +52,7 @@ class DenseUpdate(LoRALayer):
         lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
         lora_use_rslora: Whether s is lora_alpha / sqrt(lora_rank). Default False.
         lora_dropout: Rate in [0, 1) of dropout on the branch's input. Default 0.
+        lora_freeze_a: Whether B alone is trained (LoRA-FA). Default False.
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(in).
         lora_regularizer: Regularizer of A and of B. Default none.
         lora_train_bias: Whether the bias is trained too. Default False.
