@@ -6,23 +6,16 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
-import tensorflow as tf
 
 import tfimm_lora as lora
 from tests.kerases import BACKEND, LEGACY, keras
 from tests.picture_folders import write_digits
-from tfimm_lora.cli import main
-from tfimm_lora.finetuning import strategy as strategies
-from tfimm_lora.finetuning.cluster import EXAMPLE, Cluster
-from tfimm_lora.finetuning.devices import Devices, JaxDevices, TensorFlowDevices, filled
 from tfimm_lora.finetuning.metrics import read_metrics
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
-from tfimm_lora.finetuning.strategy import check_strategy, leads
 
 ROOT = Path(__file__).parent.parent
 #: Seconds after which a process of a test has failed.
@@ -145,7 +138,7 @@ def train_on_devices(folder, out, strategy, **environ):
     return [[out / f"{name}-{batch}" for name in ("none", strategy)] for batch in (10, 8)]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @needs_tensorflow
 def test_two_mirrored_devices_train_as_one_does(folder, tmp_path):
     five, single = train_on_devices(folder, tmp_path, "mirrored")
@@ -155,7 +148,7 @@ def test_two_mirrored_devices_train_as_one_does(folder, tmp_path):
     assert_close(*single, VALIDATION)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.backends
 @pytest.mark.skipif(BACKEND != "jax", reason="of JAX")
 def test_data_parallel_devices_of_jax_train_as_one_does(folder, tmp_path):
@@ -226,7 +219,7 @@ def start_workers(*commands):
     return [start(*c, TF_CONFIG=tf_config(addresses, i)) for i, c in numbered], addresses
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="Keras 3 cannot")
 def test_two_workers_train_as_one_device_and_go_on_after_a_kill(folder, tmp_path):
     plain = settings(folder, strategy="multiworker")
