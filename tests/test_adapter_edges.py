@@ -31,6 +31,21 @@ def model_of(*names, width=4):
     return keras.Model(entry, layers.Dense(3, name="head")(x))
 
 
+def test_one_adapter_is_one_sequence_of_bytes(tmp_path):
+    """safetensors writes metadata in an order of chance, different for each call."""
+    adapter = lora.Adapter({"größe": update(out=3), "b": update(3, 0.3)}, {"c.weight": np.ones(3)})
+    written = set()
+    for number in range(8):
+        adapter.save(tmp_path / str(number))
+        written.add((tmp_path / str(number) / "adapter_model.safetensors").read_bytes())
+    assert len(written) == 1
+    again = lora.Adapter.load(tmp_path / "0")
+    for name, one in adapter.layers.items():
+        np.testing.assert_array_equal(again.layers[name].a, one.a)
+        assert again.layers[name].scale == one.scale
+    np.testing.assert_array_equal(again.weights["c.weight"], np.ones(3))
+
+
 @pytest.mark.parametrize("rank", [2, 3])
 def test_a_layer_whose_name_ends_anothers_keeps_its_scale_and_rank(rank, tmp_path):
     """PEFT's patterns mean every path that ends in them; the first one counts."""

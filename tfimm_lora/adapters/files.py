@@ -145,7 +145,20 @@ def _serialised(adapter: Adapter, config_hash: str) -> bytes:
     more = (("kinds", kinds), ("qkv", parts), ("scales", scales))
     notes.update({name: value for name, value in more if value})
     metadata = {"format": "pt", "tfimm_lora": json.dumps(notes, separators=(",", ":"))}
-    return save(tensors, metadata)
+    return _with_ordered_metadata(save(tensors, metadata))
+
+
+def _with_ordered_metadata(content: bytes) -> bytes:
+    """The file with its metadata sorted: safetensors writes them in an order of chance.
+
+    One adapter is one sequence of bytes then, so that files can be compared by their hash.
+    """
+    size = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + size])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # tensors begin at a multiple of 8
+    return len(text).to_bytes(8, "little") + text + content[8 + size :]
 
 
 # -- reading --------------------------------------------------------------------------------
