@@ -34,7 +34,7 @@ def model_of(*names, width=4):
 def test_one_adapter_is_one_sequence_of_bytes(tmp_path):
     """safetensors writes metadata in an order of chance, different for each call."""
     layers = {"größe": update(out=3), "b": update(3, 0.3)}
-    adapter = lora.Adapter(layers, {"c.weight": np.ones(3)})
+    adapter = lora.Adapter(layers, {"c.weight": np.ones(3)}, ("c",))
     written = set()
     for number in range(8):
         adapter.save(tmp_path / str(number))
