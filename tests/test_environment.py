@@ -41,6 +41,8 @@ ORDER = [
     "zoo",
     "weights",
     "adapters",
+    "compaction",
+    "rank_allocation",
     "factory",
     "planning",
     "exporting",

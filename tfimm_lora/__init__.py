@@ -25,6 +25,7 @@ from tfimm_lora.adapters.routing import (  # noqa: E402
     routed_model,
     use_adapters,
 )
+from tfimm_lora.compaction import compact_adapter  # noqa: E402
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
 from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
 from tfimm_lora.exporting import Exported, export  # noqa: E402
@@ -56,6 +57,7 @@ from tfimm_lora.layers import (  # noqa: E402
 from tfimm_lora.merge import merge_lora_weights, unmerge_lora_weights  # noqa: E402
 from tfimm_lora.optimizers import loraplus_optimizer  # noqa: E402
 from tfimm_lora.planning import Plan, plan  # noqa: E402
+from tfimm_lora.rank_allocation import RankAllocator  # noqa: E402
 from tfimm_lora.registry import (  # noqa: E402
     lora_architecture,
     lora_base_architecture,
@@ -94,6 +96,7 @@ __all__ = [
     "PictureSet",
     "Plan",
     "Preprocessing",
+    "RankAllocator",
     "Recipe",
     "Run",
     "Split",
@@ -105,6 +108,7 @@ __all__ = [
     "check_pictures",
     "combination_errors",
     "combine_adapters",
+    "compact_adapter",
     "convert_to_lora_layer",
     "convert_to_lora_model",
     "convert_to_regular_model",
