@@ -27,11 +27,21 @@ class Case:
     rank: int = 2
     alpha: float = 3.0
     activation: Callable[[np.ndarray], np.ndarray] = field(default=lambda y: y)
+    #: The axes of the kernel that are summed over, where these are not all but the last.
+    summed: tuple[int, ...] | None = None
 
     def make_base(self):
         """The layer without LoRA."""
         own = {k: v for k, v in self.args.items() if not k.startswith("lora_")}
         return self.base(name="layer", **own)
+
+    @property
+    def has_bias(self):
+        """Whether the layer has a bias."""
+        args = self.args
+        return "bias_axes" in args or not (
+            "equation" in args or "input_dim" in args or (args.get("use_bias") is False)
+        )
 
     @property
     def lora_args(self):
@@ -45,7 +55,7 @@ class Case:
         layer = self.cls(name="layer", **merged)
         layer(self.inputs())
         rng = np.random.default_rng(7)
-        for variable in (layer.kernel_lora_a, layer.kernel_lora_b):
+        for variable in layer._lora_variables().values():
             value = rng.normal(size=tuple(variable.shape)).astype("float32")
             variable.assign(value * 0.5)
         if getattr(layer, "bias", None) is not None:
@@ -58,20 +68,41 @@ class Case:
             return rng.integers(0, self.integers, size=self.input_shape).astype("int32")
         return normal(*self.input_shape, seed=seed)
 
-    def expected_kernel(self, layer, a=None, b=None):
-        """W + alpha / rank * A B, in float64; A and B of the layer unless given."""
-        unmerged = layer.lora_values()
-        kernel = unmerged["kernel"].astype("float64")
-        a = unmerged["kernel_lora_a"].astype("float64") if a is None else a
-        b = unmerged["kernel_lora_b"].astype("float64") if b is None else b
-        shape = (kernel.shape,) if self.update is reference.depthwise_update else ()
-        return kernel + self.alpha / self.rank * self.update(a, b, *shape)
+    def expected_kernel(self, layer, a=None, b=None, norm=None):
+        """W + alpha / rank * A B, in float64; A and B of the layer unless given. The variants
+        of LoRA (DoRA, starts) go by the layer's other variables."""
+        values = {n: x.astype("float64") for n, x in layer.lora_values().items()}
+        a = values["kernel_lora_a"] if a is None else a
+        b = values["kernel_lora_b"] if b is None else b
+        kernel = values["kernel"]
+        adapted = kernel + self.scaled_update(a, b, kernel.shape)
+        if "kernel_lora_a0" in values:
+            start = values["kernel_lora_a0"], values["kernel_lora_b0"]
+            adapted = adapted - self.scaled_update(*start, kernel.shape)
+        if "kernel_lora_magnitude" in values:
+            below = self.norm(adapted) if norm is None else norm
+            above = self.norm(kernel)
+            above = above + values["kernel_lora_magnitude"].reshape(above.shape)
+            adapted = adapted * above / below
+        return adapted
 
-    def expected(self, layer, x, a=None, b=None):
-        """What the layer should give, in float64."""
-        y = self.product(x, self.expected_kernel(layer, a, b))
+    def scaled_update(self, a, b, kernel_shape):
+        shape = (kernel_shape,) if self.update is reference.depthwise_update else ()
+        return self.alpha / self.rank * self.update(a, b, *shape)
+
+    def norm(self, kernel):
+        """The norms over what the product sums over, one for each output."""
+        axes = self.summed or tuple(range(kernel.ndim - 1))
+        return np.sqrt((kernel**2).sum(axis=axes, keepdims=True))
+
+    def expected(self, layer, x, a=None, b=None, norm=None):
+        """What the layer should give, in float64; with DoRA's norm held fast, if given."""
+        y = self.product(x, self.expected_kernel(layer, a, b, norm))
         if getattr(layer, "bias", None) is not None:
-            y = y + array(layer.bias).astype("float64")
+            values = layer.lora_values()
+            bias = values.get("bias", array(layer.bias)).astype("float64")
+            shift = values.get("kernel_lora_shift")
+            y = y + bias + (0 if shift is None else self.alpha / self.rank * shift)
         return self.activation(y)
 
 
@@ -203,6 +234,7 @@ CASES = [
         (2, 6, 6, 3),
         lambda x, k: reference.depthwise(x, k, (2, 2), "same", (1, 1)),
         reference.depthwise_update,
+        summed=(0, 1),
     ),
     Case(
         "einsum_heads",
@@ -212,6 +244,7 @@ CASES = [
         (2, 3, 6),
         lambda x, k: np.einsum("abc,cde->abde", x, k),
         lambda a, b: np.einsum("cr,rde->cde", a, b),
+        summed=(0,),
     ),
     Case(
         "einsum_two_axes_in",
@@ -240,6 +273,7 @@ CASES = [
         (2, 3, 4),
         lambda x, k: np.einsum("abc,bcd->abd", x, k),
         lambda a, b: np.einsum("bcr,brd->bcd", a, b),
+        summed=(1,),
     ),
     Case(
         "embedding",

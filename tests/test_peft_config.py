@@ -121,15 +121,12 @@ REPRESENTABLE = [
         lora_alpha_pattern={"fc1": 1.5},
     ),
     dict(lora_targets=["fc1"], lora_alpha=4, lora_train_modules=["head", "blocks/1/norm"]),
-    dict(
-        lora_targets=["fc1"],
-        lora_rank=8,
-        lora_alpha=4,
-        lora_initializer={
-            "class_name": "RandomNormal",
-            "config": {"mean": 0.0, "stddev": 1 / 8},
-        },
+    *(
+        dict(lora_targets=["fc1"], lora_rank=8, lora_alpha=4, lora_init=name)
+        for name in ("gaussian", "pissa", "pissa_niter_4", "olora", "orthogonal", "eva")
     ),
+    dict(lora_targets=["fc1"], lora_alpha=4, lora_use_dora=True),
+    dict(lora_targets=["fc1"], lora_alpha=4, lora_bias=True),
 ]
 
 
@@ -224,28 +221,19 @@ REFUSED = [
     ({"modules_to_save": [1]}, ValueError, "modules_to_save"),
     ({"bias": "some"}, ValueError, "bias='some'"),
     ({"init_lora_weights": False}, ValueError, "init_lora_weights=False .B would not"),
-    (
-        {"init_lora_weights": "pissa_niter_4"},
-        ValueError,
-        "pissa_niter_4'.*changes the base",
-    ),
-    ({"init_lora_weights": "olora"}, ValueError, "changes the base"),
-    ({"init_lora_weights": "eva"}, ValueError, "computed from data"),
-    ({"init_lora_weights": "orthogonal"}, ValueError, "'orthogonal' .not known here"),
-    (
-        {"init_lora_weights": "gaussian", "rank_pattern": {"a": 3}},
-        ValueError,
-        "'gaussian'.*rank_pattern",
-    ),
+    ({"init_lora_weights": "loftq"}, ValueError, "'loftq' .not known here"),
+    ({"init_lora_weights": "pissa_niter_x"}, ValueError, "pissa_niter_x"),
+    ({"use_dora": 1}, ValueError, "use_dora=1"),
+    ({"use_dora": True, "lora_bias": True}, ValueError, "expected one of them"),
     (
         {
-            "use_dora": True,
+            "use_bdlora": True,
             "megatron_config": {"a": 1},
             "ensure_weight_tying": True,
             "new": 7,
         },
         ValueError,
-        "use_dora=True, megatron_config=.*, new=7 .unknown., ensure_weight_tying",
+        "use_bdlora=True, megatron_config=.*, new=7 .unknown., ensure_weight_tying",
     ),
 ]
 

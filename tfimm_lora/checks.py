@@ -160,3 +160,13 @@ def check_qkv(parts: Any) -> None:
             f'Received lora_qkv={parts!r}; expected letters of "qkv", each at most once, '
             'for example "qv".'
         )
+
+
+def check_variant(use_dora: bool, bias: bool) -> None:
+    """Raise for DoRA with a bias of the branch."""
+    if use_dora and bias:
+        raise ValueError(
+            "Received lora_use_dora=True and lora_bias=True; expected one of them: DoRA scales "
+            "a kernel and its update together, and a bias of the branch has no part in that. "
+            "lora_train_bias='lora_only' trains the layer's own bias."
+        )

@@ -21,13 +21,25 @@ from tfimm_lora.checks import (
     check_rank,
     check_targets,
     check_train_bias,
+    check_variant,
     indices_of,
     listed,
     patterns_of,
 )
+from tfimm_lora.starts import check_init
 
 #: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
 LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
+
+#: These and what only some layers have: DoRA's magnitude (as its difference from the norm of
+#: the frozen kernel), the bias of the branch, and the A and B of a start that is taken off.
+LORA_VARIABLE_NAMES = (
+    *LORA_WEIGHT_NAMES,
+    "kernel_lora_magnitude",
+    "kernel_lora_shift",
+    "kernel_lora_a0",
+    "kernel_lora_b0",
+)
 
 Targets = str | Sequence[str] | None
 
@@ -54,6 +66,16 @@ class LoRAConfig:
             counts, as in PEFT. Default none.
         lora_dropout: Rate in [0, 1) of the dropout on the input of the low-rank branch
             while training. Default 0.
+        lora_use_dora: Whether the norm of each column of W + s A B is a variable of its own
+            (DoRA): the kernel is m (W + s A B) / |W + s A B|, m starts as |W|. Default False.
+        lora_bias: Whether the branch has a bias c, added as s c. Default False.
+        lora_init: How A and B start. "default": A as lora_initializer says, B zero.
+            "gaussian": A normal with a spread of one over the rank, B zero. "orthogonal": rows
+            that are orthogonal, A B = 0. "pissa" (or "pissa_niter_4", faster: a randomized
+            decomposition with 4 iterations): the largest singular vectors of the kernel.
+            "olora": its QR decomposition. "eva": of the layers' inputs; call
+            ``initialize_eva(model, data)``. For "pissa" and "olora" the kernel is
+            W + s (A B - A0 B0) with the start A0, B0, so that W itself stays as it is.
         lora_freeze_a: Whether A stays as it was drawn and B alone is trained (LoRA-FA): about
             half the trained parameters, and compiled functions need not keep the inputs of
             adapted layers for the gradient. Default False.
@@ -99,7 +121,9 @@ class LoRAConfig:
     Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1; Kalajdzievski, "A Rank
     Stabilization Scaling Factor for Fine-Tuning with LoRA", arXiv:2312.03732; Zhang et al.,
     "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
-    arXiv:2308.03303.
+    arXiv:2308.03303; Liu et al., "DoRA", arXiv:2402.09353, section 4; Meng et al., "PiSSA",
+    arXiv:2404.02948; Buyukakyuz, "OLoRA", arXiv:2406.01775; Paischer et al., "One
+    Initialization to Rule them All" (EVA), arXiv:2410.07170.
     """
 
     lora_rank: int = 4
@@ -107,7 +131,10 @@ class LoRAConfig:
     lora_use_rslora: bool = False
     lora_rank_pattern: dict[str, int] = field(default_factory=dict)
     lora_alpha_pattern: dict[str, float] = field(default_factory=dict)
+    lora_use_dora: bool = False
+    lora_bias: bool = False
     lora_dropout: float = 0.0
+    lora_init: str = "default"
     lora_freeze_a: bool = False
     lora_initializer: Any = None
     lora_regularizer: Any = None
@@ -148,6 +175,10 @@ class LoRAConfig:
         self.lora_train_modules = tuple(self.lora_train_modules)
         check_bool(self.lora_use_rslora, "lora_use_rslora")
         check_bool(self.lora_freeze_a, "lora_freeze_a")
+        check_bool(self.lora_use_dora, "lora_use_dora")
+        check_bool(self.lora_bias, "lora_bias")
+        check_variant(self.lora_use_dora, self.lora_bias)
+        check_start(self.lora_init, self.lora_initializer)
         if self.lora_train_classifier not in (None, True, False):
             raise TypeError(
                 f"Received lora_train_classifier={self.lora_train_classifier!r}; expected "
@@ -165,6 +196,9 @@ class LoRAConfig:
             "lora_rank": self.lora_rank,
             "lora_alpha": self.lora_alpha,
             "lora_use_rslora": self.lora_use_rslora,
+            "lora_use_dora": self.lora_use_dora,
+            "lora_bias": self.lora_bias,
+            "lora_init": self.lora_init,
             "lora_dropout": self.lora_dropout,
             "lora_freeze_a": self.lora_freeze_a,
             "lora_initializer": self.lora_initializer,
@@ -249,6 +283,16 @@ class LoRAConfig:
             together = [name for names in table.values() for name in names or ()]
             table["default"] = tuple(dict.fromkeys(together))
         return {**table, "all": None}
+
+
+def check_start(init: Any, initializer: Any) -> None:
+    """Raise unless a way to start is known, and the only one given."""
+    check_init(init)
+    if init != "default" and initializer is not None:
+        raise ValueError(
+            f"Received lora_init={init!r} and lora_initializer={initializer!r}, which both say "
+            "how A starts; expected one of them."
+        )
 
 
 def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:

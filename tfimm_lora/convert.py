@@ -8,7 +8,7 @@ from typing import Any
 
 from tfimm_lora import _keras
 from tfimm_lora.classifier import classifier_paths
-from tfimm_lora.config import LORA_WEIGHT_NAMES, check_keywords, lora_field_names
+from tfimm_lora.config import LORA_VARIABLE_NAMES, check_keywords, lora_field_names
 from tfimm_lora.copying import build_like, plain_copy
 from tfimm_lora.inject import freeze_rest, inject_lora
 from tfimm_lora.merge import has_lora, lora_layers
@@ -58,7 +58,9 @@ def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
     cfg = lora_config_of(model.cfg, lora_cls, arguments)
     with _keras.of(model).created_like(model):
         lora_model = create_registered(lora_cls, cfg, model)
-    transfer_weights(model, lora_model, weights_to_ignore=LORA_WEIGHT_NAMES)
+    transfer_weights(model, lora_model, weights_to_ignore=LORA_VARIABLE_NAMES)
+    for layer in lora_layers(lora_model).values():
+        layer.start_factors()
     return lora_model
 
 

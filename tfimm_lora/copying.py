@@ -82,8 +82,8 @@ def _copy_state(seam: Any, model: Any, copy: Any) -> None:
     for original, copied in pairs:
         variables = _plain_variables(seam, original)
         for variable, target in zip(variables, seam.own_variables(copied)):
-            if isinstance(original, LoRALayer) and variable is original._kernel_variable:
-                target.assign(original.merged_kernel())
+            if isinstance(original, LoRALayer):
+                target.assign(original.value_of(variable, merged=True))
             else:
                 target.assign(seam.to_numpy(variable))
         _copy_trainability(seam, original, copied, variables)
@@ -115,7 +115,7 @@ def _plain_layers(seam: Any, model: Any) -> list[Any]:
 def _plain_variables(seam: Any, layer: Any) -> list[Any]:
     variables = seam.own_variables(layer)
     if isinstance(layer, LoRALayer):
-        factors = {id(layer.kernel_lora_a), id(layer.kernel_lora_b)}  # type: ignore[attr-defined]
+        factors = {id(v) for v in layer._lora_variables().values()}
         variables = [v for v in variables if id(v) not in factors]
     return variables
 

@@ -20,8 +20,6 @@ ANY_LEVEL = "[^.]+"
 #: Fields of PEFT that change what an adapter computes in ways that are not supported, each
 #: with the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "use_dora": (False, None),
-    "lora_bias": (False, None),
     "fan_in_fan_out": (False, None),
     "use_qalora": (False, None),
     "use_bdlora": (False, None),
@@ -43,6 +41,7 @@ _KNOWN = frozenset(
         *("peft_type", "peft_version", "auto_mapping", "task_type", "inference_mode"),
         *("base_model_name_or_path", "revision", "runtime_config"),
         *("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save"),
+        *("use_dora", "lora_bias"),
         *("rank_pattern", "alpha_pattern", "init_lora_weights", "ensure_weight_tying"),
         *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
         *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
@@ -55,7 +54,6 @@ PLAIN_FIELDS: dict[str, Any] = {
     "fan_in_fan_out": False,
     "init_lora_weights": True,
     "task_type": None,
-    "use_dora": False,
 }
 
 
@@ -79,6 +77,8 @@ class PeftFields:
         self.rank: int = self._get("r", int, 8)
         self.alpha: float = self._number("lora_alpha", 8)
         self.use_rslora: bool = self._get("use_rslora", bool, False)
+        self.use_dora: bool = self._get("use_dora", bool, False)
+        self.lora_bias: bool = self._get("lora_bias", bool, False)
         self.dropout: float = self._number("lora_dropout", 0.0)
         self.bias: str = self._get("bias", str, "none")
         self.base_model: str = self._get("base_model_name_or_path", str, "")

@@ -26,15 +26,8 @@ from tfimm_lora.peft_fields import (
 #: As layers_pattern, what PEFT means without one: a number below the second level.
 _PEFT_ANY_LEVEL = r"[^.]+\.[^.]*"
 
-#: Why an initialiser has no counterpart, by the beginning of its name.
-_NO_INITIALIZER = {
-    "pissa": "it changes the base weights",
-    "olora": "it changes the base weights",
-    "loftq": "it changes the base weights",
-    "corda": "it changes the base weights",
-    "lora_ga": "it changes the base weights",
-    "eva": "it is computed from data",
-}
+#: The ways to start that have the same name here, by the beginning of their names.
+_STARTS = ("gaussian", "pissa", "olora", "orthogonal", "eva")
 
 
 # -- from PEFT -----------------------------------------------------------------------------
@@ -75,7 +68,7 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
         ValueError: as ``PeftFields``, and for what has no counterpart; all is named.
     """
     peft = PeftFields(fields)
-    initializer, problem = _initializer_from(fields.get("init_lora_weights", True), peft)
+    start, problem = _start_from(fields.get("init_lora_weights", True))
     problems = unsupported(fields) + problem
     if fields.get("ensure_weight_tying"):
         problems.append("ensure_weight_tying=True")
@@ -101,7 +94,9 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
         "lora_rank_pattern": dict(peft.rank_pattern),
         "lora_alpha_pattern": dict(peft.alpha_pattern),
         "lora_dropout": peft.dropout,
-        "lora_initializer": initializer,
+        "lora_use_dora": peft.use_dora,
+        "lora_bias": peft.lora_bias,
+        "lora_init": start,
         "lora_targets": _names_from(fields, "target_modules"),
         "lora_exclude": _names_from(fields, "exclude_modules"),
         "lora_layers": layers,
@@ -124,26 +119,15 @@ def _is_bare_alternative(pattern: str) -> bool:
     return "|" in pattern and not (pattern.startswith("(") and pattern.endswith(")"))
 
 
-def _initializer_from(start: Any, peft: PeftFields) -> tuple[Any, list[str]]:
-    """``lora_initializer`` for init_lora_weights, or why there is none."""
+def _start_from(start: Any) -> tuple[str, list[str]]:
+    """``lora_init`` for init_lora_weights, and why there is none."""
     if start is True or start is None:
-        return None, []
+        return "default", []
     name = start.lower() if isinstance(start, str) else ""
-    if name == "gaussian" and not peft.rank_pattern:
-        return gaussian(peft.rank), []
-    if name == "gaussian":
-        why = "its spread is one over the rank, which rank_pattern makes differ by layer"
-    elif start is False:
-        why = "B would not start at zero"
-    else:
-        told = [text for key, text in _NO_INITIALIZER.items() if name.startswith(key)]
-        why = told[0] if told else "not known here"
-    return None, [f"init_lora_weights={start!r} ({why})"]
-
-
-def gaussian(rank: int) -> dict[str, Any]:
-    """PEFT's "gaussian", normal with a spread of one over the rank, as Keras writes it."""
-    return {"class_name": "RandomNormal", "config": {"mean": 0.0, "stddev": 1.0 / rank}}
+    if name.startswith(_STARTS):
+        return name, []
+    why = "B would not start at zero" if start is False else "not known here"
+    return "default", [f"init_lora_weights={start!r} ({why})"]
 
 
 # -- to PEFT -------------------------------------------------------------------------------
@@ -168,9 +152,8 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
     for name, why in _WITHOUT_COUNTERPART.items():
         if values.get(name) not in (None, False):
             problems.append(f"{name}={values[name]!r} ({why})")
-    start = values["lora_initializer"]
-    if start is not None and (start != gaussian(rank) or values["lora_rank_pattern"]):
-        problems.append(f"lora_initializer={start!r}")
+    if values["lora_initializer"] is not None:
+        problems.append(f"lora_initializer={values['lora_initializer']!r} (see lora_init)")
     if problems:
         raise ValueError(f"asks for what PEFT cannot express: {', '.join(problems)}")
     layers, patterns = values["lora_layers"], values["lora_layers_pattern"]
@@ -183,16 +166,18 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
         "alpha_pattern": pattern,
         "bias": values["lora_train_bias"],
         "exclude_modules": exclude,
-        "init_lora_weights": True if start is None else "gaussian",
+        "init_lora_weights": True if values["lora_init"] == "default" else values["lora_init"],
         "layers_pattern": None if patterns in (None, [_PEFT_ANY_LEVEL]) else patterns,
         "layers_to_transform": None if layers is None else list(layers),
         "lora_alpha": alpha,
+        "lora_bias": values["lora_bias"],
         "lora_dropout": values["lora_dropout"],
         "modules_to_save": [_dotted(n) for n in values["lora_train_modules"]] or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_dotted(k): v for k, v in values["lora_rank_pattern"].items()},
         "target_modules": targets,
+        "use_dora": values["lora_use_dora"],
         "use_rslora": values["lora_use_rslora"],
     }
 

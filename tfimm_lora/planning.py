@@ -14,7 +14,7 @@ from tfimm_lora import _keras
 from tfimm_lora.adapters.axes import kind_of, plain_class
 from tfimm_lora.adapters.extract import save_adapter
 from tfimm_lora.classifier import classifier_paths
-from tfimm_lora.config import LORA_WEIGHT_NAMES
+from tfimm_lora.config import LORA_VARIABLE_NAMES
 from tfimm_lora.inject import inject_lora, remove_lora
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
@@ -222,7 +222,7 @@ def _plan_of(model: Any) -> Plan:
     for path, layer in walked:
         own = [v for v in seam.own_variables(layer) if id(v) not in seen]
         seen |= {id(v) for v in own}
-        factors = [v for v in own if seam.variable_name(v) in LORA_WEIGHT_NAMES]
+        factors = [v for v in own if seam.variable_name(v) in LORA_VARIABLE_NAMES]
         plain = [v for v in own if not any(v is f for f in factors)]
         open_to_training = {id(v) for v in seam.trainable_own_variables(layer)}
         counts["factors"] += _size(factors)
@@ -255,7 +255,7 @@ def _plan_of(model: Any) -> Plan:
 
 
 def _planned(path: str, layer: Any) -> PlannedLayer:
-    factors = (layer.kernel_lora_a, layer.kernel_lora_b)
+    factors = list(layer._lora_variables().values())
     return PlannedLayer(
         path=path,
         kind=kind_of(layer),

@@ -84,9 +84,7 @@ def _trained_in(seam: Any, layer: Any, train_bias: str, whole: bool) -> list[Any
     biases = [v for v in trainable if seam.is_bias_like(v)]
     if isinstance(layer, LoRALayer):
         chosen = biases if train_bias != "none" else []
-        if "kernel_lora_a" not in layer.__dict__:
-            return chosen
-        factors = [layer.kernel_lora_a, layer.kernel_lora_b]  # type: ignore[attr-defined]
+        factors = layer._lora_variables().values()
         return [*(v for v in factors if layer._is_trained(v)), *chosen]
     return biases if train_bias == "all" else []
 

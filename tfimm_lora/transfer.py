@@ -10,7 +10,7 @@ import numpy as np
 
 from tfimm_lora import _keras
 from tfimm_lora.classifier import canonical_path, classifier_names, classifier_paths
-from tfimm_lora.config import LORA_WEIGHT_NAMES
+from tfimm_lora.config import LORA_VARIABLE_NAMES, LORA_WEIGHT_NAMES
 from tfimm_lora.layers.base import LoRALayer
 
 
@@ -116,8 +116,9 @@ def _value(seam: Any, weight: _Weight, into_lora: bool) -> Any:
     """The value of a source weight; of a LoRA layer without merging, if it goes to one."""
     layer = weight.layer
     if isinstance(layer, LoRALayer) and into_lora and layer.merged:
-        name = "kernel" if weight.variable is layer._kernel_variable else weight.name
-        return layer.lora_values().get(name, seam.to_numpy(weight.variable))
+        if weight.name in LORA_VARIABLE_NAMES:
+            return layer.lora_values()[weight.name]
+        return layer.value_of(weight.variable, merged=False)
     return seam.to_numpy(weight.variable)
 
 
@@ -128,7 +129,7 @@ def _match(given: list[_Weight], wanted: list[_Weight]) -> dict[str, _Weight]:
     Keras gives replaced by an order, for those that are then found.
     """
     exact = {w.full_name: w for w in given}
-    if {w.path for w in wanted if w.name not in LORA_WEIGHT_NAMES} <= {w.path for w in given}:
+    if {w.path for w in wanted if w.name not in LORA_VARIABLE_NAMES} <= {w.path for w in given}:
         return exact
     numbered = dict(zip(_numbered([w.full_name for w in given]), given))
     keys = _numbered([w.full_name for w in wanted])

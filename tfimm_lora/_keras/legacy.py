@@ -36,6 +36,10 @@ _OPS = types.SimpleNamespace(
     equal=tf.equal,
     cast=tf.cast,
     shape=tf.shape,
+    concatenate=tf.concat,
+    sum=tf.reduce_sum,
+    sqrt=tf.sqrt,
+    where=tf.where,
     take=lambda x, indices, axis: tf.gather(x, indices, axis=axis),
     stop_gradient=tf.stop_gradient,
 )

@@ -31,6 +31,9 @@ OWN_KINDS = {
 class LayerUpdate:
     """The update of one layer's weight: dW = scale * B A.
 
+    With a magnitude m (DoRA) the weight is m (W + dW) / |W + dW|, norms being taken over all
+    axes but the first. With a bias c the layer's bias is greater by scale * c.
+
     Attributes:
         a: A, (rank, in) or (rank, in, *kernel_size).
         b: B, (out, rank) or (out, rank, 1, ...).
@@ -39,6 +42,8 @@ class LayerUpdate:
             "standardised" or "batched" (an einsum with an axis in all its terms) here.
         qkv: Where parts of a fused projection were adapted each by themselves, these parts
             and the layout, for example ("qv", "qkv"): B is then zero outside their blocks.
+        magnitude: DoRA's m, (out,), or None.
+        bias: That of the branch (PEFT's lora_bias), (out,), or None.
     """
 
     a: np.ndarray
@@ -46,14 +51,17 @@ class LayerUpdate:
     scale: float = 1.0
     kind: str = "linear"
     qkv: tuple[str, str] | None = None
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
 
     def __post_init__(self) -> None:
-        for name in ("a", "b"):
+        more = [name for name in ("magnitude", "bias") if getattr(self, name) is not None]
+        for name in ("a", "b", *more):
             value = np.array(getattr(self, name))
             value.setflags(write=False)
             object.__setattr__(self, name, value)
         object.__setattr__(self, "scale", float(self.scale))
-        for name in ("a", "b", "scale"):
+        for name in ("a", "b", "scale", *more):
             value = np.asarray(getattr(self, name))
             if value.dtype.kind != "f" or not value.size or not np.isfinite(value).all():
                 raise ValueError(
@@ -70,6 +78,13 @@ class LayerUpdate:
                 f"Received A of shape {self.a.shape} and B of shape {self.b.shape}; expected "
                 "(rank, in, ...) and (out, rank, ...)."
             )
+        for name in more:
+            value = getattr(self, name)
+            if value.shape != self.b.shape[:1]:
+                raise ValueError(
+                    f"Received {name} of shape {value.shape} with B of shape {self.b.shape}; "
+                    f"expected a number for each output, {self.b.shape[:1]}."
+                )
 
     @property
     def rank(self) -> int:
@@ -105,14 +120,21 @@ class LayerUpdate:
         )
         return abs(self.scale) * np.linalg.svd(middle, compute_uv=False)
 
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Its arrays by name: a, b, and magnitude and bias where it has them."""
+        named = {name: getattr(self, name) for name in ("a", "b", "magnitude", "bias")}
+        return {name: value for name, value in named.items() if value is not None}
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return LayerUpdate, (self.a, self.b, self.scale, self.kind, self.qkv)
+        plain = (self.a, self.b, self.scale, self.kind, self.qkv)
+        return LayerUpdate, (*plain, self.magnitude, self.bias)
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerUpdate):
             return NotImplemented
-        mine, theirs = ((x.scale, x.kind, x.qkv) for x in (self, other))
-        return mine == theirs and _same(self.a, other.a) and _same(self.b, other.b)
+        mine, theirs = ((x.scale, x.kind, x.qkv, set(x.arrays())) for x in (self, other))
+        named = other.arrays()
+        return mine == theirs and all(_same(x, named[n]) for n, x in self.arrays().items())
 
     __hash__ = None  # type: ignore[assignment]
 
@@ -164,6 +186,13 @@ class Adapter:
         object.__setattr__(self, "modules", tuple(self.modules))
         if not self.layers:
             raise ValueError("Received an adapter without layers; expected at least one.")
+        for name, what in (("magnitude", "a magnitude (DoRA)"), ("bias", "a bias")):
+            without = [p for p, x in self.layers.items() if getattr(x, name) is None]
+            if 0 < len(without) < len(self.layers):
+                raise ValueError(
+                    f"Received an adapter of which some updates have {what}, and others have "
+                    f"not: {', '.join(without[:10])}; expected all or none."
+                )
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], **hub_options: Any) -> Adapter:
@@ -235,8 +264,18 @@ class Adapter:
         return sum(array.nbytes for array in self._arrays())
 
     def _arrays(self) -> list[np.ndarray]:
-        factors = [array for x in self.layers.values() for array in (x.a, x.b)]
+        factors = [array for x in self.layers.values() for array in x.arrays().values()]
         return factors + list(self.weights.values())
+
+    @property
+    def use_dora(self) -> bool:
+        """Whether its updates have magnitudes."""
+        return any(x.magnitude is not None for x in self.layers.values())
+
+    @property
+    def branch_bias(self) -> bool:
+        """Whether its updates have biases of their own (PEFT's lora_bias)."""
+        return any(x.bias is not None for x in self.layers.values())
 
     def not_in_peft(self) -> dict[str, str]:
         """The layers that PEFT cannot express, with the reason."""

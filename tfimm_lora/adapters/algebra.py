@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.combination import Loss, Method, Term, norm_of_sum
+from tfimm_lora.adapters.decompose import result_dtype
 from tfimm_lora.adapters.whole import combine_whole, different, listed
 
 #: ``combine_adapters`` warns if truncation loses more than this share of the norm.
@@ -51,6 +55,10 @@ def combine_adapters(
                         the nearest update of a given rank; without _svd they are done on A
                         and B, as linear is, which is quick and rough
     ==================  ====================================================================
+
+    Of DoRA's updates these are the directions, and the magnitudes are averaged with the
+    weights: sum w_i m_i / sum w_i, which needs no base model. (No low-rank update is the sum of
+    two such adapters.) Biases of branches are summed, w_i s_i c_i.
 
     "cat" is the default because it is what one expects of a sum, for every input; a larger
     rank costs nothing once the adapter is merged. Pass "svd" and a rank for a smaller one.
@@ -112,7 +120,8 @@ def combine_adapters(
     _check_not_both(terms, values)
     layers, losses = {}, {}
     for path, own in terms.items():
-        layers[path], losses[path] = how.combine(path, own)
+        update, losses[path] = how.combine(path, own)
+        layers[path] = dataclasses.replace(update, **_vectors(own))
     _warn_of_losses(losses, how)
     dropouts = {adapter.dropout for adapter in adapters}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
@@ -202,6 +211,20 @@ def _check_adapters(
     return adapters, weights
 
 
+def _vectors(terms: list[Term]) -> dict[str, Any]:
+    """The magnitude and the bias of a combined update, where there are any."""
+    found: dict[str, Any] = {}
+    dtype = result_dtype(*(update.a for update, _ in terms))
+    if terms[0][0].magnitude is not None:
+        total = sum(weight for _, weight in terms)
+        mean: Any = sum(w / total * np.float64(1) * u.magnitude for u, w in terms)
+        found["magnitude"] = mean.astype(dtype)
+    if any(update.bias is not None for update, _ in terms):
+        each = [w * np.float64(u.scale) * u.bias for u, w in terms if u.bias is not None]
+        found["bias"] = np.sum(each, axis=0).astype(dtype)
+    return found
+
+
 def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
     """Raise one error with every layer whose updates do not go together."""
     problems, of_rank = [], False
@@ -217,6 +240,12 @@ def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
         elif how.mixes_factors and len(ranks) > 1:
             of_rank = True
             problems.append(f"'{path}' has the ranks {listed(ranks)}")
+        elif len({update.magnitude is None for update in updates}) > 1:
+            problems.append(f"'{path}' has a magnitude (DoRA) in some adapters only")
+        elif updates[0].magnitude is not None and sum(weight for _, weight in own) <= 0:
+            problems.append(
+                f"'{path}' has magnitudes (DoRA), whose weights add up to 0 or less"
+            )
         elif how.truncates and kinds == ["batched"]:
             problems.append(
                 f"'{path}' is of the kind 'batched', whose positions have kernels of their "

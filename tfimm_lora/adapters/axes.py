@@ -79,24 +79,71 @@ def kinds_agree(one: str, other: str) -> bool:
 def update_of(layer: Any) -> LayerUpdate:
     """The update of an adapted layer, whether it is merged at the moment or not."""
     values = layer.lora_values()
-    a, b = _to_torch(layer, values["kernel_lora_a"], values["kernel_lora_b"])
+    a, b = _to_torch(layer, *_whole(layer, values))
     spec = layer.lora
     qkv = (spec.qkv, spec.qkv_layout) if spec.qkv else None
-    return LayerUpdate(a, b, spec.scale, kind_of(layer), qkv)
+    magnitude, bias = None, values.get("kernel_lora_shift")
+    if spec.use_dora:
+        offset = _outputs_to_torch(layer, values["kernel_lora_magnitude"])
+        magnitude = (_norms(layer, values["kernel"]) + offset).astype("float32")
+    if bias is not None:
+        bias = bias.reshape(-1)
+    return LayerUpdate(a, b, spec.scale, kind_of(layer), qkv, magnitude, bias)
 
 
-def factors_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray]:
-    """a and b for an adapted layer with which it computes what an update says.
+def values_for(layer: Any, update: LayerUpdate) -> dict[str, np.ndarray]:
+    """The values of an adapted layer's variables with which it computes what an update says.
 
     The layer keeps its scale; where that of the update differs, b takes up the difference.
+    A layer whose start is taken off again takes an update of twice its rank: its own, and
+    the start.
 
     Raises:
-        DoesNotFit: if rank, shape or kind differ.
+        DoesNotFit: if rank, shape or kind differ, or one has a magnitude or a bias alone.
     """
+    spec = layer.lora
+    for name, has in (("magnitude", spec.use_dora), ("bias", spec.branch_bias)):
+        if (getattr(update, name) is not None) != has:
+            which = ("the layer", "the update") if has else ("the update", "the layer")
+            raise DoesNotFit(f"differs in variant: {which[0]} has a {name}, {which[1]} none")
+    a, b = _factors_for(layer, update)
+    shapes = _shapes(layer)
+    if "kernel_lora_a0" in shapes:
+        (a, b), (a0, b0) = layer._apart(np, (a, b))
+        values = {"kernel_lora_a": a, "kernel_lora_b": b}
+        values.update(kernel_lora_a0=a0, kernel_lora_b0=-b0)
+    else:
+        values = {"kernel_lora_a": a, "kernel_lora_b": b}
+    if update.magnitude is not None:
+        norms = _norms(layer, layer.lora_values()["kernel"])
+        offset = update.magnitude.astype("float64") - norms
+        values["kernel_lora_magnitude"] = _outputs_to_keras(layer, offset.astype("float32"))
+    if update.bias is not None:
+        shift = update.bias * np.float64(update.scale / spec.scale if spec.scale else 0.0)
+        values["kernel_lora_shift"] = shift.astype("float32")
+    return {name: x.reshape(shapes[name]) for name, x in values.items()}
+
+
+def _shapes(layer: Any) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(v.shape) for name, v in layer._lora_variables().items()}
+
+
+def _whole(layer: Any, values: Any) -> tuple[np.ndarray, np.ndarray]:
+    """a and b of all that a layer adds to its kernel, less what it takes off."""
+    factors = (values["kernel_lora_a"], values["kernel_lora_b"])
+    if "kernel_lora_a0" not in values:
+        return factors
+    start = (values["kernel_lora_a0"], -values["kernel_lora_b0"])
+    return layer._side_by_side(np, factors, start)
+
+
+def _factors_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray]:
+    """a and b of an update in the order and with the scale of a layer."""
     if not kinds_agree(update.kind, kind_of(layer)):
         raise DoesNotFit(f"is of the kind {update.kind!r}, expected {kind_of(layer)!r}")
-    shapes = tuple(tuple(v.shape) for v in (layer.kernel_lora_a, layer.kernel_lora_b))
-    zeros = _to_torch(layer, *(np.zeros(shape, "float32") for shape in shapes))
+    empty: Any = {name: np.zeros(shape, "float32") for name, shape in _shapes(layer).items()}
+    plain = _whole(layer, empty)
+    zeros = _to_torch(layer, *plain)
     given = tuple(_full(x.shape) for x in (update.a, update.b))
     if tuple(_full(x.shape) for x in zeros) != given:
         wanted_a, wanted_b = (x.shape for x in zeros)
@@ -108,7 +155,42 @@ def factors_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray
         if not layer.lora.scale:
             raise DoesNotFit("has a scale, but the layer's scale is 0")
         b = b * np.float32(update.scale / layer.lora.scale)
-    return a.reshape(shapes[0]).astype("float32"), b.reshape(shapes[1]).astype("float32")
+    return (
+        a.reshape(plain[0].shape).astype("float32"),
+        b.reshape(plain[1].shape).astype("float32"),
+    )
+
+
+def _norms(layer: Any, kernel: np.ndarray) -> np.ndarray:
+    """The norms of a kernel's columns in the order of torch's outputs, in float64."""
+    turned = kernel_in_torch_order(layer, kernel.astype("float64"))
+    return np.linalg.norm(turned.reshape(len(turned), -1), axis=1)
+
+
+def _outputs_to_torch(layer: Any, values: np.ndarray) -> np.ndarray:
+    """A value for each output of the kernel, (out,), in the order of B's first axis."""
+    if isinstance(layer, EinsumDenseUpdate):
+        kept, ordered = _output_axes(layer)
+        values = np.einsum(f"{kept}->{ordered}", values)
+    return values.reshape(-1)
+
+
+def _outputs_to_keras(layer: Any, values: np.ndarray) -> np.ndarray:
+    """The reverse of ``_outputs_to_torch``."""
+    shape = _shapes(layer)["kernel_lora_magnitude"]
+    if not isinstance(layer, EinsumDenseUpdate):
+        return values.reshape(shape)
+    kept, ordered = _output_axes(layer)
+    sizes = dict(zip(kept, shape))
+    return np.einsum(f"{ordered}->{kept}", values.reshape([sizes[c] for c in ordered]))
+
+
+def _output_axes(layer: Any) -> tuple[str, str]:
+    """The axes of an einsum kernel that are in the output: in the kernel's order, and in
+    that of B, the shared ones first."""
+    product = EinsumProduct(_keras.of(layer).ops, layer.equation)
+    shared, _, added = product.b.partition(product.a[-1])
+    return "".join(c for c in product.kernel if c in shared + added), shared + added
 
 
 def columns_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray]:
@@ -118,6 +200,9 @@ def columns_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray
     Raises:
         DoesNotFit: if the layer's product cannot be split in two narrow ones.
     """
+    if update.magnitude is not None or update.bias is not None:
+        what = "a magnitude (DoRA)" if update.magnitude is not None else "a bias"
+        raise DoesNotFit(f"has {what}, which belongs to the layer and not to an example")
     if update.kind in OWN_KINDS or kind_of(layer) in OWN_KINDS:
         kind = update.kind if update.kind in OWN_KINDS else kind_of(layer)
         raise DoesNotFit(f"is {kind}, and so has no two narrow products")

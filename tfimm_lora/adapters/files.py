@@ -41,10 +41,11 @@ _MOST_HEADER = 16 << 20
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 _FACTOR = re.compile(
-    r"(?P<module>.+)\.(?:(?P<part>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB]))"
+    r"(?P<module>.+)\.(?:(?P<part>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<bias>lora_B\.bias))"
 )
 
-#: Names of PEFT that belong to other variants of LoRA (DoRA, lora_bias, ...).
+#: Names of PEFT that belong to other variants of LoRA.
 _OTHER_FACTOR = re.compile(r"\.lora_(magnitude_vector|[A-Z]|embedding_[A-Z])(\.|$)")
 
 _WORDS_OF_PEFT = (".base_layer.", ".original_module.", ".modules_to_save.")
@@ -132,6 +133,12 @@ def _serialised(adapter: Adapter, config_hash: str) -> bytes:
             names = ("lora_A.weight", "lora_B.weight")
         for name, value in zip(names, (x.a, x.b)):
             tensors[f"{_PREFIX}{module}.{name}"] = np.ascontiguousarray(value)
+        if x.magnitude is not None:
+            # Convolutions of PEFT have it in the shape that goes with their outputs.
+            shape = (1, -1, *(1 for _ in x.a.shape[2:])) if x.a.ndim > 2 else (-1,)
+            tensors[f"{_PREFIX}{module}.lora_magnitude_vector"] = x.magnitude.reshape(shape)
+        if x.bias is not None:
+            tensors[f"{_PREFIX}{module}.lora_B.bias"] = x.bias
     for key, value in adapter.weights.items():
         module, _, leaf = key.rpartition(".")
         inside = ".base_layer." if module in adapter.layers else "."
@@ -288,12 +295,15 @@ def _assembled(
         found = _FACTOR.fullmatch(name)
         if found:
             module = found["module"]
-            part = found["embedding"] or found["part"][-1]
+            named = (name for name in ("magnitude", "bias") if found[name])
+            part = found["embedding"] or next(named, None) or found["part"][-1]
+            if part in factors.get(module, {}):
+                raise ValueError(f"has two values for the {part} of {module}")
             factors.setdefault(module, {})[part] = value
             if found["embedding"]:
                 embeddings.add(module)
         elif _OTHER_FACTOR.search(name):
-            raise ValueError(f"has {key!r} (DoRA, lora_bias, ...), which is not supported")
+            raise ValueError(f"has {key!r}, of a variant that is not supported")
         elif not name.endswith(".num_batches_tracked"):
             for word in _WORDS_OF_PEFT:
                 name = name.replace(word, ".")
@@ -302,9 +312,16 @@ def _assembled(
             weights[name] = value
     layers = {}
     for module, pair in factors.items():
-        if set(pair) != {"A", "B"}:
-            missing = ({"A", "B"} - set(pair)).pop()
-            raise ValueError(f"has no lora_{missing} for {module}")
+        for name in ("A", "B"):
+            if name not in pair:
+                raise ValueError(f"has no lora_{name} for {module}")
+        for name, field, said in (
+            ("magnitude", "use_dora", config.use_dora),
+            ("bias", "lora_bias", config.lora_bias),
+        ):
+            if (name in pair) != said:
+                has = "a" if name in pair else "no"
+                raise ValueError(f"has {has} {name} for {module}, and {field}={said}")
         layers[module] = _update(module, pair, module in embeddings, notes, config)
     if not layers:
         raise ValueError("has no LoRA factors")
@@ -352,7 +369,14 @@ def _update(
     exact = notes.get("scales", {}).get(module)
     if isinstance(exact, float) and math.isclose(exact, scale, rel_tol=1e-12):
         scale = exact
-    return LayerUpdate(a, b, scale, kind, tuple(qkv) if qkv else None)  # type: ignore[arg-type]
+    more = {name: pair[name].reshape(-1) for name in ("magnitude", "bias") if name in pair}
+    for name, value in more.items():
+        if len(value) != len(b):
+            raise ValueError(
+                f"has a {name} of shape {pair[name].shape} for {module} with {len(b)} outputs"
+            )
+    parts: Any = tuple(qkv) if qkv else None
+    return LayerUpdate(a, b, scale, kind, parts, **more)
 
 
 def _meant(name: str, weights: dict[str, np.ndarray], adapted: set[str]) -> list[str]:

@@ -15,11 +15,11 @@ from tfimm_lora import _keras
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
 from tfimm_lora.adapters.axes import (
     DoesNotFit,
-    factors_for,
     kernel_shape,
     kinds_agree,
     moves_only_its_parts,
     sure_kind,
+    values_for,
 )
 from tfimm_lora.adapters.base_model import differences
 from tfimm_lora.adapters.extract import adapter_of, trained_whole
@@ -36,6 +36,9 @@ from tfimm_lora.registry import lora_base_of
 from tfimm_lora.replaced import Replaced, forget, remember, replaced
 from tfimm_lora.selection import require_built
 from tfimm_lora.targets import nearest
+
+#: For LoRA layers the values of their variables by name.
+Values = list[tuple[LoRALayer, dict[str, np.ndarray]]]
 
 
 def load_adapter(
@@ -95,8 +98,8 @@ def load_adapter(
             values = _values(model, names, adapter)
         except DoesNotFit:
             values = _injected_anew(model, adapter)
-    for layer, a, b in values:
-        layer.assign_factors(a, b)
+    for layer, given in values:
+        layer.assign_update(given)
     _replace_weights(model, weights, left)
     return model
 
@@ -126,6 +129,8 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
         "lora_rank": rank,
         "lora_alpha": None if plain else scale * rank,
         "lora_use_rslora": False,
+        "lora_use_dora": adapter.use_dora,
+        "lora_bias": adapter.branch_bias,
         "lora_rank_pattern": exact_pattern({dotted[p]: ranks[p] for p in paths}, rank),
         "lora_alpha_pattern": {} if plain else exact_pattern(alphas, scale * rank),
         "lora_targets": exact_targets(list(paths), list(names.layers)),
@@ -257,10 +262,8 @@ def _message(
     )
 
 
-def _values(
-    model: Any, names: Names, adapter: Adapter
-) -> list[tuple[LoRALayer, np.ndarray, np.ndarray]]:
-    """A and B for every LoRA layer of the model, if it has just the adapter's layers."""
+def _values(model: Any, names: Names, adapter: Adapter) -> Values:
+    """The values of every LoRA layer of the model, if it has just the adapter's layers."""
     layers = names.adapted()
     given = {names.paths[module]: x for module, x in adapter.layers.items()}
     differing = sorted(set(layers) ^ set(given))
@@ -269,15 +272,13 @@ def _values(
     values = []
     for path, layer in layers.items():
         try:
-            values.append((layer, *factors_for(layer, given[path])))
+            values.append((layer, values_for(layer, given[path])))
         except DoesNotFit as error:
             raise DoesNotFit(f"{names.modules[path]} {error}") from error
     return values
 
 
 # -- putting it in --------------------------------------------------------------------------
-
-Values = list[tuple[LoRALayer, np.ndarray, np.ndarray]]
 
 
 def _injected(model: Any, adapter: Adapter) -> Values:
@@ -323,8 +324,8 @@ def _injected_anew(model: Any, adapter: Adapter) -> Values:
         if has_lora(model):
             remove_lora(model, merge=False)
         inject(now)
-        for layer, a, b in _values(model, Names(model), before):
-            layer.assign_factors(a, b)
+        for layer, given in _values(model, Names(model), before):
+            layer.assign_update(given)
         remember(model, known)
         raise ValueError(_message(model, adapter, [str(error)])) from error
     remember(model, known)

@@ -159,8 +159,8 @@ class Weight(NamedTuple):
     def value(self) -> np.ndarray:
         """What the variable holds, in torch's order of axes (of a merged layer: unmerged)."""
         layer, seam = self.wanted.layer, _keras.of(self.wanted.layer)
-        if isinstance(layer, LoRALayer) and self.variable is layer._kernel_variable:
-            value = layer.lora_values()["kernel"]
+        if isinstance(layer, LoRALayer):
+            value = layer.value_of(self.variable, merged=False)
         else:
             value = seam.to_numpy(self.variable)
         value = to_torch(value, self.wanted)

@@ -120,12 +120,14 @@ def config_fields(adapter: Adapter, own: bool) -> dict[str, Any]:
         "bias": adapter.bias,
         "inference_mode": True,
         "lora_alpha": whole(alpha),
+        "lora_bias": adapter.branch_bias,
         "lora_dropout": adapter.dropout,
         "modules_to_save": list(adapter.modules) or None,
         "peft_type": OWN_TYPE if own else "LORA",
         "r": rank,
         "rank_pattern": exact_pattern(ranks, rank),
         "target_modules": target_modules(adapter.layers),
+        "use_dora": adapter.use_dora,
         "use_rslora": False,
     }
 

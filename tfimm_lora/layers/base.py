@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras, checks, config
+from tfimm_lora import _keras, checks, config, starts
 from tfimm_lora._keras.common import Found
-from tfimm_lora.layers import parts, routes, slot, update
+from tfimm_lora.layers import magnitude, parts, routes, slot, update
 from tfimm_lora.layers.values import LayerValues, State
 
 
@@ -19,11 +19,13 @@ class LoRASpec:
     """The settings of one adapted layer, validated.
 
     Attributes:
-        rank, alpha, dropout, freeze_a, initializer, regularizer: as in ``LoRAConfig``.
+        rank, alpha, dropout, freeze_a, use_dora, init, initializer, regularizer: as in
+            ``LoRAConfig``.
         train_bias: whether the layer's own bias is trained.
         qkv: the parts of a fused kernel that are adapted; None for the kernel as one.
         qkv_layout: the parts that a fused kernel consists of.
         use_rslora: whether alpha is divided by sqrt(rank).
+        branch_bias: whether the branch has a bias of its own.
         scale: alpha / rank, or alpha / sqrt(rank).
     """
 
@@ -37,12 +39,17 @@ class LoRASpec:
     qkv_layout: str = "qkv"
     use_rslora: bool = False
     freeze_a: bool = False
+    use_dora: bool = False
+    branch_bias: bool = False
+    init: str = "default"
 
     def __post_init__(self) -> None:
         checks.check_rank(self.rank)
         checks.check_alpha(self.alpha)
         checks.check_dropout(self.dropout)
         checks.check_qkv(self.qkv)
+        checks.check_variant(self.use_dora, self.branch_bias)
+        config.check_start(self.init, self.initializer)
         parts.check_layout(self.qkv, self.qkv_layout)
 
     @property
@@ -55,6 +62,9 @@ LAYER_ARGUMENTS: dict[str, Any] = {
     "lora_rank": 4,
     "lora_alpha": None,
     "lora_use_rslora": False,
+    "lora_use_dora": False,
+    "lora_bias": False,
+    "lora_init": "default",
     "lora_dropout": 0.0,
     "lora_freeze_a": False,
     "lora_initializer": None,
@@ -80,6 +90,9 @@ def make_spec(seam: Any, arguments: dict[str, Any]) -> LoRASpec:
         qkv_layout=values["lora_qkv_layout"],
         use_rslora=bool(values["lora_use_rslora"]),
         freeze_a=bool(values["lora_freeze_a"]),
+        use_dora=bool(values["lora_use_dora"]),
+        branch_bias=bool(values["lora_bias"]),
+        init=values["lora_init"],
     )
 
 
@@ -87,14 +100,19 @@ class LoRALayer(LayerValues):
     """Mixin that adapts a Keras layer: y = x(W + s A B), W frozen, s = alpha / rank.
 
     The variables are named ``kernel_lora_a`` and ``kernel_lora_b`` and are float32; B
-    starts at zero, so the layer starts as its base. Everything else (strides, padding,
+    starts at zero, so the layer starts as its base. DoRA, a bias of the branch and some ways
+    to start add others (``config.LORA_VARIABLE_NAMES``). Everything else (strides, padding,
     dilation, groups, data format, activation, bias, constraints) is the base layer's.
 
     Args:
         lora_rank: Rank r, a positive integer. Default 4.
         lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
         lora_use_rslora: Whether s is alpha / sqrt(rank). Default False.
+        lora_use_dora: Whether the norms of the kernel's columns are variables (DoRA); see
+            ``layers.magnitude``. Default False.
+        lora_bias: Whether the branch has a bias c: y = x(W + s A B) + s c. Default False.
         lora_dropout: Rate in [0, 1) of the dropout on the branch's input. Default 0.
+        lora_init: How A and B start; see ``LoRAConfig``. Default "default".
         lora_freeze_a: Whether B alone is trained (LoRA-FA). Default False.
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(fan_in).
         lora_regularizer: Regularizer of A and of B. Default none.
@@ -147,9 +165,8 @@ class LoRALayer(LayerValues):
     def _detach(self) -> Found | None:
         """Undo ``_attach``: drop state, factors and dropout."""
         seam = _keras.of(self)
-        for attribute in config.LORA_WEIGHT_NAMES:
-            if attribute in self.__dict__:
-                seam.remove_weight(self, attribute)
+        for attribute in self._lora_variables():
+            seam.remove_weight(self, attribute)
         if self.lora.dropout:
             seam.remove_sublayer(self, "lora_branch_dropout")
         return self.__dict__.pop("_lora_state").found
@@ -159,22 +176,67 @@ class LoRALayer(LayerValues):
             return
         seam, spec = _keras.of(self), self.lora
         kernel = self._kernel_variable
-        shape_a, shape_b = self._factor_shapes(tuple(kernel.shape), spec.rank)
-        created = (
-            ("kernel_lora_a", shape_a, spec.initializer or self._default_initializer()),
-            ("kernel_lora_b", shape_b, seam.keras.initializers.Zeros()),
-        )
+        zeros = seam.keras.initializers.Zeros()
         with seam.variable_scope(kernel):
-            for name, shape, initializer in created:
+            for name, shape in self._variable_shapes().items():
+                is_a = name == "kernel_lora_a"
+                initializer = spec.initializer or self._default_initializer()
+                regularizer = spec.regularizer if name in config.LORA_WEIGHT_NAMES else None
                 seam.add_weight(
                     self,
                     name,
                     shape,
                     beside=kernel,
-                    initializer=initializer,
-                    regularizer=spec.regularizer,
+                    initializer=initializer if is_a else zeros,
+                    regularizer=regularizer,
                 )
         self._sync_trainability()
+        self.start_factors()
+
+    def start_factors(self) -> None:
+        """Draw A and B anew as ``lora_init`` says, for the kernel as it is now.
+
+        Raises:
+            ValueError: if the layer is merged or disabled, or the start is not defined for
+                its kernel and rank.
+        """
+        if self.lora.init in ("default", "eva"):
+            return
+        self._require_enabled("started anew")
+        if self.merged:
+            raise ValueError(f"Layer '{self.name}' is merged. Call unmerge_weights first.")
+        kernel = _keras.of(self).to_numpy(self._kernel_variable).astype("float32")
+        # Follows keras.utils.set_random_seed, which seeds NumPy.
+        rng = np.random.default_rng(np.random.randint(2**31))
+        a, b = self._started(kernel, rng)
+        values = {"kernel_lora_a": a, "kernel_lora_b": b}
+        if starts.moves(self.lora.init):
+            values.update(kernel_lora_a0=a, kernel_lora_b0=b)
+        self.assign_update(values)
+
+    def _started(
+        self, kernel: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """A and B as ``lora_init`` says, in their shapes."""
+        spec = self.lora
+        shape_a, shape_b = self._factor_shapes(kernel.shape, spec.rank)
+        matrix = kernel.reshape(-1, shape_b[-1])
+        found = starts.start(spec.init, matrix, spec.rank, spec.scale, rng)
+        return found.a.reshape(shape_a), found.b.reshape(shape_b)
+
+    def _variable_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shapes of the layer's LoRA variables by name."""
+        spec, kernel_shape = self.lora, tuple(self._kernel_variable.shape)
+        a, b = self._factor_shapes(kernel_shape, spec.rank)
+        shapes = {"kernel_lora_a": a, "kernel_lora_b": b}
+        if spec.use_dora:
+            axes = self._summed_axes()
+            shapes["kernel_lora_magnitude"] = magnitude.shape(kernel_shape, axes)
+        if spec.branch_bias:
+            shapes["kernel_lora_shift"] = tuple(self.bias.shape)
+        if starts.moves(spec.init):
+            shapes.update(kernel_lora_a0=a, kernel_lora_b0=b)
+        return shapes
 
     def _default_initializer(self) -> Any:
         return _keras.of(self).default_initializer()
@@ -186,8 +248,9 @@ class LoRALayer(LayerValues):
 
     def _is_trained(self, variable: Any) -> bool:
         name = _keras.of(self).variable_name(variable)
-        if name in config.LORA_WEIGHT_NAMES:
-            return name == config.LORA_WEIGHT_NAMES[1] or not self.lora.freeze_a
+        if name in config.LORA_VARIABLE_NAMES:
+            frozen = ("kernel_lora_a0", "kernel_lora_b0")
+            return name not in (("kernel_lora_a", *frozen) if self.lora.freeze_a else frozen)
         return self.lora.train_bias and _keras.of(self).is_bias_like(variable)
 
     @classmethod
@@ -198,10 +261,14 @@ class LoRALayer(LayerValues):
             reason = cls._parts_refusal(layer, spec)
             if reason:
                 reason += "; pass lora_qkv=None"
-        if reason is None and spec.dropout:
-            reason = cls._dropout_refusal(layer)
+        if reason is None and (spec.dropout or spec.branch_bias):
+            reason = cls._branch_refusal(layer)
             if reason:
-                reason += "; pass lora_dropout=0"
+                reason += "; pass lora_dropout=0 and lora_bias=False"
+        if reason is None and spec.branch_bias:
+            reason = cls._bias_refusal(layer)
+            if reason:
+                reason += "; pass lora_bias=False"
         if reason:
             raise NotAdaptable(
                 f"Layer '{layer.name}' ({type(layer).__name__}) cannot be adapted: {reason}, "
@@ -209,11 +276,20 @@ class LoRALayer(LayerValues):
             )
 
     @classmethod
-    def _dropout_refusal(cls, layer: Any) -> str | None:
-        """Why dropout on the branch is not defined for a layer, or None."""
+    def _branch_refusal(cls, layer: Any) -> str | None:
+        """Why a layer has no branch to drop from or to give a bias, or None."""
         if has_keras_call(cls):
             return None
-        return "its class has a call of its own, in which lora_dropout has no place"
+        return (
+            "its class has a call of its own, in which lora_dropout and lora_bias have no place"
+        )
+
+    @classmethod
+    def _bias_refusal(cls, layer: Any) -> str | None:
+        """Why the branch of a layer cannot have a bias, or None."""
+        if getattr(layer, "use_bias", False):
+            return None
+        return "it has no bias into which that of the branch could be merged"
 
     @classmethod
     def _parts_refusal(cls, layer: Any, spec: LoRASpec) -> str | None:
@@ -260,21 +336,67 @@ class LoRALayer(LayerValues):
         return self._product(inputs)
 
     def _factors(self) -> tuple[Any, Any]:
-        """A and B as float32 tensors."""
+        """A and B as float32 tensors; with a start that is taken off, those of A B - A0 B0."""
         seam = _keras.of(self)
+        a, b = (seam.full_precision(self.__dict__[n]) for n in config.LORA_WEIGHT_NAMES)
+        if "kernel_lora_a0" not in self.__dict__:
+            return a, b
+        a0, b0 = (
+            seam.ops.stop_gradient(seam.full_precision(self.__dict__[n]))
+            for n in ("kernel_lora_a0", "kernel_lora_b0")
+        )
+        return self._side_by_side(seam.ops, (a, b), (a0, -b0))
+
+    def _side_by_side(
+        self, ops: Any, one: tuple[Any, Any], two: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        """The factors, of both ranks together, of the sum of two updates."""
         return (
-            seam.full_precision(self.kernel_lora_a),
-            seam.full_precision(self.kernel_lora_b),
+            ops.concatenate([one[0], two[0]], axis=-1),
+            ops.concatenate([one[1], two[1]], axis=self._rank_axis_of_b()),
         )
 
-    def _effective_kernel(self) -> Any:
-        """W + s A B in float32, or in the kernel's type if that is wider."""
+    def _apart(
+        self, ops: Any, both: tuple[Any, Any]
+    ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        """The reverse of ``_side_by_side``, for two of one rank."""
+        one_a, two_a = ops.split(both[0], 2, axis=-1)
+        one_b, two_b = ops.split(both[1], 2, axis=self._rank_axis_of_b())
+        return (one_a, one_b), (two_a, two_b)
+
+    def _rank_axis_of_b(self) -> int:
+        return 0
+
+    def _summed_axes(self) -> tuple[int, ...]:
+        """The axes of the kernel that the product sums over: all but those of the output."""
+        return tuple(range(len(self._kernel_variable.shape) - 1))
+
+    def _wide_kernel(self) -> Any:
+        """W in float32, or in its own type if that is wider."""
         seam = _keras.of(self)
         kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
         if seam.dtype_of(kernel) in ("float16", "bfloat16"):
             kernel = seam.ops.cast(kernel, "float32")
+        return kernel
+
+    def _effective_kernel(self) -> Any:
+        """W + s A B (with DoRA, of its magnitude) in the type of ``_wide_kernel``."""
+        kernel = self._wide_kernel()
+        adapted = self._directed_kernel(kernel)
+        return adapted * self._gain(kernel, adapted) if self.lora.use_dora else adapted
+
+    def _directed_kernel(self, kernel: Any) -> Any:
+        """W + s A B, from W."""
+        seam = _keras.of(self)
         a, b = (seam.ops.cast(f, seam.dtype_of(kernel)) for f in self._factors())
         return update.effective_kernel(self._product(), kernel, a, b, self.lora.scale)
+
+    def _gain(self, kernel: Any, adapted: Any) -> Any:
+        """DoRA's factor for each output; see ``magnitude.gain``."""
+        seam = _keras.of(self)
+        offset = seam.full_precision(self.__dict__["kernel_lora_magnitude"])
+        offset = seam.ops.cast(offset, seam.dtype_of(kernel))
+        return magnitude.gain(seam.ops, kernel, adapted, offset, self._summed_axes())
 
     def _shown_kernel(self) -> Any:
         """What the base layer's ``call`` sees as its kernel."""
@@ -296,10 +418,34 @@ class LoRALayer(LayerValues):
         narrow = dtype in ("float16", "bfloat16")
         if not (narrow or spec.dropout or factored):
             a, b = (seam.ops.cast(t, dtype) for t in (a, b))  # to float64, if that
-            return update.effective(seam, product, inputs, kernel, a, b, spec.scale)
+            outputs = update.effective(seam, product, inputs, kernel, a, b, spec.scale)
+            return self._finished(outputs)
         kernel, a, b = (seam.ops.cast(t, dtype) for t in (kernel, a, b))
         dropped = self._dropped(inputs)
-        return update.factored(product, inputs, dropped, kernel, a, b, spec.scale)
+        outputs = update.factored(product, inputs, dropped, kernel, a, b, spec.scale)
+        return self._finished(outputs)
+
+    def _finished(self, outputs: Any) -> Any:
+        """Outputs of the product with DoRA's factor, or with the bias of the branch."""
+        seam, spec = _keras.of(self), self.lora
+        if spec.use_dora:
+            kernel = self._wide_kernel()
+            gain = self._gain(kernel, self._directed_kernel(kernel))
+            narrow = seam.dtype_of(outputs) in ("float16", "bfloat16")
+            factor = self._along_outputs(gain, len(outputs.shape))
+            return magnitude.scaled(seam.ops, outputs, factor, narrow)
+        if spec.branch_bias:
+            shift = seam.full_precision(self.__dict__["kernel_lora_shift"])
+            shift = self._along_outputs(spec.scale * shift, len(outputs.shape))
+            return outputs + seam.ops.cast(shift, seam.dtype_of(outputs))
+        return outputs
+
+    def _along_outputs(self, values: Any, rank: int) -> Any:
+        """A value for each output, in a shape that goes with outputs of a rank."""
+        channels_first = getattr(self, "data_format", None) == "channels_first"
+        shape = [1] * rank
+        shape[1 if channels_first else -1] = -1
+        return _keras.of(self).ops.reshape(values, shape)
 
     def _dropped(self, inputs: Any) -> Any:
         """The input of the low-rank branch: dropped out while training."""
@@ -325,10 +471,11 @@ class LoRALayer(LayerValues):
             frame.effective is not None and not frame.reached_product and not self.merged
         )
         state.kernel_transformed = state.kernel_transformed or transformed
-        if self.lora.dropout and transformed:
+        if (self.lora.dropout or self.lora.branch_bias) and transformed:
             raise NotAdaptable(
                 f"{self._call_name()} transforms its kernel, so there is no low-rank branch "
-                "to drop from. Pass lora_dropout=0, or leave the layer out of lora_targets."
+                "to drop from or to give a bias. Pass lora_dropout=0 and lora_bias=False, or "
+                "leave the layer out of lora_targets."
             )
         return outputs
 
@@ -361,6 +508,9 @@ class LoRALayer(LayerValues):
             "lora_rank": spec.rank,
             "lora_alpha": spec.alpha,
             "lora_use_rslora": spec.use_rslora,
+            "lora_use_dora": spec.use_dora,
+            "lora_bias": spec.branch_bias,
+            "lora_init": spec.init,
             "lora_dropout": spec.dropout,
             "lora_freeze_a": spec.freeze_a,
             "lora_initializer": initializers.serialize(spec.initializer)

@@ -126,10 +126,10 @@ class ConvUpdate(LoRALayer):
         return (1, channels, *space)
 
     @classmethod
-    def _dropout_refusal(cls, layer: Any) -> str | None:
+    def _branch_refusal(cls, layer: Any) -> str | None:
         # Whether a call of its own hands the kernel on unchanged is seen when it runs.
         if layer.groups > 1:
-            return "a grouped convolution has no low-rank branch to drop from"
+            return "a grouped convolution has no low-rank branch to drop from or to give a bias"
         return None
 
 
@@ -177,7 +177,8 @@ class DepthwiseConvUpdate(LoRALayer):
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         seam = _keras.of(self)
         dtype = seam.compute_dtype(self)
-        apart = self.lora.dropout or dtype in ("float16", "bfloat16")
+        narrow = dtype in ("float16", "bfloat16")
+        apart = self.lora.dropout or self.lora.branch_bias or narrow
         if self.merged or not apart or not has_keras_call(type(self)):
             return super().call(inputs, *args, **kwargs)
         # The update as a convolution of its own: it can be dropped from, and it is not
@@ -192,11 +193,9 @@ class DepthwiseConvUpdate(LoRALayer):
             seam.ops.stop_gradient(kernel),
             seam.ops.cast(scaled, dtype),
         )
+        outputs = self._finished(outputs)
         if self.bias is not None:
-            shape = [1] * len(outputs.shape)
-            channels_last = self.data_format == "channels_last"
-            shape[-1 if channels_last else 1] = -1
-            bias = seam.ops.reshape(self.bias, shape)
+            bias = self._along_outputs(self.bias, len(outputs.shape))
             outputs = outputs + seam.ops.cast(bias, dtype)
         return outputs if self.activation is None else self.activation(outputs)
 
@@ -205,6 +204,9 @@ class DepthwiseConvUpdate(LoRALayer):
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         *window, channels, multiplier = kernel_shape
         return (math.prod(window), rank), (rank, channels * multiplier)
+
+    def _summed_axes(self) -> tuple[int, ...]:
+        return (0, 1)
 
     def _product(self, inputs: Any = None) -> Any:
         return DepthwiseProduct(self)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora import _keras
 from tfimm_lora.layers.base import LoRALayer, LoRASpec, has_keras_call
 from tfimm_lora.layers.parts import PartsOfMatrix
 from tfimm_lora.layers.update import Product
+from tfimm_lora.starts import start
 
 
 class MatrixProduct:
@@ -51,7 +54,12 @@ class DenseUpdate(LoRALayer):
         lora_rank: Rank of the update, a positive integer. Default 4.
         lora_alpha: Numerator of the scale s; None (default) for a scale of 1.
         lora_use_rslora: Whether s is lora_alpha / sqrt(lora_rank). Default False.
+        lora_use_dora: Whether the norms |W + s A B| of the columns are variables of their
+            own, m: y = x m (W + s A B) / |W + s A B| + bias (DoRA). Default False.
+        lora_bias: Whether the branch has a bias c, added as s c. Default False.
         lora_dropout: Rate in [0, 1) of dropout on the branch's input. Default 0.
+        lora_init: How A and B start: "default", "gaussian", "orthogonal", "pissa",
+            "pissa_niter_4", "olora"; see ``LoRAConfig``.
         lora_freeze_a: Whether B alone is trained (LoRA-FA). Default False.
         lora_initializer: Initializer of A. None (default): uniform, +-1/sqrt(in).
         lora_regularizer: Regularizer of A and of B. Default none.
@@ -113,6 +121,45 @@ class DenseUpdate(LoRALayer):
             rank *= len(self.lora.qkv)
             units //= len(self.lora.qkv_layout)
         return (inputs, rank), (rank, units)
+
+    def _started(
+        self, kernel: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        spec = self.lora
+        if not spec.qkv:
+            return super()._started(kernel, rng)
+        blocks = np.split(kernel, len(spec.qkv_layout), axis=1)
+        each = [
+            start(spec.init, blocks[spec.qkv_layout.index(part)], spec.rank, spec.scale, rng)
+            for part in spec.qkv
+        ]
+        return np.concatenate([x.a for x in each], 1), np.concatenate([x.b for x in each], 0)
+
+    def _side_by_side(
+        self, ops: Any, one: tuple[Any, Any], two: tuple[Any, Any]
+    ) -> tuple[Any, Any]:
+        if not self.lora.qkv:
+            return super()._side_by_side(ops, one, two)
+        # The columns of A and the rows of B go by parts.
+        parts, rank = len(self.lora.qkv), self.lora.rank
+        a = [ops.reshape(x, (-1, parts, rank)) for x, _ in (one, two)]
+        b = [ops.reshape(y, (parts, rank, -1)) for _, y in (one, two)]
+        return (
+            ops.reshape(ops.concatenate(a, axis=2), (-1, 2 * parts * rank)),
+            ops.reshape(ops.concatenate(b, axis=1), (2 * parts * rank, -1)),
+        )
+
+    def _apart(
+        self, ops: Any, both: tuple[Any, Any]
+    ) -> tuple[tuple[Any, Any], tuple[Any, Any]]:
+        if not self.lora.qkv:
+            return super()._apart(ops, both)
+        parts, rank = len(self.lora.qkv), self.lora.rank
+        a = ops.split(ops.reshape(both[0], (-1, parts, 2 * rank)), 2, axis=2)
+        b = ops.split(ops.reshape(both[1], (parts, 2 * rank, -1)), 2, axis=1)
+        a = [ops.reshape(x, (-1, parts * rank)) for x in a]
+        b = [ops.reshape(x, (parts * rank, -1)) for x in b]
+        return (a[0], b[0]), (a[1], b[1])
 
     @classmethod
     def _parts_refusal(cls, layer: Any, spec: LoRASpec) -> str | None:

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import string
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora import _keras
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
+from tfimm_lora.starts import start
 
 
 class EinsumProduct:
@@ -119,6 +123,56 @@ class EinsumDenseUpdate(LoRALayer):
         self, kernel_shape: tuple[int, ...], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self._product().factor_shapes(kernel_shape, rank)
+
+    def _started(
+        self, kernel: np.ndarray, rng: np.random.Generator
+    ) -> tuple[np.ndarray, np.ndarray]:
+        spec, product = self.lora, self._product()
+        shapes = product.factor_shapes(kernel.shape, spec.rank)
+        shared, _, added = product.b.partition(product.a[-1])
+        summed = product.a[len(shared) : -1]
+        turned = np.einsum(f"{product.kernel}->{shared}{summed}{added}", kernel)
+        count = math.prod(shapes[0][: len(shared)])
+        matrices = turned.reshape(count, math.prod(shapes[0][len(shared) : -1]), -1)
+        each = [start(spec.init, w, spec.rank, spec.scale, rng) for w in matrices]
+        a, b = np.stack([x.a for x in each]), np.stack([x.b for x in each])
+        return a.reshape(shapes[0]), b.reshape(shapes[1])
+
+    def _rank_axis_of_b(self) -> int:
+        product = self._product()
+        return product.b.index(product.a[-1])
+
+    def _summed_axes(self) -> tuple[int, ...]:
+        product = self._product()
+        return tuple(i for i, axis in enumerate(product.kernel) if axis not in product.outputs)
+
+    def _along_outputs(self, values: Any, rank: int) -> Any:
+        product, ops = self._product(), _keras.of(self).ops
+        kept = [axis for axis in product.kernel if axis in product.outputs]
+        sizes = dict(zip(product.kernel, tuple(self._kernel_variable.shape)))
+        values = ops.reshape(values, [sizes[axis] for axis in kept])
+        ordered = [axis for axis in product.outputs if axis in kept]
+        values = ops.einsum(f"{''.join(kept)}->{''.join(ordered)}", values)
+        # An ellipsis stands for axes before or among those that are named.
+        outputs = self.equation.replace(" ", "").rpartition("->")[2]
+        elided = rank - len(outputs.replace("...", ""))
+        spelled = outputs.replace("...", "." * elided)
+        return ops.reshape(values, [sizes[c] if c in kept else 1 for c in spelled])
+
+    @classmethod
+    def _bias_refusal(cls, layer: Any) -> str | None:
+        product = EinsumProduct(_keras.of(layer).ops, layer.equation)
+        added = product.b.partition(product.a[-1])[2]
+        if product.b[0] != product.a[-1]:
+            return "its kernel has an axis of its input and output, which its bias has not"
+        if layer.bias_axes is None:
+            return "it has no bias into which that of the branch could be merged"
+        if "".join(c for c in product.outputs if c in layer.bias_axes) != added:
+            return (
+                f"its bias is along {layer.bias_axes!r}; expected the axes that the kernel "
+                f"adds to the output, {added!r}"
+            )
+        return None
 
     def _product(self, inputs: Any = None) -> EinsumProduct:
         equation = self.equation

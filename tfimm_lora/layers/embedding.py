@@ -49,7 +49,7 @@ class EmbeddingUpdate(LoRALayer):
         a, b = self._factors()
         rows = seam.ops.take(a, seam.ops.cast(inputs, "int32"), axis=0)
         branch = self.lora.scale * seam.ops.matmul(self._dropped(rows), b)
-        return outputs + seam.ops.cast(branch, outputs.dtype)
+        return self._finished(outputs + seam.ops.cast(branch, outputs.dtype))
 
     def _routed(self, inputs: Any, route: routes.Route) -> Any:
         """The branch for adapters chosen by example."""

@@ -1,12 +1,12 @@
 """The values of an adapted layer: merged, disabled, weaker or other ones, and in files.
 
-While a layer is merged or disabled, the kernel, A and B as they are without that are kept
+While a layer is merged or disabled, kernel and factors as they are without that are kept
 aside, so that every way back gives the very bits.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,13 +23,13 @@ class State:
     spec: Any
     #: How the layer was before it was converted; None if it was created adapted.
     found: Found | None = None
-    #: Kernel, A and B of a merged or disabled layer as they were, bit for bit; else None.
+    #: Kernel and factors of a merged or disabled layer as they were, bit for bit; else None.
     unmerged: dict[str, np.ndarray] | None = None
     #: How many times the layer was disabled, and whether it was merged before.
     disabled: int = 0
     merged_before: bool = False
-    #: After ``set_strength``: the B that is 100 %, and the B that it left.
-    strength: tuple[np.ndarray, np.ndarray] | None = None
+    #: After ``set_strength``: the values that are 100 %, and those that it left.
+    strength: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
     #: Whether a call was seen to use the kernel.
     kernel_seen: bool = False
     #: Whether a call was seen to make another kernel of it (weight standardisation).
@@ -37,12 +37,11 @@ class State:
 
 
 class LayerValues:
-    """What ``LoRALayer`` does with the values of W, A and B; W in ``_kernel_variable``."""
+    """What ``LoRALayer`` does with the values of its variables; W in ``_kernel_variable``."""
 
     # Of the adapted layer.
     name: str
-    kernel_lora_a: Any
-    kernel_lora_b: Any
+    bias: Any
     _kernel_variable: Any
     _effective_kernel: Callable[[], Any]
 
@@ -54,6 +53,20 @@ class LayerValues:
     @property
     def _lora_state(self) -> State:
         return self.__dict__["_lora_state"]
+
+    def _lora_variables(self) -> dict[str, Any]:
+        """The variables that LoRA added to the layer, by name."""
+        return {n: self.__dict__[n] for n in config.LORA_VARIABLE_NAMES if n in self.__dict__}
+
+    def _switches(self) -> dict[str, Any]:
+        """Those of which zeros mean no update; A alone means nothing."""
+        found = self._lora_variables()
+        return {n: v for n, v in found.items() if n not in ("kernel_lora_a", "kernel_lora_a0")}
+
+    def _merged_into(self) -> dict[str, Any]:
+        """The variables of the base layer that merging changes."""
+        changed = {"kernel": self._kernel_variable}
+        return {**changed, "bias": self.bias} if self._lora_state.spec.branch_bias else changed
 
     # -- merging ---------------------------------------------------------------------
 
@@ -72,10 +85,11 @@ class LayerValues:
             )
         self._require_enabled("merged")
         self._require_built("merge")
-        merged = self.merged_kernel()
+        merged = self.merged_values()
         self._lora_state.unmerged = self.lora_values()
-        self._kernel_variable.assign(merged)
-        self.kernel_lora_b.assign(np.zeros(tuple(self.kernel_lora_b.shape), "float32"))
+        for name, variable in self._merged_into().items():
+            variable.assign(merged[name])
+        self._switch_off()
 
     def unmerge_weights(self) -> None:
         """Undo ``merge_weights``, bit for bit.
@@ -90,31 +104,50 @@ class LayerValues:
         self._require_enabled("unmerged")
         if unmerged is None:
             raise ValueError(f"Layer '{self.name}' is not merged.")
-        replaced = _keras.of(self).to_numpy(self.kernel_lora_b).any()
+        seam = _keras.of(self)
+        replaced = any(seam.to_numpy(v).any() for v in self._switches().values())
         self._lora_state.unmerged = None
         if replaced:
             return
-        self._kernel_variable.assign(unmerged["kernel"])
-        self.kernel_lora_a.assign(unmerged["kernel_lora_a"])
-        self.kernel_lora_b.assign(unmerged["kernel_lora_b"])
+        for name, variable in {**self._merged_into(), **self._lora_variables()}.items():
+            variable.assign(unmerged[name])
 
     def lora_values(self) -> dict[str, np.ndarray]:
-        """Kernel, A and B by name, as they are without merging."""
-        seam = _keras.of(self)
-        return self._lora_state.unmerged or {
-            "kernel": seam.to_numpy(self._kernel_variable),
-            "kernel_lora_a": seam.to_numpy(self.kernel_lora_a),
-            "kernel_lora_b": seam.to_numpy(self.kernel_lora_b),
-        }
+        """Kernel, A and B (and what else LoRA has here) by name, as without merging."""
+        if self._lora_state.unmerged:
+            return self._lora_state.unmerged
+        found = {**self._merged_into(), **self._lora_variables()}
+        return {name: _keras.of(self).to_numpy(variable) for name, variable in found.items()}
 
     def merged_kernel(self) -> np.ndarray:
-        """W + s A B as ``merge_weights`` would leave it in the kernel, in its type."""
+        """The adapted kernel as ``merge_weights`` would leave it, in the kernel's type."""
+        return self.merged_values()["kernel"]
+
+    def merged_values(self) -> dict[str, np.ndarray]:
+        """What ``merge_weights`` would leave in the variables of the base layer, by name."""
         seam = _keras.of(self)
-        kernel = self._kernel_variable
+        found = self._merged_into()
         if self.merged:
-            return seam.to_numpy(kernel)
-        merged = seam.ops.cast(self._effective_kernel(), seam.dtype_of(kernel))
-        return seam.to_numpy(merged)
+            return {name: seam.to_numpy(variable) for name, variable in found.items()}
+        cast, dtype_of = seam.ops.cast, seam.dtype_of
+        adapted = {"kernel": self._effective_kernel()}
+        if "bias" in found:
+            shift = seam.full_precision(self.__dict__["kernel_lora_shift"])
+            bias = cast(seam.full_precision(self.bias), "float32")
+            adapted["bias"] = bias + self._lora_state.spec.scale * shift
+        return {n: seam.to_numpy(cast(x, dtype_of(found[n]))) for n, x in adapted.items()}
+
+    def value_of(self, variable: Any, merged: bool) -> np.ndarray:
+        """The value of one of the layer's variables as it is with merging or without."""
+        for name, changed in self._merged_into().items():
+            if variable is changed:
+                return (self.merged_values() if merged else self.lora_values())[name]
+        return _keras.of(self).to_numpy(variable)
+
+    def _switch_off(self) -> None:
+        """Let the layer compute as without the update."""
+        for variable in self._switches().values():
+            variable.assign(np.zeros(tuple(variable.shape), "float32"))
 
     def _require_built(self, what: str) -> None:
         if "kernel_lora_a" not in self.__dict__:
@@ -130,34 +163,44 @@ class LayerValues:
                 "disable_adapter block first."
             )
 
-    # -- other factors -----------------------------------------------------------------
+    # -- other updates -----------------------------------------------------------------
 
-    def assign_factors(self, a: np.ndarray, b: np.ndarray) -> None:
-        """Give A and B new values. A merged layer stays merged, a disabled one disabled."""
+    def assign_update(self, given: Mapping[str, np.ndarray]) -> None:
+        """Give the LoRA variables new values, zeros to those that are not given.
+
+        A merged layer stays merged, a disabled one disabled.
+        """
         self._require_built("load")
         state = self._lora_state
         state.strength = None
+        found = self._lora_variables()
+        zeros = {n: np.zeros(tuple(v.shape), "float32") for n, v in found.items()}
+        values = {**zeros, **given}
         if state.disabled and state.unmerged is not None:
-            state.unmerged = {**state.unmerged, "kernel_lora_a": a, "kernel_lora_b": b}
+            state.unmerged = {**state.unmerged, **values}
             return
         merged = self.merged
         if merged:
             self.unmerge_weights()
-        self.kernel_lora_a.assign(a)
-        self.kernel_lora_b.assign(b)
+        for name, variable in found.items():
+            variable.assign(values[name])
         if merged:
             self.merge_weights()
 
     def set_strength(self, factor: float) -> None:
         """Let the update count ``factor`` times; 1 gives back the bits of before."""
-        values = self.lora_values()
-        a, b = values["kernel_lora_a"], values["kernel_lora_b"]
+        values = {n: x for n, x in self.lora_values().items() if n in self._lora_variables()}
+        now = {name: values[name] for name in self._switches()}
         known = self._lora_state.strength
-        # A B that is not the one this method left was trained or loaded since.
-        whole = known[0] if known is not None and np.array_equal(known[1], b) else b
-        scaled = whole if factor == 1 else (whole * factor).astype(whole.dtype)
-        self.assign_factors(a, scaled)
-        self._lora_state.strength = None if factor == 1 else (whole, scaled)
+        # Values that are not those this method left were trained or loaded since.
+        same = known is not None and all(np.array_equal(known[1][n], x) for n, x in now.items())
+        whole = known[0] if known is not None and same else now
+        if factor == 1:
+            self.assign_update({**values, **whole})
+            return
+        scaled = {name: (x * factor).astype(x.dtype) for name, x in whole.items()}
+        self.assign_update({**values, **scaled})
+        self._lora_state.strength = whole, scaled
 
     def disable(self) -> None:
         """Compute as without the update until ``enable``; may be nested."""
@@ -167,8 +210,9 @@ class LayerValues:
             state.merged_before = self.merged
             values = self.lora_values()
             if state.merged_before:
-                self._kernel_variable.assign(values["kernel"])
-            self.kernel_lora_b.assign(np.zeros_like(values["kernel_lora_b"]))
+                for name, variable in self._merged_into().items():
+                    variable.assign(values[name])
+            self._switch_off()
             state.unmerged = values
         state.disabled += 1
 
@@ -179,8 +223,8 @@ class LayerValues:
         if state.disabled or state.unmerged is None:
             return
         values, state.unmerged = state.unmerged, None
-        self.kernel_lora_a.assign(values["kernel_lora_a"])
-        self.kernel_lora_b.assign(values["kernel_lora_b"])
+        for name, variable in self._lora_variables().items():
+            variable.assign(values[name])
         if state.merged_before:
             self.merge_weights()
 
@@ -189,25 +233,23 @@ class LayerValues:
     def _stored_variables(self) -> dict[str, Any]:
         """Own variables by their key in a weight file.
 
-        The base layer's are numbered as Keras numbers them and A and B go by name, so
+        The base layer's are numbered as Keras numbers them and those of LoRA go by name, so
         neither file of the two is mistaken for the other's.
         """
         seam = _keras.of(self)
         own = seam.own_variables(self)
         names = [seam.variable_name(v) for v in own]
-        base = [v for v, n in zip(own, names) if n not in config.LORA_WEIGHT_NAMES]
-        stored = {str(i): v for i, v in enumerate(base)}
-        for name in config.LORA_WEIGHT_NAMES:
-            stored[name] = self.__dict__[name]
-        return stored
+        base = [v for v, n in zip(own, names) if n not in config.LORA_VARIABLE_NAMES]
+        return {**{str(i): v for i, v in enumerate(base)}, **self._lora_variables()}
 
     def save_own_variables(self, store: Any) -> None:
         """Write the variables as they are without merging."""
         if "kernel_lora_a" not in self.__dict__:
             return
         seam, unmerged = _keras.of(self), self._lora_state.unmerged or {}
+        changed = {id(v): name for name, v in self._merged_into().items()}
         for key, variable in self._stored_variables().items():
-            name = "kernel" if variable is self._kernel_variable else key
+            name = changed.get(id(variable), key)
             store[key] = seam.store_value(unmerged.get(name, variable))
 
     def load_own_variables(self, store: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora import _keras
-from tfimm_lora.config import LORA_WEIGHT_NAMES
+from tfimm_lora.config import LORA_VARIABLE_NAMES
 from tfimm_lora.layers.base import LoRALayer
 
 #: Tensors of checkpoints that tfimm has no place for, and why that is right.
@@ -69,7 +69,7 @@ def wanted_variables(model: Any) -> Iterator[Wanted]:
     for path, layer in seam.walk(model):
         for variable in seam.own_variables(layer):
             leaf = seam.variable_name(variable)
-            if isinstance(layer, LoRALayer) and leaf in LORA_WEIGHT_NAMES:
+            if isinstance(layer, LoRALayer) and leaf in LORA_VARIABLE_NAMES:
                 continue
             name = f"{path}/{_scoped(path, variable, leaf)}" if path else leaf
             if not any(re.search(pattern, name) for pattern in IGNORED_IN_MODEL):
