@@ -28,6 +28,7 @@ from tfimm_lora.adapters.routing import (  # noqa: E402
 from tfimm_lora.compaction import compact_adapter  # noqa: E402
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
 from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
+from tfimm_lora.eva import initialize_eva  # noqa: E402
 from tfimm_lora.exporting import Exported, export  # noqa: E402
 from tfimm_lora.factory import create_model, list_models  # noqa: E402
 from tfimm_lora.finetuning.augment import Augmentation  # noqa: E402
@@ -123,6 +124,7 @@ __all__ = [
     "find_pictures",
     "finetune",
     "finetune_pictures",
+    "initialize_eva",
     "inject_lora",
     "list_models",
     "load_adapter",

@@ -254,6 +254,21 @@ class KerasSeam:
         """Why this Keras' state of the layer rules out LoRA, or None."""
         return None
 
+    @contextlib.contextmanager
+    def eagerly(self) -> Iterator[None]:
+        """Within this block functions that TensorFlow compiles run as Python, with values."""
+        if self.backend() != "tensorflow":
+            yield
+            return
+        from tensorflow import config
+
+        before = config.functions_run_eagerly()
+        config.run_functions_eagerly(True)
+        try:
+            yield
+        finally:
+            config.run_functions_eagerly(before)
+
     def variable_scope(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
         """The scope in which variables beside this one must be created."""
         return contextlib.nullcontext()
