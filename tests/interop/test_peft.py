@@ -65,7 +65,11 @@ def adapted(model, **config):
     wrapped = peft.get_peft_model(model, peft.LoraConfig(**config))
     with torch.no_grad():
         for name, parameter in wrapped.named_parameters():
-            if "lora_" in name:
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            elif "lora_" in name and parameter.ndim == 1:
+                parameter.copy_(0.2 * torch.randn_like(parameter))
+            elif "lora_" in name:
                 parameter.copy_(torch.randn_like(parameter) * 0.2 / parameter.shape[1] ** 0.5)
             elif parameter.requires_grad:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -142,6 +146,9 @@ CONFIGS = {
     "layers_to_transform": dict(
         r=2, target_modules=["fc1"], layers_to_transform=[2, 5], layers_pattern="blocks"
     ),
+    "dora": dict(r=4, lora_alpha=6, use_dora=True, target_modules=["qkv", "fc1"]),
+    "dora_rslora": dict(r=4, use_dora=True, use_rslora=True, target_modules=["fc2"]),
+    "lora_bias": dict(r=4, lora_alpha=6, lora_bias=True, target_modules=["qkv", "fc1"]),
     "exclude": dict(r=2, target_modules=["fc1"], exclude_modules=r"blocks\.[0-5]\..*"),
 }
 
@@ -157,6 +164,60 @@ def test_what_peft_can_configure_is_read(kind, theirs, ours, tmp_path):
     lora.save_adapter(model, tmp_path / "ours", format="peft")
     again = peft.PeftModel.from_pretrained(theirs(VIT), str(tmp_path / "ours")).eval()
     timm_models.assert_agree(run(model, x), logits_of(again, VIT, x))
+
+
+@pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "efficientnet_b0"])
+def test_dora_of_convolutions_goes_both_ways(name, theirs, ours, tmp_path):
+    size, targets, _ = MODELS[name]
+    x, model = timm_models.images(size), ours(name)
+    wrapped = adapted(theirs(name), r=3, lora_alpha=5, use_dora=True, target_modules=targets)
+    wrapped.save_pretrained(str(tmp_path / "theirs"))
+    lora.load_adapter(model, tmp_path / "theirs")
+    timm_models.assert_agree(run(model, x), logits_of(wrapped, name, x))
+    lora.save_adapter(model, tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(theirs(name), str(tmp_path / "ours")).eval()
+    timm_models.assert_agree(run(model, x), logits_of(again, name, x))
+    merged = again.merge_and_unload()
+    with torch.no_grad():
+        lora.merge_lora_weights(model)
+        timm_models.assert_agree(run(model, x), merged(timm_models.to_torch(x)).numpy())
+
+
+@pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
+def test_starts_from_the_kernel_go_both_ways(start, theirs, ours, tmp_path):
+    """Files relative to the base as it was, of twice the rank, exact."""
+    x, model = timm_models.images(64), ours(VIT)
+    plain = run(model, x)
+    wrapped = peft.get_peft_model(
+        theirs(VIT), peft.LoraConfig(r=3, target_modules=["qkv"], init_lora_weights=start)
+    )
+    wrapped.save_pretrained(str(tmp_path / "start"))
+    with torch.no_grad():
+        for parameter_name, parameter in wrapped.named_parameters():
+            if "lora_" in parameter_name:
+                parameter.add_(0.05 * torch.randn_like(parameter))
+    wrapped.eval()
+    expected = logits_of(wrapped, VIT, x)
+    wrapped.peft_config["default"].init_lora_weights = True
+    wrapped.save_pretrained(
+        str(tmp_path / "theirs"),
+        path_initial_model_for_weight_conversion=str(tmp_path / "start"),
+    )
+    lora.load_adapter(model, tmp_path / "theirs")
+    timm_models.assert_agree(run(model, x), expected)
+
+    mine = ours(VIT)
+    lora.inject_lora(mine, lora_rank=3, lora_targets=["qkv"], lora_init=start)
+    np.testing.assert_allclose(run(mine, x), plain, rtol=1e-3, atol=1e-3)
+    for layer in lora.merge.lora_layers(mine).values():
+        for seed, name in enumerate(lora.LORA_WEIGHT_NAMES):
+            variable = getattr(layer, name)
+            noise = np.random.default_rng(seed).normal(size=tuple(variable.shape))
+            variable.assign_add(0.05 * noise.astype("float32"))
+    lora.save_adapter(mine, tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(theirs(VIT), str(tmp_path / "ours")).eval()
+    assert again.peft_config["default"].r == 6
+    timm_models.assert_agree(run(mine, x), logits_of(again, VIT, x))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -211,8 +272,6 @@ def test_new_classifier_and_biases_go_both_ways(theirs, ours, tmp_path):
 @pytest.mark.parametrize(
     "config, words",
     [
-        (dict(use_dora=True), "use_dora=True"),
-        (dict(lora_bias=True), "lora_bias=True"),
         (dict(init_lora_weights="pissa"), "init_lora_weights='pissa'.*changed base"),
     ],
 )
@@ -239,11 +298,14 @@ def test_peft_refuses_the_extension_by_name(theirs, tmp_path):
         peft.PeftModel.from_pretrained(theirs("resnet18"), str(tmp_path / "own"))
 
 
-@pytest.mark.parametrize("name", [VIT, "convnext_tiny"])
-def test_training_is_that_of_peft(name, theirs, ours, tmp_path):
+@pytest.mark.parametrize(
+    "name, variant",
+    [(VIT, {}), ("convnext_tiny", {}), (VIT, {"use_dora": True}), (VIT, {"lora_bias": True})],
+)
+def test_training_is_that_of_peft(name, variant, theirs, ours, tmp_path):
     """Twenty steps of SGD from the same weights, adapter and data: the same A and B."""
     size, targets, _ = MODELS[name]
-    wrapped = adapted(theirs(name), r=4, lora_alpha=8, target_modules=targets)
+    wrapped = adapted(theirs(name), r=4, lora_alpha=8, target_modules=targets, **variant)
     wrapped.save_pretrained(str(tmp_path / "start"))
     model = lora.load_adapter(ours(name, drop_path_rate=0.0), tmp_path / "start")
     start = lora.adapter_of(model)
@@ -278,7 +340,7 @@ def test_training_is_that_of_peft(name, theirs, ours, tmp_path):
     expected, given = lora.Adapter.load(tmp_path / "end"), lora.adapter_of(model)
     worst = 0.0
     for module, update in expected.layers.items():
-        for part in ("a", "b"):
+        for part in update.arrays():
             before, theirs_now = getattr(start.layers[module], part), getattr(update, part)
             ours_now = getattr(given.layers[module], part)
             assert np.abs(theirs_now - before).max() > 0
