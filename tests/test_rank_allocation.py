@@ -350,7 +350,8 @@ def prune(layer, dead, kind):
             b[:, component] = 0
         else:
             b[component] = 0
-    layer.assign_factors(a, b)
+    layer.kernel_lora_a.assign(a)
+    layer.kernel_lora_b.assign(b)
 
 
 @pytest.mark.parametrize("use_rslora", [False, True])
@@ -419,6 +420,24 @@ def test_layers_without_components_are_left_out_unless_they_hold_a_bias():
         compact_adapter(fresh)
     with pytest.raises(ValueError, match="no LoRA layers"):
         compact_adapter(tiny_models.functional())
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"lora_use_dora": True}, {"lora_bias": True}, {"lora_init": "pissa"}]
+)
+def test_variants_keep_what_they_hold_beside_the_components(arguments):
+    model = two_layers(**arguments)
+    prune(model.get_layer("two"), range(4), "dense")
+    prune(model.get_layer("one"), [1], "dense")
+    output = run(model, X)
+    plain = two_layers(**arguments)
+    lora.load_adapter(model, compact_adapter(model))
+    np.testing.assert_allclose(run(model, X), output, **CLOSE)
+    if "lora_init" in arguments:
+        with pytest.raises(ValueError, match="starts from its kernel"):
+            RankAllocator(plain, 2, end=100)
+    else:
+        RankAllocator(plain, 2, end=100)
 
 
 def test_a_merged_model_is_compacted_as_it_is():

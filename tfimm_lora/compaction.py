@@ -24,7 +24,8 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
     dropped, as ``RankAllocator`` leaves them. What is left keeps its scale, so the outputs
     are the same. A layer without a component is left out, or where it holds something else
     too (a trained bias) is kept with one of zeros. Parts of a fused projection (``lora_qkv``)
-    keep the rank of the part with the most.
+    keep the rank of the part with the most, and layers that start from their kernel (PiSSA,
+    OLoRA) all of their components: the start, which is taken off again, has every one.
 
     To have the smaller layers in the model itself, load the adapter into it:
     ``load_adapter(model, compact_adapter(model))``, and compile it again.
@@ -55,15 +56,17 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
     adapter = adapter_of(model, base_model)
     names, layers = Names(model), lora_layers(model)
     alive = {names.modules[path]: live_components(layer) for path, layer in layers.items()}
-    if not any(kept.any() for kept in alive.values()):
+    whole = {names.modules[path] for path, layer in layers.items() if starts_apart(layer)}
+    if not whole and not any(kept.any() for kept in alive.values()):
         raise ValueError(
             f"Received model '{model.name}', in whose adapter every component is zero; "
             "expected a trained model. Before training, save_adapter keeps all of it."
         )
     kept_layers = {}
     for module, update in adapter.layers.items():
-        holds_more = adapter.bias != "none" or _has_more(update)
-        if alive[module].any() or holds_more:
+        if module in whole:
+            kept_layers[module] = update
+        elif alive[module].any() or adapter.bias != "none" or _has_more(update):
             kept_layers[module] = _compact(update, alive[module])
     return dataclasses.replace(adapter, layers=kept_layers)
 
@@ -74,6 +77,11 @@ def rank_axis(layer: LoRALayer) -> int:
         product = layer._product()
         return product.b.index(product.a[-1])
     return 0
+
+
+def starts_apart(layer: LoRALayer) -> bool:
+    """Whether a layer starts from its kernel: it adds A B less what A B was then."""
+    return "kernel_lora_a0" in layer.__dict__
 
 
 def live_components(layer: LoRALayer) -> np.ndarray:

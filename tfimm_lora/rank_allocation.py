@@ -20,7 +20,7 @@ import numpy as np
 from tfimm_lora import _keras
 from tfimm_lora._keras.updates import state_variable, unwatch_updates, watch_updates
 from tfimm_lora.adapters.paths import Names
-from tfimm_lora.compaction import rank_axis
+from tfimm_lora.compaction import rank_axis, starts_apart
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.merge import lora_layers
 
@@ -69,9 +69,9 @@ class RankAllocator:
     Raises:
         TypeError: for a number of the wrong type; when training starts, for an optimizer
             without a rule for single variables.
-        ValueError: if the model has no LoRA, is merged or not built, or has a rank not above
-            the target; for steps out of order or a beta out of range. When training starts:
-            if the optimizer does not train the layers.
+        ValueError: if the model has no LoRA, is merged or not built, starts from its kernel
+            (PiSSA, OLoRA), or has a rank not above the target; for steps out of order or a
+            beta out of range. When training starts: if the optimizer does not train the layers.
 
     Warns:
         UserWarning: at the end of a training before step ``end``.
@@ -134,6 +134,11 @@ class RankAllocator:
         self._seam = _keras.of(model)
         for part in self._parts:
             _require_plain(part.layer)
+            if starts_apart(part.layer):
+                raise ValueError(
+                    f"Layer '{part.path}' starts from its kernel, so that to prune a component "
+                    "is to change the kernel. Put LoRA in with lora_init='default'."
+                )
         self._initial = sum(part.count for part in self._parts)
         units = sum(part.parts for part in self._parts)
         self._final = round(self.target_rank * units)
