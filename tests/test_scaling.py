@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -80,7 +81,10 @@ def start(*command, **environ):
 def ended(*processes):
     """The exit codes of processes and what they said, when all have ended by themselves."""
     try:
-        said = [process.communicate(timeout=PATIENCE) for process in processes]
+        # At once: one that nobody listens to would wait with its pipe full, and the others
+        # for it.
+        with ThreadPoolExecutor() as pool:
+            said = list(pool.map(lambda p: p.communicate(timeout=PATIENCE), processes))
     finally:
         for process in processes:
             process.kill()
