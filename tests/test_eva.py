@@ -493,8 +493,6 @@ def test_mixed_precision(policy_name, policy):
     ids=str,
 )
 def test_with_every_option(arguments):
-    if not set(arguments) <= set(lora_field_names()):
-        pytest.skip("no such option")
     model = two(lora_rank=3, **arguments)
     before = run(model, UNEVEN)
     names = sorted(v.name for v in model.trainable_weights)
@@ -764,6 +762,9 @@ def test_a_model_that_is_not_new():
     model = two(lora_rank=2)
     randomise(model)
     refused(model, [UNEVEN], match="'fc1' has a kernel_lora_b that is not zero")
+    for start in ("pissa", "olora", "orthogonal"):
+        model = two(lora_rank=2, lora_init=start)
+        refused(model, [UNEVEN], match="kernel_lora_b .* starts by another way")
     model = two(lora_rank=2)
     lora.merge_lora_weights(model)
     refused(model, [UNEVEN], match="'fc1' is merged. Call unmerge_lora_weights first")
