@@ -383,9 +383,6 @@ def test_dropping_what_is_zero_changes_no_output(kind, use_rslora, tmp_path):
     np.testing.assert_allclose(run(model, x), output, **CLOSE)
 
 
-@pytest.mark.xfail(
-    strict=True, reason="load_adapter asks for the rank of all positions together"
-)
 def test_an_adapter_of_a_batched_kernel_loads_into_the_plain_model():
     model, x, _ = one_kind("batched")
     start = values(model.weights)

@@ -16,6 +16,7 @@ import tfimm_lora as lora
 from tests.kerases import LEGACY, array, keras, values
 from tests.picture_folders import break_picture, write_digits
 from tfimm_lora.cli import main
+from tfimm_lora.finetuning.checkpoint import Checkpoints
 from tfimm_lora.finetuning.pipeline import PictureBatches
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.run import Run
@@ -163,6 +164,47 @@ def test_a_killed_run_is_resumed_to_the_very_weights(folder, tmp_path):
     _, errors = again.communicate()
     assert again.returncode == 0 and "going on with the run" in errors, errors[-2000:]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lora_init="eva", lora_freeze_a=True),
+        dict(lora_init="pissa_niter_2", lora_use_dora=True),
+        dict(lora_bias=True, lora_targets=["conv", "fc"]),
+    ],
+    ids=["eva", "pissa_dora", "bias"],
+)
+def test_variants_are_trained_resumed_and_opened(options, folder, tmp_path, monkeypatch):
+    """Stopped after its first epoch, by an error, and gone on with: the very run."""
+    asked = recipe(folder, epochs=2, lora={"lora_rank": 2, **options})
+    run = finetune_pictures(asked, tmp_path / "whole", verbose="none")
+    saved = Checkpoints.save
+
+    def stop(self, progress, values):
+        saved(self, progress, values)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_pictures(asked, tmp_path / "run", verbose="none")
+    monkeypatch.undo()
+    keras.utils.set_random_seed(99)
+    again = finetune_pictures(asked, tmp_path / "run", resume=True, verbose="none")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    one, two = run.model(), again.model()
+    for a, b in zip(one.weights, two.weights):
+        np.testing.assert_array_equal(array(a), array(b))
+    layer = one.get_layer("fc")
+    assert layer.lora.use_dora == bool(options.get("lora_use_dora"))
+    start = open_base(str(folder / "model.keras"), classes=3, normalisation="unit").model
+    kernel = layer.lora_values()["kernel"]
+    np.testing.assert_array_equal(kernel, array(start.get_layer("fc").kernel))
+
+
+def test_a_start_from_data_is_for_one_device(folder):
+    with pytest.raises(ValueError, match="strategy='none'"):
+        recipe(folder, lora={"lora_init": "eva"}, strategy="mirrored")
 
 
 def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):

@@ -13,7 +13,7 @@ from typing import Any
 from tfimm_lora import _keras
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.config import LORA_VARIABLE_NAMES, LoRAConfig
-from tfimm_lora.inject import _forget_traces
+from tfimm_lora.inject import forget_traces
 from tfimm_lora.layers.base import LoRALayer, LoRASpec
 from tfimm_lora.layers.lookup import adapt_layer, restore_layer
 from tfimm_lora.layers.rows import Rows, rows_of
@@ -251,7 +251,7 @@ def _start(
         raise
     if any(shared[path] != spec.rank for path, (spec, _) in before.items()):
         _record(model, layers)
-        _forget_traces(model, "Other ranks were given to the layers of")
+        forget_traces(model, "Other ranks were given to the layers of")
 
 
 def _with_rank(spec: LoRASpec, rank: int) -> LoRASpec:

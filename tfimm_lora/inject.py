@@ -77,7 +77,7 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
         _take_out(model)
         raise
     model.__dict__["_lora_config"] = config
-    _forget_traces(model, "LoRA was put into")
+    forget_traces(model, "LoRA was put into")
 
 
 def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class: bool) -> None:
@@ -171,7 +171,7 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
                 layer.merge_weights()
             layer._forget_merge()
     _take_out(model)
-    _forget_traces(model, "LoRA was taken out of")
+    forget_traces(model, "LoRA was taken out of")
     return model
 
 
@@ -203,7 +203,7 @@ def _take_out(model: Any) -> None:
             layer.cfg = cfg
 
 
-def _forget_traces(model: Any, what: str) -> None:
+def forget_traces(model: Any, what: str) -> None:
     """Drop cached functions, and the compilation, which knows other variables."""
     seam = _keras.of(model)
     seam.reset_functions(model)

@@ -334,6 +334,11 @@ def _shared_sizes(layer: Any) -> tuple[int, ...]:
     return tuple(sizes[c] for c in product.b[: product.b.index(product.a[-1])])
 
 
+def positions(layer: Any) -> int:
+    """How many kernels an einsum layer with shared axes has: one for each position."""
+    return math.prod(_shared_sizes(layer))
+
+
 def _einsum_blocks(layer: Any, a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """A (shared, r, in) and B (shared, out, r), with all axes of a kind made one."""
     shared, rank = math.prod(_shared_sizes(layer)), a.shape[-1]

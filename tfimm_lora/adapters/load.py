@@ -18,6 +18,7 @@ from tfimm_lora.adapters.axes import (
     kernel_shape,
     kinds_agree,
     moves_only_its_parts,
+    positions,
     sure_kind,
     values_for,
 )
@@ -115,7 +116,7 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
     _fitting_weights(model, names, adapter)
     paths = {names.paths[module]: x for module, x in adapter.layers.items()}
     parts = _parts(paths)
-    ranks = {p: x.rank // (len(x.qkv[0]) if parts and x.qkv else 1) for p, x in paths.items()}
+    ranks = {path: _rank(names.layers[path], x, parts) for path, x in paths.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     scale = Counter(x.scale for x in paths.values()).most_common(1)[0][0]
     dotted = {path: path.replace("/", ".") for path in paths}
@@ -143,6 +144,13 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
         "lora_train_modules": [p for p in modules if not (all_heads and p in heads)],
         "lora_train_classifier": all_heads,
     }
+
+
+def _rank(layer: Any, update: LayerUpdate, parts: str | None) -> int:
+    """``lora_rank`` for an update, which may be written out at a wider rank in its file."""
+    if update.kind == "batched":
+        return update.rank // positions(layer)
+    return update.rank // (len(update.qkv[0]) if parts and update.qkv else 1)
 
 
 def module_paths(names: Names, module: str) -> list[str]:

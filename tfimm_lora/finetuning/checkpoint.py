@@ -40,13 +40,16 @@ class Progress:
 
 def changing_variables(model: Any) -> dict[str, Any]:
     """The variables that training can change, by name: trained ones, statistics of layers
-    that are trained whole, and the states of random generators."""
+    that are trained whole, and the states of random generators. And those that LoRA added,
+    which come from chance or data before the first step."""
     seam = _keras.of(model)
     found: dict[str, Any] = {}
     for path, layer in seam.walk(model):
         variables = seam.own_variables(layer)
         if isinstance(layer, (LoRALayer, FrozenLayer)):
-            variables = [v for v in variables if layer._is_trained(v)]
+            own = getattr(layer, "_lora_variables", dict)().values()
+            kept = {id(v) for v in own}
+            variables = [v for v in variables if id(v) in kept or layer._is_trained(v)]
         for variable in [*variables, *seam.random_states(layer)]:
             name = f"{path}/{seam.variable_name(variable)}"
             while name in found:

@@ -15,6 +15,7 @@ from typing import Any
 
 from tfimm_lora import _keras
 from tfimm_lora.config import LoRAConfig, check_keywords, lora_field_names
+from tfimm_lora.eva import initialize_eva
 from tfimm_lora.finetuning.augment import Augmentation
 from tfimm_lora.finetuning.data import PictureSet, Split, find_pictures
 from tfimm_lora.finetuning.devices import Devices
@@ -91,6 +92,11 @@ class Recipe:
         LoRAConfig(**self.lora)
         Augmentation.named(self.augmentation)
         check_name(self.strategy)
+        if self.lora.get("lora_init") == "eva" and self.strategy != "none":
+            raise ValueError(
+                f"Received lora_init='eva' with strategy={self.strategy!r}; expected "
+                "strategy='none': every device would start at what it found by itself."
+            )
         check_whole("epochs", self.epochs, 1)
         check_whole("batch_size", self.batch_size, 1)
         check_number("learning_rate", self.learning_rate, 0, above=True)
@@ -170,7 +176,7 @@ def finetune_pictures(
             # For weights that are not kept: a new classifier, if no epoch was finished.
             seam.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
-            _inject(seam, recipe, model, run.facts)
+            _inject(seam, recipe, model, split, run.facts)
         trained, seconds = _train(recipe, run, model, split, devices, verbose)
     facts = {
         "best_epoch": trained.best_epoch,
@@ -252,7 +258,7 @@ def _begin(
         if base.from_scratch or random_head:
             kept = Path(temporary) / BASE_WEIGHTS
             base.model.save_weights(kept)
-        _inject(seam, recipe, base.model, facts)
+        _inject(seam, recipe, base.model, split, facts)
         facts.update(_sizes(base.model))
         devices.agree("recipe and pictures", _told(recipe, split, facts))
         if devices.is_chief:
@@ -275,10 +281,18 @@ def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
     return is_new if asked is None else asked
 
 
-def _inject(seam: Any, recipe: Recipe, model: Any, facts: Mapping[str, Any]) -> None:
+def _inject(
+    seam: Any, recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
+) -> None:
     seam.keras.utils.set_random_seed(recipe.seed)  # for A, whatever happened before
     trained = _trains_classifier(recipe, facts["new_classifier"])
     inject_lora(model, **{**recipe.lora, "lora_train_classifier": trained})
+    if recipe.lora.get("lora_init") == "eva":
+        preprocessing = Preprocessing.from_dict(facts["preprocessing"])
+        batches = PictureBatches(
+            split.train, preprocessing, recipe.batch_size, seed=recipe.seed
+        )
+        initialize_eva(model, batches.epoch(0))
 
 
 def _sizes(model: Any) -> dict[str, Any]:
