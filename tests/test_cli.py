@@ -1,5 +1,6 @@
 """The command line: models, plan, inspect, combine, diff; exit codes and what stdout holds."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -653,3 +654,21 @@ def test_nothing_against_nothing_is_the_same(saved, document):
     other = lora.LayerUpdate(normal(2, 5, seed=1), none.b)
     paths = saved("one", lora.Adapter({"z": none})), saved("two", lora.Adapter({"z": other}))
     assert document("diff", *paths)["layers"][0]["distance"] == 0
+
+
+def test_magnitudes_and_biases_of_branches_are_told(tmp_path, capsys):
+    plain = lora.LayerUpdate(np.ones((1, 3)), np.ones((4, 1)))
+    for name, more in (
+        ("plain", {}),
+        ("dora", {"magnitude": np.ones(4)}),
+        ("other", {"magnitude": np.full(4, 1.5)}),
+    ):
+        lora.Adapter({"fc": dataclasses.replace(plain, **more)}).save(tmp_path / name)
+    paths = {name: str(tmp_path / name) for name in ("plain", "dora", "other")}
+    assert main(["inspect", paths["dora"], "--json"]) == 0
+    data = json.loads(capsys.readouterr().out)
+    assert data["use_dora"] and not data["lora_bias"] and data["totals"]["factors"] == 11
+    assert main(["diff", paths["plain"], paths["dora"]]) == 0
+    assert "magnitude only in the second" in capsys.readouterr().out
+    assert main(["diff", paths["dora"], paths["other"]]) == 0
+    assert "magnitude by 0.5000" in capsys.readouterr().out

@@ -408,10 +408,12 @@ def test_magnitudes_of_combined_adapters_are_averaged():
         )
     model = lora.load_adapter(network(), both)
     assert model.get_layer("fc1").lora.use_dora
-    with pytest.raises(ValueError, match="magnitude .DoRA. in some adapters only"):
+    with pytest.raises(ValueError, match="magnitudes .DoRA. in some adapters only"):
         lora.combine_adapters([one, lora.adapter_of(tuned("pissa"))], [0.5, 0.5])
     with pytest.raises(ValueError, match="add up to 0"):
         lora.combine_adapters([one, two], [1.0, -1.0])
+    assert max(lora.combination_errors(both, [one, two], [0.25, 0.75]).values()) < 1e-5
+    assert one.layers["fc1"].size == sum(x.size for x in one.layers["fc1"].arrays().values())
 
 
 def test_biases_of_branches_are_summed():

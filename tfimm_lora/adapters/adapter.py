@@ -106,6 +106,11 @@ class LayerUpdate:
         a: np.ndarray = self.a.reshape(self.rank, -1).astype("float64")
         return a, self.b.reshape(self.b.shape[0], self.rank).astype("float64")
 
+    @property
+    def size(self) -> int:
+        """The number of its numbers."""
+        return sum(value.size for value in self.arrays().values())
+
     def delta(self) -> np.ndarray:
         """scale * B A in float64, in the shape of the weight: (out, in, ...)."""
         a, b = self.matrices()

@@ -115,6 +115,7 @@ def combine_adapters(
     how = Method(combination_type, rank, density, majority_sign_method, seed)
     terms = _terms(adapters, weights)
     _check_layers(terms, how)
+    _check_magnitudes(terms)
     base_model = _common_base_model(adapters)
     values, modules, bias = combine_whole(adapters, weights, trained_whole)
     _check_not_both(terms, values)
@@ -225,6 +226,21 @@ def _vectors(terms: list[Term]) -> dict[str, Any]:
     return found
 
 
+def _check_magnitudes(terms: Mapping[str, list[Term]]) -> None:
+    """Raise unless the magnitudes of updates that belong together have a mean."""
+    for path, own in terms.items():
+        without = sum(update.magnitude is None for update, _ in own)
+        problem = None
+        if 0 < without < len(own):
+            problem = "in some adapters only; expected all of them with DoRA, or none"
+        elif not without and sum(weight for _, weight in own) <= 0:
+            problem = "and weights that add up to 0 or less; expected a positive sum"
+        if problem:
+            raise ValueError(
+                f"Received adapters of which '{path}' has magnitudes (DoRA) {problem}."
+            )
+
+
 def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
     """Raise one error with every layer whose updates do not go together."""
     problems, of_rank = [], False
@@ -240,12 +256,6 @@ def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
         elif how.mixes_factors and len(ranks) > 1:
             of_rank = True
             problems.append(f"'{path}' has the ranks {listed(ranks)}")
-        elif len({update.magnitude is None for update in updates}) > 1:
-            problems.append(f"'{path}' has a magnitude (DoRA) in some adapters only")
-        elif updates[0].magnitude is not None and sum(weight for _, weight in own) <= 0:
-            problems.append(
-                f"'{path}' has magnitudes (DoRA), whose weights add up to 0 or less"
-            )
         elif how.truncates and kinds == ["batched"]:
             problems.append(
                 f"'{path}' is of the kind 'batched', whose positions have kernels of their "

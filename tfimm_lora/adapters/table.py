@@ -24,7 +24,7 @@ def summary(adapter: Adapter, model: Any = None) -> str:
         row = [path, str(update.rank), f"{update.scale:.4g}", f"{norm:.4g}"]
         if norms:
             row.append(f"{100 * norm / norms[path]:.2f} %" if norms[path] else "-")
-        row += [f"{effective_rank(values):.2f}", f"{update.a.size + update.b.size:,}"]
+        row += [f"{effective_rank(values):.2f}", f"{update.size:,}"]
         rows.append(row)
     rows += [
         [key, "whole", *[""] * (len(header) - 3), f"{value.size:,}"]

@@ -82,6 +82,11 @@ def _difference(one: LayerUpdate, other: LayerUpdate) -> dict[str, Any]:
     return {
         "identical": one == other,
         "changed": changed,
+        "vectors": {
+            name: _whole(getattr(one, name), getattr(other, name))
+            for name in ("magnitude", "bias")
+            if any(getattr(x, name) is not None for x in both)
+        },
         "distance": distance,
         "cosine": None if cosine is None else max(-1.0, min(1.0, cosine)),
     }
@@ -143,9 +148,14 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 
 def _changes(layer: dict[str, Any]) -> str:
-    return ", ".join(
+    told = [
         f"{name} {_text(old)} -> {_text(new)}" for name, (old, new) in layer["changed"].items()
-    )
+    ]
+    for name, vector in layer["vectors"].items():
+        where, distance = _presence(vector), vector["distance"]
+        if where or not vector["identical"]:
+            told.append(f"{name} {where or f'by {distance:.4f}'}")
+    return ", ".join(told)
 
 
 def _presence(weight: dict[str, Any]) -> str:

@@ -98,6 +98,8 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "base_model": adapter.base_model,
         "bias": adapter.bias,
         "dropout": adapter.dropout,
+        "use_dora": adapter.use_dora,
+        "lora_bias": adapter.branch_bias,
         "modules": list(adapter.modules),
         "not_in_peft": adapter.not_in_peft(),
         "layers": layers,
@@ -123,7 +125,7 @@ def _numbers(update: LayerUpdate) -> dict[str, Any]:
         "rank": update.rank,
         "alpha": update.alpha,
         "scale": update.scale,
-        "parameters": update.a.size + update.b.size,
+        "parameters": update.size,
         "norm": float(np.sqrt(energy[-1])),
         "largest": float(values[0]),
         "effective_rank": effective_rank(values),
@@ -174,6 +176,8 @@ def show(data: dict[str, Any]) -> None:
             ("modules trained whole", ", ".join(data["modules"]) or "none"),
             ("biases trained", data["bias"]),
             ("dropout", f"{data['dropout']:g}"),
+            ("magnitudes (DoRA)", "yes" if data["use_dora"] else "no"),
+            ("biases of branches", "yes" if data["lora_bias"] else "no"),
             ("in PEFT", f"no: {refused} layers that it cannot express" if refused else "yes"),
         ]
     )
