@@ -20,6 +20,7 @@ ORDER = [
     "optional",
     "_keras",
     "checks",
+    "lowrank",
     "starts",
     "variance",
     "peft_fields",

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from tfimm_lora.starts import KNOWN, Start, check_init, randomized_svd, start
+from tfimm_lora.lowrank import randomized_svd
+from tfimm_lora.starts import KNOWN, Start, check_init, start
 
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 DRAWN = ["gaussian", "orthogonal", "pissa_niter_2"]

@@ -11,6 +11,7 @@ from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LORA_VARIABLE_NAMES, check_keywords, lora_field_names
 from tfimm_lora.copying import build_like, plain_copy
 from tfimm_lora.inject import freeze_rest, inject_lora
+from tfimm_lora.layers.base import building_for_other_weights
 from tfimm_lora.merge import has_lora, lora_layers
 from tfimm_lora.registry import base_config, lora_base_of, lora_version_of
 from tfimm_lora.trainability import inside_paths
@@ -56,7 +57,7 @@ def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
         check_keywords(arguments, lora_field_names(), "convert_to_lora_model")
         return inject_lora(plain_copy(model), **arguments)
     cfg = lora_config_of(model.cfg, lora_cls, arguments)
-    with _keras.of(model).created_like(model):
+    with _keras.of(model).created_like(model), building_for_other_weights():
         lora_model = create_registered(lora_cls, cfg, model)
     transfer_weights(model, lora_model, weights_to_ignore=LORA_VARIABLE_NAMES)
     for layer in lora_layers(lora_model).values():

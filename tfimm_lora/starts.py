@@ -15,11 +15,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfimm_lora.lowrank import nearest_factors, randomized_svd, row_signs
+
 #: The names of all starts; N stands for a number. "default" and "eva" are not computed here.
 KNOWN = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "eva")
-
-#: How many directions more than the rank the randomized SVD looks at.
-OVERSAMPLING = 10
 
 
 class Start(NamedTuple):
@@ -183,9 +182,10 @@ def _orthogonal(shape: tuple[int, ...], rank: int, rng: np.random.Generator) -> 
 
 
 def _olora(w: np.ndarray, rank: int) -> Start:
-    q, r = np.linalg.qr(w.T)
-    signs = np.where(np.diagonal(r) < 0, -1.0, 1.0)[:rank]
-    return _rounded(r[:rank].T * signs, (q[:, :rank] * signs).T, True)
+    # Q's first columns are those of the first columns of W^T; R = Q^T W^T.
+    q, r = np.linalg.qr(w.T[:, :rank])
+    q = q * np.where(np.diagonal(r) < 0, -1.0, 1.0)
+    return _rounded(w @ q, q.T, True)
 
 
 def _pissa(
@@ -197,45 +197,10 @@ def _pissa(
             "positive one, whose root is part of the factors. Pass a positive lora_alpha."
         )
     if iterations is None:
-        u, s, vt = np.linalg.svd(w, full_matrices=False)
+        a, b, _, _ = nearest_factors(w, rank)
     else:
         u, s, vt = randomized_svd(w, rank, iterations, rng)
-    u, root, vt = u[:, :rank], np.sqrt(s[:rank] / scale), vt[:rank]
-    signs = row_signs(vt)
-    return _rounded(u * (signs * root), vt * (signs * root)[:, None], True)
-
-
-def row_signs(rows: np.ndarray) -> np.ndarray:
-    """The sign of the largest entry by magnitude of every row; 1 for a row of zeros."""
-    largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
-    return np.where(largest[:, 0] < 0, -1.0, 1.0)
-
-
-def randomized_svd(
-    w: np.ndarray, rank: int, iterations: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The leading part of an SVD, W ~ U diag(S) V^T, with a few directions more than ``rank``.
-
-    Seeks W's range in W (W^T W)^iterations X, X: (n, rank + 10) normal, made orthonormal after
-    each product so that small singular values are not lost in rounding.
-
-    Returns:
-        U: (m, k), S: (k,) and V^T: (k, n), k = min(m, n, rank + 10).
-
-    Example:
-        >>> rng = np.random.default_rng(0)
-        >>> w = rng.normal(size=(50, 3)) @ rng.normal(size=(3, 40))
-        >>> u, s, vt = randomized_svd(w, 3, 1, rng)
-        >>> bool(np.allclose((u * s) @ vt, w))
-        True
-
-    Reference: Halko, Martinsson and Tropp, "Finding structure with randomness",
-    arXiv:0909.4061, algorithms 4.4 and 5.1.
-    """
-    width = min(rank + OVERSAMPLING, *w.shape)
-    q, _ = np.linalg.qr(w @ rng.normal(size=(w.shape[1], width)))
-    for _ in range(iterations):
-        other, _ = np.linalg.qr(w.T @ q)
-        q, _ = np.linalg.qr(w @ other)
-    u, s, vt = np.linalg.svd(q.T @ w, full_matrices=False)
-    return q @ u, s, vt
+        root = np.sqrt(s[:rank])
+        a, b = u[:, :rank] * root, root[:, None] * vt[:rank]
+    signs = row_signs(b) / np.sqrt(scale)
+    return _rounded(a * signs, signs[:, None] * b, True)

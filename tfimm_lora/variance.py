@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfimm_lora.starts import row_signs
+from tfimm_lora.lowrank import row_signs
 
 #: Up to this width the covariance is kept whole: 8 MB in float64, a second to decompose.
 WHOLE_WIDTH = 1024

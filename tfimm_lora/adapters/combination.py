@@ -14,12 +14,10 @@ from tfimm_lora.adapters.adapter import LayerUpdate
 from tfimm_lora.adapters.decompose import (
     check_rank,
     make_update,
-    nearest_factors,
-    product_norm,
     result_dtype,
-    truncate_product,
 )
 from tfimm_lora.adapters.prune import MAJORITY_SIGN_METHODS, RULES, Rule, mix
+from tfimm_lora.lowrank import nearest_factors, product_norm, truncate_product
 
 #: What ``combine_adapters`` can do, by the names that PEFT gave it.
 COMBINATION_TYPES = (

@@ -47,8 +47,8 @@ def changing_variables(model: Any) -> dict[str, Any]:
     for path, layer in seam.walk(model):
         variables = seam.own_variables(layer)
         if isinstance(layer, (LoRALayer, FrozenLayer)):
-            own = getattr(layer, "_lora_variables", dict)().values()
-            kept = {id(v) for v in own}
+            added = layer._lora_variables() if isinstance(layer, LoRALayer) else {}
+            kept = {id(v) for v in added.values()}
             variables = [v for v in variables if id(v) in kept or layer._is_trained(v)]
         for variable in [*variables, *seam.random_states(layer)]:
             name = f"{path}/{seam.variable_name(variable)}"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import threading
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -94,6 +96,20 @@ def make_spec(seam: Any, arguments: dict[str, Any]) -> LoRASpec:
         branch_bias=bool(values["lora_bias"]),
         init=values["lora_init"],
     )
+
+
+_building = threading.local()
+
+
+@contextlib.contextmanager
+def building_for_other_weights() -> Iterator[None]:
+    """Within this block layers are built that get the weights of another model: what their
+    factors start at (``start_factors``) is left to whoever gives them these."""
+    _building.for_other_weights = True
+    try:
+        yield
+    finally:
+        _building.for_other_weights = False
 
 
 class LoRALayer(LayerValues):
@@ -191,7 +207,8 @@ class LoRALayer(LayerValues):
                     regularizer=regularizer,
                 )
         self._sync_trainability()
-        self.start_factors()
+        if not getattr(_building, "for_other_weights", False):
+            self.start_factors()
 
     def start_factors(self) -> None:
         """Draw A and B anew as ``lora_init`` says, for the kernel as it is now.
