@@ -36,8 +36,9 @@ test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on 
 test-interop: $(VENV)/.made-interop  ## Compare with real timm and PEFT on torch (CPU): weights, adapters, training
 	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 tests/interop
 
-benchmark: $(STAMP)  ## Measure training steps and forward passes against the plain model
-	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/step_time.py
+benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and other LoRAs (20 minutes)
+	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/performance.py \
+		--json docs/performance.json --picture docs/images/performance.svg
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/switch_adapters.py
 
 docs: $(STAMP)  ## Build the site into site/

@@ -123,10 +123,23 @@ def test_nothing_in_the_repository_names_a_machine():
 @pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="of tfimm models")
 def test_benchmark_runs(tmp_path):
-    out = tmp_path / "table.json"
-    program = [sys.executable, "benchmarks/step_time.py", "--quick", "--out", str(out)]
+    out, picture = tmp_path / "table.json", tmp_path / "images" / "table.svg"
+    program = [sys.executable, "benchmarks/performance.py", "--quick"]
+    program += ["--json", str(out), "--picture", str(picture)]
     done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    table = json.loads(out.read_text())["vit_tiny_patch16_224"]
-    assert set(table["step"]) == {"floor", "lora", "full"}
-    assert set(table["forward"]) == {"plain", "lora", "merged"}
+    results = json.loads(out.read_text())
+    contenders = results["models"]["vit_tiny"]["contenders"]
+    assert contenders["tfimm"] == {"absent": "has LoRA for ConvNeXt alone"}
+    measured = {name: e for name, e in contenders.items() if "absent" not in e}
+    # That of torch may be absent.
+    assert {*measured, "peft"} == {*contenders} - {"tfimm"}
+    assert "seconds" in results["models"]["convnext_tiny"]["contenders"]["tfimm"]
+    for entry in [*measured.values(), *results["growth"]["rank (vit_tiny, batch 2)"].values()]:
+        assert len(entry["seconds"]["step"]) == len(entry["seconds"]["forward"]) == 2
+        assert entry["memory"]["peak"] >= 0
+    # All adapt the same layers.
+    others = {"ours", "ours on Keras 3", "enable_lora", "peft"} & set(measured)
+    assert len({measured[name]["trained"] for name in others}) == 1
+    assert set(results["operations"]["operations"]) > {"inject", "merge", "switch", "load"}
+    assert "| ours |" in done.stdout and picture.read_text().startswith("<?xml")
