@@ -30,8 +30,11 @@ with strategy.scope():
     x = keras.layers.Dense(8, activation="tanh", name="fc")(x)
     model = keras.Model(entry, keras.layers.Dense(3, name="head")(x))
 # LoRA is put in outside the scope: it must find the strategy by itself.
-lora.inject_lora(model, lora_rank=2, lora_train_classifier=True)
+variant = json.loads(sys.argv[2])
+lora.inject_lora(model, lora_rank=2, lora_train_classifier=True, **variant)
 for variable in model.weights:
+    if variant and "lora" in variable.name:
+        continue
     # Positive, for the variances among them.
     variable.assign(np.abs(rng.normal(size=tuple(variable.shape))).astype("float32") * 0.2)
 with strategy.scope():
@@ -50,9 +53,9 @@ print(json.dumps([losses, difference]))
 """
 
 
-def losses_of(kind):
+def losses_of(kind, **variant):
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM, kind],
+        [sys.executable, "-c", PROGRAM, kind, json.dumps(variant)],
         capture_output=True,
         text=True,
         env=dict(os.environ),
@@ -65,7 +68,8 @@ def losses_of(kind):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
 @pytest.mark.long
-def test_mirrored_strategy_trains_to_the_same_losses():
-    one, two = losses_of("one"), losses_of("mirrored")
+@pytest.mark.parametrize("variant", [{}, {"lora_use_dora": True, "lora_init": "pissa"}])
+def test_mirrored_strategy_trains_to_the_same_losses(variant):
+    one, two = losses_of("one", **variant), losses_of("mirrored", **variant)
     assert one[-1] < one[0]
     np.testing.assert_allclose(two, one, rtol=1e-4)

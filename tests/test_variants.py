@@ -8,7 +8,7 @@ import pytest
 import tfimm_lora as lora
 from tests import contracts, tiny_models
 from tests.contracts import CLOSE, model_around
-from tests.kerases import LEGACY, array, ids, keras, normal, run, sgd, values
+from tests.kerases import BACKEND, LEGACY, array, ids, keras, normal, run, sgd, values
 from tests.layer_cases import CASES
 
 VARIANTS = {
@@ -158,6 +158,28 @@ def test_layer_in_16_bits_is_near_the_reference(case, kind, close, policy):
     layer, x = case.make(), case.inputs()
     y, expected = run(layer, x).astype("float64"), case.expected(layer, x)
     np.testing.assert_allclose(y, expected, atol=close * np.abs(expected).max())
+
+
+@pytest.mark.skipif(BACKEND == "torch", reason="torch compiles by other means, in minutes")
+@pytest.mark.backends
+@pytest.mark.parametrize(
+    "case", [p for p in PAIRS if p.id.rpartition("-")[0] in KINDS and "dora_pissa" in p.id]
+)
+def test_layer_trains_the_same_when_compiled_by_xla(case):
+    steps, start = [], None
+    for jit in (False, True):
+        layer, x = case.make(), case.inputs()
+        start = start or values(layer.weights)
+        for variable, value in zip(layer.weights, start):
+            variable.assign(value)
+        model = model_around(case, layer)
+        target = np.random.default_rng(3).normal(size=run(layer, x).shape).astype("float32")
+        model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit)
+        for _ in range(2):
+            model.train_on_batch(x, target)
+        steps.append(values(layer.trainable_weights))
+    for plain, compiled in zip(*steps):
+        np.testing.assert_allclose(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("variant", ["dora", "bias"])

@@ -45,6 +45,7 @@ def transfer_weights(
         dst_model: A built model, changed in place. It may be of another class.
         weights_to_ignore: Regular expressions, searched for in the names of the weights of
             ``dst_model`` ("blocks/0/mlp/fc1/kernel"); those found stay as they are.
+            "kernel_lora_" means all that LoRA added.
 
     Raises:
         ValueError: one error with every weight that is missing, of another shape, or would

@@ -183,6 +183,46 @@ def test_dora_of_convolutions_goes_both_ways(name, theirs, ours, tmp_path):
         timm_models.assert_agree(run(model, x), merged(timm_models.to_torch(x)).numpy())
 
 
+class Tokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.emb, self.fc = torch.nn.Embedding(11, 6), torch.nn.Linear(6, 4)
+
+    def forward(self, ids):
+        return self.fc(self.emb(ids))
+
+
+def test_dora_of_an_embedding_goes_both_ways(tmp_path):
+    torch.manual_seed(0)
+    plain = Tokens()
+    base = {key: value.detach().numpy() for key, value in plain.state_dict().items()}
+    targets = dict(r=2, lora_alpha=3, target_modules=["emb", "fc"])
+    wrapped = peft.get_peft_model(
+        copy.deepcopy(plain), peft.LoraConfig(use_dora=True, **targets)
+    )
+    with torch.no_grad():
+        for name, parameter in wrapped.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.2 * torch.randn_like(parameter))
+            elif "lora_" in name:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    wrapped.eval().save_pretrained(str(tmp_path / "theirs"))
+    ids = np.random.default_rng(0).integers(0, 11, (3, 5))
+    expected = wrapped(torch.from_numpy(ids)).detach().numpy()
+    entry = keras.Input((5,), dtype="int32")
+    inside = keras.layers.Embedding(11, 6, name="emb")(entry)
+    model = keras.Model(entry, keras.layers.Dense(4, name="fc")(inside))
+    model.get_layer("emb").embeddings.assign(base["emb.weight"])
+    model.get_layer("fc").kernel.assign(base["fc.weight"].T)
+    model.get_layer("fc").bias.assign(base["fc.bias"])
+    lora.load_adapter(model, tmp_path / "theirs")
+    np.testing.assert_allclose(run(model, ids.astype("int32")), expected, atol=1e-5)
+    lora.save_adapter(model, tmp_path / "ours", format="peft")
+    again = peft.PeftModel.from_pretrained(plain, str(tmp_path / "ours")).eval()
+    given = again(torch.from_numpy(ids)).detach().numpy()
+    np.testing.assert_allclose(given, expected, atol=1e-5)
+
+
 @pytest.mark.parametrize("start", ["pissa", "pissa_niter_4", "olora"])
 def test_starts_from_the_kernel_go_both_ways(start, theirs, ours, tmp_path):
     """Files relative to the base as it was, of twice the rank, exact."""

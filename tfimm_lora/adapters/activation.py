@@ -72,6 +72,7 @@ def set_adapter_scale(model: Any, scale: float) -> Any:
 
     The scale is taken of the adapter as it was trained or loaded: 0.5 and then 1 gives back
     every bit. Only values change, so compiled functions keep working without a new trace.
+    With DoRA the magnitude goes the same share of its way: |W| + scale * (m - |W|).
     Saving the adapter saves it as it counts now. Weights that an adapter holds whole are not
     scaled.
 
