@@ -148,6 +148,7 @@ def test_layer_survives_saving(case, tmp_path):
     assert np.abs(array(twin.kernel_lora_b) - array(layer.kernel_lora_b)).max() > 0
 
 
+@pytest.mark.long
 @pytest.mark.backends
 @pytest.mark.parametrize("kind, close", [("mixed_float16", 2e-2), ("mixed_bfloat16", 1e-1)])
 @SOME
@@ -161,6 +162,7 @@ def test_layer_in_16_bits_is_near_the_reference(case, kind, close, policy):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch compiles by other means, in minutes")
+@pytest.mark.long
 @pytest.mark.backends
 @pytest.mark.parametrize(
     "case", [p for p in PAIRS if p.id.rpartition("-")[0] in KINDS and "dora_pissa" in p.id]
