@@ -9,7 +9,7 @@ HUB     = $(VENV)/.made-hub
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-legacy test-keras3 test-long test-backends test-interop benchmark docs quality clean
+.PHONY: help demo test test-legacy test-keras3 test-long test-backends test-interop benchmark experiment docs quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -36,10 +36,13 @@ test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on 
 test-interop: $(VENV)/.made-interop  ## Compare with real timm and PEFT on torch (CPU): weights, adapters, training
 	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 tests/interop
 
-benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and other LoRAs (20 minutes)
+benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and other LoRAs
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/performance.py \
 		--json docs/performance.json --picture docs/images/performance.svg
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/switch_adapters.py
+
+experiment: $(STAMP)  ## Compare the variants of LoRA on shifted digits, for docs/variants.md (15 minutes)
+	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/variants.py
 
 docs: $(STAMP)  ## Build the site into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
