@@ -38,9 +38,10 @@ MODELS = {
         "convnext_tiny",
         _BLOCKS[2:],
         "ConvNeXtTiny",
+        batch=4,
         small=({"nb_blocks": (1, 1, 1, 1)}, {"depths": (1, 1, 1, 1)}),
     ),
-    "swin_tiny": Model("swin_tiny_patch4_window7_224", _BLOCKS),
+    "swin_tiny": Model("swin_tiny_patch4_window7_224", _BLOCKS, batch=4),
     "resnet50": Model("resnet50", r"layer\d+\..*\.conv[123]", "ResNet50"),
     "efficientnet_b0": Model(
         "efficientnet_b0", ("conv_pw", "conv_pwl", "conv_head"), "EfficientNetB0"

@@ -70,7 +70,7 @@ def of_model(model, result):
     for name, entry in entries.items():
         if "seconds" not in entry:
             reason = entry.get("absent") or f"fails: {entry['failed']}"
-            rows.append([name, reason, *[""] * 6])
+            rows.append([name, reason, *[""] * 5])
             continue
         step, forward = (spread(entry["seconds"][a])[0] for a in ("step", "forward"))
         used = entry["memory"]
@@ -82,15 +82,14 @@ def of_model(model, result):
                 written(ratio(entries, (name, "forward"), ("floor", "forward"))),
                 f"{forward:.3g}",
                 f"{used['peak']:.0f}",
-                f"{used['step']:.0f}",
                 f"{entry['trained'] / 1e6:.2f}",
             ]
         )
         if name == "ours":
             merged = written(ratio(entries, (name, "merged"), ("floor", "forward")))
             time = f"{spread(entry['seconds']['merged'])[0]:.3g}"
-            rows.append(["ours, merged", "", "", merged, time, "", "", ""])
-    head = ["", "step / floor", "s", "forward / plain", "s", "peak MB", "step MB", "trained M"]
+            rows.append(["ours, merged", "", "", merged, time, "", ""])
+    head = ["", "step / floor", "s", "forward / plain", "s", "peak MB", "trained M"]
     rounds = max(
         (len(e["seconds"]["step"]) for e in entries.values() if "seconds" in e), default=0
     )
@@ -110,7 +109,6 @@ def of_growth(name, entries):
                 f"{spread(entry['seconds']['step'])[0]:.3g}",
                 f"{spread(entry['seconds']['forward'])[0]:.3g}",
                 f"{entry['memory']['peak']:.0f}",
-                f"{entry['memory']['step']:.0f}",
                 f"{entry['trained'] / 1e6:.2f}",
             ]
         )
@@ -118,7 +116,7 @@ def of_growth(name, entries):
         [x, f"fails: {e['failed']}", *[""] * 5] for x, e in entries.items() if x not in there
     ]
     what = name.split(" ")[0]
-    head = [what, "step / first", "step s", "forward s", "peak MB", "step MB", "trained M"]
+    head = [what, "step / first", "step s", "forward s", "peak MB", "trained M"]
     return f"Growth with {name}\n\n{table(head, rows)}"
 
 
@@ -211,7 +209,7 @@ def draw(results, path):
                 axes.text(high, y, f" {median:.2f}", va="center", color=theme.ink, fontsize=8)
             axes.axvline(1, color=theme.muted, linewidth=1, linestyle="--")
             axes.set_yticks(range(len(shown)), shown)
-            axes.invert_yaxis()
+            axes.set_ylim(max(5, len(shown)) - 0.5, -0.5)
             axes.set_xlim(0, 1.2 * max([r[2] for r in shown.values()], default=1))
             axes.set_title(f"{model}, batch {results['models'][model]['batch']}")
         figure.supxlabel("time of a training step over the floor's", color=theme.muted)

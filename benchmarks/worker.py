@@ -4,7 +4,8 @@ Frameworks do not share a process: each contender gets one, builds its model, an
 pipe. So the rounds of all can take turns, and the peak memory of each is its own. ``Worker``
 is the side that tells, ``main`` the one that works.
 
-Lines on the pipe are JSON: {"do": "step"} is answered by {"seconds": 0.8}.
+Lines on the pipe are JSON: {"do": "step"} is answered by
+{"wall": 0.8, "processor": 1.5}.
 """
 
 import dataclasses
@@ -69,9 +70,9 @@ class Worker:
         return self
 
     def do(self, action):
-        """The seconds that one call of an action took."""
+        """How long one call of an action took; see ``timed``."""
         print(json.dumps({"do": action}), file=self.process.stdin, flush=True)
-        return self._answer()["seconds"]
+        return self._answer()
 
     def end(self):
         self.process.stdin.close()
@@ -105,38 +106,27 @@ def environment(task):
 
 
 def measured_memory(built):
-    """What training takes, in MB over what the model and the batch hold.
-
-    ``peak``: the optimizer's state and the highest point of the first three steps.
-    ``step``: the same of a later step, over the process at rest: what stays for good (graphs
-    that were optimized, libraries' caches) is not in it. ``trace``: what the graph takes.
-    """
+    """What training takes, in MB over what the model and the batch hold: ``peak``, the
+    optimizer's state and the highest point of the first steps; ``trace``, the graph, which
+    is made before. The first steps are also those that are not counted in the times."""
     before = memory.settled()
     built.prepare()
     state = max(0.0, memory.settled() - before)
     traced, _ = memory.extra(built.trace)
-    step = built.actions["step"]
-    peak, _ = memory.extra(lambda: [step() for _ in range(3)])
-    later, _ = memory.extra(step)
-    forward = built.actions["forward"]
-    forward()
-    passed, _ = memory.extra(forward)
-    return {
-        "peak": state + peak,
-        "step": state + later,
-        "forward": passed,
-        "trace": traced,
-    }
+    peak, _ = memory.extra(lambda: [built.actions["step"]() for _ in range(2)])
+    return {"peak": state + peak, "trace": traced}
 
 
-def seconds(function):
-    """How long a call takes: the median of three if it is short."""
-    times = []
+def timed(function):
+    """How long a call takes, in seconds: the median of three if it is short. On the wall's
+    clock, and in time of all processors together, which waiting for them does not lengthen."""
+    times, used = [], []
     while not times or (len(times) < 3 and times[0] < SHORT):
-        start = time.perf_counter()
+        start, before = time.perf_counter(), time.process_time()
         function()
         times.append(time.perf_counter() - start)
-    return statistics.median(times)
+        used.append(time.process_time() - before)
+    return {"wall": statistics.median(times), "processor": statistics.median(used)}
 
 
 def main():
@@ -152,11 +142,12 @@ def main():
         module = importlib.import_module(entrants.CONTENDERS[task["contender"]][0])
         built = module.build(task, entrants.MODELS[task["model"]])
         used = measured_memory(built)
-        for action in built.actions.values():
-            action()
+        for name, action in built.actions.items():
+            if name != "step":
+                action()
         answer(trained=built.trained, memory=used, actions=list(built.actions))
         for line in sys.stdin:
-            answer(seconds=seconds(built.actions[json.loads(line)["do"]]))
+            answer(**timed(built.actions[json.loads(line)["do"]]))
     except Exception as error:
         traceback.print_exc()
         text = " ".join(f"{type(error).__name__}: {error}".split())
