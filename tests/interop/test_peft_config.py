@@ -51,11 +51,16 @@ def test_the_default_config_has_no_field_that_is_not_known():
     assert LoRAConfig.from_peft(peft.LoraConfig()) == LoRAConfig(lora_rank=8, lora_alpha=8)
 
 
-@pytest.mark.parametrize("start", [True, "gaussian", "orthogonal", "pissa", "olora", False])
+STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
+
+
+@pytest.mark.parametrize("start", [True, *STARTS, False])
 def test_every_start_is_taken_or_refused_by_name(start):
-    theirs = peft.LoraConfig(init_lora_weights=start)
-    if start in (True, "gaussian"):
-        LoRAConfig.from_peft(theirs)
-    else:
+    theirs = peft.LoraConfig(init_lora_weights=start, target_modules=["fc1"])
+    if start is False:
         with pytest.raises(ValueError, match=f"init_lora_weights={start!r}"):
             LoRAConfig.from_peft(theirs)
+        return
+    config = LoRAConfig.from_peft(theirs)
+    assert config.lora_init == ("default" if start is True else start)
+    assert config.to_peft()["init_lora_weights"] == start
