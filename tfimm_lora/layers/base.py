@@ -225,7 +225,10 @@ class LoRALayer(LayerValues):
         kernel = _keras.of(self).to_numpy(self._kernel_variable).astype("float32")
         # Follows keras.utils.set_random_seed, which seeds NumPy.
         rng = np.random.default_rng(np.random.randint(2**31))
-        a, b = self._started(kernel, rng)
+        try:
+            a, b = self._started(kernel, rng)
+        except ValueError as error:
+            raise ValueError(f"Layer '{self.name}': {error}") from error
         values = {"kernel_lora_a": a, "kernel_lora_b": b}
         if starts.moves(self.lora.init):
             values.update(kernel_lora_a0=a, kernel_lora_b0=b)
