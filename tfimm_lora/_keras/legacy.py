@@ -13,6 +13,7 @@ import tf_keras
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora._keras.common import KerasSeam
+from tfimm_lora._keras.frozen_gradients import KNOWN_CALLS, frozen_gradient
 from tfimm_lora._keras.rates import LegacyVariableRates
 
 
@@ -190,6 +191,12 @@ class LegacySeam(KerasSeam):
 
     def custom_gradient(self, function: Callable[..., Any], *args: Any) -> Any:
         return tf.custom_gradient(function)(*args)
+
+    def frozen_gradient(self, layer: Any, call: Any, x: Any) -> Callable[..., Any] | None:
+        return frozen_gradient(layer, call, x)
+
+    def has_frozen_gradient(self, cls: type) -> bool:
+        return getattr(cls, "call", None) in KNOWN_CALLS
 
     def vjp(self, function: Callable[[Any], Any], x: Any, dy: Any) -> Any:
         with tf.GradientTape(watch_accessed_variables=False) as tape:

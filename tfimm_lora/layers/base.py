@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 
 from tfimm_lora import _keras, checks, config, starts
 from tfimm_lora._keras.common import Found
-from tfimm_lora.layers import magnitude, parts, routes, slot, update
+from tfimm_lora.layers import forms, magnitude, parts, routes, slot, update
 from tfimm_lora.layers.values import LayerValues, State
 
 
@@ -425,8 +426,9 @@ class LoRALayer(LayerValues):
         seam = _keras.of(self)
         return seam.ops.cast(self._effective_kernel(), seam.compute_dtype(self))
 
-    def _adapted(self, inputs: Any, factored: bool = False) -> Any:
-        """The product with the adapted kernel, in the form that suits (see ``update``)."""
+    def _adapted(self, inputs: Any, places: int) -> Any:
+        """The product with the adapted kernel at so many places of the inputs, in the form
+        that suits (see ``forms``)."""
         seam, spec, product = _keras.of(self), self.lora, self._product(inputs)
         dtype = seam.compute_dtype(self)
         kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
@@ -434,16 +436,27 @@ class LoRALayer(LayerValues):
         if route is not None:
             plain = self._plain_product(inputs)
             return routes.routed(self, seam, plain, inputs, kernel, dtype, route)
-        a, b = self._factors()
-        narrow = dtype in ("float16", "bfloat16")
-        if not (narrow or spec.dropout or factored):
-            a, b = (seam.ops.cast(t, dtype) for t in (a, b))  # to float64, if that
-            outputs = update.effective(seam, product, inputs, kernel, a, b, spec.scale)
-            return self._finished(outputs)
-        kernel, a, b = (seam.ops.cast(t, dtype) for t in (kernel, a, b))
-        dropped = self._dropped(inputs)
-        outputs = update.factored(product, inputs, dropped, kernel, a, b, spec.scale)
+        kernel, a, b = (seam.ops.cast(t, dtype) for t in (kernel, *self._factors()))
+        if spec.dropout or not self._splits(inputs):
+            branch = self.lora_branch_dropout(inputs) if spec.dropout else inputs
+            outputs = update.dropped(product, inputs, branch, kernel, a, b, spec.scale)
+        else:
+            work = self._work(inputs, places, a.shape[-1])
+            form = forms.choose(work, dtype in ("float16", "bfloat16"))
+            train_a = not spec.freeze_a
+            outputs = update.adapted(
+                seam, product, inputs, kernel, a, b, spec.scale, form, train_a
+            )
         return self._finished(outputs)
+
+    def _splits(self, inputs: Any) -> bool:
+        """Whether the product on ``inputs`` has all that ``update.adapted`` needs of it."""
+        return True
+
+    def _work(self, inputs: Any, places: int, rank: int) -> forms.Work:
+        """How much there is to do; here for a kernel of shape (*window, units)."""
+        *window, units = self._kernel_variable.shape
+        return forms.Work(places, math.prod(window), window[-1], units, rank)
 
     def _finished(self, outputs: Any) -> Any:
         """Outputs of the product with DoRA's factor, or with the bias of the branch."""
@@ -466,10 +479,6 @@ class LoRALayer(LayerValues):
         shape = [1] * rank
         shape[1 if channels_first else -1] = -1
         return _keras.of(self).ops.reshape(values, shape)
-
-    def _dropped(self, inputs: Any) -> Any:
-        """The input of the low-rank branch: dropped out while training."""
-        return self.lora_branch_dropout(inputs) if self.lora.dropout else inputs
 
     # -- the layer -------------------------------------------------------------------
 

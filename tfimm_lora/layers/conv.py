@@ -7,8 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 from tfimm_lora import _keras
-from tfimm_lora.layers import slot, update
+from tfimm_lora.layers import forms, slot, update
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
+from tfimm_lora.layers.dense import MatrixProduct
+from tfimm_lora.layers.update import leading_shape
 
 _AXES = "abcdefg"
 
@@ -24,33 +26,82 @@ class ConvolutionProduct:
     def __init__(
         self, seam: Any, convolve: Callable[[Any, Any], Any], spatial: int, last: bool
     ) -> None:
-        self.seam, self.ops, self.convolve = seam, seam.ops, convolve
-        space = _AXES[:spatial]
-        # Axes of a tensor with c channels: "n" is the batch.
-        self.channels = (lambda c: f"n{space}{c}") if last else (lambda c: f"n{c}{space}")
+        self.seam, self.ops, self.convolve, self.last = seam, seam.ops, convolve, last
+        self.matrix = MatrixProduct(seam)
+        self.space = _AXES[:spatial]
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.convolve(x, kernel)
 
-    def update(self, a: Any, b: Any) -> Any:
-        # a: (*size, in, r) times b: (r, out); matmul sees a stack of matrices.
-        return self.ops.matmul(a, b)
-
-    def down(self, x: Any, a: Any) -> Any:
-        return self.convolve(x, a)
-
-    def up(self, h: Any, b: Any) -> Any:
-        return self.ops.einsum(f"{self.channels('r')},ro->{self.channels('o')}", h, b)
-
     def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
         return self.seam.vjp(lambda t: self.convolve(t, kernel), x, dy)
 
-    def factor_gradients(self, x: Any, a: Any, b: Any, dy: Any) -> tuple[Any, Any]:
-        wide, narrow = self.channels("o"), self.channels("r")
-        dh = self.ops.einsum(f"{wide},ro->{narrow}", dy, b)
-        da = self.seam.vjp(lambda t: self.convolve(x, t), a, dh)
-        db = self.ops.einsum(f"{narrow},{wide}->ro", self.convolve(x, a), dy)
-        return da, db
+    def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self.seam.vjp(lambda t: self.convolve(x, t), kernel, dy)
+
+    def update(self, a: Any, b: Any) -> Any:
+        # As one product of matrices; with its four axes it would be a stack of small ones.
+        update = self.matrix.update(self._rows(a), b)
+        return self.ops.reshape(update, (*a.shape[:-1], b.shape[-1]))
+
+    def update_gradients(self, a: Any, b: Any, dw: Any) -> tuple[Any, Any]:
+        da, db = self.matrix.update_gradients(self._rows(a), b, self._rows(dw))
+        return self.ops.reshape(da, a.shape), db
+
+    def down(self, x: Any, a: Any) -> Any:
+        return self.apply(x, a)
+
+    def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        return self.input_gradient(x, a, dh)
+
+    def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        return self.kernel_gradient(x, a, dh)
+
+    def up(self, h: Any, b: Any) -> Any:
+        if not self.last:
+            return self._einsum("nr*,ro->no*", h, b)
+        return self._over_channels(lambda rows: self.matrix.up(rows, b), h, b.shape[1])
+
+    def up_input_gradient(self, b: Any, dy: Any) -> Any:
+        if not self.last:
+            return self._einsum("no*,ro->nr*", dy, b)
+        gradient = self.matrix.up_input_gradient
+        return self._over_channels(lambda rows: gradient(b, rows), dy, b.shape[0])
+
+    def up_factor_gradient(self, h: Any, b: Any, dy: Any) -> Any:
+        if not self.last:
+            return self._einsum("nr*,no*->ro", h, dy)
+        return self.matrix.up_factor_gradient(self._rows(h), b, self._rows(dy))
+
+    def _einsum(self, equation: str, x: Any, y: Any) -> Any:
+        return self.ops.einsum(equation.replace("*", self.space), x, y)
+
+    def _rows(self, x: Any) -> Any:
+        """What has its channels last as a matrix, a row for each place."""
+        return self.ops.reshape(x, (-1, x.shape[-1]))
+
+    def _over_channels(self, function: Callable[[Any], Any], x: Any, channels: int) -> Any:
+        """A function of rows, over what has its channels last."""
+        rows = function(self._rows(x))
+        return self.ops.reshape(rows, (*leading_shape(self.ops.shape(x), x.shape), channels))
+
+
+class PointwiseProduct(ConvolutionProduct):
+    """A convolution with a window and strides of one and its channels last, which is a product
+    of matrices. What is narrow is computed as such: several times as fast as by convolutions of
+    few channels. The product itself stays the layer's own, for whatever fuses with it."""
+
+    def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        flat = self.matrix.kernel_gradient(self._rows(x), self._rows(kernel), self._rows(dy))
+        return self.ops.reshape(flat, kernel.shape)
+
+    def down(self, x: Any, a: Any) -> Any:
+        flat = self._rows(a)
+        return self._over_channels(lambda rows: self.matrix.down(rows, flat), x, a.shape[-1])
+
+    def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        flat, gradient = self._rows(a), self.matrix.down_input_gradient
+        return self._over_channels(lambda rows: gradient(None, flat, rows), dh, a.shape[-2])
 
 
 class ConvUpdate(LoRALayer):
@@ -83,6 +134,7 @@ class ConvUpdate(LoRALayer):
 
     groups: int
     kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
     dilation_rate: tuple[int, ...]
     data_format: str
 
@@ -97,7 +149,7 @@ class ConvUpdate(LoRALayer):
             return self._convolve(inputs, kernel)
         assert frame is not None
         frame.reached_product = True
-        return self._adapted(inputs)
+        return self._adapted(inputs, self._places(tuple(inputs.shape)))
 
     def _convolve(self, inputs: Any, kernel: Any) -> Any:
         return super().convolution_op(inputs, kernel)  # type: ignore[misc]
@@ -109,13 +161,16 @@ class ConvUpdate(LoRALayer):
         return (*window, rank), (rank, filters)
 
     def _product(self, inputs: Any = None) -> ConvolutionProduct:
-        channels_last = self.data_format == "channels_last"
-        return ConvolutionProduct(
-            _keras.of(self),
-            self._convolve,
-            len(self.kernel_size),
-            channels_last,
-        )
+        last = self.data_format == "channels_last"
+        pointwise = last and set((*self.kernel_size, *self.strides)) == {1}
+        product = PointwiseProduct if pointwise else ConvolutionProduct
+        return product(_keras.of(self), self._convolve, len(self.kernel_size), last)
+
+    def _places(self, shape: tuple[int | None, ...]) -> int:
+        """The number of positions of the output for inputs of a shape, as near as is of use."""
+        space = shape[1:-1] if self.data_format == "channels_last" else shape[2:]
+        steps = zip(space, self.strides)
+        return forms.places(shape[0], [size and -(-size // step) for size, step in steps])
 
     def _probe_shape(self) -> tuple[int, ...]:
         window = zip(self.kernel_size, self.dilation_rate)
@@ -189,7 +244,7 @@ class DepthwiseConvUpdate(LoRALayer):
         outputs = update.doubled(
             product,
             inputs,
-            self._dropped(inputs),
+            self.lora_branch_dropout(inputs) if self.lora.dropout else inputs,
             seam.ops.stop_gradient(kernel),
             seam.ops.cast(scaled, dtype),
         )

@@ -7,40 +7,56 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora import _keras
+from tfimm_lora.layers import forms
 from tfimm_lora.layers.base import LoRALayer, LoRASpec, has_keras_call
 from tfimm_lora.layers.parts import PartsOfMatrix
-from tfimm_lora.layers.update import Product
+from tfimm_lora.layers.update import Product, leading_shape
 from tfimm_lora.starts import start
 
 
 class MatrixProduct:
     """x W for x of shape (rows, in) and W of shape (in, out); A (in, r), B (r, out)."""
 
-    def __init__(self, ops: Any) -> None:
-        self.ops = ops
+    def __init__(self, seam: Any) -> None:
+        self.seam, self.ops = seam, seam.ops
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.ops.matmul(x, kernel)
 
-    def update(self, a: Any, b: Any) -> Any:
-        return self.ops.matmul(a, b)
-
-    def down(self, x: Any, a: Any) -> Any:
-        return self.ops.matmul(x, a)
-
-    def up(self, h: Any, b: Any) -> Any:
-        return self.ops.matmul(h, b)
-
     def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
         return self.ops.matmul(dy, self.ops.transpose(kernel))
 
-    def factor_gradients(self, x: Any, a: Any, b: Any, dy: Any) -> tuple[Any, Any]:
-        transpose = self.ops.transpose
-        narrow = self.ops.matmul(dy, transpose(b))
-        return (
-            self.ops.matmul(transpose(x), narrow),
-            self.ops.matmul(transpose(self.ops.matmul(x, a)), dy),
-        )
+    def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        matmul, transpose = self.ops.matmul, self.ops.transpose
+        if kernel.shape[-1] < kernel.shape[0]:
+            # The same numbers with the long axis last: up to three times as fast where the
+            # other one is a rank.
+            return transpose(matmul(transpose(dy), x))
+        return matmul(transpose(x), dy)
+
+    def update(self, a: Any, b: Any) -> Any:
+        return self.apply(a, b)
+
+    def update_gradients(self, a: Any, b: Any, dw: Any) -> tuple[Any, Any]:
+        return self.input_gradient(a, b, dw), self.kernel_gradient(a, b, dw)
+
+    def down(self, x: Any, a: Any) -> Any:
+        return self.seam.narrow_matmul(x, a)
+
+    def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        return self.input_gradient(x, a, dh)
+
+    def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        return self.kernel_gradient(x, a, dh)
+
+    def up(self, h: Any, b: Any) -> Any:
+        return self.apply(h, b)
+
+    def up_input_gradient(self, b: Any, dy: Any) -> Any:
+        return self.seam.narrow_matmul(dy, b, transposed=True)
+
+    def up_factor_gradient(self, h: Any, b: Any, dy: Any) -> Any:
+        return self.kernel_gradient(h, b, dy)
 
 
 class DenseUpdate(LoRALayer):
@@ -99,18 +115,16 @@ class DenseUpdate(LoRALayer):
             return super().call(inputs, *args, **kwargs)
         ops = seam.ops
         x = ops.cast(inputs, seam.compute_dtype(self))
-        # A few rows do not pay for forming the kernel. In a rank-2 input the rows are the
-        # examples of a batch; otherwise they are positions too.
-        if rank == 2:
-            outputs = self._adapted(x, factored=True)
-        else:
-            # The static last axis of x may be unknown; that of the kernel is not.
-            width, units = self._kernel_variable.shape
-            lead = _leading_shape(ops.shape(x), x.shape)
-            rows = self._adapted(ops.reshape(x, (-1, width)))
-            outputs = ops.reshape(rows, (*lead, units))
+        # The static last axis of x may be unknown; that of the kernel is not.
+        width, units = self._kernel_variable.shape
+        rows = x if rank == 2 else ops.reshape(x, (-1, width))
+        outputs = self._adapted(rows, forms.places(x.shape[0], x.shape[1:-1]))
         if self.bias is not None:
-            outputs = outputs + ops.cast(self.bias, outputs.dtype)
+            # Right after the product, which TensorFlow then makes one operation of the two.
+            outputs = seam.add_bias(outputs, ops.cast(self.bias, outputs.dtype))
+        if rank != 2:
+            lead = leading_shape(ops.shape(x), x.shape)
+            outputs = ops.reshape(outputs, (*lead, units))
         return outputs if self.activation is None else self.activation(outputs)
 
     def _factor_shapes(
@@ -172,18 +186,13 @@ class DenseUpdate(LoRALayer):
         )
 
     def _product(self, inputs: Any = None) -> Product:
-        product = MatrixProduct(_keras.of(self).ops)
+        product = MatrixProduct(_keras.of(self))
         if not self.lora.qkv:
             return product
         return PartsOfMatrix(product, self.lora.qkv, self.lora.qkv_layout)
 
     def _plain_product(self, inputs: Any = None) -> Product:
-        return MatrixProduct(_keras.of(self).ops)
+        return MatrixProduct(_keras.of(self))
 
     def _probe_shape(self) -> tuple[int, ...]:
         return (1, self._kernel_variable.shape[0])
-
-
-def _leading_shape(dynamic: Any, static: Any) -> list[Any]:
-    """All axes but the last, static where they are known."""
-    return [dynamic[axis] if size is None else size for axis, size in enumerate(static[:-1])]

@@ -10,6 +10,7 @@ import numpy as np
 
 from tfimm_lora import _keras
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
+from tfimm_lora.layers.forms import Work, places
 from tfimm_lora.starts import start
 
 
@@ -36,23 +37,52 @@ class EinsumProduct:
     def apply(self, x: Any, kernel: Any) -> Any:
         return self._einsum(x, self.inputs, kernel, self.kernel, self.outputs)
 
+    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self._einsum(dy, self.outputs, kernel, self.kernel, self.inputs)
+
+    def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self._einsum(x, self.inputs, dy, self.outputs, self.kernel)
+
     def update(self, a: Any, b: Any) -> Any:
         return self._einsum(a, self.a, b, self.b, self.kernel)
+
+    def update_gradients(self, a: Any, b: Any, dw: Any) -> tuple[Any, Any]:
+        da = self._einsum(dw, self.kernel, b, self.b, self.a)
+        return da, self._einsum(a, self.a, dw, self.kernel, self.b)
 
     def down(self, x: Any, a: Any) -> Any:
         return self._einsum(x, self.inputs, a, self.a, self.h)
 
+    def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        return self._einsum(dh, self.h, a, self.a, self.inputs)
+
+    def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        # With the rank before the axes of x, as in ``MatrixProduct.kernel_gradient``.
+        shared, rank = len(self.b.partition(self.a[-1])[0]), self.a[-1]
+        turned = self.a[:shared] + rank + self.a[shared:-1]
+        da = self._einsum(dh, self.h, x, self.inputs, turned)
+        return self.ops.moveaxis(da, shared, -1)
+
     def up(self, h: Any, b: Any) -> Any:
         return self._einsum(h, self.h, b, self.b, self.outputs)
 
-    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        return self._einsum(dy, self.outputs, kernel, self.kernel, self.inputs)
+    def up_input_gradient(self, b: Any, dy: Any) -> Any:
+        return self._einsum(dy, self.outputs, b, self.b, self.h)
 
-    def factor_gradients(self, x: Any, a: Any, b: Any, dy: Any) -> tuple[Any, Any]:
-        narrow = self._einsum(dy, self.outputs, b, self.b, self.h)
-        da = self._einsum(x, self.inputs, narrow, self.h, self.a)
-        db = self._einsum(self.down(x, a), self.h, dy, self.outputs, self.b)
-        return da, db
+    def up_factor_gradient(self, h: Any, b: Any, dy: Any) -> Any:
+        return self._einsum(h, self.h, dy, self.outputs, self.b)
+
+    def places(self, shape: tuple[int | None, ...]) -> int:
+        """How many places an input of a shape has, at each of which the sum runs once."""
+        free = [size for c, size in zip(self.inputs, shape) if c not in self.kernel]
+        return places(free[0], free[1:]) if free else 1
+
+    def work(self, places: int, kernel_shape: tuple[int, ...], rank: int) -> Work:
+        """How much there is to do at so many places."""
+        sizes = dict(zip(self.kernel, kernel_shape))
+        window = math.prod(sizes[c] for c in self.kernel if c not in self.outputs)
+        units = math.prod(sizes[c] for c in self.kernel if c not in self.inputs)
+        return Work(places, window, window, units, rank)
 
     def splits_cleanly(self) -> bool:
         """Whether the gradients are einsums too: no axis of x is summed by itself."""
@@ -114,7 +144,7 @@ class EinsumDenseUpdate(LoRALayer):
         if self.merged or not known:
             return super().call(inputs, *args, **kwargs)
         x = seam.ops.cast(inputs, seam.compute_dtype(self))
-        outputs = self._adapted(x, factored=not self._product(x).splits_cleanly())
+        outputs = self._adapted(x, self._product(x).places(tuple(x.shape)))
         if self.bias is not None:
             outputs = outputs + seam.ops.cast(self.bias, outputs.dtype)
         return outputs if self.activation is None else self.activation(outputs)
@@ -123,6 +153,12 @@ class EinsumDenseUpdate(LoRALayer):
         self, kernel_shape: tuple[int, ...], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self._product().factor_shapes(kernel_shape, rank)
+
+    def _splits(self, inputs: Any) -> bool:
+        return self._product(inputs).splits_cleanly()
+
+    def _work(self, inputs: Any, places: int, rank: int) -> Work:
+        return self._product(inputs).work(places, self._kernel_variable.shape, rank)
 
     def _started(
         self, kernel: np.ndarray, rng: np.random.Generator

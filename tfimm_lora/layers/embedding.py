@@ -48,7 +48,9 @@ class EmbeddingUpdate(LoRALayer):
             return outputs + seam.ops.cast(self._routed(inputs, route), outputs.dtype)
         a, b = self._factors()
         rows = seam.ops.take(a, seam.ops.cast(inputs, "int32"), axis=0)
-        branch = self.lora.scale * seam.ops.matmul(self._dropped(rows), b)
+        if self.lora.dropout:
+            rows = self.lora_branch_dropout(rows)
+        branch = seam.ops.matmul(rows, self.lora.scale * b)
         return self._finished(outputs + seam.ops.cast(branch, outputs.dtype))
 
     def _routed(self, inputs: Any, route: routes.Route) -> Any:
@@ -82,4 +84,4 @@ class EmbeddingUpdate(LoRALayer):
         )
 
     def _product(self, inputs: Any = None) -> MatrixProduct:
-        return MatrixProduct(_keras.of(self).ops)
+        return MatrixProduct(_keras.of(self))

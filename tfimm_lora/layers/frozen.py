@@ -63,6 +63,13 @@ class FrozenLayer:
         return layer
 
 
+class FrozenNormalization(FrozenLayer):
+    """Mixin for normalisations that have a cheaper gradient when they are frozen."""
+
+    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        return _with_frozen_gradient(self, super().call, inputs, *args, **kwargs)  # type: ignore[misc]
+
+
 class FrozenStatisticsLayer(FrozenLayer):
     """Mixin for batch and spectral normalisation: frozen, and in inference mode always."""
 
@@ -70,7 +77,19 @@ class FrozenStatisticsLayer(FrozenLayer):
         base_call = super().call  # type: ignore[misc]
         given = inspect.signature(base_call).bind_partial(inputs, *args, **kwargs)
         given.arguments["training"] = False
-        return base_call(*given.args, **given.kwargs)
+        return _with_frozen_gradient(self, base_call, *given.args, **given.kwargs)
+
+
+def _with_frozen_gradient(layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+    """What a bound ``call`` gives, and to x the gradient that is cheaper when its layer is
+    frozen, where there is one."""
+    seam = _keras.of(layer)
+    gradient = seam.frozen_gradient(layer, call.__func__, x)
+    if gradient is None:
+        return call(x, *args, **kwargs)
+    # To a bias that is trained goes through y what goes to it anyway.
+    y = call(seam.ops.stop_gradient(x), *args, **kwargs)
+    return seam.custom_gradient(lambda x, y: (y, lambda dy: (gradient(x, dy), dy)), x, y)
 
 
 class FrozenState:
@@ -93,9 +112,10 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
     key = (cls, statistics)
     if key not in _frozen_classes:
         seam = _keras.of(cls)
-        mixin = FrozenStatisticsLayer if statistics else FrozenLayer
+        plain = FrozenNormalization if seam.has_frozen_gradient(cls) else FrozenLayer
+        mixin = FrozenStatisticsLayer if statistics else plain
         namespace: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__}
-        if statistics:
+        if mixin is not FrozenLayer:
             namespace["call"] = with_signature_of(cls, mixin)
         bases = (mixin, seam.BuildHook, seam.FilteredWeights, cls)
         made = type(f"Frozen{cls.__name__}", bases, namespace)

@@ -81,18 +81,33 @@ class PartsOfMatrix:
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.product.apply(x, kernel)
 
+    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self.product.input_gradient(x, kernel, dy)
+
+    def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+        return self.product.kernel_gradient(x, kernel, dy)
+
     def update(self, a: Any, b: Any) -> Any:
         return self.product.update(a, self.widen(b))
+
+    def update_gradients(self, a: Any, b: Any, dw: Any) -> tuple[Any, Any]:
+        da, wide = self.product.update_gradients(a, self.widen(b), dw)
+        return da, self.narrow(wide, b)
 
     def down(self, x: Any, a: Any) -> Any:
         return self.product.down(x, a)
 
+    def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        return self.product.down_input_gradient(x, a, dh)
+
+    def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
+        return self.product.down_factor_gradient(x, a, dh)
+
     def up(self, h: Any, b: Any) -> Any:
         return self.product.up(h, self.widen(b))
 
-    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        return self.product.input_gradient(x, kernel, dy)
+    def up_input_gradient(self, b: Any, dy: Any) -> Any:
+        return self.product.up_input_gradient(self.widen(b), dy)
 
-    def factor_gradients(self, x: Any, a: Any, b: Any, dy: Any) -> tuple[Any, Any]:
-        da, wide = self.product.factor_gradients(x, a, self.widen(b), dy)
-        return da, self.narrow(wide, b)
+    def up_factor_gradient(self, h: Any, b: Any, dy: Any) -> Any:
+        return self.narrow(self.product.up_factor_gradient(h, self.widen(b), dy), b)
