@@ -8,7 +8,12 @@ from typing import Any
 from tfimm_lora import _keras
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, thaw_layer
+from tfimm_lora.layers.frozen import (
+    FrozenLayer,
+    freeze_layer,
+    has_cheaper_call,
+    thaw_layer,
+)
 from tfimm_lora.layers.lookup import adapt_layer, restore_layer
 from tfimm_lora.layers.routes import detach
 from tfimm_lora.merge import has_lora, lora_layers
@@ -91,7 +96,8 @@ def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class
             continue
         refusal = None if rebuilt_by_class else _saving_refusal(seam, path, layer)
         is_root_that_filters = layer is model and rebuilt_by_class
-        if (seam.own_variables(layer) or refusal) and not is_root_that_filters:
+        changes = seam.own_variables(layer) or refusal or has_cheaper_call(layer)
+        if changes and not is_root_that_filters:
             freeze_layer(layer, train_bias == "all", refusal)
         else:
             _open(seam, layer, with_variables=False)

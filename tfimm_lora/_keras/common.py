@@ -251,12 +251,16 @@ class KerasSeam:
         raise NotImplementedError
 
     def frozen_gradient(self, layer: Any, call: Any, x: Any) -> Callable[..., Any] | None:
-        """A cheaper gradient by x of a frozen normalisation with a class's ``call``: a function
-        of x and the gradient by the output. None where there is none."""
+        """A cheaper gradient by x of a layer that is not trained, with a class's ``call``: a
+        function of x and the gradient by the output. None where there is none."""
         return None
 
     def has_frozen_gradient(self, cls: type) -> bool:
         """Whether ``frozen_gradient`` may know one for layers of a class."""
+        return False
+
+    def gains_from_freezing(self, layer: Any) -> bool:
+        """Whether a layer without variables has such a gradient."""
         return False
 
     def narrow_matmul(self, x: Any, matrix: Any, transposed: bool = False) -> Any:

@@ -13,7 +13,7 @@ import tf_keras
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora._keras.common import KerasSeam
-from tfimm_lora._keras.frozen_gradients import KNOWN_CALLS, frozen_gradient
+from tfimm_lora._keras.frozen_gradients import KNOWN_CALLS, frozen_gradient, is_gelu
 from tfimm_lora._keras.rates import LegacyVariableRates
 
 
@@ -197,6 +197,9 @@ class LegacySeam(KerasSeam):
 
     def has_frozen_gradient(self, cls: type) -> bool:
         return getattr(cls, "call", None) in KNOWN_CALLS
+
+    def gains_from_freezing(self, layer: Any) -> bool:
+        return is_gelu(layer)
 
     def vjp(self, function: Callable[[Any], Any], x: Any, dy: Any) -> Any:
         with tf.GradientTape(watch_accessed_variables=False) as tape:

@@ -63,8 +63,8 @@ class FrozenLayer:
         return layer
 
 
-class FrozenNormalization(FrozenLayer):
-    """Mixin for normalisations that have a cheaper gradient when they are frozen."""
+class FrozenWithGradient(FrozenLayer):
+    """Mixin for layers that have a cheaper gradient when they are frozen."""
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         return _with_frozen_gradient(self, super().call, inputs, *args, **kwargs)  # type: ignore[misc]
@@ -105,6 +105,23 @@ class FrozenState:
 
 
 _frozen_classes: dict[tuple[type, bool], type] = {}
+_cheaper_calls: dict[type, Callable[..., Any]] = {}
+
+
+def register_cheaper_call(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator for a ``call`` that gives what that of ``cls`` gives, with a cheaper gradient.
+    Layers of just this class have it while LoRA is in their model."""
+
+    def register(call: Callable[..., Any]) -> Callable[..., Any]:
+        _cheaper_calls[cls] = call
+        return call
+
+    return register
+
+
+def has_cheaper_call(layer: Any) -> bool:
+    """Whether freezing a layer makes its gradient cheaper, even if it has no variables."""
+    return type(layer) in _cheaper_calls or _keras.of(layer).gains_from_freezing(layer)
 
 
 def frozen_class(cls: type, statistics: bool = False) -> type:
@@ -112,11 +129,13 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
     key = (cls, statistics)
     if key not in _frozen_classes:
         seam = _keras.of(cls)
-        plain = FrozenNormalization if seam.has_frozen_gradient(cls) else FrozenLayer
+        plain = FrozenWithGradient if seam.has_frozen_gradient(cls) else FrozenLayer
         mixin = FrozenStatisticsLayer if statistics else plain
         namespace: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__}
         if mixin is not FrozenLayer:
             namespace["call"] = with_signature_of(cls, mixin)
+        elif cls in _cheaper_calls:
+            namespace["call"] = _cheaper_calls[cls]
         bases = (mixin, seam.BuildHook, seam.FilteredWeights, cls)
         made = type(f"Frozen{cls.__name__}", bases, namespace)
         seam.register(made, "FrozenStatistics" if statistics else "Frozen", cls)

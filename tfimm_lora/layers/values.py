@@ -85,7 +85,7 @@ class LayerValues:
             )
         self._require_enabled("merged")
         self._require_built("merge")
-        merged = self.merged_values()
+        merged = self._merged_tensors()
         self._lora_state.unmerged = self.lora_values()
         for name, variable in self._merged_into().items():
             variable.assign(merged[name])
@@ -126,16 +126,20 @@ class LayerValues:
     def merged_values(self) -> dict[str, np.ndarray]:
         """What ``merge_weights`` would leave in the variables of the base layer, by name."""
         seam = _keras.of(self)
-        found = self._merged_into()
-        if self.merged:
-            return {name: seam.to_numpy(variable) for name, variable in found.items()}
+        values = self._merged_into() if self.merged else self._merged_tensors()
+        return {name: seam.to_numpy(value) for name, value in values.items()}
+
+    def _merged_tensors(self) -> dict[str, Any]:
+        """``merged_values`` of a layer that is not merged, as tensors."""
+        seam = _keras.of(self)
         cast, dtype_of = seam.ops.cast, seam.dtype_of
+        found = self._merged_into()
         adapted = {"kernel": self._effective_kernel()}
         if "bias" in found:
             shift = seam.full_precision(self.__dict__["kernel_lora_shift"])
             bias = cast(seam.full_precision(self.bias), "float32")
             adapted["bias"] = bias + self._lora_state.spec.scale * shift
-        return {n: seam.to_numpy(cast(x, dtype_of(found[n]))) for n, x in adapted.items()}
+        return {name: cast(x, dtype_of(found[name])) for name, x in adapted.items()}
 
     def value_of(self, variable: Any, merged: bool) -> np.ndarray:
         """The value of one of the layer's variables as it is with merging or without."""
