@@ -55,6 +55,7 @@ from tfimm_lora.layers import (  # noqa: E402
     lora_class,
     register_layer_classes,
 )
+from tfimm_lora.layers.forms import use_form  # noqa: E402
 from tfimm_lora.merge import merge_lora_weights, unmerge_lora_weights  # noqa: E402
 from tfimm_lora.optimizers import loraplus_optimizer  # noqa: E402
 from tfimm_lora.planning import Plan, plan  # noqa: E402
@@ -150,6 +151,7 @@ __all__ = [
     "transfer_weights",
     "unmerge_lora_weights",
     "use_adapters",
+    "use_form",
 ]
 
 if _keras.uses_legacy_keras() and _keras.installed("tfimm"):

@@ -39,18 +39,18 @@ class LoRAViT(LoRAModel, ViT):
 
 
 @register_cheaper_call(ViTMultiHeadAttention)
-def attention(
-    layer: Any, x: Any, training: bool = False, return_features: bool = False
-) -> Any:
+def attention(layer: Any, x: Any, training: bool = False, return_features: bool = False) -> Any:
     """Attention softmax(q k^T / sqrt(d)) v, as tfimm's, with q, k, v unstacked together.
 
     Taken one by one, each has a gradient as large as all three, zeros but for a third, and the
     three are added up: a fifth of a training step of ViT-Ti. Together they have one, stacked.
+    The scale is put on q, which is smaller than q k^T.
     """
     batch, length = tf.unstack(tf.shape(x)[:2])
     qkv = tf.reshape(layer.qkv(x), (batch, length, 3, layer.nb_heads, -1))
     query, key, value = tf.unstack(tf.transpose(qkv, (2, 0, 3, 1, 4)))
-    weights = tf.nn.softmax(layer.scale * tf.linalg.matmul(query, key, transpose_b=True))
+    scores = tf.linalg.matmul(layer.scale * query, key, transpose_b=True)
+    weights = tf.nn.softmax(scores)
     weights = layer.attn_drop(weights, training=training)
     heads = tf.transpose(tf.linalg.matmul(weights, value), (0, 2, 1, 3))
     y = layer.proj(tf.reshape(heads, (batch, length, -1)))

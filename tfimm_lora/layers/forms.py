@@ -117,7 +117,10 @@ def use_form(product: str | None = None, gradients: str | None = None) -> Iterat
 
     Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
     """
-    for name, given, known in (("product", product, PRODUCTS), ("gradients", gradients, GRADIENTS)):
+    for name, given, known in (
+        ("product", product, PRODUCTS),
+        ("gradients", gradients, GRADIENTS),
+    ):
         if given is not None and given not in known:
             raise ValueError(
                 f"Received {name}={given!r}; expected None, {known[0]!r} or {known[1]!r}."
