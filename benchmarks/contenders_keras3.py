@@ -1,5 +1,7 @@
-"""On Keras 3 and TensorFlow: ours and Keras' ``enable_lora``, the same layers of one model."""
+"""On Keras 3 and TensorFlow: ours and Keras' ``enable_lora``, the same layers of one model, with
+and without XLA, by which Keras 3's ``fit`` compiles."""
 
+import entrants
 import keras
 import keras_models
 import numpy as np
@@ -11,7 +13,8 @@ import tfimm_lora as lora
 
 def build(task, model):
     net, adapted = keras_models.build(model.keras, task["small"])
-    if task["contender"] == "enable_lora":
+    jit = entrants.compiled(task["contender"])
+    if task["contender"].startswith("enable_lora"):
         variables = _enable_lora(net, adapted, task["rank"])
     else:
         lora.inject_lora(net, lora_rank=task["rank"], lora_targets=adapted)
@@ -21,7 +24,7 @@ def build(task, model):
     optimizer = keras.optimizers.Adam(1e-4)
     values = [v.value for v in variables]
 
-    @tf.function
+    @tf.function(jit_compile=jit)
     def step():
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(values)
@@ -31,7 +34,7 @@ def build(task, model):
         optimizer.apply(tape.gradient(loss, values), variables)
         return loss
 
-    @tf.function
+    @tf.function(jit_compile=jit)
     def forward():
         return net(images, training=False)
 

@@ -56,6 +56,8 @@ CONTENDERS = {
     "tfimm": ("contenders_tfimm", "tfimm's own LoRA"),
     "ours on Keras 3": ("contenders_keras3", "tfimm_lora on Keras' model"),
     "enable_lora": ("contenders_keras3", "Keras' enable_lora on the same model"),
+    "ours on Keras 3, XLA": ("contenders_keras3", "compiled, as Keras 3's fit does"),
+    "enable_lora, XLA": ("contenders_keras3", "compiled, as Keras 3's fit does"),
     "peft": ("contenders_torch", "timm's model with PEFT, on torch"),
 }
 
@@ -66,6 +68,8 @@ def absent(contender, model):
         return "has LoRA for ConvNeXt alone"
     if CONTENDERS[contender][0] == "contenders_keras3" and MODELS[model].keras is None:
         return "Keras has no such model"
+    if compiled(contender) and model not in ("vit_tiny", "vit_base", "resnet50"):
+        return "XLA has no fast depthwise convolution on the CPU"
     if contender == "peft":
         missing = [m for m in ("torch", "timm", "peft") if not importlib.util.find_spec(m)]
         if missing:
@@ -76,3 +80,8 @@ def absent(contender, model):
 def legacy(contender):
     """Whether a contender is on legacy Keras."""
     return CONTENDERS[contender][0] == "contenders_tfimm"
+
+
+def compiled(contender):
+    """Whether a contender's step is compiled by XLA."""
+    return contender.endswith("XLA")

@@ -28,6 +28,16 @@ FIGURES += [
     ("step / enable_lora", m, ("ours on Keras 3", "step"), ("enable_lora", "step"), 0.75)
     for m in ("vit_tiny", "vit_base", "convnext_tiny", "resnet50", "efficientnet_b0")
 ]
+FIGURES += [
+    (
+        "step / enable_lora, XLA",
+        m,
+        ("ours on Keras 3, XLA", "step"),
+        ("enable_lora, XLA", "step"),
+        0.75,
+    )
+    for m in ("vit_tiny", "vit_base", "resnet50")
+]
 
 
 def spread(values):

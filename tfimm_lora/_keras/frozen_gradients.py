@@ -1,19 +1,19 @@
 """The way back through layers of legacy Keras that are not trained.
 
-TensorFlow differentiates normalisations as if scale and offset were trained: for that of batches
-in inference mode its one operation computes all three gradients and needs the input again. What
-it has no operation for it differentiates term by term, and keeps most of the terms. With frozen
-weights less is to do:
+TensorFlow differentiates normalisations as if scale and offset were trained: for that of
+batches in inference mode its one operation computes all three gradients and needs the input
+again. What it has no operation for it differentiates term by term, and keeps most of the terms.
+With frozen weights less is to do:
 
-* batch normalisation: y = k x + c with k = gamma / sqrt(variance + epsilon) for each channel, so
-  dx = k dy, and the input is not kept.
+* batch normalisation: y = k x + c with k = gamma / sqrt(variance + epsilon) for each channel,
+  so dx = k dy, and the input is not kept.
 * layer normalisation, with x' = x - mean(x), g = gamma dy, v = mean(x'^2) + epsilon and means
   over the axis that is normalised: dx = (g - mean(g) - x' mean(g x') / v) / sqrt(v).
 * GELU, y = x P(x) with P(x) = erfc(-x / sqrt 2) / 2: dx = dy (P(x) + x P'(x)), with
   P'(x) = exp(-x^2 / 2) / sqrt(2 pi); of the terms P(x) alone is kept.
 
-References: Ioffe and Szegedy, arXiv:1502.03167, section 3; Ba et al., arXiv:1607.06450, section 3;
-Hendrycks and Gimpel, arXiv:1606.08415, section 2.
+References: Ioffe and Szegedy, arXiv:1502.03167, section 3; Ba et al., arXiv:1607.06450,
+section 3; Hendrycks and Gimpel, arXiv:1606.08415, section 2.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Which form of an adapted product is the cheapest: the one place where that is decided.
 
 ``update`` can compute x (W + s A B) and its gradients in several ways, which differ in nothing
-but rounding, time and memory. Let a layer multiply N places of its input (rows of a dense layer,
-positions of a convolution), each of W numbers, into M units, at rank r.
+but rounding, time and memory. Let a layer multiply N places of its input (rows of a dense
+layer, positions of a convolution), each of W numbers, into M units, at rank r.
 
 *Forward and input gradient.* The ``effective`` form adds s A B to the kernel and multiplies
 once; the ``factored`` form multiplies with the kernel and with A and B apart. What either has
@@ -15,11 +15,11 @@ beyond the plain product is bound by memory, so numbers that are read or written
 
 In 16-bit arithmetic it is ``factored`` always: in W + s A B a small update is lost.
 
-*Gradients of A and B.* ``narrow``, they go through x A and dy B^T, and pass over x and dy twice
-each. ``whole``, the gradient of the kernel is formed first, with one pass over each, and A and B
-take theirs from that. Narrow products are bound by memory too, as if the rank were some 12
-larger than it is, so the whole gradient is cheaper for kernels that are hardly larger than their
-factors: W M < (24 + 2 r) (W + M), for example 64 inputs and 64 units at rank 8.
+*Gradients of A and B.* ``narrow``, they go through x A and dy B^T, and pass over x and dy
+twice each. ``whole``, the gradient of the kernel is formed first, with one pass over each, and
+A and B take theirs from that. Narrow products are bound by memory too, as if the rank were some
+12 larger than it is, so the whole gradient is cheaper for kernels that are hardly larger than
+their factors: W M < (24 + 2 r) (W + M), for example 64 inputs and 64 units at rank 8.
 
 The constants fit what TensorFlow takes on two cores (docs/performance.md).
 """
@@ -117,10 +117,8 @@ def use_form(product: str | None = None, gradients: str | None = None) -> Iterat
 
     Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
     """
-    for name, given, known in (
-        ("product", product, PRODUCTS),
-        ("gradients", gradients, GRADIENTS),
-    ):
+    words = (("product", product, PRODUCTS), ("gradients", gradients, GRADIENTS))
+    for name, given, known in words:
         if given is not None and given not in known:
             raise ValueError(
                 f"Received {name}={given!r}; expected None, {known[0]!r} or {known[1]!r}."
