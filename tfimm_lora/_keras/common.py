@@ -250,6 +250,10 @@ class KerasSeam:
         """The gradient of ``sum(function(x) * dy)`` by ``x``."""
         raise NotImplementedError
 
+    def linear(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[..., Any]]:
+        """``function(x)``, linear in x, and what gives the gradient by x from that by it."""
+        return function(x), lambda dy: self.vjp(function, x, dy)
+
     def frozen_gradient(self, layer: Any, call: Any, x: Any) -> Callable[..., Any] | None:
         """A cheaper gradient by x of a layer that is not trained, with a class's ``call``: a
         function of x and the gradient by the output. None where there is none."""

@@ -31,8 +31,9 @@ _BATCH_NORM = tf_keras.layers.BatchNormalization.call
 _LAYER_NORM = tf_keras.layers.LayerNormalization.call
 _ACTIVATION = tf_keras.layers.Activation.call
 
-#: The ``call`` of the classes whose layers may have such a gradient.
-KNOWN_CALLS = (_BATCH_NORM, _LAYER_NORM, _ACTIVATION)
+#: The ``call`` of the classes whose layers may have such a gradient as they are. Batch
+#: normalisation must be in inference mode, too.
+CALLS = (_LAYER_NORM, _ACTIVATION)
 
 
 def is_gelu(layer: Any) -> bool:
@@ -42,10 +43,12 @@ def is_gelu(layer: Any) -> bool:
 
 
 def frozen_gradient(layer: Any, call: Any, x: Any) -> Gradient | None:
-    """What gives the gradient by x from x and that by the output, or None to leave it to
-    TensorFlow: for other layers than these, subclasses with a ``call`` of their own, and other
-    types and axes than the common ones."""
-    known = call in KNOWN_CALLS and isinstance(x, tf.Tensor) and x.shape.rank is not None
+    """What gives the gradient by x from x and that by the output (of batch normalisation in
+    inference mode), or None to leave it to TensorFlow: for other layers than these, subclasses
+    with a ``call`` of their own, and other types and axes than the common ones."""
+    known = (
+        call in (*CALLS, _BATCH_NORM) and isinstance(x, tf.Tensor) and x.shape.rank is not None
+    )
     if not known or not x.dtype.base_dtype.name == layer.compute_dtype == "float32":
         return None
     if call is _ACTIVATION:

@@ -236,6 +236,17 @@ class Keras3Seam(KerasSeam):
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(function(leaf), leaf, dy)[0]
 
+    def linear(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[..., Any]]:
+        if keras.backend.backend() != "torch":
+            return super().linear(function, x)
+        import torch
+
+        # torch, which runs what it is told, would compute the function again in ``vjp``.
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            y = function(leaf)
+        return y.detach(), lambda dy: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
+
     def refusal(self, layer: Any) -> str | None:
         if getattr(layer, "quantization_mode", None):
             return (

@@ -13,7 +13,7 @@ import tf_keras
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora._keras.common import KerasSeam
-from tfimm_lora._keras.frozen_gradients import KNOWN_CALLS, frozen_gradient, is_gelu
+from tfimm_lora._keras.frozen_gradients import CALLS, frozen_gradient, is_gelu
 from tfimm_lora._keras.rates import LegacyVariableRates
 
 
@@ -196,7 +196,7 @@ class LegacySeam(KerasSeam):
         return frozen_gradient(layer, call, x)
 
     def has_frozen_gradient(self, cls: type) -> bool:
-        return getattr(cls, "call", None) in KNOWN_CALLS
+        return getattr(cls, "call", None) in CALLS
 
     def gains_from_freezing(self, layer: Any) -> bool:
         return is_gelu(layer)

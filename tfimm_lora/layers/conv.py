@@ -33,8 +33,8 @@ class ConvolutionProduct:
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.convolve(x, kernel)
 
-    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        return self.seam.vjp(lambda t: self.convolve(t, kernel), x, dy)
+    def apply_and_back(self, x: Any, kernel: Any) -> tuple[Any, Any]:
+        return self.seam.linear(lambda t: self.convolve(t, kernel), x)
 
     def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
         return self.seam.vjp(lambda t: self.convolve(x, t), kernel, dy)
@@ -52,7 +52,7 @@ class ConvolutionProduct:
         return self.apply(x, a)
 
     def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
-        return self.input_gradient(x, a, dh)
+        return self.seam.vjp(lambda t: self.convolve(t, a), x, dh)
 
     def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
         return self.kernel_gradient(x, a, dh)

@@ -23,7 +23,11 @@ class MatrixProduct:
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.ops.matmul(x, kernel)
 
-    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
+    def apply_and_back(self, x: Any, kernel: Any) -> tuple[Any, Any]:
+        return self.apply(x, kernel), lambda dy: self.input_gradient(kernel, dy)
+
+    def input_gradient(self, kernel: Any, dy: Any) -> Any:
+        """The gradient by x of ``apply``."""
         return self.ops.matmul(dy, self.ops.transpose(kernel))
 
     def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
@@ -38,13 +42,13 @@ class MatrixProduct:
         return self.apply(a, b)
 
     def update_gradients(self, a: Any, b: Any, dw: Any) -> tuple[Any, Any]:
-        return self.input_gradient(a, b, dw), self.kernel_gradient(a, b, dw)
+        return self.input_gradient(b, dw), self.kernel_gradient(a, b, dw)
 
     def down(self, x: Any, a: Any) -> Any:
         return self.seam.narrow_matmul(x, a)
 
     def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
-        return self.input_gradient(x, a, dh)
+        return self.input_gradient(a, dh)
 
     def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
         return self.kernel_gradient(x, a, dh)

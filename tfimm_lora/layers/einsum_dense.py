@@ -37,8 +37,11 @@ class EinsumProduct:
     def apply(self, x: Any, kernel: Any) -> Any:
         return self._einsum(x, self.inputs, kernel, self.kernel, self.outputs)
 
-    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        return self._einsum(dy, self.outputs, kernel, self.kernel, self.inputs)
+    def apply_and_back(self, x: Any, kernel: Any) -> tuple[Any, Any]:
+        def back(dy: Any) -> Any:
+            return self._einsum(dy, self.outputs, kernel, self.kernel, self.inputs)
+
+        return self.apply(x, kernel), back
 
     def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
         return self._einsum(x, self.inputs, dy, self.outputs, self.kernel)

@@ -81,8 +81,8 @@ class PartsOfMatrix:
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.product.apply(x, kernel)
 
-    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        return self.product.input_gradient(x, kernel, dy)
+    def apply_and_back(self, x: Any, kernel: Any) -> tuple[Any, Any]:
+        return self.product.apply_and_back(x, kernel)
 
     def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
         return self.product.kernel_gradient(x, kernel, dy)

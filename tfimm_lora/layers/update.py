@@ -30,8 +30,8 @@ class Product(Protocol):
     def apply(self, x: Any, kernel: Any) -> Any:
         """The layer's product, before bias and activation."""
 
-    def input_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        """The gradient by x of ``apply``."""
+    def apply_and_back(self, x: Any, kernel: Any) -> tuple[Any, Any]:
+        """``apply``, and what gives the gradient by x from that by the product."""
 
     def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
         """The gradient by the kernel of ``apply``."""
@@ -89,14 +89,13 @@ def adapted(
         scaled = scale * a
         kept = product.down(x, scaled) if factored or not train_a else None
         if factored:
-            together = kernel
-            y = product.apply(x, kernel) + product.up(kept, b)
+            y, back = product.apply_and_back(x, kernel)
+            y = y + product.up(kept, b)
         else:
-            together = kernel + product.update(scaled, b)
-            y = product.apply(x, together)
+            y, back = product.apply_and_back(x, kernel + product.update(scaled, b))
 
         def grad(dy: Any) -> tuple[Any, ...]:
-            dx = product.input_gradient(x, together, dy)
+            dx = back(dy)
             dh = product.up_input_gradient(b, dy) if factored or not whole else None
             if factored:
                 dx = dx + product.down_input_gradient(x, scaled, dh)
