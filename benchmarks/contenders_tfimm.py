@@ -15,7 +15,8 @@ def build(task, model):
     arguments = _arguments(model, task["small"])
     rank = {"lora_rank": task["rank"]}
     if kind == "ours":
-        net = lora.create_model(name, **arguments, **rank)
+        # In place: what a copied model leaves behind would be memory that the step finds free.
+        net = lora.inject_lora(tfimm.create_model(name, **arguments), **rank)
         variables = net.trainable_weights
     elif kind == "tfimm":
         from tfimm.architectures import lora as theirs

@@ -166,6 +166,27 @@ def test_model_with_such_layers_is_saved_and_trains_on(tmp_path):
         np.testing.assert_allclose(mine, theirs, **CLOSE)
 
 
+def plain_model():
+    entry = keras.Input((6, 8))
+    x = layers.LayerNormalization(epsilon=1e-6)(entry)
+    x = layers.Activation("gelu")(layers.Dense(8, name="fc")(x))
+    return keras.Model(entry, layers.Dense(3, name="head")(layers.BatchNormalization()(x)))
+
+
+def test_copies_with_and_without_lora_have_plain_classes_where_they_should(tmp_path):
+    plain, x = plain_model(), normal(4, 6, 8)
+    classes = [type(layer) for layer in plain.layers]
+    adapted = lora.convert_to_lora_model(plain, lora_rank=2, lora_targets=["fc"])
+    assert [type(layer) for layer in plain.layers] == classes
+    assert [type(layer) for layer in adapted.layers] != classes
+    randomise(adapted)
+    adapted.save(str(tmp_path / "model.keras"))
+    loaded = keras.models.load_model(str(tmp_path / "model.keras"))
+    for model in (lora.convert_to_regular_model(adapted), lora.remove_lora(loaded)):
+        assert [type(layer) for layer in model.layers] == classes
+        np.testing.assert_allclose(run(model, x), run(adapted, x), **CLOSE)
+
+
 # -- tfimm's attention -------------------------------------------------------------------
 
 

@@ -92,7 +92,8 @@ def adapted(
             y, back = product.apply_and_back(x, kernel)
             y = y + product.up(kept, b)
         else:
-            y, back = product.apply_and_back(x, kernel + product.update(scaled, b))
+            together = effective_kernel(product, kernel, a, b, scale)
+            y, back = product.apply_and_back(x, together)
 
         def grad(dy: Any) -> tuple[Any, ...]:
             dx = back(dy)
