@@ -329,8 +329,8 @@ KERNELS = {
 @on_tensorflow
 @pytest.mark.parametrize("name", KERNELS)
 def test_the_gradient_of_a_whole_kernel_is_not_formed(name):
-    """The search finds it where the kernel is trained. Kernels so small that it would be cheaper
-    than to avoid it, as these are, take it by default."""
+    """The search finds it where the kernel is trained. For kernels so small that it is cheaper
+    than what avoids it, as these are, it is formed by default."""
     make, shape = KERNELS[name]
     layer, x = make(), normal(*shape)
     run(layer, x)
