@@ -86,8 +86,7 @@ def adapted(
     whole = form.gradients == "whole" and train_a
 
     def forward(x: Any, kernel: Any, a: Any, b: Any) -> Any:
-        scaled = scale * a
-        kept = product.down(x, scaled) if factored or not train_a else None
+        kept = product.down(x, scale * a) if factored or not train_a else None
         if factored:
             y, back = product.apply_and_back(x, kernel)
             y = y + product.up(kept, b)
@@ -96,7 +95,7 @@ def adapted(
             y, back = product.apply_and_back(x, together)
 
         def grad(dy: Any) -> tuple[Any, ...]:
-            dx = back(dy)
+            dx, scaled = back(dy), scale * a
             dh = product.up_input_gradient(b, dy) if factored or not whole else None
             if factored:
                 dx = dx + product.down_input_gradient(x, scaled, dh)
