@@ -56,9 +56,12 @@ def frozen_gradient(layer: Any, call: Any, x: Any) -> Gradient | None:
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if axes not in ([-1], [x.shape.rank - 1]):
         return None
+    # Variables are read now: the way back through a branch of tf.cond could not.
     if call is _BATCH_NORM:
-        return lambda x, dy: dy * _channel_factor(layer)
-    return lambda x, dy: _through_layer_norm(layer, x, dy)
+        factor = _channel_factor(layer)
+        return lambda x, dy: dy * factor
+    gamma = None if layer.gamma is None else tf.convert_to_tensor(layer.gamma)
+    return lambda x, dy: _through_layer_norm(layer, gamma, x, dy)
 
 
 def _through_gelu(x: Any, dy: Any) -> Any:
@@ -73,12 +76,12 @@ def _channel_factor(layer: Any) -> Any:
     return factor if layer.gamma is None else factor * layer.gamma
 
 
-def _through_layer_norm(layer: Any, x: Any, dy: Any) -> Any:
+def _through_layer_norm(layer: Any, gamma: Any, x: Any, dy: Any) -> Any:
     # Asked for as Keras does, so that TensorFlow finds them computed already.
     mean, variance = tf.nn.moments(x, layer.axis, keepdims=True)
     inverse = tf.math.rsqrt(variance + layer.epsilon)
-    if layer.gamma is not None:
-        dy = dy * layer.gamma
+    if gamma is not None:
+        dy = dy * gamma
     centred = x - mean
     slope = tf.reduce_mean(dy * centred, -1, keepdims=True) * inverse**2
     return (dy - tf.reduce_mean(dy, -1, keepdims=True) - centred * slope) * inverse
