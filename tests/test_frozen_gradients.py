@@ -117,6 +117,20 @@ def test_second_gradients_flow(name):
     np.testing.assert_allclose(found[1] / scale, found[0] / scale, **CLOSE)
 
 
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "gelu"])
+def test_gradients_flow_through_a_branch(name):
+    """TensorFlow lets nothing from outside into the way back through tf.cond."""
+    layer, x = made(name)
+    _, (expected,), _ = gradients(layer, x)
+    frozen(layer, x.shape)
+
+    def branch(x):
+        return tf.cond(tf.reduce_sum(x) > -1e9, lambda: layer(x), lambda: 0 * x)
+
+    _, (found,), _ = gradients(branch, x)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
 def test_batch_norm_does_not_keep_its_input():
     layer, x = made("batch_norm")
     types = [op.type for op in gradients(layer, x)[2].graph.get_operations()]
