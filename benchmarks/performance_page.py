@@ -197,7 +197,7 @@ def rounded(value):
 
 def draw(results, path):
     """One panel a model: the time of a step over the floor's, with quartiles."""
-    from tfimm_lora.finetuning.canvas import canvas
+    from tfimm_lora.finetuning.report.figures import canvas
 
     models = {
         model: {

@@ -32,7 +32,7 @@ import tensorflow as tf  # isort: skip - after tfimm_lora, which chooses legacy 
 from sklearn.datasets import load_digits  # isort: skip
 from sklearn.model_selection import train_test_split  # isort: skip
 from tfimm.architectures.vit import ViT, ViTConfig  # isort: skip
-from tfimm_lora.optimizers import loraplus_optimizer  # isort: skip
+from tfimm_lora.training.loraplus import loraplus_optimizer  # isort: skip
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests.kerases import LEGACY, keras
+from tests.helpers.kerases import LEGACY, keras
 
 assert lora is not None
 

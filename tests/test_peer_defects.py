@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests import tiny_models
-from tests.kerases import BACKEND, LEGACY, array, keras, normal, randomise, run, values
+from tests.helpers import tiny_models
+from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, randomise, run, values
 
 layers = keras.layers
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -25,49 +25,49 @@ HERE = "test_peer_defects.py"
 #: ``model_contracts.py`` is a promise that every layer, every model is held to).
 DEFECTS = {
     ("Keras 3", "saving merges, and leaves A and B zero (#19208)"): [
-        "contracts.py::survives_saving",
+        "layer_contracts.py::survives_saving",
         "model_contracts.py::whole_files_load_and_train_on_or_are_refused",
     ],
     ("Keras 3", "alpha given to the constructor of Dense and Embedding is ignored"): [
-        "contracts.py::scales_with_alpha_over_rank",
+        "layer_contracts.py::scales_with_alpha_over_rank",
     ],
     ("Keras 3", "a model loaded again never trains again"): [
-        "contracts.py::survives_saving",
+        "layer_contracts.py::survives_saving",
         "model_contracts.py::weight_files_load_and_train_on",
         "test_edges.py::test_whole_file_loads_in_a_fresh_process_and_trains_the_same",
     ],
     ("Keras 3", "no depthwise convolutions"): ["layer_cases.py::Case"],
     ("Keras 3, KerasHub", "merging only inside of saving"): [
-        "contracts.py::merges_and_unmerges_without_loss",
+        "layer_contracts.py::merges_and_unmerges_without_loss",
         "model_contracts.py::merges_and_unmerges_without_loss",
     ],
     ("Keras 3, KerasHub", "the gradient of the whole kernel is formed"): [
-        "test_forms.py::test_no_gradient_of_the_whole_kernel_is_formed",
+        "test_products.py::test_no_gradient_of_the_whole_kernel_is_formed",
         f"{HERE}::test_the_gradient_of_a_whole_kernel_is_not_formed",
     ],
     ("KerasHub", "adapters go by the index of a layer (#2701)"): [
         f"{HERE}::test_adapters_go_by_name_and_not_by_the_order_of_layers",
     ],
     ("KerasHub", "targets that match nothing freeze everything without a word"): [
-        "test_targets.py::test_targets_that_match_nothing_are_errors_and_change_nothing",
+        "test_layer_paths.py::test_targets_that_match_nothing_are_errors_and_change_nothing",
     ],
     ("PEFT", "dilation and padding mode of a convolution are dropped (#3697)"): [
-        "contracts.py::gives_reference_output",
+        "layer_contracts.py::gives_reference_output",
         f"{HERE}::test_a_convolution_that_pads_by_itself_is_adapted_with_its_padding",
     ],
     ("PEFT", "statistics of batch normalisation drift and are not saved (#1732)"): [
         "model_contracts.py::fit_changes_exactly_the_named_variables",
         "test_adapters.py::test_modules_trained_whole_keep_their_statistics",
-        "test_targets.py::test_batch_norm_in_a_trained_layer_trains_with_its_statistics",
+        "test_layer_paths.py::test_batch_norm_in_a_trained_layer_trains_with_its_statistics",
         f"{HERE}::test_an_adapter_is_all_that_training_changed_under_batch_normalisation",
     ],
     ("PEFT", "combining with rsLoRA is off by the root of the rank (#3449)"): [
-        "test_algebra.py::test_numbers_are_those_of_peft",
-        "test_algebra.py::test_cat_is_the_exact_sum",
+        "test_combine.py::test_numbers_are_those_of_peft",
+        "test_combine.py::test_cat_is_the_exact_sum",
         f"{HERE}::test_combined_rslora_adapters_compute_the_sum",
     ],
     ("PEFT", "a linear combination is not the sum (#3004)"): [
-        "test_algebra.py::test_linear_is_far_from_the_sum_and_errors_say_so",
+        "test_combine.py::test_linear_is_far_from_the_sum_and_errors_say_so",
         "test_adapters.py::test_combined_adapters_load_and_add_up",
     ],
     ("PEFT", "merging and unmerging in bfloat16 drifts"): [
@@ -76,7 +76,7 @@ DEFECTS = {
     ],
     ("PEFT", "all-linear on a CNN adapts its head only"): [
         f"{HERE}::test_all_linear_on_a_cnn_is_its_convolutions_and_not_its_head",
-        "test_selection.py::test_what_is_excluded_is_not_adapted_even_where_targets_mean_it",
+        "test_targeting.py::test_what_is_excluded_is_not_adapted_even_where_targets_mean_it",
     ],
     ("PEFT", "adapters of depthwise convolutions are larger than the layer (#2202)"): [
         f"{HERE}::test_a_depthwise_adapter_is_smaller_than_its_layer",
@@ -86,8 +86,8 @@ DEFECTS = {
         "test_adapters.py::test_each_row_is_what_its_adapter_alone_gives",
     ],
     ("PEFT, Keras 3, KerasHub", "no part of a fused qkv alone (#852)"): [
-        "test_targets.py::test_query_and_value_alone",
-        "test_architectures.py::test_query_and_value_alone_move_queries_and_values_alone",
+        "test_layer_paths.py::test_query_and_value_alone",
+        "test_families.py::test_query_and_value_alone_move_queries_and_values_alone",
     ],
     ("PEFT", "no TensorFlow (transformers #27206), yet its files should be read"): [
         "test_adapters_tfimm.py::test_adapter_that_peft_wrote_gives_pefts_logits",
@@ -97,11 +97,11 @@ DEFECTS = {
         f"{HERE}::test_evaluating_and_predicting_change_no_weight",
     ],
     ("loralib", "only square windows of convolutions"): [
-        "contracts.py::gives_reference_output",
+        "layer_contracts.py::gives_reference_output",
     ],
     ("tfimm", "a trained variable is counted twice"): [
         "model_contracts.py::everybody_agrees_on_what_is_trained",
-        "test_factory.py::test_every_bias_is_listed_once",
+        "test_create.py::test_every_bias_is_listed_once",
     ],
     ("tfimm", "only dense layers can be adapted"): ["layer_cases.py::Case"],
 }
@@ -112,7 +112,8 @@ def test_every_defect_has_the_tests_that_are_named():
     for tests in DEFECTS.values():
         for test in tests:
             file, _, name = test.partition("::")
-            tree = ast.parse((folder / file).read_text())
+            (path,) = folder.rglob(file)
+            tree = ast.parse(path.read_text())
             assert name in {getattr(node, "name", None) for node in tree.body}, test
 
 

@@ -5,44 +5,46 @@ Used as ``import tfimm_lora as lora``.
 
 import warnings as _warnings
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import (
+    installed,
+    prefer_legacy_for_tfimm,
+    quiet_on_the_command_line,
+    uses_legacy_keras,
+)
 
-_keras.prefer_legacy_for_tfimm()
-_keras.quiet_on_the_command_line()
+prefer_legacy_for_tfimm()
+quiet_on_the_command_line()
 
-from tfimm_lora.adapters.activation import disable_adapter, set_adapter_scale  # noqa: E402
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate  # noqa: E402
-from tfimm_lora.adapters.algebra import combination_errors, combine_adapters  # noqa: E402
-from tfimm_lora.adapters.explain import extract_adapter  # noqa: E402
-from tfimm_lora.adapters.extract import adapter_of, save_adapter  # noqa: E402
-from tfimm_lora.adapters.hub import push_to_hub  # noqa: E402
-from tfimm_lora.adapters.load import load_adapter  # noqa: E402
-from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft  # noqa: E402
-from tfimm_lora.adapters.routing import (  # noqa: E402
+from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.combine import combination_errors, combine_adapters
+from tfimm_lora.adapters.compact import compact_adapter
+from tfimm_lora.adapters.disable import disable_adapter, set_adapter_scale
+from tfimm_lora.adapters.extract import extract_adapter
+from tfimm_lora.adapters.hub import push_to_hub
+from tfimm_lora.adapters.load import load_adapter
+from tfimm_lora.adapters.mixed_batch import (
     adapter_ids,
     attach_adapters,
     detach_adapters,
     routed_model,
     use_adapters,
 )
-from tfimm_lora.compaction import compact_adapter  # noqa: E402
-from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig  # noqa: E402
-from tfimm_lora.convert import convert_to_lora_model, convert_to_regular_model  # noqa: E402
-from tfimm_lora.eva import initialize_eva  # noqa: E402
-from tfimm_lora.exporting import Exported, export  # noqa: E402
-from tfimm_lora.factory import create_model, list_models  # noqa: E402
-from tfimm_lora.finetuning.augment import Augmentation  # noqa: E402
-from tfimm_lora.finetuning.data import Picture, PictureSet, Split, find_pictures  # noqa: E402
-from tfimm_lora.finetuning.evaluation import evaluate  # noqa: E402
-from tfimm_lora.finetuning.pictures import check_pictures  # noqa: E402
-from tfimm_lora.finetuning.pipeline import PictureBatches  # noqa: E402
-from tfimm_lora.finetuning.preprocessing import Preprocessing  # noqa: E402
-from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures  # noqa: E402
-from tfimm_lora.finetuning.run import Run  # noqa: E402
-from tfimm_lora.finetuning.scores import Evaluation  # noqa: E402
-from tfimm_lora.finetuning.training import Trained, finetune  # noqa: E402
-from tfimm_lora.inject import inject_lora, remove_lora  # noqa: E402
-from tfimm_lora.layers import (  # noqa: E402
+from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
+from tfimm_lora.adapters.save import adapter_of, save_adapter
+from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig
+from tfimm_lora.create import create_model, list_models
+from tfimm_lora.exporting import Exported, export
+from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.finetuning.data.batches import PictureBatches
+from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, Split, find_pictures
+from tfimm_lora.finetuning.data.pictures import check_pictures
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.evaluation import evaluate
+from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.scores import Evaluation
+from tfimm_lora.finetuning.training import Trained, finetune
+from tfimm_lora.layers import (
     LoRAConv1D,
     LoRAConv2D,
     LoRAConv3D,
@@ -55,25 +57,28 @@ from tfimm_lora.layers import (  # noqa: E402
     lora_class,
     register_layer_classes,
 )
-from tfimm_lora.layers.forms import use_form  # noqa: E402
-from tfimm_lora.merge import merge_lora_weights, unmerge_lora_weights  # noqa: E402
-from tfimm_lora.optimizers import loraplus_optimizer  # noqa: E402
-from tfimm_lora.planning import Plan, plan  # noqa: E402
-from tfimm_lora.rank_allocation import RankAllocator  # noqa: E402
-from tfimm_lora.registry import (  # noqa: E402
+from tfimm_lora.layers.forms import use_form
+from tfimm_lora.model.convert import convert_to_lora_model, convert_to_regular_model
+from tfimm_lora.model.explain_targets import explain_targets
+from tfimm_lora.model.inject import inject_lora, remove_lora
+from tfimm_lora.model.merge import merge_lora_weights, unmerge_lora_weights
+from tfimm_lora.model.registry import (
     lora_architecture,
     lora_base_architecture,
     lora_config,
     register_lora_architecture,
 )
-from tfimm_lora.target_table import explain_targets  # noqa: E402
-from tfimm_lora.trainability import (  # noqa: E402
+from tfimm_lora.model.trainable_weights import (
     lora_non_trainable_weights,
     lora_trainable_weights,
 )
-from tfimm_lora.transfer import transfer_weights  # noqa: E402
-from tfimm_lora.version import __version__  # noqa: E402
-from tfimm_lora.weights import create_preprocessing, load_timm_weights  # noqa: E402
+from tfimm_lora.model.transfer import transfer_weights
+from tfimm_lora.training.adalora import RankAllocator
+from tfimm_lora.training.eva import initialize_eva
+from tfimm_lora.training.loraplus import loraplus_optimizer
+from tfimm_lora.training.plan import Plan, plan
+from tfimm_lora.version import __version__
+from tfimm_lora.zoo.weights import create_preprocessing, load_timm_weights
 
 merge_weights = merge_lora_weights
 
@@ -154,10 +159,10 @@ __all__ = [
     "use_form",
 ]
 
-if _keras.uses_legacy_keras() and _keras.installed("tfimm"):
+if uses_legacy_keras() and installed("tfimm"):
     # Also so that Keras knows the classes when it loads a saved model.
     try:
-        from tfimm_lora import architectures as _architectures
+        from tfimm_lora.zoo import families as _architectures
     except ImportError as _error:  # tfimm is there, but something that it needs is not
         _warnings.warn(
             f"tfimm is installed but cannot be imported ({_error}); its architectures are "

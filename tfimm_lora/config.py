@@ -10,8 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from tfimm_lora import peft_translation
-from tfimm_lora.checks import (
+from tfimm_lora.initializers.from_kernel import check_init
+from tfimm_lora.peft import translation
+from tfimm_lora.validation import (
     check_alpha,
     check_bool,
     check_dropout,
@@ -26,7 +27,6 @@ from tfimm_lora.checks import (
     listed,
     patterns_of,
 )
-from tfimm_lora.starts import check_init
 
 #: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
 LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
@@ -241,9 +241,9 @@ class LoRAConfig:
             (8, 2.0, ['attn/qkv'])
         """
         check_keywords(fields, [f.name for f in dataclasses.fields(cls)], "from_peft")
-        given = peft_translation.read_fields(source)
+        given = translation.read_fields(source)
         try:
-            arguments = peft_translation.arguments_from(given)
+            arguments = translation.arguments_from(given)
         except ValueError as error:
             where = source if isinstance(source, (str, os.PathLike)) else "a config of PEFT"
             raise ValueError(f"Received {where}, which {error}.") from error
@@ -271,7 +271,7 @@ class LoRAConfig:
             (4, 4, ['attn.qkv'])
         """
         try:
-            return peft_translation.fields_from(self.arguments(), self.presets())
+            return translation.fields_from(self.arguments(), self.presets())
         except ValueError as error:
             raise ValueError(f"Received a config that {error}.") from error
 

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.kerases import LEGACY
 from tests.interop import MISSING
-from tests.kerases import LEGACY
 
 collect_ignore_glob = ["test_*.py"] if MISSING or not LEGACY else []
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import tfimm_lora as lora
-from tests.kerases import keras
-from tfimm_lora.merge import lora_layers
+from tests.helpers.kerases import keras
+from tfimm_lora.model.merge import lora_layers
 
 WIDTHS = (12, 20, 16, 3)
 

@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import save_file
 
 import tfimm_lora as lora
+from tests.helpers.kerases import run
 from tests.interop import timm_models
-from tests.kerases import run
-from tfimm_lora.weights.names import CHECKPOINTS
-from tfimm_lora.weights.pretrained import create_pretrained
+from tfimm_lora.zoo.weights.names import CHECKPOINTS
+from tfimm_lora.zoo.weights.pretrained import create_pretrained
 
 #: tfimm's name and the size of the images. Of every family the smallest variants that
 #: between them have every kind of layer.

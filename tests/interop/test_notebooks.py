@@ -1,6 +1,6 @@
 """The notebook that exchanges adapters with torch, run."""
 
-from tests.test_documents import NEEDS_TORCH, ROOT, notebook_code, run_program
+from tests.docs.test_examples import NEEDS_TORCH, ROOT, notebook_code, run_program
 
 
 def test_notebook_with_torch(tmp_path):

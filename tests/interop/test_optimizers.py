@@ -7,8 +7,8 @@ import torch
 from peft.optimizers import create_loraplus_optimizer
 
 import tfimm_lora as lora
-from tests.kerases import keras, normal
-from tfimm_lora.optimizers import loraplus_optimizer
+from tests.helpers.kerases import keras, normal
+from tfimm_lora.training.loraplus import loraplus_optimizer
 
 
 def test_updates_are_those_of_pefts_optimizer():

@@ -11,9 +11,9 @@ import tfimm
 import torch
 
 import tfimm_lora as lora
+from tests.helpers.kerases import keras, randomise, run
 from tests.interop import timm_models
-from tests.kerases import keras, randomise, run
-from tfimm_lora.weights.names import CHECKPOINTS
+from tfimm_lora.zoo.weights.names import CHECKPOINTS
 
 #: tfimm's name, the size of the images, what PEFT adapts and what tfimm_lora adapts.
 MODELS = {

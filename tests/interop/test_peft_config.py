@@ -6,7 +6,7 @@ import peft
 import pytest
 
 from tests.golden.make_peft_configs import CASES, FILE, of_peft
-from tests.test_peft_config import REPRESENTABLE
+from tests.peft.test_translation import REPRESENTABLE
 from tfimm_lora.config import LoRAConfig
 
 GOLDEN = json.loads(FILE.read_text())

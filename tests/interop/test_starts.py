@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from tfimm_lora.starts import start
+from tfimm_lora.initializers.from_kernel import start
 
 SHAPES = [(24, 10), (10, 24), (16, 16)]
 

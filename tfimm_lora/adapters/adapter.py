@@ -259,7 +259,7 @@ class Adapter:
             the normalised singular values (Roy and Vetterli, "The effective rank", 2007);
             parameters. The last line sums up.
         """
-        from tfimm_lora.adapters.table import summary
+        from tfimm_lora.adapters.summary import summary
 
         return summary(self, model)
 

@@ -6,8 +6,8 @@ import dataclasses
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.weights.names import CHECKPOINTS
-from tfimm_lora.zoo import import_tfimm
+from tfimm_lora.zoo.tfimm_models import import_tfimm
+from tfimm_lora.zoo.weights.names import CHECKPOINTS
 
 #: Fields of tfimm's configs that change nothing about which layers there are.
 _FREE = frozenset(

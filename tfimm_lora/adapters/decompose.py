@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import LayerUpdate
-from tfimm_lora.lowrank import nearest_factors
+from tfimm_lora.initializers.svd import nearest_factors
 
 
 def extract_update(

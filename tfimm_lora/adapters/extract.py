@@ -1,164 +1,172 @@
-"""From a live model to an adapter: ``adapter_of`` and ``save_adapter``."""
+"""``extract_adapter``: the adapter that best explains a model that was fine-tuned whole."""
 
 from __future__ import annotations
 
-import os
+import warnings
 from typing import Any
 
-from tfimm_lora import _keras
+import numpy as np
+
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.axes import update_of
-from tfimm_lora.adapters.paths import Names, Weight, require_unique
-from tfimm_lora.classifier import classifier_paths
-from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.frozen import FrozenLayer
-from tfimm_lora.merge import lora_layers
-from tfimm_lora.replaced import replaced, shelved
-from tfimm_lora.targets import is_suffix
-from tfimm_lora.weights.names import CHECKPOINTS
+from tfimm_lora.adapters.decompose import check_rank_or_energy, extract_updates
+from tfimm_lora.adapters.names import Names, Weight
+from tfimm_lora.adapters.save import name_of
+from tfimm_lora.adapters.torch_layout import kernel_in_torch_order, kind_of
+from tfimm_lora.backend import backend_of
+from tfimm_lora.layers.conversion import lora_class, supported
+from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.merge import has_lora
 
 
-def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
-    """The adapter that a LoRA model holds: its factors and the weights trained whole.
+def extract_adapter(
+    base: Any,
+    tuned: Any,
+    rank: int | None = None,
+    energy: float | None = None,
+    *,
+    base_model: str | None = None,
+) -> Adapter:
+    """The adapter of the smallest error for a model that was fine-tuned without LoRA.
+
+    For the kernel of every layer that LoRA supports it takes the best approximation of
+    dW = W_tuned - W_base of a rank, by singular value decomposition. Everything else that
+    changed is held whole: the classifier, biases, the layers of norms.
 
     Args:
-        model: A built LoRA model, merged or not. It stays as it is.
-        base_model: What the adapter is of, for its file. Default: for a tfimm model the hub
-            id of its weights in timm, or its name; else "".
+        base: The model before, ordinary and built.
+        tuned: The model after; of the same architecture, also with other classes.
+        rank: The rank of every update, or ...
+        energy: ... the share of every update's squared norm to hold, in (0, 1]; each layer
+            gets the smallest rank that does. Just one of the two is given.
+        base_model: As in ``adapter_of``.
+
+    Returns:
+        The adapter. Layers that did not change are not in it.
 
     Raises:
-        ValueError: if the model has no LoRA layers or is not built.
+        ValueError: if the models have other layers or shapes, or LoRA in them, if no kernel
+            changed, or unless just one of rank and energy is given, in its range.
+
+    Warns:
+        UserWarning: for changed weights that an adapter has no place for: a model's own
+            variables, such as position embeddings.
 
     Example:
-        >>> import tensorflow as tf, tfimm_lora as lora
-        >>> model = tf.keras.Sequential([
-        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
-        >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
-        >>> lora.adapter_of(model)
-        Adapter(1 layers of rank 2, base_model='')
+        >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
+        >>> def make():
+        ...     return tf.keras.Sequential([
+        ...         tf.keras.Input((4,)), tf.keras.layers.Dense(4, name="fc1"),
+        ...         tf.keras.layers.Dense(3, name="head")])
+        >>> base, tuned = make(), make()
+        >>> adapter = lora.extract_adapter(base, tuned, energy=0.9)
+        >>> adapter.modules, sorted(adapter.layers)
+        (('head',), ['fc1'])
+
+    Reference: Eckart and Young, "The approximation of one matrix by another of lower rank",
+    Psychometrika 1 (1936); differences of weights as task vectors: Ilharco et al., "Editing
+    Models with Task Arithmetic", arXiv:2212.04089, section 2.
     """
-    found = lora_layers(model)
-    for layer in found.values():
-        layer._require_built("save")
-    names = Names(model)
-    layers = {names.modules[path]: update_of(layer) for path, layer in found.items()}
-    modules, weights = trained_whole(model, names)
-    outside = [w for w in weights if not any(_is_in(w.key, m) for m in modules)]
-    in_lora = {w.key for w in outside if isinstance(w.wanted.layer, LoRALayer)}
-    bias = "none" if not outside else "lora_only" if len(in_lora) == len(outside) else "all"
-    config = model.__dict__.get("_lora_config")
-    held = shelved(model)
+    check_rank_or_energy(rank, energy)
+    for role, model in (("base", base), ("tuned", tuned)):
+        if has_lora(model):
+            raise ValueError(
+                f"Received {role} with LoRA layers; expected an ordinary model. "
+                + ("adapter_of(tuned) is its adapter." if role == "tuned" else "")
+            )
+    names, others = Names(base), Names(tuned)
+    before = {w.key: w for w in names.weights}
+    after = {w.key: w for w in others.weights}
+    heads = classifier_paths(base)
+    _check_alike(before, after, [f"{names.modules[path]}." for path in heads])
+    kernels = {id(v): path for path, v in _kernels(names).items() if path not in heads}
+    differences: dict[str, np.ndarray] = {}
+    kinds: dict[str, str] = {}
+    whole: list[tuple[Weight, np.ndarray]] = []
+    for key, weight in before.items():
+        mine, theirs = weight.value(), after[key].value()
+        if mine.shape == theirs.shape and np.array_equal(mine, theirs):
+            continue
+        path = kernels.get(id(weight.variable))
+        if path is None:
+            whole.append((weight, theirs))
+            continue
+        layer, module = names.layers[path], names.modules[path]
+        seam = backend_of(layer)
+        values = [seam.to_numpy(w.variable).astype("float64") for w in (weight, after[key])]
+        differences[module] = kernel_in_torch_order(layer, values[1] - values[0])
+        kinds[module] = kind_of(layer)
+    if not differences:
+        raise ValueError(
+            f"Received base '{base.name}' and tuned '{tuned.name}', whose kernels are the "
+            "same; there is nothing to explain by LoRA."
+        )
+    layers = extract_updates(differences, rank, energy, kinds)
+    layers = {m: _single(update) for m, update in layers.items()}
+    modules, weights, lost = _held_whole(names, whole, set(layers))
+    if lost:
+        warnings.warn(
+            f"{', '.join(lost)} changed, for which an adapter has no place: they are left out.",
+            stacklevel=2,
+        )
+    outside = [key for key in weights if not any(key.startswith(f"{m}.") for m in modules)]
     return Adapter(
         layers,
-        {w.key: _value(w, held) for w in weights},
+        weights,
         modules,
-        name_of(model) if base_model is None else base_model,
-        bias,
-        float(getattr(config, "lora_dropout", 0.0)),
+        name_of(base) if base_model is None else base_model,
+        "all" if outside else "none",
     )
 
 
-def save_adapter(
-    model: Any,
-    path: str | os.PathLike[str],
-    *,
-    format: str | None = None,
-    base_model: str | None = None,
-) -> None:
-    """Write the adapter of a LoRA model to a folder that PEFT and this package read.
-
-    Args:
-        model: A built LoRA model, merged or not.
-        path: The folder; created if missing. An adapter in it is replaced, each file whole.
-        format: None (default), or "peft" to refuse what PEFT cannot express; see
-            ``Adapter.save``.
-        base_model: As in ``adapter_of``.
-
-    Raises:
-        ImportError: if safetensors is not installed.
-        ValueError: if the model has no LoRA layers or is not built; with format="peft", if
-            it has layers that PEFT cannot express. Nothing is written.
-
-    Example:
-        >>> import tempfile, tensorflow as tf, tfimm_lora as lora
-        >>> model = tf.keras.Sequential([
-        ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
-        >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
-        >>> folder = tempfile.mkdtemp()
-        >>> lora.save_adapter(model, folder)
-        >>> lora.Adapter.load(folder) == lora.adapter_of(model)
-        True
-    """
-    adapter_of(model, base_model).save(path, format)
+def _check_alike(before: dict[str, Weight], after: dict[str, Weight], heads: list[str]) -> None:
+    problems = [f"only one has {key}" for key in sorted(set(before) ^ set(after))]
+    for key in set(before) & set(after):
+        shapes = [tuple(w.variable.shape) for w in (before[key], after[key])]
+        if shapes[0] != shapes[1] and not any(key.startswith(head) for head in heads):
+            problems.append(f"{key} has {shapes[0]} in base, {shapes[1]} in tuned")
+    if problems:
+        raise ValueError(
+            f"Received models that are not of one architecture: {'; '.join(problems[:20])}."
+        )
 
 
-def _value(weight: Weight, shelved: dict[str, Any]) -> Any:
-    """The value of a weight in the adapter, also while that is disabled; 16 bits as 32."""
-    value = shelved.get(weight.key)
-    value = weight.value() if value is None else value
-    return value.astype("float32") if value.dtype.itemsize < 4 else value
-
-
-def trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weight]]:
-    """The modules trained whole, and all weights that an adapter must hold beside factors."""
-    roots = _roots(model, names)
-    known = replaced(model)
-    trainable = {id(v) for v in _trained_variables(model)}
-    modules: dict[str, None] = {}
-    weights = []
-    for weight in names.weights:
-        path = weight.path
-        layer = weight.wanted.layer
-        inside = any(path == r or path.startswith(r + "/") for r in roots)
-        is_open = not isinstance(layer, (LoRALayer, FrozenLayer)) and layer is not model
-        trained = id(weight.variable) in trainable or weight.key in known
-        if not (inside or trained or (is_open and _is_trained(layer, trainable))):
-            continue
-        if inside or is_open or not _is_bias(layer, weight):
-            modules[names.module_of(weight, roots)] = None
-        weights.append(weight)
-    require_unique([(weight.wanted.name, weight.key) for weight in weights], "weights")
-    return tuple(sorted(modules)), weights
-
-
-def _is_trained(layer: Any, trainable: set[int]) -> bool:
-    """Whether a layer is trained whole: then its statistics belong to what it learned."""
-    return any(id(v) in trainable for v in _keras.of(layer).own_variables(layer))
-
-
-def _is_bias(layer: Any, weight: Weight) -> bool:
-    return _keras.of(layer).is_bias_like(weight.variable)
-
-
-def _roots(model: Any, names: Names) -> list[str]:
-    """The paths of the layers that were asked to be trained whole, or replaced as such."""
-    config = model.__dict__.get("_lora_config")
-    if config is None:
-        return []
-    wanted = getattr(config, "lora_train_modules", ())
-    roots = [path for path in names.layers if any(is_suffix(path, name) for name in wanted)]
-    if getattr(config, "lora_train_classifier", None):
-        roots += classifier_paths(model)
-    return sorted(set(roots), key=len)
-
-
-def _trained_variables(model: Any) -> list[Any]:
-    """The variables that are trained, also of a model whose training is off at the moment."""
-    seam = _keras.of(model)
-    found = []
-    for _, layer in seam.walk(model):
-        own = seam.trainable_own_variables(layer)
-        if hasattr(layer, "_is_trained"):
-            own = [v for v in own if layer._is_trained(v)]
-        found += own
+def _kernels(names: Names) -> dict[str, Any]:
+    """The kernel variable of every layer that LoRA supports, by path."""
+    found = {}
+    for path, layer in names.layers.items():
+        if supported(layer):
+            role = lora_class(type(layer))._kernel_role  # type: ignore[attr-defined]
+            found[path] = layer.__dict__[backend_of(layer).kernel_attributes[role]]
     return found
 
 
-def _is_in(key: str, module: str) -> bool:
-    return key.startswith(f"{module}.")
+def _single(update: Any) -> Any:
+    """An update in float32, as the factors of models are."""
+    return type(update)(
+        update.a.astype("float32"), update.b.astype("float32"), update.scale, update.kind
+    )
 
 
-def name_of(model: Any) -> str:
-    """What a model's adapters are of: the hub id of its weights in timm, its name, or ""."""
-    name = getattr(getattr(model, "cfg", None), "name", "") or ""
-    return f"timm/{CHECKPOINTS[name]}" if name in CHECKPOINTS else name
+def _held_whole(
+    names: Names, whole: list[tuple[Weight, np.ndarray]], adapted: set[str]
+) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
+    """Modules and weights to hold whole, and the keys that have no place."""
+    by_layer: dict[str, list[tuple[Weight, np.ndarray]]] = {}
+    for weight, value in whole:
+        by_layer.setdefault(weight.path, []).append((weight, value))
+    modules, weights, lost = [], {}, []
+    for path, changed in by_layer.items():
+        module = names.modules.get(path)
+        biases = [pair for pair in changed if _is_bias(pair[0])]
+        inside = any(name == module or name.startswith(f"{module}.") for name in adapted)
+        if len(biases) < len(changed) and (module is None or inside):
+            lost += [weight.key for weight, _ in changed if not _is_bias(weight)]
+            changed = biases
+        elif len(biases) < len(changed):
+            modules.append(module)
+        weights.update({weight.key: value for weight, value in changed})
+    return tuple(sorted(m for m in modules if m is not None)), weights, lost
+
+
+def _is_bias(weight: Weight) -> bool:
+    return backend_of(weight.wanted.layer).is_bias_like(weight.variable)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.extract import adapter_of
 from tfimm_lora.adapters.files import CARD, CONFIG, WEIGHTS
-from tfimm_lora.weights.hub import Repository
+from tfimm_lora.adapters.save import adapter_of
+from tfimm_lora.zoo.weights.hub import Repository
 
 _SCHEME = "hf://"
 

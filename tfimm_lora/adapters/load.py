@@ -11,9 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
-from tfimm_lora.adapters.axes import (
+from tfimm_lora.adapters.base_model import differences
+from tfimm_lora.adapters.names import Names, Weight
+from tfimm_lora.adapters.peft_config import exact_pattern
+from tfimm_lora.adapters.save import adapter_of, trained_whole
+from tfimm_lora.adapters.torch_layout import (
     DoesNotFit,
     kernel_shape,
     kinds_agree,
@@ -22,21 +25,18 @@ from tfimm_lora.adapters.axes import (
     sure_kind,
     values_for,
 )
-from tfimm_lora.adapters.base_model import differences
-from tfimm_lora.adapters.extract import adapter_of, trained_whole
-from tfimm_lora.adapters.paths import Names, Weight
-from tfimm_lora.adapters.peft_config import exact_pattern
-from tfimm_lora.classifier import classifier_paths
+from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LoRAConfig, lora_field_names
-from tfimm_lora.inject import adapt_model, inject_lora, remove_lora
+from tfimm_lora.layer_paths import nearest
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.lookup import supported
-from tfimm_lora.layers.parts import layout_of
-from tfimm_lora.merge import has_lora
-from tfimm_lora.registry import lora_base_of
-from tfimm_lora.replaced import Replaced, forget, remember, replaced
-from tfimm_lora.selection import require_built
-from tfimm_lora.targets import nearest
+from tfimm_lora.layers.conversion import supported
+from tfimm_lora.layers.qkv import layout_of
+from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.inject import adapt_model, inject_lora, remove_lora
+from tfimm_lora.model.merge import has_lora
+from tfimm_lora.model.registry import lora_base_of
+from tfimm_lora.model.replaced_weights import Replaced, forget, remember, replaced
+from tfimm_lora.model.targeting import require_built
 
 #: For LoRA layers the values of their variables by name.
 Values = list[tuple[LoRALayer, dict[str, np.ndarray]]]
@@ -314,7 +314,7 @@ def _injected_anew(model: Any, adapter: Adapter) -> Values:
         if own_class is None:
             inject_lora(model, **arguments)
             return
-        _keras.of(model).swap_class(model, own_class)
+        backend_of(model).swap_class(model, own_class)
         changed: Any = cfg
         model.cfg = dataclasses.replace(changed, **arguments)
         adapt_model(model, model.cfg, rebuilt_by_class=True)
@@ -344,7 +344,7 @@ def _replace_weights(
     model: Any, weights: list[tuple[Weight, np.ndarray]], left: list[Weight]
 ) -> None:
     """Give weights the adapter's values, and those of the last adapter their own back."""
-    base, seam = replaced(model), _keras.of(model)
+    base, seam = replaced(model), backend_of(model)
     kept = {
         weight.key: base.get(weight.key)
         or Replaced(weight.variable, seam.to_numpy(weight.variable))

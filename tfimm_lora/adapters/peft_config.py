@@ -9,7 +9,8 @@ from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.config import scale
-from tfimm_lora.peft_fields import (
+from tfimm_lora.layer_paths import without_counts
+from tfimm_lora.peft.fields import (
     OWN_TYPE,
     PLAIN_FIELDS,
     PeftFields,
@@ -17,7 +18,6 @@ from tfimm_lora.peft_fields import (
     unsupported,
     whole,
 )
-from tfimm_lora.targets import without_counts
 
 #: Longer expressions take long to compile alone.
 _LONGEST_PATTERN = 1000

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tfimm_lora.adapters.load import exact_targets
-from tfimm_lora.adapters.paths import Names
+from tfimm_lora.adapters.names import Names
 from tfimm_lora.adapters.peft_config import exact_pattern
-from tfimm_lora.classifier import classifier_paths
 from tfimm_lora.config import LoRAConfig
-from tfimm_lora.layers.lookup import supported
-from tfimm_lora.peft_fields import ALL_LINEAR
-from tfimm_lora.selection import check_ready
-from tfimm_lora.targets import index_of, is_suffix, matches, unmatched, value_for
+from tfimm_lora.layer_paths import index_of, is_suffix, matches, unmatched, value_for
+from tfimm_lora.layers.conversion import supported
+from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.targeting import check_ready
+from tfimm_lora.peft.fields import ALL_LINEAR
 
 
 def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:

@@ -13,14 +13,14 @@ from tfimm_lora.cli.app import Json, app, emit, note, typer
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_facts, show_table
 from tfimm_lora.finetuning.checkpoint import write_whole
-from tfimm_lora.finetuning.data import Picture, PictureSet
+from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
+from tfimm_lora.finetuning.data.folders import in_csv, in_folder, natural_order, some
+from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
-from tfimm_lora.finetuning.finding import in_csv, in_folder, natural_order, some
-from tfimm_lora.finetuning.pictures import check_pictures
-from tfimm_lora.finetuning.plots import draw_confusion, draw_mistakes
+from tfimm_lora.finetuning.report.formatting import percent, readable
+from tfimm_lora.finetuning.report.plots import draw_confusion, draw_mistakes
 from tfimm_lora.finetuning.run import SPLIT, Run
 from tfimm_lora.finetuning.scores import Evaluation
-from tfimm_lora.finetuning.wording import percent, readable
 
 EXAMPLES = """Examples:
 

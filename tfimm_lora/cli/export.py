@@ -9,17 +9,17 @@ from typing import Annotated, Any
 
 import numpy as np
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import default_backend
 from tfimm_lora.cli.app import Json, app, emit, note, typer
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.predict import files_in
 from tfimm_lora.cli.tables import byte_text, show_facts
-from tfimm_lora.exporting.description import read_description
-from tfimm_lora.exporting.exported import Exported, TensorInfo, description_path
+from tfimm_lora.exporting.export import export
 from tfimm_lora.exporting.request import check_place, format_of
-from tfimm_lora.exporting.to_file import export
-from tfimm_lora.finetuning.pictures import UnreadablePicture, read_picture
-from tfimm_lora.finetuning.preprocessing import Preprocessing
+from tfimm_lora.exporting.result import Exported, TensorInfo, description_path
+from tfimm_lora.exporting.sidecar import read_description
+from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.run import CONFIG, Run
 
 EXAMPLES = """Examples:
@@ -154,7 +154,7 @@ def _load(path: Path) -> Any:
             f"{path} is neither a run of finetune (it has no {CONFIG}) nor a saved Keras model "
             "(.keras, .h5, or the SavedModel of legacy Keras)."
         )
-    seam = _keras.default()
+    seam = default_backend()
     name = seam.keras.__name__
     try:
         model = seam.keras.models.load_model(str(path), compile=False)

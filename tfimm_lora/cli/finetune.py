@@ -7,7 +7,7 @@ import sys
 from typing import Annotated, Any, Optional
 
 from tfimm_lora.cli.app import Json, app, emit, note, typer
-from tfimm_lora.cli.arguments import parse_targets
+from tfimm_lora.cli.parse_values import parse_targets
 from tfimm_lora.optional import require
 
 EXAMPLES = """Examples:
@@ -146,9 +146,9 @@ def finetune(
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model on labelled pictures: an adapter, and a report to look at."""
+    from tfimm_lora.finetuning.distributed.strategy import leads
     from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
-    from tfimm_lora.finetuning.report import evaluate_run
-    from tfimm_lora.finetuning.strategy import leads
+    from tfimm_lora.finetuning.report.page import evaluate_run
 
     names = {f.name for f in dataclasses.fields(Recipe)}
     given = {k: v for k, v in locals().items() if k in names and v is not None and k != "lora"}

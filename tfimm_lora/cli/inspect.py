@@ -52,7 +52,7 @@ def inspect_command(
     value = open_adapter(adapter)
     data = describe(value)
     if plot is not None:
-        from tfimm_lora.cli.spectra import draw, require_suffix
+        from tfimm_lora.cli.spectrum_plot import draw, require_suffix
 
         require_suffix(plot)
         with new_file(plot, overwrite) as path:

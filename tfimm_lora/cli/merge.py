@@ -9,8 +9,8 @@ from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.cli.app import Json, app, typer
 from tfimm_lora.cli.export import checked_place, open_source, tell
 from tfimm_lora.cli.outputs import Overwrite
-from tfimm_lora.exporting.to_file import export
-from tfimm_lora.merge import has_lora
+from tfimm_lora.exporting.export import export
+from tfimm_lora.model.merge import has_lora
 
 EXAMPLES = """Examples:
 

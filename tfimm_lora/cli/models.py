@@ -11,14 +11,14 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Annotated, Any
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import installed, uses_legacy_keras
 from tfimm_lora.cli.app import Json, app, emit, note, typer
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.config import Targets
-from tfimm_lora.factory import list_models
-from tfimm_lora.finetuning.sources import APPLICATIONS, applications
-from tfimm_lora.registry import lora_config
-from tfimm_lora.zoo import import_tfimm
+from tfimm_lora.create import list_models
+from tfimm_lora.finetuning.open_model import APPLICATIONS, applications
+from tfimm_lora.model.registry import lora_config
+from tfimm_lora.zoo.tfimm_models import import_tfimm
 
 EXAMPLES = """Examples:
 
@@ -54,7 +54,7 @@ def models_command(
 def known_models() -> dict[str, Any]:
     """Name -> a function that tells more, for all models that this process can make."""
     models: dict[str, Any] = {}
-    if _keras.installed("tfimm") and _keras.uses_legacy_keras():
+    if installed("tfimm") and uses_legacy_keras():
         tfimm = import_tfimm()
         models = {name: functools.partial(_of_tfimm, tfimm, name) for name in list_models()}
     for name, create in applications().items():
@@ -95,7 +95,7 @@ def _found(pattern: str, names: Iterable[str]) -> list[str]:
 
 def _elsewhere(pattern: str) -> str:
     """What to do for models that only another process could make."""
-    if _keras.uses_legacy_keras() or not _found(pattern, sizes()["tfimm"]):
+    if uses_legacy_keras() or not _found(pattern, sizes()["tfimm"]):
         return ""
     return "tfimm has such names: it needs TF_USE_LEGACY_KERAS=1, where it is installed. "
 

@@ -5,12 +5,12 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from tfimm_lora.cli.app import Json, app, emit, note, typer
-from tfimm_lora.cli.arguments import parse_targets
+from tfimm_lora.cli.parse_values import parse_targets
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table
-from tfimm_lora.finetuning.memory import activation_bytes
-from tfimm_lora.finetuning.sources import open_base
-from tfimm_lora.inject import inject_lora
-from tfimm_lora.planning import Plan, plan
+from tfimm_lora.finetuning.activation_memory import activation_bytes
+from tfimm_lora.finetuning.open_model import open_base
+from tfimm_lora.model.inject import inject_lora
+from tfimm_lora.training.plan import Plan, plan
 
 EXAMPLES = """Examples:
 

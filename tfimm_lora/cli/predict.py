@@ -12,10 +12,10 @@ import numpy as np
 from tfimm_lora.cli.app import FAILED, Json, app, emit, note, typer
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_table
+from tfimm_lora.finetuning.data.folders import EXTENSIONS, natural_order
 from tfimm_lora.finetuning.evaluation import predict_pictures
-from tfimm_lora.finetuning.finding import EXTENSIONS, natural_order
+from tfimm_lora.finetuning.report.formatting import percent, readable
 from tfimm_lora.finetuning.run import Run
-from tfimm_lora.finetuning.wording import percent, readable
 
 EXAMPLES = """Examples:
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.exporting.exported import TensorInfo
+from tfimm_lora.exporting.result import TensorInfo
 from tfimm_lora.exporting.serving import PICTURES, Inputs
-from tfimm_lora.weights.preprocessing import create_preprocessing
+from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
 
 _FIELDS = ("input_size", "mean", "std", "in_channels", "interpolation", "crop_pct")
 

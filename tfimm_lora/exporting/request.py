@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfimm_lora import _keras
-from tfimm_lora.exporting.exported import description_path
+from tfimm_lora.backend import backend_of
+from tfimm_lora.exporting.result import description_path
+from tfimm_lora.layer_paths import nearest
 from tfimm_lora.optional import require
-from tfimm_lora.targets import nearest
 
 #: Formats, and how the names of their files end.
 FORMATS = {"keras": ".keras", "savedmodel": "", "tflite": ".tflite", "onnx": ".onnx"}
@@ -173,7 +173,7 @@ def check_place(path: Path, format: str, overwrite: bool) -> None:
 
 
 def _check_backend(model: Any, format: str) -> None:
-    backend = _keras.of(model).keras.backend.backend()
+    backend = backend_of(model).keras.backend.backend()
     if format != "keras" and backend != "tensorflow":
         raise ValueError(
             f"Received the format {format!r} for a model of Keras 3 on {backend}; expected "

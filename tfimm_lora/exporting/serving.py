@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras
-from tfimm_lora.exporting.exported import TensorInfo
+from tfimm_lora.backend import backend_of
+from tfimm_lora.exporting.result import TensorInfo
 
 #: Names of the one input and the one output that most models have.
 INPUT, PICTURES, OUTPUT = "inputs", "pictures", "outputs"
@@ -63,7 +63,7 @@ def _structure_of(model: Any) -> Any:
     """The inputs as anything that has shapes and types, nested as the model wants them."""
     import tensorflow as tf
 
-    seam = _keras.of(model)
+    seam = backend_of(model)
     if seam.is_functional(model):
         return model.input
     if getattr(model, "inputs", None):  # a Sequential of Keras 3
@@ -111,14 +111,14 @@ def outputs_for(model: Any, inputs: Inputs, arrays: list[np.ndarray]) -> dict[st
     given = inputs.pack([_tensor(model, array) for array in arrays])
     outputs = model(given, training=False)
     names = output_names(model, outputs)
-    to_numpy = _keras.of(model).to_numpy
+    to_numpy = backend_of(model).to_numpy
     return {name: to_numpy(y) for name, y in zip(names, tf.nest.flatten(outputs))}
 
 
 def _tensor(model: Any, array: np.ndarray) -> Any:
     import tensorflow as tf
 
-    keras = _keras.of(model).keras
+    keras = backend_of(model).keras
     return keras.ops.convert_to_tensor(array) if hasattr(keras, "ops") else tf.constant(array)
 
 

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras
-from tfimm_lora.exporting.ordinary import float32_policy
+from tfimm_lora.backend import backend_of
+from tfimm_lora.exporting.plain_model import float32_policy
 from tfimm_lora.exporting.serving import Inputs
-from tfimm_lora.exporting.sizes import with_known_sizes
+from tfimm_lora.exporting.static_shapes import with_known_sizes
 from tfimm_lora.optional import require
 
 #: The name under which SavedModel and TFLite offer the model.
@@ -35,7 +35,7 @@ def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
         ValueError: if it would need this package, or Keras cannot load it.
     """
     model.save(path)
-    by_class = not _keras.of(model).is_rebuilt_with_layers(model)
+    by_class = not backend_of(model).is_rebuilt_with_layers(model)
     problem = _problem_of_loading(model, path) if by_class else None
     if problem is not None and not _saved_as_one_layer(model, inputs, path):
         raise ValueError(
@@ -44,7 +44,7 @@ def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
         )
     with zipfile.ZipFile(path) as archive:
         config = json.loads(archive.read("config.json"))
-    needed = {*_packages(config), _keras.of(model).keras.__name__} - {"builtins"}
+    needed = {*_packages(config), backend_of(model).keras.__name__} - {"builtins"}
     if "tfimm_lora" in needed:
         raise ValueError(
             f"The file of model '{model.name}' would need tfimm_lora to be loaded, since it "
@@ -60,7 +60,7 @@ def load_keras(path: Path, like: Any) -> Any:
 
     In float32: classes of tfimm take the policy of the process.
     """
-    seam = _keras.of(like)
+    seam = backend_of(like)
     classes = {type(layer).__name__: type(layer) for _, layer in seam.walk(like)}
     scope = seam.keras.utils.custom_object_scope(classes)
     with scope, float32_policy(seam), quiet():
@@ -85,7 +85,7 @@ def _saved_as_one_layer(model: Any, inputs: Inputs, path: Path) -> bool:
     Its batch of one is for the shapes that layers ask for when they are built, and binds
     nobody: tfimm's Transformers know too little with a batch of any size.
     """
-    keras = _keras.of(model).keras
+    keras = backend_of(model).keras
     entries = inputs.pack(
         [
             keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.optional import require
@@ -42,7 +42,7 @@ def changing_variables(model: Any) -> dict[str, Any]:
     """The variables that training can change, by name: trained ones, statistics of layers
     that are trained whole, and the states of random generators. And those that LoRA added,
     which come from chance or data before the first step."""
-    seam = _keras.of(model)
+    seam = backend_of(model)
     found: dict[str, Any] = {}
     for path, layer in seam.walk(model):
         variables = seam.own_variables(layer)
@@ -60,7 +60,7 @@ def changing_variables(model: Any) -> dict[str, Any]:
 
 def values_of(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
     """The values of everything that a step of training changes."""
-    seam = _keras.of(model)
+    seam = backend_of(model)
     named = {f"model/{k}": v for k, v in changing_variables(model).items()}
     named.update(_numbered(seam, optimizer))
     return {name: np.asarray(seam.to_numpy(v)) for name, v in named.items()}
@@ -72,7 +72,7 @@ def give_values(model: Any, optimizer: Any, values: dict[str, np.ndarray]) -> No
     Raises:
         ValueError: if they are not those of such a model and optimizer.
     """
-    seam = _keras.of(model)
+    seam = backend_of(model)
     named = {f"model/{k}": v for k, v in changing_variables(model).items()}
     if optimizer is not None:
         named.update(_numbered(seam, optimizer))

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.finetuning.data import PictureSet
-from tfimm_lora.finetuning.pictures import UnreadablePicture, read_picture
-from tfimm_lora.finetuning.pipeline import PictureBatches
-from tfimm_lora.finetuning.preprocessing import Preprocessing
+from tfimm_lora.finetuning.data.batches import PictureBatches
+from tfimm_lora.finetuning.data.dataset import PictureSet
+from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.scores import Evaluation, log_softmax
 
 

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import backend_of, default_backend, installed
 from tfimm_lora.config import LoRAConfig, check_keywords, lora_field_names
-from tfimm_lora.eva import initialize_eva
-from tfimm_lora.finetuning.augment import Augmentation
-from tfimm_lora.finetuning.data import PictureSet, Split, find_pictures
-from tfimm_lora.finetuning.devices import Devices
-from tfimm_lora.finetuning.pictures import check_pictures
-from tfimm_lora.finetuning.pipeline import PictureBatches
-from tfimm_lora.finetuning.preprocessing import Preprocessing
+from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.finetuning.data.batches import PictureBatches
+from tfimm_lora.finetuning.data.dataset import PictureSet, Split, find_pictures
+from tfimm_lora.finetuning.data.pictures import check_pictures
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.distributed.devices import Devices
+from tfimm_lora.finetuning.distributed.strategy import check_name, check_strategy, open_strategy
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
@@ -32,9 +32,9 @@ from tfimm_lora.finetuning.run import (
     open_recipe_base,
 )
 from tfimm_lora.finetuning.schedule import check_number, check_whole
-from tfimm_lora.finetuning.strategy import check_name, check_strategy, open_strategy
 from tfimm_lora.finetuning.training import Trained, finetune
-from tfimm_lora.inject import inject_lora
+from tfimm_lora.model.inject import inject_lora
+from tfimm_lora.training.eva import initialize_eva
 from tfimm_lora.version import __version__
 
 POLICIES = (None, "mixed_float16", "mixed_bfloat16")
@@ -163,7 +163,7 @@ def finetune_pictures(
     folder = Path(out)
     check_strategy(recipe.strategy)
     run = _existing(folder, recipe, resume)
-    seam, devices = _keras.default(), open_strategy(recipe.strategy)
+    seam, devices = default_backend(), open_strategy(recipe.strategy)
     devices.check_batch(recipe.batch_size)
     if devices.replicas > 1:
         say(f"training on {devices}")
@@ -344,9 +344,9 @@ def _train(
 
 def tensorboard(model: Any, folder: Path) -> list[Any]:
     """The Keras callback that writes logs for TensorBoard, where that is installed."""
-    if not _keras.installed("tensorboard"):
+    if not installed("tensorboard"):
         return []
-    callback = _keras.of(model).keras.callbacks.TensorBoard
+    callback = backend_of(model).keras.callbacks.TensorBoard
     return [callback(str(folder), write_graph=False)]
 
 
@@ -354,7 +354,7 @@ def class_weights(pictures: PictureSet) -> dict[int, float]:
     """Weights with which every class counts the same: n / (classes * n of the class).
 
     Example:
-        >>> from tfimm_lora.finetuning.data import Picture, PictureSet
+        >>> from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
         >>> from tfimm_lora.finetuning.recipe import class_weights
         >>> labels = [0, 0, 0, 1]
         >>> found = tuple(Picture(str(i), label) for i, label in enumerate(labels))

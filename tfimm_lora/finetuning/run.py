@@ -13,11 +13,11 @@ from typing import Any
 
 from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.finetuning.checkpoint import write_whole
-from tfimm_lora.finetuning.data import Split, find_pictures
-from tfimm_lora.finetuning.metrics import read_metrics
-from tfimm_lora.finetuning.pictures import Problem
-from tfimm_lora.finetuning.preprocessing import Preprocessing
-from tfimm_lora.finetuning.sources import Base, file_hash, open_base
+from tfimm_lora.finetuning.data.dataset import Split, find_pictures
+from tfimm_lora.finetuning.data.pictures import Problem
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.metrics_file import read_metrics
+from tfimm_lora.finetuning.open_model import Base, file_hash, open_base
 from tfimm_lora.finetuning.training import ADAPTER, METRICS
 from tfimm_lora.optional import require
 

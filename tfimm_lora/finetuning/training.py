@@ -10,19 +10,14 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from tfimm_lora import _keras
-from tfimm_lora.adapters.extract import adapter_of
-from tfimm_lora.finetuning.checkpoint import (
-    Checkpoints,
-    Progress,
-    give_values,
-    values_of,
-)
-from tfimm_lora.finetuning.devices import Devices, devices_of
-from tfimm_lora.finetuning.metrics import write_metrics
+from tfimm_lora.adapters.save import adapter_of
+from tfimm_lora.backend import backend_of
+from tfimm_lora.finetuning.checkpoint import Checkpoints, Progress, give_values, values_of
+from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
+from tfimm_lora.finetuning.metrics_file import write_metrics
 from tfimm_lora.finetuning.progress import Reporter
 from tfimm_lora.finetuning.schedule import check_whole, create_optimizer
-from tfimm_lora.merge import lora_layers
+from tfimm_lora.model.merge import lora_layers
 
 #: Folders in the one that ``finetune`` is given.
 STATE, ADAPTER, METRICS = "state", "adapter", "metrics.csv"
@@ -139,7 +134,7 @@ def finetune(
     if patience is not None:
         check_whole("patience", patience, 1)
     _require_trainable(model)
-    seam, devices = _keras.of(model), devices_of(model)
+    seam, devices = backend_of(model), devices_of(model)
     devices.check(seam)
     steps = _steps(train, steps_per_epoch)
     keeper = _Keeper(
@@ -254,7 +249,7 @@ class _Keeper:
         fingerprint: dict[str, Any],
     ) -> None:
         self.model, self.out, self.monitor, self.patience = model, out, monitor, patience
-        self.seam, self.writes = _keras.of(model), devices.is_chief
+        self.seam, self.writes = backend_of(model), devices.is_chief
         self.seed = seed + devices.worker  # workers drop out different features
         self.progress = Progress(fingerprint=fingerprint)
         self.checkpoints = Checkpoints(out / STATE) if out is not None else None

@@ -1,16 +1,16 @@
 """The LoRA layers of the Keras that this process uses; see ``lookup`` for the others."""
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import default_backend
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.frozen import register_frozen_classes
-from tfimm_lora.layers.lookup import (
+from tfimm_lora.layers.conversion import (
     convert_to_lora_layer,
     lora_class,
     register_layer_classes,
 )
+from tfimm_lora.layers.frozen import register_frozen_classes
 
-_layers = _keras.default().keras.layers
-register_frozen_classes(_keras.default())
+_layers = default_backend().keras.layers
+register_frozen_classes(default_backend())
 
 LoRADense = lora_class(_layers.Dense)
 LoRAConv1D = lora_class(_layers.Conv1D)

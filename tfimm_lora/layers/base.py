@@ -11,10 +11,12 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras, checks, config, starts
-from tfimm_lora._keras.common import Found
-from tfimm_lora.layers import forms, magnitude, parts, routes, slot, update
-from tfimm_lora.layers.values import LayerValues, State
+from tfimm_lora import config, validation
+from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Found
+from tfimm_lora.initializers import from_kernel
+from tfimm_lora.layers import dora, forms, kernel_hook, mixed_batch, products, qkv
+from tfimm_lora.layers.state import LayerValues, State
 
 
 @dataclass(frozen=True)
@@ -47,13 +49,13 @@ class LoRASpec:
     init: str = "default"
 
     def __post_init__(self) -> None:
-        checks.check_rank(self.rank)
-        checks.check_alpha(self.alpha)
-        checks.check_dropout(self.dropout)
-        checks.check_qkv(self.qkv)
-        checks.check_variant(self.use_dora, self.branch_bias)
+        validation.check_rank(self.rank)
+        validation.check_alpha(self.alpha)
+        validation.check_dropout(self.dropout)
+        validation.check_qkv(self.qkv)
+        validation.check_variant(self.use_dora, self.branch_bias)
         config.check_start(self.init, self.initializer)
-        parts.check_layout(self.qkv, self.qkv_layout)
+        qkv.check_layout(self.qkv, self.qkv_layout)
 
     @property
     def scale(self) -> float:
@@ -157,7 +159,7 @@ class LoRALayer(LayerValues):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         lora = {k: kwargs.pop(k) for k in list(kwargs) if k in LAYER_ARGUMENTS}
-        spec = make_spec(_keras.of(self), lora)
+        spec = make_spec(backend_of(self), lora)
         super().__init__(*args, **kwargs)
         self.check_support(self, spec)
         self._attach(spec)
@@ -171,7 +173,7 @@ class LoRALayer(LayerValues):
 
     def _attach(self, spec: LoRASpec, found: Found | None = None) -> None:
         """Give the layer its state, and its factors as soon as it has a kernel."""
-        seam = _keras.of(self)
+        seam = backend_of(self)
         self.__dict__["_lora_state"] = State(spec, found)
         if spec.dropout:
             dropout = seam.keras.layers.Dropout(spec.dropout, name="lora_dropout")
@@ -181,7 +183,7 @@ class LoRALayer(LayerValues):
 
     def _detach(self) -> Found | None:
         """Undo ``_attach``: drop state, factors and dropout."""
-        seam = _keras.of(self)
+        seam = backend_of(self)
         for attribute in self._lora_variables():
             seam.remove_weight(self, attribute)
         if self.lora.dropout:
@@ -191,7 +193,7 @@ class LoRALayer(LayerValues):
     def _after_build(self) -> None:
         if "_lora_state" not in self.__dict__ or "kernel_lora_a" in self.__dict__:
             return
-        seam, spec = _keras.of(self), self.lora
+        seam, spec = backend_of(self), self.lora
         kernel = self._kernel_variable
         zeros = seam.keras.initializers.Zeros()
         with seam.variable_scope(kernel):
@@ -223,7 +225,7 @@ class LoRALayer(LayerValues):
         self._require_enabled("started anew")
         if self.merged:
             raise ValueError(f"Layer '{self.name}' is merged. Call unmerge_weights first.")
-        kernel = _keras.of(self).to_numpy(self._kernel_variable).astype("float32")
+        kernel = backend_of(self).to_numpy(self._kernel_variable).astype("float32")
         # Follows keras.utils.set_random_seed, which seeds NumPy.
         rng = np.random.default_rng(np.random.randint(2**31))
         try:
@@ -231,7 +233,7 @@ class LoRALayer(LayerValues):
         except ValueError as error:
             raise ValueError(f"Layer '{self.name}': {error}") from error
         values = {"kernel_lora_a": a, "kernel_lora_b": b}
-        if starts.moves(self.lora.init):
+        if from_kernel.moves(self.lora.init):
             values.update(kernel_lora_a0=a, kernel_lora_b0=b)
         self.assign_update(values)
 
@@ -242,7 +244,7 @@ class LoRALayer(LayerValues):
         spec = self.lora
         shape_a, shape_b = self._factor_shapes(kernel.shape, spec.rank)
         matrix = kernel.reshape(-1, shape_b[-1])
-        found = starts.start(spec.init, matrix, spec.rank, spec.scale, rng)
+        found = from_kernel.start(spec.init, matrix, spec.rank, spec.scale, rng)
         return found.a.reshape(shape_a), found.b.reshape(shape_b)
 
     def _variable_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -252,32 +254,32 @@ class LoRALayer(LayerValues):
         shapes = {"kernel_lora_a": a, "kernel_lora_b": b}
         if spec.use_dora:
             axes = self._summed_axes()
-            shapes["kernel_lora_magnitude"] = magnitude.shape(kernel_shape, axes)
+            shapes["kernel_lora_magnitude"] = dora.shape(kernel_shape, axes)
         if spec.branch_bias:
             shapes["kernel_lora_shift"] = tuple(self.bias.shape)
-        if starts.moves(spec.init):
+        if from_kernel.moves(spec.init):
             shapes.update(kernel_lora_a0=a, kernel_lora_b0=b)
         return shapes
 
     def _default_initializer(self) -> Any:
-        return _keras.of(self).default_initializer()
+        return backend_of(self).default_initializer()
 
     @property
     def _kernel_variable(self) -> Any:
         """The frozen variable W itself, also while a call shows something else."""
-        return self.__dict__[_keras.of(self).kernel_attributes[self._kernel_role]]
+        return self.__dict__[backend_of(self).kernel_attributes[self._kernel_role]]
 
     def _is_trained(self, variable: Any) -> bool:
-        name = _keras.of(self).variable_name(variable)
+        name = backend_of(self).variable_name(variable)
         if name in config.LORA_VARIABLE_NAMES:
             frozen = ("kernel_lora_a0", "kernel_lora_b0")
             return name not in (("kernel_lora_a", *frozen) if self.lora.freeze_a else frozen)
-        return self.lora.train_bias and _keras.of(self).is_bias_like(variable)
+        return self.lora.train_bias and backend_of(self).is_bias_like(variable)
 
     @classmethod
     def check_support(cls, layer: Any, spec: LoRASpec) -> None:
         """Raise a ValueError with the reason if ``layer`` cannot become one of this class."""
-        reason = _keras.of(layer).refusal(layer)
+        reason = backend_of(layer).refusal(layer)
         if reason is None and spec.qkv:
             reason = cls._parts_refusal(layer, spec)
             if reason:
@@ -331,7 +333,7 @@ class LoRALayer(LayerValues):
         shape = self._probe_shape()
         if has_keras_call(type(self)) or shape is None:
             return
-        seam = _keras.of(self)
+        seam = backend_of(self)
         zeros: Any = np.zeros(shape, "float32")
         try:
             self.call(seam.ops.cast(zeros, seam.compute_dtype(self)))
@@ -348,7 +350,7 @@ class LoRALayer(LayerValues):
         """The shapes of A and B for a kernel of this shape."""
         raise NotImplementedError
 
-    def _product(self, inputs: Any = None) -> update.Product:
+    def _product(self, inputs: Any = None) -> products.Product:
         """The layer's product (on ``inputs``); see ``update.Product``."""
         raise NotImplementedError
 
@@ -358,7 +360,7 @@ class LoRALayer(LayerValues):
 
     def _factors(self) -> tuple[Any, Any]:
         """A and B as float32 tensors; with a start that is taken off, those of A B - A0 B0."""
-        seam = _keras.of(self)
+        seam = backend_of(self)
         a, b = (seam.full_precision(self.__dict__[n]) for n in config.LORA_WEIGHT_NAMES)
         if "kernel_lora_a0" not in self.__dict__:
             return a, b
@@ -394,7 +396,7 @@ class LoRALayer(LayerValues):
 
     def _wide_kernel(self) -> Any:
         """W in float32, or in its own type if that is wider."""
-        seam = _keras.of(self)
+        seam = backend_of(self)
         kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
         if seam.dtype_of(kernel) in ("float16", "bfloat16"):
             kernel = seam.ops.cast(kernel, "float32")
@@ -408,43 +410,43 @@ class LoRALayer(LayerValues):
 
     def _directed_kernel(self, kernel: Any) -> Any:
         """W + s A B, from W."""
-        seam = _keras.of(self)
+        seam = backend_of(self)
         a, b = (seam.ops.cast(f, seam.dtype_of(kernel)) for f in self._factors())
-        return update.effective_kernel(self._product(), kernel, a, b, self.lora.scale)
+        return products.effective_kernel(self._product(), kernel, a, b, self.lora.scale)
 
     def _gain(self, kernel: Any, adapted: Any) -> Any:
         """DoRA's factor for each output; see ``magnitude.gain``."""
-        seam = _keras.of(self)
+        seam = backend_of(self)
         offset = seam.full_precision(self.__dict__["kernel_lora_magnitude"])
         offset = seam.ops.cast(offset, seam.dtype_of(kernel))
-        return magnitude.gain(seam.ops, kernel, adapted, offset, self._summed_axes())
+        return dora.gain(seam.ops, kernel, adapted, offset, self._summed_axes())
 
     def _shown_kernel(self) -> Any:
         """What the base layer's ``call`` sees as its kernel."""
         if self.merged:
             return self._kernel_variable
-        seam = _keras.of(self)
+        seam = backend_of(self)
         return seam.ops.cast(self._effective_kernel(), seam.compute_dtype(self))
 
     def _adapted(self, inputs: Any, places: int) -> Any:
         """The product with the adapted kernel at so many places of the inputs, in the form
         that suits (see ``forms``)."""
-        seam, spec, product = _keras.of(self), self.lora, self._product(inputs)
+        seam, spec, product = backend_of(self), self.lora, self._product(inputs)
         dtype = seam.compute_dtype(self)
         kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
-        route = routes.current()
+        route = mixed_batch.current()
         if route is not None:
             plain = self._plain_product(inputs)
-            return routes.routed(self, seam, plain, inputs, kernel, dtype, route)
+            return mixed_batch.routed(self, seam, plain, inputs, kernel, dtype, route)
         kernel, a, b = (seam.ops.cast(t, dtype) for t in (kernel, *self._factors()))
         if spec.dropout or not self._splits(inputs):
             branch = self.lora_branch_dropout(inputs) if spec.dropout else inputs
-            outputs = update.dropped(product, inputs, branch, kernel, a, b, spec.scale)
+            outputs = products.dropped(product, inputs, branch, kernel, a, b, spec.scale)
         else:
             work = self._work(inputs, places, a.shape[-1])
             form = forms.choose(work, dtype in ("float16", "bfloat16"))
             train_a = not spec.freeze_a
-            outputs = update.adapted(
+            outputs = products.adapted(
                 seam, product, inputs, kernel, a, b, spec.scale, form, train_a
             )
         return self._finished(outputs)
@@ -460,13 +462,13 @@ class LoRALayer(LayerValues):
 
     def _finished(self, outputs: Any) -> Any:
         """Outputs of the product with DoRA's factor, or with the bias of the branch."""
-        seam, spec = _keras.of(self), self.lora
+        seam, spec = backend_of(self), self.lora
         if spec.use_dora:
             kernel = self._wide_kernel()
             gain = self._gain(kernel, self._directed_kernel(kernel))
             narrow = seam.dtype_of(outputs) in ("float16", "bfloat16")
             factor = self._along_outputs(gain, len(outputs.shape))
-            return magnitude.scaled(seam.ops, outputs, factor, narrow)
+            return dora.scaled(seam.ops, outputs, factor, narrow)
         if spec.branch_bias:
             shift = seam.full_precision(self.__dict__["kernel_lora_shift"])
             shift = self._along_outputs(spec.scale * shift, len(outputs.shape))
@@ -478,12 +480,12 @@ class LoRALayer(LayerValues):
         channels_first = getattr(self, "data_format", None) == "channels_first"
         shape = [1] * rank
         shape[1 if channels_first else -1] = -1
-        return _keras.of(self).ops.reshape(values, shape)
+        return backend_of(self).ops.reshape(values, shape)
 
     # -- the layer -------------------------------------------------------------------
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        with slot.kernel_shown_as(self, self._shown_kernel) as frame:
+        with kernel_hook.kernel_shown_as(self, self._shown_kernel) as frame:
             outputs = self._base_call(inputs, *args, **kwargs)
         # Once seen is enough: a call that Keras or the user compiled runs no Python again.
         state = self._lora_state
@@ -510,7 +512,7 @@ class LoRALayer(LayerValues):
 
     def _require_routed(self) -> None:
         """Raise if adapters were chosen by example and this layer did not go by them."""
-        route = routes.current()
+        route = mixed_batch.current()
         if route is not None and id(self) not in route.used:
             why = (
                 "it is merged: call unmerge_lora_weights first"
@@ -530,7 +532,7 @@ class LoRALayer(LayerValues):
         return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
-        seam, spec = _keras.of(self), self.lora
+        seam, spec = backend_of(self), self.lora
         initializers, regularizers = seam.keras.initializers, seam.keras.regularizers
         return {
             **super().get_config(),  # type: ignore[misc]
@@ -565,7 +567,7 @@ def base_of(lora_cls: type) -> type:
 
 def _is_layer_class(cls: type) -> bool:
     try:
-        return issubclass(cls, _keras.of(cls).keras.layers.Layer)
+        return issubclass(cls, backend_of(cls).keras.layers.Layer)
     except TypeError:
         return False
 

@@ -6,11 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tfimm_lora import _keras
-from tfimm_lora.layers import forms, slot, update
+from tfimm_lora.backend import backend_of
+from tfimm_lora.layers import forms, kernel_hook, products
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
-from tfimm_lora.layers.update import leading_shape
+from tfimm_lora.layers.products import leading_shape
 
 _AXES = "abcdefg"
 
@@ -41,8 +41,8 @@ class ConvolutionProduct:
 
     def update(self, a: Any, b: Any) -> Any:
         # As one product of matrices; with its four axes it would be a stack of small ones.
-        update = self.matrix.update(self._rows(a), b)
-        return self.ops.reshape(update, (*a.shape[:-1], b.shape[-1]))
+        products = self.matrix.update(self._rows(a), b)
+        return self.ops.reshape(products, (*a.shape[:-1], b.shape[-1]))
 
     def update_gradients(self, a: Any, b: Any, dw: Any) -> tuple[Any, Any]:
         da, db = self.matrix.update_gradients(self._rows(a), b, self._rows(dw))
@@ -141,7 +141,7 @@ class ConvUpdate(LoRALayer):
     def convolution_op(self, inputs: Any, kernel: Any) -> Any:
         """Keras' convolution. Handed W + s A B itself it takes the cheap form; handed a
         kernel that was made from it (StdConv2D) it is the plain convolution."""
-        frame = slot.current_frame(self)
+        frame = kernel_hook.current_frame(self)
         adapted = frame is not None and kernel is frame.effective and not self.merged
         if not adapted:
             return self._convolve(inputs, kernel)
@@ -164,7 +164,7 @@ class ConvUpdate(LoRALayer):
         last = self.data_format == "channels_last"
         pointwise = last and set((*self.kernel_size, *self.strides)) == {1}
         product = PointwiseProduct if pointwise else ConvolutionProduct
-        return product(_keras.of(self), self._convolve, len(self.kernel_size), last)
+        return product(backend_of(self), self._convolve, len(self.kernel_size), last)
 
     def _places(self, shape: tuple[int | None, ...]) -> int:
         """The number of positions of the output for inputs of a shape, as near as is of use."""
@@ -194,12 +194,12 @@ class Conv1DUpdate(ConvUpdate):
     def _base_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         # Keras 3's Conv1D passes by `convolution_op`; the seam makes it go through.
         if has_keras_call(type(self)):
-            return _keras.of(self).conv1d_call(self, inputs, super()._base_call)
+            return backend_of(self).conv1d_call(self, inputs, super()._base_call)
         return super()._base_call(inputs, *args, **kwargs)
 
     def _convolve(self, inputs: Any, kernel: Any) -> Any:
         plain = super()._convolve
-        return _keras.of(self).conv1d_op(self, inputs, kernel, plain)
+        return backend_of(self).conv1d_op(self, inputs, kernel, plain)
 
 
 class DepthwiseConvUpdate(LoRALayer):
@@ -230,7 +230,7 @@ class DepthwiseConvUpdate(LoRALayer):
     data_format: str
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = _keras.of(self)
+        seam = backend_of(self)
         dtype = seam.compute_dtype(self)
         narrow = dtype in ("float16", "bfloat16")
         apart = self.lora.dropout or self.lora.branch_bias or narrow
@@ -241,7 +241,7 @@ class DepthwiseConvUpdate(LoRALayer):
         kernel = seam.ops.cast(seam.full_precision(self._kernel_variable), dtype)
         product = self._product()
         scaled = self.lora.scale * product.update(*self._factors())
-        outputs = update.doubled(
+        outputs = products.doubled(
             product,
             inputs,
             self.lora_branch_dropout(inputs) if self.lora.dropout else inputs,
@@ -271,7 +271,7 @@ class DepthwiseProduct:
     """depthwise_conv(x, W), whose update cannot be split in two convolutions."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.seam = layer, _keras.of(layer)
+        self.layer, self.seam = layer, backend_of(layer)
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.seam.depthwise_convolution(self.layer, x, kernel)

@@ -6,12 +6,12 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import backend_of
+from tfimm_lora.initializers.from_kernel import start
 from tfimm_lora.layers import forms
 from tfimm_lora.layers.base import LoRALayer, LoRASpec, has_keras_call
-from tfimm_lora.layers.parts import PartsOfMatrix
-from tfimm_lora.layers.update import Product, leading_shape
-from tfimm_lora.starts import start
+from tfimm_lora.layers.products import Product, leading_shape
+from tfimm_lora.layers.qkv import PartsOfMatrix
 
 
 class MatrixProduct:
@@ -112,7 +112,7 @@ class DenseUpdate(LoRALayer):
     """
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = _keras.of(self)
+        seam = backend_of(self)
         rank = seam.rank_of(inputs)
         known = has_keras_call(type(self)) and seam.is_dense_tensor(inputs)
         if self.merged or not known or rank is None:
@@ -190,13 +190,13 @@ class DenseUpdate(LoRALayer):
         )
 
     def _product(self, inputs: Any = None) -> Product:
-        product = MatrixProduct(_keras.of(self))
+        product = MatrixProduct(backend_of(self))
         if not self.lora.qkv:
             return product
         return PartsOfMatrix(product, self.lora.qkv, self.lora.qkv_layout)
 
     def _plain_product(self, inputs: Any = None) -> Product:
-        return MatrixProduct(_keras.of(self))
+        return MatrixProduct(backend_of(self))
 
     def _probe_shape(self) -> tuple[int, ...]:
         return (1, self._kernel_variable.shape[0])

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora import _keras
+from tfimm_lora.backend import backend_of
+from tfimm_lora.initializers.from_kernel import start
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.forms import Work, places
-from tfimm_lora.starts import start
 
 
 class EinsumProduct:
@@ -142,7 +142,7 @@ class EinsumDenseUpdate(LoRALayer):
     equation: str
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = _keras.of(self)
+        seam = backend_of(self)
         known = has_keras_call(type(self)) and seam.rank_of(inputs) is not None
         if self.merged or not known:
             return super().call(inputs, *args, **kwargs)
@@ -186,7 +186,7 @@ class EinsumDenseUpdate(LoRALayer):
         return tuple(i for i, axis in enumerate(product.kernel) if axis not in product.outputs)
 
     def _along_outputs(self, values: Any, rank: int) -> Any:
-        product, ops = self._product(), _keras.of(self).ops
+        product, ops = self._product(), backend_of(self).ops
         kept = [axis for axis in product.kernel if axis in product.outputs]
         sizes = dict(zip(product.kernel, tuple(self._kernel_variable.shape)))
         values = ops.reshape(values, [sizes[axis] for axis in kept])
@@ -200,7 +200,7 @@ class EinsumDenseUpdate(LoRALayer):
 
     @classmethod
     def _bias_refusal(cls, layer: Any) -> str | None:
-        product = EinsumProduct(_keras.of(layer).ops, layer.equation)
+        product = EinsumProduct(backend_of(layer).ops, layer.equation)
         added = product.b.partition(product.a[-1])[2]
         if product.b[0] != product.a[-1]:
             return "its kernel has an axis of its input and output, which its bias has not"
@@ -215,6 +215,6 @@ class EinsumDenseUpdate(LoRALayer):
 
     def _product(self, inputs: Any = None) -> EinsumProduct:
         equation = self.equation
-        seam = _keras.of(self)
+        seam = backend_of(self)
         rank = None if inputs is None else seam.rank_of(inputs)
         return EinsumProduct(seam.ops, equation, rank)

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora import _keras
-from tfimm_lora.layers import routes
+from tfimm_lora.backend import backend_of
+from tfimm_lora.layers import mixed_batch
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
-from tfimm_lora.layers.slot import kernel_shown_as
+from tfimm_lora.layers.kernel_hook import kernel_shown_as
 
 
 class EmbeddingUpdate(LoRALayer):
@@ -37,11 +37,11 @@ class EmbeddingUpdate(LoRALayer):
     _kernel_role = "embedding"
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = _keras.of(self)
+        seam = backend_of(self)
         known = has_keras_call(type(self)) and seam.is_dense_tensor(inputs)
         if self.merged or not known or getattr(self, "sparse", False):
             return super().call(inputs, *args, **kwargs)
-        route = routes.current()
+        route = mixed_batch.current()
         with kernel_shown_as(self, lambda: self._kernel_variable):
             outputs = super(LoRALayer, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
         if route is not None:
@@ -53,22 +53,22 @@ class EmbeddingUpdate(LoRALayer):
         branch = seam.ops.matmul(rows, self.lora.scale * b)
         return self._finished(outputs + seam.ops.cast(branch, outputs.dtype))
 
-    def _routed(self, inputs: Any, route: routes.Route) -> Any:
+    def _routed(self, inputs: Any, route: mixed_batch.Route) -> Any:
         """The branch for adapters chosen by example."""
-        seam = _keras.of(self)
+        seam = backend_of(self)
         route.used.add(id(self))
-        attached = routes.attached_to(self)
+        attached = mixed_batch.attached_to(self)
         route.ids(attached.names)
         if not len(attached.members):
             return 0
         rows = seam.ops.take(attached.a, seam.ops.cast(inputs, "int32"), axis=0)
-        return seam.ops.matmul(routes.masked(seam, rows, attached, route), attached.b)
+        return seam.ops.matmul(mixed_batch.masked(seam, rows, attached, route), attached.b)
 
     def _shown_kernel(self) -> Any:
         if self.merged:
             return self._kernel_variable
         # Keras casts the rows it has looked up, not the table.
-        seam = _keras.of(self)
+        seam = backend_of(self)
         dtype = seam.dtype_of(seam.full_precision(self._kernel_variable))
         return seam.ops.cast(self._effective_kernel(), dtype)
 
@@ -79,9 +79,9 @@ class EmbeddingUpdate(LoRALayer):
         return (ids, rank), (rank, width)
 
     def _default_initializer(self) -> Any:
-        return _keras.of(self).keras.initializers.VarianceScaling(
+        return backend_of(self).keras.initializers.VarianceScaling(
             scale=1.0, mode="fan_out", distribution="untruncated_normal"
         )
 
     def _product(self, inputs: Any = None) -> MatrixProduct:
-        return MatrixProduct(_keras.of(self))
+        return MatrixProduct(backend_of(self))

@@ -13,9 +13,9 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from tfimm_lora import _keras
-from tfimm_lora._keras.common import Found
-from tfimm_lora.layers.signature import with_signature_of
+from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Found
+from tfimm_lora.layers.call_signature import with_signature_of
 
 #: Own variables that mark a layer whose statistics move while training.
 _STATISTICS = {"moving_mean", "moving_variance", "vector_u", "sn_u"}
@@ -40,7 +40,7 @@ class FrozenLayer:
         return state
 
     def _is_trained(self, variable: Any) -> bool:
-        return self._lora_frozen.train_bias and _keras.of(self).is_bias_like(variable)
+        return self._lora_frozen.train_bias and backend_of(self).is_bias_like(variable)
 
     def _after_build(self) -> None:
         self._sync_trainability()
@@ -83,7 +83,7 @@ class FrozenStatisticsLayer(FrozenLayer):
 def _with_frozen_gradient(layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """What a bound ``call`` gives, and to x the gradient that is cheaper when its layer is
     frozen, where there is one."""
-    seam = _keras.of(layer)
+    seam = backend_of(layer)
     gradient = seam.frozen_gradient(layer, call.__func__, x)
     if gradient is None:
         return call(x, *args, **kwargs)
@@ -121,14 +121,14 @@ def register_cheaper_call(cls: type) -> Callable[[Callable[..., Any]], Callable[
 
 def has_cheaper_call(layer: Any) -> bool:
     """Whether freezing a layer makes its gradient cheaper, even if it has no variables."""
-    return type(layer) in _cheaper_calls or _keras.of(layer).gains_from_freezing(layer)
+    return type(layer) in _cheaper_calls or backend_of(layer).gains_from_freezing(layer)
 
 
 def frozen_class(cls: type, statistics: bool = False) -> type:
     """The class that freezes layers of class ``cls``; made once, registered with Keras."""
     key = (cls, statistics)
     if key not in _frozen_classes:
-        seam = _keras.of(cls)
+        seam = backend_of(cls)
         plain = FrozenWithGradient if seam.has_frozen_gradient(cls) else FrozenLayer
         mixin = FrozenStatisticsLayer if statistics else plain
         namespace: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__}
@@ -159,7 +159,7 @@ def freeze_layer(layer: Any, train_bias: bool, refusal: str | None = None) -> No
 
     ``refusal`` says why the layer must not be saved as part of a whole model.
     """
-    seam = _keras.of(layer)
+    seam = backend_of(layer)
     found = seam.found(layer)
     names = {seam.variable_name(v) for v in seam.own_variables(layer)}
     seam.swap_class(layer, frozen_class(found.cls, bool(names & _STATISTICS)))
@@ -172,7 +172,7 @@ def freeze_layer(layer: Any, train_bias: bool, refusal: str | None = None) -> No
 
 def thaw_layer(layer: Any) -> None:
     """Undo ``freeze_layer``."""
-    seam = _keras.of(layer)
+    seam = backend_of(layer)
     found = layer._lora_frozen.found
     del layer.__dict__["_lora_frozen"]
     if found is None:  # loaded from a file

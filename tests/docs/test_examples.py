@@ -1,0 +1,145 @@
+"""The examples in README, docs and docstrings, and the notebooks, run."""
+
+import doctest
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfimm_lora
+from tests.helpers.kerases import BACKEND, LEGACY
+
+ROOT = Path(__file__).parents[2]
+if BACKEND != "tensorflow":
+    pytest.skip("the examples use TensorFlow", allow_module_level=True)
+
+#: Examples that need tfimm, and so legacy Keras.
+NEEDS_TFIMM = ("create_model(", "list_models(")
+
+
+def python_blocks():
+    for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
+        for number, code in enumerate(blocks):
+            yield pytest.param(code, id=f"{path.name}-{number}")
+
+
+def run_program(code, folder):
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env=dict(os.environ),
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("code", python_blocks())
+def test_example_in_documents(code, tmp_path):
+    if not LEGACY and any(name in code for name in NEEDS_TFIMM):
+        pytest.skip("needs tfimm")
+    run_program(code, tmp_path)
+
+
+def modules():
+    for module in pkgutil.walk_packages(tfimm_lora.__path__, "tfimm_lora."):
+        skipped = ("legacy", "keras3") if not LEGACY else ("keras3",)
+        if not LEGACY and "architectures" in module.name:
+            continue
+        if module.name.rpartition(".")[2] not in (*skipped, "__main__"):
+            yield module.name
+
+
+@pytest.mark.parametrize("name", modules())
+def test_examples_in_docstrings(name):
+    module = importlib.import_module(name)
+    finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
+    for test in finder.find(module, name):
+        if not LEGACY and any(n in e.source for e in test.examples for n in NEEDS_TFIMM):
+            continue
+        output = []
+        runner.run(test, out=output.append)
+        assert runner.failures == 0, "".join(output)
+
+
+def notebook_code(path):
+    cells = json.loads(path.read_text())["cells"]
+    return "\n\n".join("".join(c["source"]) for c in cells if c["cell_type"] == "code")
+
+
+#: With torch and PEFT; run by tests/interop.
+NEEDS_TORCH = "adapters_between_keras_and_pytorch"
+
+
+def notebooks():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        long = [pytest.mark.long] if path.stem.startswith("compare") else []
+        if path.stem != NEEDS_TORCH:
+            yield pytest.param(path, id=path.stem, marks=long)
+
+
+@pytest.mark.parametrize("path", list(notebooks()))
+def test_notebook(path, tmp_path):
+    if not LEGACY and "legacy Keras" in path.read_text():
+        pytest.skip("needs tfimm")
+    run_program(notebook_code(path), tmp_path)
+
+
+@pytest.mark.skipif(not LEGACY, reason="once is enough")
+def test_the_site_is_built_without_a_warning(tmp_path):
+    pytest.importorskip("mkdocs")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+    )
+    assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-3000:]
+    page = (tmp_path / "api" / "models" / "index.html").read_text()
+    assert "lora_rank" in page and "https://fonts" not in page
+
+
+def test_nothing_in_the_repository_names_a_machine():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    for name in listed.stdout.split():
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".cfg", ".toml", ".ipynb", "") and path.is_file():
+            text = path.read_text(errors="ignore")
+            for line in text.splitlines():
+                assert not re.search(r"(?<![\w.])/(home|root|work|Users)/\w", line), (
+                    name,
+                    line,
+                )
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not LEGACY, reason="of tfimm models")
+def test_benchmark_runs(tmp_path):
+    out, picture = tmp_path / "table.json", tmp_path / "images" / "table.svg"
+    program = [sys.executable, "benchmarks/performance.py", "--quick"]
+    program += ["--json", str(out), "--picture", str(picture)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads(out.read_text())
+    contenders = results["models"]["vit_tiny"]["contenders"]
+    assert contenders["tfimm"] == {"absent": "has LoRA for ConvNeXt alone"}
+    measured = {name: e for name, e in contenders.items() if "absent" not in e}
+    # That of torch may be absent.
+    assert {*measured, "peft"} == {*contenders} - {"tfimm"}
+    assert "seconds" in results["models"]["convnext_tiny"]["contenders"]["tfimm"]
+    for entry in [*measured.values(), *results["growth"]["rank (vit_tiny, batch 2)"].values()]:
+        assert len(entry["seconds"]["step"]) == len(entry["seconds"]["forward"]) == 2
+        assert entry["memory"]["peak"] >= 0
+    # All adapt the same layers.
+    others = set(measured) - {"floor", "full"}
+    assert len({measured[name]["trained"] for name in others}) == 1
+    assert set(results["operations"]["operations"]) > {"inject", "merge", "switch", "load"}
+    assert "| ours |" in done.stdout and picture.read_text().startswith("<?xml")

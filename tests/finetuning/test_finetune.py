@@ -1,0 +1,325 @@
+"""``lora.finetune``: it trains, keeps the best weights, and goes on where it was stopped."""
+
+import csv
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from safetensors.numpy import load_file
+
+import tfimm_lora as lora
+from tests.helpers.kerases import array, keras, values
+from tfimm_lora.finetuning.checkpoint import Checkpoints, Progress, write_whole
+from tfimm_lora.finetuning.schedule import create_optimizer
+from tfimm_lora.finetuning.training import finetune
+
+ROOT = Path(__file__).parents[2]
+
+
+def net(dropout=0.2, **arguments):
+    """A small convolutional model with LoRA and random operations of every kind."""
+    keras.utils.set_random_seed(7)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 1)),
+            layers.Conv2D(8, 3, activation="relu", name="conv"),
+            layers.BatchNormalization(name="bn"),
+            layers.Dropout(dropout, name="drop"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(16, activation="relu", name="fc"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+    settings = {"lora_rank": 2, "lora_train_classifier": True, "lora_dropout": 0.1}
+    return lora.inject_lora(model, **{**settings, **arguments})
+
+
+class Batches:
+    """Pictures in an order that the number of the epoch decides."""
+
+    steps_per_epoch = 4
+
+    def __init__(self, count=30):
+        rng = np.random.default_rng(0)
+        self.y = rng.integers(0, 3, count).astype("int32")
+        self.x = (
+            rng.normal(size=(count, 8, 8, 1)).astype("float32") + self.y[:, None, None, None]
+        )
+
+    def epochs(self, first):
+        def of(epoch):
+            n = len(self.y)
+            order = tf.random.experimental.stateless_shuffle(
+                tf.range(n), seed=[5, tf.cast(epoch, tf.int32)]
+            )
+            data = tf.data.Dataset.from_tensor_slices((self.x, self.y)).batch(n)
+            shuffled = data.map(lambda x, y: (tf.gather(x, order), tf.gather(y, order)))
+            return shuffled.unbatch().batch(8)
+
+        numbers = tf.data.Dataset.range(first, 1_000_000)
+        return numbers.flat_map(of)
+
+    def plain(self):
+        return tf.data.Dataset.from_tensor_slices((self.x, self.y)).batch(8)
+
+
+def trained(model, out=None, epochs=4, **options):
+    data = Batches()
+    options = {"verbose": "none", "validation": data.plain(), "learning_rate": 0.01, **options}
+    return finetune(model, data, epochs=epochs, out=out, **options)
+
+
+def assert_same_files(one, two):
+    """The same numbers and the same adapter, bit for bit."""
+    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
+    first, second = (
+        load_file(folder / "adapter" / "adapter_model.safetensors") for folder in (one, two)
+    )
+    assert first.keys() == second.keys()
+    for key in first:
+        np.testing.assert_array_equal(first[key], second[key])
+
+
+def stop_after(epochs):
+    """A callback that ends a training as a crash does."""
+
+    class Crash(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == epochs:
+                raise RuntimeError("crash")
+
+    return Crash()
+
+
+def test_training_learns_and_changes_what_it_may_only(tmp_path):
+    model = net()
+    frozen = [v for v in model.weights if id(v) not in {id(t) for t in model.trainable_weights}]
+    before = values(frozen)
+    result = trained(model, tmp_path, epochs=6, learning_rate=0.03)
+    assert result.history[-1]["val_loss"] < 0.7 * result.history[0]["val_loss"]
+    np.testing.assert_array_equal(
+        np.concatenate([v.ravel() for v in before if v.dtype == "float32"]),
+        np.concatenate([v.ravel() for v in values(frozen) if v.dtype == "float32"]),
+    )
+    rows = list(csv.DictReader((tmp_path / "metrics.csv").read_text().splitlines()))
+    assert [int(r["epoch"]) for r in rows] == [1, 2, 3, 4, 5, 6]
+    assert [float(r["loss"]) for r in rows] == [h["loss"] for h in result.history]
+    other = net()
+    lora.load_adapter(other, tmp_path / "adapter")
+    x = Batches().x
+    np.testing.assert_array_equal(
+        array(model(x, training=False)), array(other(x, training=False))
+    )
+
+
+@pytest.mark.parametrize("crash", [1, 3])
+def test_a_resumed_training_is_the_same_to_the_last_bit(tmp_path, crash):
+    whole = net()
+    expected = trained(whole, tmp_path / "whole")
+
+    first = net()
+    with pytest.raises(RuntimeError, match="crash"):
+        trained(first, tmp_path / "run", callbacks=[stop_after(crash)])
+    keras.utils.set_random_seed(99)  # another process has other random numbers
+    second = net()
+    for v in second.trainable_weights:
+        v.assign(np.zeros(v.shape))
+    keras.utils.set_random_seed(98)
+    result = trained(second, tmp_path / "run", resume=True)
+    assert result == expected
+    for a, b in zip(values(whole.weights), values(second.weights)):
+        np.testing.assert_array_equal(a, b)
+    assert_same_files(tmp_path / "run", tmp_path / "whole")
+
+
+def test_resuming_what_was_done_changes_nothing(tmp_path):
+    expected = trained(net(), tmp_path)
+    model = net()
+    again = trained(model, tmp_path, resume=True)
+    assert again == expected
+    other = lora.load_adapter(net(), tmp_path / "adapter")
+    for a, b in zip(values(model.trainable_weights), values(other.trainable_weights)):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_the_model_ends_with_the_weights_of_the_best_epoch(tmp_path):
+    model, seen = net(), []
+
+    class Watch(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            seen.append((logs["val_loss"], values(self.model.trainable_weights)))
+
+    data = Batches()
+    wrong = tf.data.Dataset.from_tensor_slices((data.x, (data.y + 1) % 3)).batch(8)
+    # What is learned makes wrong labels less and less likely.
+    result = trained(model, validation=wrong, callbacks=[Watch()], learning_rate=0.05)
+    best = int(np.argmin([loss for loss, _ in seen]))
+    assert result.best_epoch == best + 1 < 4
+    for a, b in zip(values(model.trainable_weights), seen[best][1]):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_patience_ends_a_training_and_resuming_does_not_go_on(tmp_path):
+    options = {"epochs": 30, "learning_rate": 0.3, "patience": 2}
+    result = trained(net(), tmp_path, **options)
+    assert result.stopped_early
+    assert len(result.history) == result.best_epoch + 2 < 30
+    again = trained(net(), tmp_path, resume=True, **options)
+    assert again == result
+
+
+def test_class_weights_are_those_of_keras():
+    """Two classes weighted 0 and one weighted 1: as if only that one were there."""
+    data = Batches()
+    weighted, alone = net(dropout=0, lora_dropout=0), net(dropout=0, lora_dropout=0)
+    sgd = {"optimizer": None, "epochs": 1, "verbose": "none"}
+    sgd["optimizer"] = keras.optimizers.SGD(0.1)
+    finetune(weighted, data.plain(), class_weight={0: 1.0, 1: 0.0, 2: 0.0}, **sgd)
+    sgd["optimizer"] = keras.optimizers.SGD(0.1)
+    masked = data.plain().map(lambda x, y: (x, y, tf.cast(y == 0, tf.float32)))
+    finetune(alone, masked, **sgd)
+    for a, b in zip(values(weighted.trainable_weights), values(alone.trainable_weights)):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_the_rate_warms_up_and_follows_a_cosine():
+    steps, rate, warm = 50, 0.2, 10
+    optimizer = create_optimizer(keras, steps=steps, learning_rate=rate, warmup=0.2)
+    schedule = optimizer._learning_rate
+    got = [float(schedule(step)) for step in range(steps)]
+    up = [rate * (1 / 11 + (10 / 11) * step / warm) for step in range(warm)]
+    down = [
+        rate * 0.5 * (1 + np.cos(np.pi * (s - warm) / (steps - warm)))
+        for s in range(warm, steps)
+    ]
+    np.testing.assert_allclose(got, up + down, rtol=1e-5, atol=1e-7)
+
+
+def test_weight_decay_leaves_biases_alone():
+    """With a zero gradient AdamW moves a weight by -rate * decay * weight and no bias."""
+    optimizer = create_optimizer(keras, steps=10, learning_rate=0.1, weight_decay=0.5, warmup=0)
+    layer = keras.layers.Dense(2, bias_initializer="ones", kernel_initializer="ones")
+    layer.build((None, 3))
+    optimizer.build(layer.trainable_variables)
+    zeros = [tf.zeros(v.shape) for v in layer.trainable_variables]
+    if keras.__version__ >= "3":
+        zeros = [keras.ops.zeros(v.shape) for v in layer.trainable_variables]
+    optimizer.apply_gradients(zip(zeros, layer.trainable_variables))
+    np.testing.assert_allclose(array(layer.kernel), 1 - 0.1 * 0.5, rtol=1e-6)
+    np.testing.assert_array_equal(array(layer.bias), 1)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"epochs": 0}, "epochs=0"),
+        ({"patience": 0}, "patience=0"),
+        ({"learning_rate": -1}, "learning_rate=-1"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan"),
+        ({"warmup": 1}, "warmup=1"),
+        ({"verbose": "loud"}, "verbose='loud'"),
+        ({"monitor": "val_f1"}, "val_f1"),
+    ],
+)
+def test_wrong_values_are_named(options, message):
+    with pytest.raises(ValueError, match=message):
+        trained(net(), **{"epochs": 1, **options})
+
+
+def test_models_and_data_that_cannot_be_trained_on(tmp_path):
+    plain = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
+    with pytest.raises(ValueError, match="no LoRA"):
+        trained(plain)
+    merged = lora.merge_lora_weights(net())
+    with pytest.raises(ValueError, match="unmerge"):
+        trained(merged)
+    with pytest.raises(ValueError, match="steps_per_epoch"):
+        finetune(net(), Batches().plain().repeat(), epochs=1, verbose="none")
+    trained(net(), tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="resume=True"):
+        trained(net(), tmp_path, epochs=1)
+    with pytest.raises(ValueError, match="epochs=1, now 2"):
+        trained(net(), tmp_path, epochs=2, resume=True)
+    with pytest.raises(ValueError, match="does not fit"):
+        trained(net(lora_rank=3), tmp_path, epochs=1, resume=True)
+
+
+def test_a_loss_that_is_not_finite_ends_the_training():
+    with pytest.raises(FloatingPointError, match="learning_rate"):
+        trained(net(), epochs=3, optimizer=keras.optimizers.SGD(1e30))
+
+
+def test_an_endless_dataset_with_its_number_of_steps():
+    data = Batches().plain().repeat()
+    result = finetune(net(), data, epochs=2, steps_per_epoch=3, verbose="none")
+    assert len(result.history) == 2 and result.best_epoch == 2
+
+
+def test_only_the_last_and_the_best_state_are_kept(tmp_path):
+    kept = Checkpoints(tmp_path)
+    for epoch in range(5):
+        kept.save(Progress(epoch + 1, [{}] * (epoch + 1), 1 if epoch else 0), {"x": np.ones(2)})
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "epoch-00001.safetensors",
+        "epoch-00004.safetensors",
+    ]
+    assert kept.last().epoch == 5
+    kept.path(4).write_bytes(b"torn")
+    with pytest.raises(ValueError, match="epoch-00004"):
+        kept.last()
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_whole(path, "before")
+
+    def fail(*args):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="disk full"):
+        write_whole(path, "after")
+    assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.long
+def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+    """kill -9 in the middle of an epoch, then another process."""
+    code = textwrap.dedent("""
+        import sys, time
+        from tests import test_finetune as t
+        t.keras.utils.set_random_seed(int(sys.argv[3]))
+        slow = [t.keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda e, logs: print("epoch", e, flush=True),
+            on_train_batch_end=lambda b, logs: time.sleep(0.2 * int(sys.argv[2])))]
+        t.trained(t.net(), sys.argv[1], resume=True, callbacks=slow)
+    """)
+
+    def start(folder, slow, seed):
+        return subprocess.Popen(
+            [sys.executable, "-c", code, str(folder), str(slow), str(seed)],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    assert start(tmp_path / "whole", 0, 1).wait() == 0
+    child = start(tmp_path / "run", 1, 2)
+    for line in child.stdout:
+        if line.startswith("epoch 1"):
+            break
+    os.kill(child.pid, signal.SIGKILL)
+    assert child.wait() == -signal.SIGKILL
+    assert start(tmp_path / "run", 0, 3).wait() == 0
+    for name in ("metrics.csv", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "run" / name).read_bytes() == (
+            tmp_path / "whole" / name
+        ).read_bytes()

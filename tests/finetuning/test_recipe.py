@@ -1,0 +1,384 @@
+"""From a folder of pictures to a run: the recipe, its folder, and ``tfimm-lora finetune``."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+
+import tfimm_lora as lora
+from tests.helpers.kerases import LEGACY, array, keras, values
+from tests.helpers.picture_folders import break_picture, write_digits
+from tfimm_lora.cli import main
+from tfimm_lora.finetuning.checkpoint import Checkpoints
+from tfimm_lora.finetuning.data.batches import PictureBatches
+from tfimm_lora.finetuning.open_model import applications, open_base
+from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+from tfimm_lora.finetuning.run import Run
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A small saved model, and pictures."""
+    root = tmp_path_factory.mktemp("data")
+    save_model(root / "model.keras")
+    write_digits(root / "digits", labels=range(3), each=12, size=16)
+    return root
+
+
+def save_model(path, classes=7, size=16):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((size, size, 3)),
+            layers.Conv2D(8, 3, strides=2, activation="relu", name="conv"),
+            layers.BatchNormalization(name="bn"),
+            layers.Dropout(0.1, name="drop"),
+            layers.Flatten(name="flatten"),
+            layers.Dense(16, activation="relu", name="fc"),
+            layers.Dense(classes, activation="softmax", name="head"),
+        ]
+    )
+    model.save(path)
+    return model
+
+
+def recipe(folder, **options):
+    settings = {
+        "model": str(folder / "model.keras"),
+        "data": str(folder / "digits"),
+        "normalisation": "unit",
+        "epochs": 3,
+        "batch_size": 8,
+        "learning_rate": 0.01,
+        "augmentation": "light",
+        "lora": {"lora_rank": 2, "lora_dropout": 0.1},
+    }
+    return Recipe.from_dict({**settings, **options})
+
+
+def arguments(folder, out, *more):
+    return [
+        "finetune",
+        *("--model", str(folder / "model.keras"), "--data", str(folder / "digits")),
+        *("--normalisation", "unit", "--epochs", "3", "--batch-size", "8", "--lr", "0.01"),
+        *("--rank", "2", "--lora", "dropout=0.1", "--out", str(out), *more),
+    ]
+
+
+def adapter_values(run):
+    adapter = lora.Adapter.load(run / "adapter")
+    arrays = {f"{k}/{x}": getattr(v, x) for k, v in adapter.layers.items() for x in "ab"}
+    return {**arrays, **adapter.weights}
+
+
+def assert_same_run(one, two):
+    first, second = adapter_values(one), adapter_values(two)
+    assert first.keys() == second.keys() and first
+    for key, value in first.items():
+        np.testing.assert_array_equal(value, second[key])
+    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
+
+
+def test_a_run_can_be_opened_and_gives_the_model_of_its_best_epoch(folder, tmp_path):
+    run = finetune_pictures(recipe(folder), tmp_path / "run", verbose="none")
+    again = Run.open(tmp_path / "run")
+    assert again.config == run.config and again.labels == ["0", "1", "2"]
+    assert again.facts["trained_on"] == {"0": 10, "1": 10, "2": 10}
+    losses = [numbers["val_loss"] for numbers in again.history]
+    assert again.facts["best_epoch"] == int(np.argmin(losses)) + 1
+    model, total, count = again.model(), 0.0, 0
+    for x, y in PictureBatches(again.split.val, again.preprocessing, 4).in_order():
+        logits = array(model(x, training=False)).astype("float64")
+        normalised = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        total -= normalised[np.arange(len(y)), np.asarray(y)].sum()
+        count += len(y)
+    np.testing.assert_allclose(total / count, min(losses), rtol=1e-4)
+
+
+def test_every_picture_of_the_split_is_written_down(folder, tmp_path):
+    bad = folder / "digits" / "1" / "broken.png"
+    bad.write_bytes((folder / "digits" / "1" / "0.png").read_bytes())
+    break_picture(bad)
+    try:
+        with pytest.raises(ValueError, match=r"broken\.png"):
+            finetune_pictures(recipe(folder, on_error="refuse"), tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+        said = []
+        run = finetune_pictures(
+            recipe(folder, epochs=1), tmp_path / "run", verbose="none", say=said.append
+        )
+    finally:
+        bad.unlink()
+    assert any("broken.png" in line for line in said)
+    assert [Path(path).name for path, _ in run.skipped] == ["broken.png"]
+    rows = list(csv.DictReader((run.path / "split.csv").read_text().splitlines()))
+    assert len(rows) == 36 and {row["split"] for row in rows} == {"train", "val"}
+    for row in rows:
+        assert Path(row["path"]).parent.name == row["label"]
+
+
+def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(folder, tmp_path):
+    for name, seed in (("one", 0), ("two", 0), ("three", 1)):
+        keras.utils.set_random_seed(hash(name) % 1000)
+        finetune_pictures(recipe(folder, seed=seed, epochs=1), tmp_path / name, verbose="none")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
+    one, three = adapter_values(tmp_path / "one"), adapter_values(tmp_path / "three")
+    assert any(not np.array_equal(one[key], three[key]) for key in one)
+
+
+@pytest.mark.long
+def test_a_killed_run_is_resumed_to_the_very_weights(folder, tmp_path):
+    def command(out):
+        return [sys.executable, "-m", "tfimm_lora", *arguments(folder, out, "--resume")]
+
+    def start(out):
+        return subprocess.Popen(
+            command(out),
+            cwd=tmp_path,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+
+    whole = start(tmp_path / "whole")
+    said, _ = whole.communicate()
+    assert whole.returncode == 0 and "accuracy" in said
+    child = start(tmp_path / "run")
+    for line in child.stderr:
+        if line.startswith("epoch 1/3"):
+            os.kill(child.pid, signal.SIGKILL)
+            break
+    child.wait()
+    assert child.returncode == -signal.SIGKILL
+    again = start(tmp_path / "run")
+    _, errors = again.communicate()
+    assert again.returncode == 0 and "going on with the run" in errors, errors[-2000:]
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(lora_init="eva", lora_freeze_a=True),
+        dict(lora_init="pissa_niter_2", lora_use_dora=True),
+        dict(lora_bias=True, lora_targets=["conv", "fc"]),
+    ],
+    ids=["eva", "pissa_dora", "bias"],
+)
+def test_variants_are_trained_resumed_and_opened(options, folder, tmp_path, monkeypatch):
+    """Stopped after its first epoch, by an error, and gone on with: the very run."""
+    asked = recipe(folder, epochs=2, lora={"lora_rank": 2, **options})
+    run = finetune_pictures(asked, tmp_path / "whole", verbose="none")
+    saved = Checkpoints.save
+
+    def stop(self, progress, values):
+        saved(self, progress, values)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Checkpoints, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        finetune_pictures(asked, tmp_path / "run", verbose="none")
+    monkeypatch.undo()
+    keras.utils.set_random_seed(99)
+    again = finetune_pictures(asked, tmp_path / "run", resume=True, verbose="none")
+    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    one, two = run.model(), again.model()
+    for a, b in zip(one.weights, two.weights):
+        np.testing.assert_array_equal(array(a), array(b))
+    layer = one.get_layer("fc")
+    assert layer.lora.use_dora == bool(options.get("lora_use_dora"))
+    start = open_base(str(folder / "model.keras"), classes=3, normalisation="unit").model
+    kernel = layer.lora_values()["kernel"]
+    np.testing.assert_array_equal(kernel, array(start.get_layer("fc").kernel))
+
+
+def test_a_start_from_data_is_for_one_device(folder):
+    with pytest.raises(ValueError, match="strategy='none'"):
+        recipe(folder, lora={"lora_init": "eva"}, strategy="mirrored")
+
+
+def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "mine.txt").write_text("mine")
+    with pytest.raises(FileExistsError, match="no run"):
+        finetune_pictures(recipe(folder), tmp_path / "other", resume=True)
+    finetune_pictures(recipe(folder, epochs=1), tmp_path / "run", verbose="none")
+    with pytest.raises(FileExistsError, match="--resume"):
+        finetune_pictures(recipe(folder, epochs=1), tmp_path / "run")
+    with pytest.raises(ValueError, match="epochs=1, now 2"):
+        finetune_pictures(recipe(folder, epochs=2), tmp_path / "run", resume=True)
+    save_model(folder / "other.keras")
+    run = Run.open(tmp_path / "run")
+    run.recipe["model"] = str(folder / "other.keras")
+    save_model(folder / "other.keras", classes=5)
+    with pytest.raises(ValueError, match="another one"):
+        run.model()
+    with pytest.raises(FileNotFoundError, match="no run of finetune"):
+        Run.open(tmp_path / "other")
+
+
+def test_weights_that_nobody_could_make_again_are_kept_in_the_run(folder, tmp_path):
+    """A model that begins at random: the run has what the adapter is relative to."""
+    options = {"model": "applications/MobileNetV2", "normalisation": None, "epochs": 1}
+    options["lora"] = {"lora_rank": 1, "lora_targets": ["Conv_1"]}
+    asked = recipe(folder, input_size=[32, 32], **options)
+    run = finetune_pictures(asked, tmp_path / "run", verbose="none")
+    assert (run.path / "base.weights.h5").is_file()
+    keras.utils.set_random_seed(77)
+    model, again = run.model(), run.model()
+    for a, b in zip(values(model.weights), values(again.weights)):
+        np.testing.assert_array_equal(a, b)
+    assert model.output_shape == (None, 3)
+
+
+def test_the_command_line_does_it_all(folder, tmp_path, capsys):
+    assert main(arguments(folder, tmp_path / "run", "--json")) == 0
+    told = json.loads(capsys.readouterr().out)
+    run = Run.open(tmp_path / "run")
+    assert told["trainable"] == run.facts["trainable"] < told["parameters"]
+    best = run.history[told["best_epoch"] - 1]
+    assert told["accuracy"] == pytest.approx(best["val_accuracy"], abs=1e-6)
+    for name in ("report.html", "curves.png", "confusion.png", "logs", "labels.txt"):
+        assert (run.path / name).exists(), name
+    # The config is enough to repeat it.
+    more = ["--config", str(run.path / "config.yaml"), "--out", str(tmp_path / "again")]
+    assert main(["finetune", *more]) == 0
+    assert_same_run(tmp_path / "run", tmp_path / "again")
+    capsys.readouterr()
+    assert main(["finetune", *more]) == 1
+    assert "--resume" in capsys.readouterr().err
+    assert main(["finetune", "--out", str(tmp_path / "again"), "--resume"]) == 0
+
+
+@pytest.mark.parametrize(
+    "more, said",
+    [
+        (["--model", "no_such_model"], "no_such_model"),
+        (["--model", "applications/MobileNetV9"], "applications/MobileNetV2"),
+        (["--model", "no/such.keras"], "no such file"),
+        (["--data", "no/such/folder"], "no/such/folder"),
+        (["--weights", "no.safetensors"], "no.safetensors"),
+        (["--rank", "0"], "lora_rank=0"),
+        (["--lora", "rnak=3"], "rank"),
+        (["--lora", "rank"], "NAME=VALUE"),
+        (["--targets", "nothing_like_it"], "nothing_like_it"),
+        (["--epochs", "0"], "epochs=0"),
+        (["--lr", "0"], "learning_rate"),
+        (["--augmentation", "strong"], "strong"),
+        (["--input-size", "big"], "224"),
+        (["--normalisation", "mine"], "imagenet"),
+        (["--mixed-precision", "float8"], "float8"),
+        (["--validation", "1.5"], "validation"),
+    ],
+)
+def test_wrong_arguments_are_said_and_leave_nothing(folder, tmp_path, capsys, more, said):
+    assert main(arguments(folder, tmp_path / "run", *more)) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and not captured.out
+    assert not (tmp_path / "run").exists()
+
+
+def test_usage_errors_are_those_of_a_shell(tmp_path, capsys):
+    assert main(["finetune"]) == 2
+    assert main(["finetune", "--out", str(tmp_path), "--epochs", "many"]) == 2
+    assert main(["finetune", "--help"]) == 0
+    assert "--resume" in capsys.readouterr().out
+    assert main(["finetune", "--out", str(tmp_path / "run")]) == 1
+    assert "model and data" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "DenseNet121", "EfficientNetB0"])
+def test_preprocessing_of_applications_is_their_own(name):
+    """Against ``preprocess_input``: scaled, centred with channels turned, standardised, raw."""
+    base = open_base(f"applications/{name}", classes=2, input_size=(32, 32))
+    prepare = sys.modules[applications()[name].__module__].preprocess_input
+    x = np.random.default_rng(0).uniform(0, 255, (2, 4, 4, 3)).astype("float32")
+    got = base.preprocessing.function()(x)
+    np.testing.assert_allclose(np.asarray(got), prepare(x.copy()), rtol=1e-5, atol=1e-3)
+    assert base.model.output_shape == (None, 2)
+
+
+def test_weights_of_an_application_are_kept_for_another_number_of_classes(tmp_path):
+    create = applications()["MobileNetV2"]
+    source = create(weights=None, alpha=1.0)
+    source.save_weights(tmp_path / "w.weights.h5")
+    base = open_base(
+        "applications/MobileNetV2",
+        classes=4,
+        weights=tmp_path / "w.weights.h5",
+        input_size=(64, 64),
+    )
+    x = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype("float32")
+    features = keras.Model(base.model.inputs, base.model.layers[-2].output)
+    for mine, theirs in zip(features.weights, source.weights):
+        np.testing.assert_array_equal(array(mine), array(theirs))
+    assert base.new_classifier and array(base.model(x)).shape == (1, 4)
+
+
+def test_a_model_from_a_file_gives_logits(tmp_path):
+    saved = save_model(tmp_path / "m.keras")
+    x = np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype("float32")
+    base = open_base(tmp_path / "m.keras", normalisation="unit")
+    logits = array(base.model(x)).astype("float64")
+    expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    np.testing.assert_allclose(array(saved(x)), expected, rtol=1e-5)
+    assert not base.new_classifier
+    with pytest.raises(ValueError, match="normalisation"):
+        open_base(tmp_path / "m.keras")
+    headless = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 3)])
+    headless.save(tmp_path / "headless.keras")
+    with pytest.raises(ValueError, match="classifier"):
+        open_base(tmp_path / "headless.keras", normalisation="unit", classes=2)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(not LEGACY, reason="needs tfimm")
+def test_a_tfimm_model_is_fine_tuned(folder, tmp_path):
+    asked = recipe(
+        folder,
+        model="vit_tiny_patch16_224",
+        normalisation=None,
+        input_size=[32, 32],
+        epochs=1,
+        lora={"lora_rank": 2, "lora_targets": "attention", "lora_qkv": "qv"},
+    )
+    run = finetune_pictures(asked, tmp_path / "run", verbose="none")
+    assert run.preprocessing.mean == (0.5, 0.5, 0.5)
+    model = run.model()
+    assert model.cfg.nb_classes == 3 and model.cfg.input_size == (32, 32)
+
+
+def test_config_yaml_is_plain(folder, tmp_path):
+    run = finetune_pictures(recipe(folder, epochs=1), tmp_path / "run", verbose="none")
+    assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config
+
+
+def test_file_names_that_are_no_text_are_kept_as_they_are(folder, tmp_path):
+    """A name of bytes that are no UTF-8, as old archives hold them."""
+    odd = os.fsencode(tmp_path / "digits" / "1") + b"/\xff.png"
+    write_digits(tmp_path / "digits", labels=range(2), each=6, size=16)
+    os.rename(tmp_path / "digits" / "1" / "0.png", odd)
+    asked = recipe(folder, data=str(tmp_path / "digits"), epochs=1)
+    run = finetune_pictures(asked, tmp_path / "run", verbose="none")
+    split = run.split
+    paths = [os.fsencode(p.path) for p in split.train.pictures + split.val.pictures]
+    assert odd in paths
+
+
+def test_warnings_reach_the_command_line_as_notes(folder, tmp_path, capsys):
+    write_digits(tmp_path / "digits", labels=range(2), each=6, size=16)
+    (tmp_path / "digits" / "0" / "notes.txt").write_text("no picture")
+    data = ["--data", str(tmp_path / "digits"), "--epochs", "1"]
+    assert main(arguments(folder, tmp_path / "run", *data)) == 0
+    said = capsys.readouterr().err
+    assert "warning: " in said and "no pictures" in said and ".py:" not in said

@@ -1,0 +1,64 @@
+"""Every LoRA model keeps every promise of the contract."""
+
+import numpy as np
+import pytest
+
+import tfimm_lora as lora
+from tests.helpers import model_contracts as contracts
+from tests.helpers.kerases import BACKEND, LEGACY, array, keras, run, values
+from tests.helpers.tiny_models import APPLICATIONS, GENERIC, IDS, MODELS
+
+promises = pytest.mark.parametrize("promise", contracts.PROMISES, ids=lambda f: f.__name__)
+
+
+@pytest.mark.backends
+@promises
+@pytest.mark.parametrize("spec", MODELS, ids=IDS)
+def test_model(spec, promise, tmp_path):
+    promise(spec, tmp_path)
+
+
+@pytest.mark.long
+@pytest.mark.skipif(
+    LEGACY or BACKEND != "tensorflow", reason="of Keras 3, tested on TensorFlow"
+)
+@pytest.mark.parametrize("spec", APPLICATIONS, ids=[m.name for m in APPLICATIONS])
+def test_applications_adapt_train_merge_and_come_back(spec, tmp_path):
+    contracts.adapts_trains_merges_and_comes_back(spec, tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("spec", GENERIC, ids=[m.name for m in GENERIC])
+def test_model_trains_and_merges_in_16_bits(spec, kind, policy):
+    policy(kind)
+    model, x = contracts.adapted(spec), spec.inputs(8)
+    frozen = model.non_trainable_weights
+    still = values(frozen)
+    contracts.compile_for(model, 0.02)
+    losses = model.fit(x, spec.labels(8), epochs=8, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    for variable, value in zip(frozen, still):
+        np.testing.assert_array_equal(array(variable), value)
+    before = run(model, x).astype("float32")
+    lora.merge_lora_weights(model)
+    size = 5e-2 if kind == "mixed_float16" else 4e-1
+    merged = run(model, x).astype("float32")
+    np.testing.assert_allclose(merged, before, atol=size * max(1, np.abs(before).max()))
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA on TensorFlow; JAX always compiles")
+@pytest.mark.parametrize("spec", GENERIC, ids=[m.name for m in GENERIC])
+def test_model_trains_the_same_under_xla(spec):
+    results, start = [], None
+    for jit in (False, True):
+        model, x = contracts.adapted(spec), spec.inputs()
+        for layer in model._flatten_layers():
+            if isinstance(layer, keras.layers.Dropout):
+                layer.rate = 0.0  # its draws differ under XLA
+        start = start or values(model.weights)
+        model.set_weights(start)
+        loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+        model.compile(keras.optimizers.SGD(0.05), loss, jit_compile=jit)
+        fit = model.fit(x, spec.labels(), epochs=3, verbose=0, shuffle=False)
+        results.append(fit.history["loss"])
+    np.testing.assert_allclose(results[1], results[0], rtol=1e-3)

@@ -1,0 +1,255 @@
+"""Each test is a way in which changing a built layer goes wrong without a word."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+import tfimm_lora as lora
+from tests.helpers import tiny_models
+from tests.helpers.kerases import (
+    BACKEND,
+    LEGACY,
+    array,
+    ids,
+    keras,
+    normal,
+    randomise,
+    run,
+    values,
+)
+
+on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
+
+
+def test_fit_after_fit_trains_the_factors():
+    """The cached train function must not go on training what is frozen now."""
+    model = tiny_models.functional()
+    x, y = normal(4, 8, 8, 3), np.zeros((4, 3))
+    model.compile("sgd", "mse")
+    model.fit(x, y, verbose=0)
+    with pytest.warns(UserWarning, match="ompile"):
+        lora.inject_lora(model)
+    model.compile("sgd", "mse")
+    kernels = values(model.non_trainable_weights)
+    factors = values(model.trainable_weights)
+    model.fit(x, y, epochs=2, verbose=0)
+    for variable, value in zip(model.non_trainable_weights, kernels):
+        np.testing.assert_array_equal(array(variable), value)
+    assert any(
+        np.abs(array(v) - old).max() > 0 for v, old in zip(model.trainable_weights, factors)
+    )
+
+
+@on_tensorflow
+def test_layer_changes_after_an_export_take_effect(tmp_path):
+    """An export leaves a bound `call` in legacy layers, which would hide the class's."""
+    model, x = tiny_models.functional(), normal(2, 8, 8, 3)
+    lora.inject_lora(model)
+    randomise(model)
+    output = run(model, x)
+    if LEGACY:
+        model.save(str(tmp_path / "saved"))
+    else:
+        model.export(str(tmp_path / "saved"), verbose=False)
+    lora.remove_lora(model, merge=False)
+    plain = run(model, x)
+    assert np.abs(plain - output).max() > 1e-3
+    lora.inject_lora(model)
+    randomise(model)
+    assert np.abs(run(model, x) - plain).max() > 1e-3
+
+
+@on_tensorflow
+@pytest.mark.parametrize("merged", [False, True])
+def test_exports_give_the_same_outputs(tmp_path, merged):
+    import tensorflow as tf
+
+    model, x = lora.inject_lora(tiny_models.functional()), normal(2, 8, 8, 3)
+    randomise(model)
+    output = run(model, x)
+    if merged:
+        lora.merge_lora_weights(model)
+    path = str(tmp_path / "exported")
+    model.export(path) if LEGACY else model.export(path, verbose=False)
+    loaded = tf.saved_model.load(path)
+    np.testing.assert_allclose(
+        array(loaded.serve(tf.constant(x))), output, rtol=1e-4, atol=1e-5
+    )
+    lite = tf.lite.TFLiteConverter.from_saved_model(path).convert()
+    interpreter = tf.lite.Interpreter(model_content=lite)
+    entry = interpreter.get_input_details()[0]["index"]
+    interpreter.resize_tensor_input(entry, x.shape)
+    interpreter.allocate_tensors()
+    interpreter.set_tensor(entry, x)
+    interpreter.invoke()
+    lite_output = interpreter.get_tensor(interpreter.get_output_details()[0]["index"])
+    np.testing.assert_allclose(lite_output, output, rtol=1e-3, atol=1e-4)
+
+
+def test_grouped_convolution_is_not_stale_after_merging():
+    """Legacy Keras keeps a traced function for grouped convolutions."""
+    layer, x = lora.LoRAConv2D(6, 3, groups=3, lora_rank=2), normal(2, 5, 5, 6)
+    before = run(layer, x)
+    randomise(layer)
+    after = run(layer, x)
+    assert np.abs(after - before).max() > 1e-3
+    layer.merge_weights()
+    np.testing.assert_allclose(run(layer, x), after, rtol=1e-4, atol=1e-5)
+    layer.unmerge_weights()
+    layer.kernel_lora_b.assign(np.zeros(tuple(layer.kernel_lora_b.shape), "float32"))
+    np.testing.assert_allclose(run(layer, x), before, rtol=1e-4, atol=1e-5)
+
+
+def test_layer_norm_does_not_swap_gamma_and_beta_in_files(tmp_path):
+    for train_bias in ("none", "all"):
+        model = lora.inject_lora(tiny_models.sequential(), lora_train_bias=train_bias)
+        norm = model.layers[1]
+        norm.gamma.assign(np.full(4, 2.0))
+        norm.beta.assign(np.full(4, 3.0))
+        names = ["m.keras"] + (["m.h5", "m"] if LEGACY else [])
+        for name in names:
+            model.save(str(tmp_path / name))
+            loaded = keras.models.load_model(str(tmp_path / name)).layers[1]
+            np.testing.assert_array_equal(array(loaded.gamma), 2)
+            np.testing.assert_array_equal(array(loaded.beta), 3)
+
+
+@pytest.mark.skipif(LEGACY, reason="of Keras 3")
+def test_keras_own_lora_stays_off():
+    """Keras 3's layers own the names lora_rank and enable_lora."""
+    layer = lora.LoRADense(4, lora_rank=2)
+    run(layer, normal(2, 3))
+    assert layer.lora_rank is None and not layer.lora_enabled
+    assert len(layer.weights) == 4
+
+
+def test_regularizer_counts_once_and_goes_with_the_layer():
+    model = tiny_models.functional()
+    lora.inject_lora(
+        model, lora_targets=["hidden"], lora_regularizer=keras.regularizers.L2(1.0)
+    )
+    randomise(model)
+    factors = [array(v) for v in model.trainable_weights]
+    expected = sum((f**2).sum() for f in factors)
+    np.testing.assert_allclose(sum(float(array(v)) for v in model.losses), expected, rtol=1e-5)
+    lora.remove_lora(model)
+    assert model.losses == []
+
+
+def test_file_of_the_plain_model_does_not_pass_for_one_with_lora(tmp_path):
+    plain = tiny_models.functional()
+    plain.save_weights(str(tmp_path / "plain.weights.h5"))
+    model = lora.inject_lora(tiny_models.functional())
+    with pytest.raises(ValueError, match="kernel_lora_a|LoRA"):
+        model.load_weights(str(tmp_path / "plain.weights.h5"))
+    model.save_weights(str(tmp_path / "lora.weights.h5"))
+    with pytest.raises(ValueError):
+        tiny_models.functional().load_weights(str(tmp_path / "lora.weights.h5"))
+    wider = lora.inject_lora(tiny_models.functional(), lora_rank=3)
+    with pytest.raises(ValueError, match="shape"):
+        wider.load_weights(str(tmp_path / "lora.weights.h5"))
+
+
+def test_models_that_share_layers_are_not_copied_apart():
+    """Keras' own clone_model loses the sharing, so a copy is refused, not wrong."""
+    entry = keras.Input((6,))
+    shared = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6)], name="shared")
+    block = keras.Model(entry, shared(keras.layers.Dense(6)(entry)), name="block")
+    outer = keras.Input((6,))
+    model = keras.Model(outer, keras.layers.Dense(2, name="head")(shared(block(outer))))
+    with pytest.raises(ValueError, match="cannot be copied.*inject_lora"):
+        lora.convert_to_lora_model(model)
+    x, before = normal(3, 6), run(model, normal(3, 6))
+    lora.inject_lora(model)
+    np.testing.assert_allclose(run(model, x), before, rtol=1e-5, atol=1e-6)
+    assert len(model.trainable_weights) == 4
+
+
+def test_subclassed_model_without_a_config_is_refused_for_copying():
+    class Bare(keras.Model):
+        def __init__(self, layer):
+            super().__init__()
+            self.inner = layer
+
+        def call(self, x):
+            return self.inner(x)
+
+    model = Bare(keras.layers.Dense(3, name="fc"))
+    run(model, normal(2, 4))
+    weights = values(model.weights)
+    try:
+        copy = lora.convert_to_lora_model(model, lora_targets=["fc"])
+    except ValueError as error:
+        assert "cannot be copied" in str(error)
+    else:  # Keras 3 records the arguments of a constructor by itself
+        assert not LEGACY and not ids(copy.weights) & ids(model.weights)
+    for variable, value in zip(model.weights, weights):
+        np.testing.assert_array_equal(array(variable), value)
+    lora.inject_lora(model, lora_targets=["fc"])
+
+
+def test_sequential_grown_after_injection_keeps_what_is_frozen():
+    model = tiny_models.sequential()
+    lora.inject_lora(model)
+    named = ids(model.trainable_weights)
+    model.add(keras.layers.Dense(2, name="new_head"))
+    assert named < ids(model.trainable_weights)
+    assert len(model.trainable_weights) == len(named) + 2
+
+
+def test_submodel_of_an_adapted_model_agrees():
+    model = lora.inject_lora(tiny_models.functional())
+    features = keras.Model(model.inputs, model.get_layer("hidden").output)
+    assert ids(features.trainable_weights) == ids(model.trainable_weights)
+
+
+@on_tensorflow
+def test_second_order_gradients_flow():
+    import tensorflow as tf
+
+    layer, x = lora.LoRADense(3, lora_rank=2), tf.constant(normal(2, 4, 5))
+    layer(x)
+    randomise(layer)
+    with tf.GradientTape() as outer:
+        outer.watch(x)
+        with tf.GradientTape() as inner:
+            inner.watch(x)
+            y = tf.reduce_sum(layer(x) ** 3)
+        first = inner.gradient(y, x)
+        total = tf.reduce_sum(first**2)
+    second = outer.gradient(total, layer.kernel_lora_b)
+    b, delta = array(layer.kernel_lora_b).copy(), np.zeros((2, 3), "float32")
+    delta[0, 1] = 1e-2
+
+    def value(b):
+        layer.kernel_lora_b.assign(b)
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = tf.reduce_sum(layer(x) ** 3)
+        return float(tf.reduce_sum(tape.gradient(y, x) ** 2))
+
+    slope = (value(b + delta) - value(b - delta)) / 2e-2
+    np.testing.assert_allclose(array(second)[0, 1], slope, rtol=2e-2)
+
+
+@on_tensorflow
+def test_regular_model_runs_without_the_package(tmp_path):
+    model, x = lora.inject_lora(tiny_models.sequential()), normal(2, 8, 8, 3)
+    randomise(model)
+    lora.remove_lora(model)
+    model.save(str(tmp_path / "model.keras"))
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "y.npy", run(model, x))
+    code = f"""
+import sys, numpy as np, tensorflow as tf
+folder = {str(tmp_path)!r}
+model = tf.keras.models.load_model(folder + "/model.keras")
+x, y = np.load(folder + "/x.npy"), np.load(folder + "/y.npy")
+np.testing.assert_allclose(np.array(model(x)), y, rtol=1e-6, atol=1e-6)
+assert "tfimm_lora" not in sys.modules
+assert len(model.trainable_weights) == len(model.weights)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]

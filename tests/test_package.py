@@ -1,0 +1,122 @@
+"""What the package imports, and when it chooses legacy Keras."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tfimm_lora
+from tests.helpers.kerases import LEGACY
+from tfimm_lora import backend
+
+ROOT = Path(tfimm_lora.__file__).parent
+
+
+def run_python(code, **environ):
+    """Run code in a new process; environment variables of None are unset."""
+    environment = {k: v for k, v in os.environ.items() if k not in ("TF_USE_LEGACY_KERAS",)}
+    environment.update({k: v for k, v in environ.items() if v is not None})
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout.strip().splitlines()[-1]
+
+
+def test_legacy_keras_is_chosen_where_tfimm_is_installed_and_nobody_has_chosen():
+    code = "import tfimm_lora, os; print(os.environ.get('TF_USE_LEGACY_KERAS'))"
+    assert run_python(code) == "1"
+    assert run_python(code, TF_USE_LEGACY_KERAS="0") == "0"
+    late = f"import tensorflow; {code}"
+    assert run_python(late) == "None"
+
+
+@pytest.mark.parametrize(
+    "environ, installed, expected",
+    [
+        ({}, True, "1"),
+        ({}, False, None),
+        ({"TF_USE_LEGACY_KERAS": "0"}, True, "0"),
+        ({"KERAS_BACKEND": "jax"}, True, None),
+        ({"KERAS_BACKEND": "tensorflow"}, True, "1"),
+    ],
+)
+def test_choice_of_keras(monkeypatch, environ, installed, expected):
+    monkeypatch.delitem(sys.modules, "tensorflow", raising=False)
+    monkeypatch.setattr(backend, "installed", lambda package: installed)
+    backend.prefer_legacy_for_tfimm(environ)
+    assert environ.get("TF_USE_LEGACY_KERAS") == expected
+
+
+def test_package_works_without_tfimm_and_tf_keras():
+    code = """
+import sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tfimm", "tf_keras"):
+            raise ModuleNotFoundError(name)
+sys.meta_path.insert(0, Block())
+import importlib.util as u
+find = u.find_spec
+u.find_spec = lambda n, *a: None if n in ("tfimm", "tf_keras") else find(n, *a)
+import tfimm_lora as lora, keras
+model = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(2)])
+lora.inject_lora(model, lora_rank=2)
+try:
+    lora.create_model("convnext_tiny")
+except ImportError as error:
+    assert "pip install" in str(error)
+else:
+    raise AssertionError
+print(keras.__version__[0], len(model.trainable_weights))
+"""
+    assert run_python(code) == "3 2"
+
+
+def test_keras_3_with_tfimm_says_what_to_set():
+    code = """
+import tfimm_lora as lora
+try:
+    lora.create_model("convnext_tiny", lora_rank=2)
+except RuntimeError as error:
+    print(error)
+"""
+    message = run_python(code, TF_USE_LEGACY_KERAS="0")
+    assert "TF_USE_LEGACY_KERAS=1" in message and message.count(". ") == 0
+
+
+def test_readme_line_just_works():
+    code = """
+import tfimm_lora as lora
+model = lora.create_model("vit_tiny_patch16_224", lora_rank=2)
+print(type(model).__name__)
+"""
+    assert run_python(code) == "LoRAViT"
+
+
+@pytest.mark.skipif(not LEGACY, reason="once is enough")
+def test_models_of_both_kerases_in_one_process():
+    code = """
+import tf_keras, keras, numpy as np, tfimm_lora as lora
+for k in (tf_keras, keras):
+    model = k.Sequential([k.layers.Input((3,)), k.layers.Dense(4), k.layers.Dense(2)])
+    lora.inject_lora(model, lora_rank=2)
+    model.compile("sgd", "mse")
+    model.fit(np.ones((4, 3)), np.ones((4, 2)), verbose=0)
+    assert len(model.trainable_weights) == 2
+    lora.remove_lora(model)
+    assert type(model.layers[-1]) is k.layers.Dense
+print("both")
+"""
+    assert run_python(code, TF_USE_LEGACY_KERAS="0") == "both"
+
+
+def test_every_public_name_has_a_docstring_and_is_listed():
+    public = [n for n in vars(tfimm_lora) if not n.startswith("_") and n != "annotations"]
+    modules = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in ROOT.iterdir()}
+    listed = set(tfimm_lora.__all__) - {"__version__"}
+    assert {n for n in public if n not in modules} <= listed
+    for name in listed:
+        assert getattr(tfimm_lora, name).__doc__, name

@@ -1,0 +1,57 @@
+"""``Adapter.summary``: an adapter as a table of text."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora.adapters.adapter import Adapter, effective_rank
+from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.torch_layout import weight_norm
+
+
+def summary(adapter: Adapter, model: Any = None) -> str:
+    """The table; see ``Adapter.summary``."""
+    norms = _weight_norms(adapter, model) if model is not None else {}
+    header = ["layer", "rank", "scale", "norm", "effective rank", "parameters"]
+    if norms:
+        header.insert(4, "of weight")
+    rows = []
+    for path, update in adapter.layers.items():
+        values = update.singular_values()
+        norm = float(np.sqrt((values**2).sum()))
+        row = [path, str(update.rank), f"{update.scale:.4g}", f"{norm:.4g}"]
+        if norms:
+            row.append(f"{100 * norm / norms[path]:.2f} %" if norms[path] else "-")
+        row += [f"{effective_rank(values):.2f}", f"{update.size:,}"]
+        rows.append(row)
+    rows += [
+        [key, "whole", *[""] * (len(header) - 3), f"{value.size:,}"]
+        for key, value in adapter.weights.items()
+    ]
+    count = sum(array.size for array in adapter._arrays())
+    last = f"{len(adapter.layers)} layers, {count:,} parameters, {adapter.size:,} bytes"
+    return f"{_aligned([header, *rows])}\n{last}"
+
+
+def _weight_norms(adapter: Adapter, model: Any) -> dict[str, float]:
+    names = Names(model)
+    missing = [module for module in adapter.layers if module not in names.paths]
+    if missing:
+        raise ValueError(
+            f"Received model '{model.name}', which has no layers {', '.join(missing)}; "
+            "expected the model that the adapter is of."
+        )
+    return {m: weight_norm(names.layers[names.paths[m]]) for m in adapter.layers}
+
+
+def _aligned(rows: list[list[str]]) -> str:
+    """Columns of text: the first to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    return "\n".join(
+        "  ".join(
+            [row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]
+        ).rstrip()
+        for row in rows
+    )

@@ -1,0 +1,114 @@
+"""The model that is written: ordinary layers, updates merged, arithmetic in float32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.model.convert import _kernels_merged, convert_to_regular_model
+from tfimm_lora.model.copy import build_like, plain_copy
+from tfimm_lora.model.merge import has_lora, lora_layers
+
+_SIXTEEN_BIT = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
+
+
+@contextlib.contextmanager
+def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
+    """The model to write; the argument is the same before and after, bit for bit.
+
+    Args:
+        model: Any built model.
+        always_copy: Whether it must have ordinary classes, as in a Keras file. If not, a
+            LoRA model that cannot be copied is merged within the block.
+
+    Raises:
+        ValueError: if a copy is needed and the model cannot be copied; within a
+            disable_adapter block.
+    """
+    adapted = has_lora(model)
+    for layer in lora_layers(model).values() if adapted else ():
+        layer._require_enabled("exported")
+        layer._require_built("export")
+    low = sixteen_bit_type(model) is not None
+    if not (adapted or low or always_copy):
+        yield model
+        return
+    try:
+        copy = convert_to_regular_model(model) if adapted else plain_copy(model)
+        copy = in_float32(copy) if low else copy
+        _forget_training(copy)
+    except ValueError:
+        if low or always_copy:
+            raise
+    else:
+        yield copy
+        return
+    with _kernels_merged(model):
+        yield model
+
+
+def _forget_training(model: Any) -> None:
+    """Drop optimizers, which Keras 3 copies, too: no file is to hold their variables."""
+    seam = backend_of(model)
+    for _, layer in seam.walk(model):
+        if seam.is_model(layer) and seam.is_compiled(layer):
+            seam.mark_uncompiled(layer)
+            layer.optimizer = None
+
+
+def sixteen_bit_type(model: Any) -> str | None:
+    """The type of 16 bits in which a layer of a model computes, or None."""
+    seam = backend_of(model)
+    types = {seam.compute_dtype(layer) for _, layer in seam.walk(model)}
+    return next((name for name in _SIXTEEN_BIT if name in types), None)
+
+
+def in_float32(model: Any) -> Any:
+    """A new model of the same values that computes in float32.
+
+    Raises:
+        ValueError: if a model from its config does not.
+    """
+    seam = backend_of(model)
+    classes = {type(layer).__name__: type(layer) for _, layer in seam.walk(model)}
+    with float32_policy(seam), seam.keras.utils.custom_object_scope(classes):
+        copy = type(model).from_config(_with_float32(model.get_config()))
+        build_like(seam, copy, model)
+    values = [np.asarray(value, "float32") for value in model.get_weights()]
+    left = sixteen_bit_type(copy)
+    if left is not None or [v.shape for v in values] != [tuple(w.shape) for w in copy.weights]:
+        raise ValueError(
+            f"Model '{model.name}' ({type(model).__name__}) computes in "
+            f"{left or sixteen_bit_type(model)}, and a model from its config cannot be given "
+            "float32, in which files are written. Build the model under the policy float32 and "
+            "give it the same weights."
+        )
+    copy.set_weights(values)
+    return copy
+
+
+@contextlib.contextmanager
+def float32_policy(seam: Any) -> Iterator[None]:
+    """Within this block layers are created in float32, unless they say otherwise."""
+    policies = seam.keras.mixed_precision
+    read = getattr(policies, "global_policy", None) or policies.dtype_policy
+    before = read()
+    policies.set_global_policy("float32")
+    try:
+        yield
+    finally:
+        policies.set_global_policy(before)
+
+
+def _with_float32(config: Any, key: str = "") -> Any:
+    """A config with float32 where types and policies of 16 bits are named."""
+    if isinstance(config, dict):
+        return {k: _with_float32(value, k) for k, value in config.items()}
+    if isinstance(config, (list, tuple)):
+        return type(config)(_with_float32(value, key) for value in config)
+    is_type = key in ("dtype", "name") and isinstance(config, str)
+    return "float32" if is_type and config in _SIXTEEN_BIT else config

@@ -1,0 +1,201 @@
+"""``PictureBatches``: labelled pictures as tf.data batches, in an order that a seed fixes."""
+
+from __future__ import annotations
+
+import operator
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.finetuning.data.dataset import PictureSet
+from tfimm_lora.finetuning.data.pictures import read_picture
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+
+
+class PictureBatches:
+    """Batches of pictures (float32, (b, h, w, c)) and numbers of labels (int32, (b,)).
+
+    Order and augmentation of an epoch depend on the seed and the epoch's number only, so a
+    run that is resumed with epoch 7 sees what it would have seen. Each epoch has every picture
+    once; its last batch may be smaller. Pictures are read in parallel, and ahead of training.
+
+    Args:
+        picture_set: The pictures, checked by ``check_pictures``.
+        preprocessing: That of the model.
+        batch_size: Number of pictures in a batch, over all devices.
+        augmentation: What happens to pictures in training. None: they are resized and cropped
+            as in evaluation.
+        seed: Decides order and augmentation.
+        shuffle: Whether epochs have different orders, or all that of the set.
+
+    Raises:
+        ValueError: for an empty set, a batch size below 1, or channels other than 1 and 3.
+
+    While iterating, ``tf.errors.InvalidArgumentError`` that names the file if a picture has
+    become unreadable since the check.
+
+    Example:
+        >>> import pathlib, tempfile
+        >>> from PIL import Image
+        >>> from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
+        >>> from tfimm_lora.finetuning.data.batches import PictureBatches
+        >>> from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+        >>> folder = pathlib.Path(tempfile.mkdtemp())
+        >>> for i in range(5):
+        ...     Image.new("RGB", (10, 12)).save(folder / f"{i}.png")
+        >>> found = [Picture(str(folder / f"{i}.png"), i % 2) for i in range(5)]
+        >>> prepare = Preprocessing((8, 8), mean=(0.5,) * 3, std=(0.5,) * 3)
+        >>> batches = PictureBatches(PictureSet(tuple(found), ("cat", "dog")), prepare, 2)
+        >>> [tuple(x.shape) for x, y in batches.epoch(0)], batches.steps_per_epoch
+        ([(2, 8, 8, 3), (2, 8, 8, 3), (1, 8, 8, 3)], 3)
+    """
+
+    def __init__(
+        self,
+        picture_set: PictureSet,
+        preprocessing: Preprocessing,
+        batch_size: int,
+        *,
+        augmentation: Augmentation | None = None,
+        seed: int = 0,
+        shuffle: bool = True,
+    ) -> None:
+        if not len(picture_set):
+            raise ValueError("Received an empty picture_set; expected at least one picture.")
+        if operator.index(batch_size) < 1:
+            raise ValueError(f"Received batch_size={batch_size}; expected at least 1.")
+        if preprocessing.in_channels not in (1, 3):
+            raise ValueError(
+                f"Received a model with in_channels={preprocessing.in_channels}; expected 3 "
+                "(RGB) or 1 (grey), which picture files have."
+            )
+        self.picture_set = picture_set
+        self.preprocessing = preprocessing
+        self.batch_size = batch_size
+        # One that changes nothing is none: resized exactly as in evaluation.
+        self.augmentation = None if augmentation == Augmentation.none() else augmentation
+        self.seed = operator.index(seed)
+        self.shuffle = shuffle
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of batches in an epoch, the smaller last one included."""
+        return -(-len(self.picture_set) // self.batch_size)
+
+    def epoch(self, number: int) -> Any:
+        """A ``tf.data.Dataset`` of one epoch; the first has number 0."""
+        import tensorflow as tf
+
+        batches = self._batches(
+            tf.data.Dataset.range(number, number + 1), self.shuffle, self.augmentation
+        )
+        return batches.apply(tf.data.experimental.assert_cardinality(self.steps_per_epoch))
+
+    def epochs(self, first: int = 0) -> Any:
+        """A ``tf.data.Dataset`` without end, of epoch ``first`` and those after it.
+
+        For ``fit(batches.epochs(7), initial_epoch=7, steps_per_epoch=...)``. Reading goes on
+        over the ends of epochs.
+        """
+        import tensorflow as tf
+
+        batches = self._batches(
+            tf.data.Dataset.range(first, tf.int64.max), self.shuffle, self.augmentation
+        )
+        endless = tf.data.experimental.INFINITE_CARDINALITY
+        return batches.apply(tf.data.experimental.assert_cardinality(endless))
+
+    def in_order(self) -> Any:
+        """A ``tf.data.Dataset`` for evaluation: each picture once, in the order of the set.
+
+        Pictures are read in full, and resized and cropped as timm does in evaluation.
+        """
+        import tensorflow as tf
+
+        batches = self._batches(tf.data.Dataset.range(1), shuffle=False, augmentation=None)
+        return batches.apply(tf.data.experimental.assert_cardinality(self.steps_per_epoch))
+
+    def _batches(self, epochs: Any, shuffle: bool, augmentation: Augmentation | None) -> Any:
+        """Batches of the epochs of a dataset of numbers.
+
+        An epoch is filled up to whole batches, by pictures that are not there and are cut off
+        again. So all epochs are one stream, and no thread waits at the end of one.
+        """
+        import tensorflow as tf
+
+        count = len(self.picture_set)
+        places = self.steps_per_epoch * self.batch_size
+        filling = tf.fill([places - count], tf.constant(-1, tf.int64))
+        read = self._reader(augmentation)
+        shape = (*self.preprocessing.input_size, self.preprocessing.in_channels)
+
+        def indices(epoch: Any) -> Any:
+            seed = _folded(tf, tf.constant([self.seed, 0], tf.int64), epoch)
+            order = tf.range(count, dtype=tf.int64)
+            if shuffle:
+                own = _folded(tf, seed, count)  # no picture has this number
+                order = tf.random.experimental.stateless_shuffle(order, own, alg="philox")
+            order = tf.concat([order, filling], 0)
+            seeds = tf.tile(seed[None], [places, 1])
+            return tf.data.Dataset.from_tensor_slices((seeds, order))
+
+        def picture(seed: Any, index: Any) -> Any:
+            x = tf.cond(index < 0, lambda: tf.zeros(shape), lambda: read(seed, index))
+            return tf.ensure_shape(x, shape), index
+
+        labels = np.array([p.label for p in self.picture_set.pictures], np.int32)
+
+        def cut(x: Any, index: Any) -> Any:
+            there = tf.math.count_nonzero(index >= 0)
+            return x[:there], tf.gather(labels, index[:there])
+
+        options = tf.data.Options()
+        # Files cannot be divided between machines; what was read from them can.
+        options.experimental_distribute.auto_shard_policy = (
+            tf.data.experimental.AutoShardPolicy.DATA
+        )
+        return (
+            epochs.flat_map(indices)
+            .map(picture, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+            .batch(self.batch_size, drop_remainder=True)
+            .map(cut)
+            .prefetch(tf.data.AUTOTUNE)
+            .with_options(options)
+        )
+
+    def _reader(self, augmentation: Augmentation | None) -> Any:
+        """A function from an epoch's seed and a picture's number to an input of the model."""
+        import tensorflow as tf
+
+        preprocessing = self.preprocessing
+        pictures, channels = self.picture_set.pictures, preprocessing.in_channels
+        enough = None if augmentation is None else augmentation.enough(preprocessing.input_size)
+
+        def load(index: Any) -> np.ndarray:
+            return read_picture(pictures[index].path, channels, at_least=enough)
+
+        prepare = preprocessing.function(resize=augmentation is None)
+        augment = None
+        if augmentation is not None:
+            augment = augmentation.function(
+                preprocessing.input_size,
+                interpolation=preprocessing.interpolation,
+                crop_pct=preprocessing.crop_pct,
+            )
+
+        def read(seed: Any, index: Any) -> Any:
+            # Reading has no side effects; said so, it stays parallel where TensorFlow is
+            # told to be deterministic.
+            x = tf.numpy_function(load, [index], tf.uint8, stateful=False)
+            x = tf.ensure_shape(x, (None, None, channels))
+            if augment is not None:
+                x = augment(x, _folded(tf, seed, index))
+            return tf.cast(prepare(x), tf.float32)
+
+        return read
+
+
+def _folded(tf: Any, seed: Any, number: Any) -> Any:
+    """A seed for one of many things; TensorFlow's own choice of method differs by device."""
+    return tf.random.fold_in(seed, number, alg="philox")

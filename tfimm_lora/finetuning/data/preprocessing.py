@@ -1,0 +1,81 @@
+"""``Preprocessing``: how pictures become the input of a model, as a value for files."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How a picture in [0, 255] becomes an input: (picture / 255 - mean) / std.
+
+    The names of the fields are those of tfimm's configs.
+
+    Args:
+        input_size: Height and width of the input in pixels.
+        mean, std: One number a channel, for pictures in [0, 1], in the order of the model's
+            channels.
+        in_channels: Number of channels. Default 3.
+        interpolation: How pictures are resized: "bilinear", "bicubic", ... Default "bicubic".
+        crop_pct: The share of the resized picture's side that the middle crop keeps, in
+            evaluation. Default 0.875.
+        channel_order: "rgb" (default), or "bgr" for models that were trained so.
+
+    Example:
+        >>> from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+        >>> import numpy as np
+        >>> pre = Preprocessing((2, 2), mean=(0.5,) * 3, std=(0.5,) * 3)
+        >>> float(pre.function()(np.full((2, 2, 3), 255)).numpy().max())
+        1.0
+    """
+
+    input_size: tuple[int, int]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    in_channels: int = 3
+    interpolation: str = "bicubic"
+    crop_pct: float = 0.875
+    channel_order: str = "rgb"
+
+    def __post_init__(self) -> None:
+        for name in ("input_size", "mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if len(self.input_size) != 2 or any(int(side) < 1 for side in self.input_size):
+            raise ValueError(
+                f"Received input_size={self.input_size}; expected (height, width) in pixels, "
+                "for example (224, 224)."
+            )
+        if self.channel_order not in ("rgb", "bgr"):
+            raise ValueError(
+                f'Received channel_order={self.channel_order!r}; expected "rgb" or "bgr".'
+            )
+        if not 0 < self.crop_pct <= 1:
+            raise ValueError(f"Received crop_pct={self.crop_pct}; expected a share in (0, 1].")
+
+    @classmethod
+    def of(cls, cfg: Any) -> Preprocessing:
+        """That of a tfimm model's config."""
+        given = {f.name: getattr(cfg, f.name, None) for f in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in given.items() if value})
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """The reverse of ``to_dict``."""
+        return cls(**values)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for YAML and JSON."""
+        values = dataclasses.asdict(self)
+        return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def function(self, *, resize: bool = False) -> Callable[[Any], Any]:
+        """What ``lora.create_preprocessing`` gives: a function of pictures (RGB)."""
+        prepare = create_preprocessing(self, resize=resize)
+        if self.channel_order == "rgb":
+            return prepare
+        return lambda pictures: prepare(pictures[..., ::-1])

@@ -1,0 +1,84 @@
+"""HTML from Python: elements whose text is escaped, whoever wrote it."""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import struct
+from typing import Any
+
+from tfimm_lora.finetuning.data.pictures import read_picture
+from tfimm_lora.finetuning.report.formatting import readable
+from tfimm_lora.optional import require
+
+_VOID = frozenset(("img", "meta", "source"))
+
+
+class Html(str):
+    """Text that is markup already."""
+
+
+def tag(name: str, /, *children: str | None, **attributes: Any) -> Html:
+    """An element.
+
+    Args:
+        name: Its name.
+        children: What is in it: ``Html`` as it is, other text escaped, None left out.
+        attributes: Their names with "_" for "-", and one at the end of "class_". Values of
+            None are left out.
+
+    Example:
+        >>> tag("p", "a < b, ", tag("b", "bold"), class_="note")
+        '<p class="note">a &lt; b, <b>bold</b></p>'
+    """
+    named = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
+    told = "".join(f' {key}="{escaped(str(v))}"' for key, v in named if v is not None)
+    if name in _VOID:
+        return Html(f"<{name}{told}>")
+    return Html(f"<{name}{told}>{joined(*children)}</{name}>")
+
+
+def joined(*children: str | None) -> Html:
+    """Several children as one."""
+    return Html("".join(x if isinstance(x, Html) else escaped(x) for x in children if x))
+
+
+def escaped(text: str) -> str:
+    """A text as HTML shows it, its lines kept."""
+    return html.escape("\n".join(readable(line) for line in text.split("\n")))
+
+
+def data_uri(content: bytes, kind: str = "image/png") -> str:
+    """A file as an address that holds it."""
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def drawing(light: bytes, dark: bytes, alt: str, dots_per_inch: int = 150) -> Html:
+    """A drawing in PNG, in two versions: the page's colours say which is seen."""
+    width, height = struct.unpack(">II", light[16:24])
+    size = {"width": round(width * 96 / dots_per_inch)}
+    size["height"] = round(height * 96 / dots_per_inch)
+    is_dark = "(prefers-color-scheme: dark)"
+    return tag(
+        "picture",
+        tag("source", srcset=data_uri(dark), media=is_dark),
+        tag("img", src=data_uri(light), alt=alt, **size),
+    )
+
+
+def thumbnail(path: str, side: int = 224) -> Html:
+    """A small version of a picture file, without its metadata.
+
+    Raises:
+        UnreadablePicture: if the file is no picture (any more).
+    """
+    image_module = require("PIL.Image", extra="cli", why="The pictures of a report")
+    image = image_module.fromarray(read_picture(path, at_least=side))
+    image.thumbnail((side, side))
+    written = io.BytesIO()
+    if max(image.size) < 64:  # the single pixels are seen, so keep them as they are
+        image.save(written, "PNG")
+        return tag("img", src=data_uri(written.getvalue()), alt="", class_="tiny")
+    image.save(written, "JPEG", quality=82)
+    return tag("img", src=data_uri(written.getvalue(), "image/jpeg"), alt="")

@@ -1,0 +1,128 @@
+"""``report.html``: a run on one page, in one file that needs nothing else."""
+
+from __future__ import annotations
+
+import os
+from importlib import resources
+from pathlib import Path
+
+from tfimm_lora.finetuning.checkpoint import write_whole
+from tfimm_lora.finetuning.evaluation import evaluate_pictures
+from tfimm_lora.finetuning.report import sections
+from tfimm_lora.finetuning.report.html import Html, tag
+from tfimm_lora.finetuning.report.plots import (
+    draw_confusion,
+    draw_curves,
+    draw_mistakes,
+    mistaken_files,
+)
+from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.scores import Evaluation
+
+REPORT, CURVES, CONFUSION = "report.html", "curves.png", "confusion.png"
+MISTAKES = "mistakes.png"
+
+#: Nothing may be loaded and nothing may run, whatever is written in labels and names.
+_POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+#: The most mistakes that are shown.
+_SHOWN = 24
+
+
+def evaluate_run(run: Run) -> Evaluation:
+    """Evaluate a run on its validation pictures, and put all that is seen of it in its folder.
+
+    That are ``curves.png``, ``confusion.png``, ``mistakes.png`` and ``report.html``.
+
+    Args:
+        run: A run whose training is done.
+
+    Returns:
+        The evaluation.
+
+    Raises:
+        FileNotFoundError, ValueError: as ``Run.model`` and ``Run.split``.
+    """
+    batch_size = run.recipe["batch_size"]
+    evaluation = evaluate_pictures(
+        run.model(), run.split.val, run.preprocessing, batch_size=batch_size
+    )
+    draw_curves(run.history, run.path / CURVES, run.facts.get("best_epoch"))
+    draw_confusion(evaluation, run.path / CONFUSION)
+    draw_mistakes(evaluation, run.path / MISTAKES, _SHOWN)
+    write_report(run, evaluation)
+    return evaluation
+
+
+def write_report(run: Run, evaluation: Evaluation) -> Path:
+    """Write ``report.html`` into the folder of a run.
+
+    One file without scripts, that loads nothing: pictures are in it, small and without their
+    metadata. It is light or dark as the reader's system is, and it can be printed.
+
+    Args:
+        run: A run whose training is done.
+        evaluation: Of its model, on the pictures to validate on.
+
+    Returns:
+        The path of the file.
+
+    Raises:
+        ValueError: if the pictures of the evaluation were no files.
+        ImportError: without matplotlib or Pillow.
+    """
+    mistakes = mistaken_files(evaluation, _SHOWN)
+    parts = {
+        "Result": sections.result(evaluation),
+        "Training": sections.training(run),
+        "Confusions": sections.confusions(evaluation),
+        "Classes": sections.classes(evaluation),
+        "Mistakes": sections.mistakes(run, evaluation, mistakes),
+        "Skipped pictures": sections.skipped(run),
+        "Next steps": sections.next_steps(run),
+    }
+    there = {name: content for name, content in parts.items() if content}
+    links = [tag("a", name, href=f"#{_anchor(name)}") for name in there]
+    title = f"{_short(run.recipe['model'])} on {_short(run.recipe['data'])}"
+    style = resources.files("tfimm_lora.finetuning.report").joinpath("report.css")
+    page = tag(
+        "html",
+        tag(
+            "head",
+            tag("meta", charset="utf-8"),
+            tag("meta", http_equiv="Content-Security-Policy", content=_POLICY),
+            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            tag("title", title),
+            tag("style", Html(style.read_text(encoding="utf-8"))),
+        ),
+        tag(
+            "body",
+            tag("header", tag("h1", title), _subtitle(run), tag("nav", *links)),
+            tag("main", *(_section(name, content) for name, content in there.items())),
+            tag(
+                "footer", "Written by tfimm_lora. This file needs no network and no other file."
+            ),
+        ),
+        lang="en",
+    )
+    path = run.path / REPORT
+    write_whole(path, f"<!DOCTYPE html>\n{page}\n")
+    return path
+
+
+def _subtitle(run: Run) -> Html:
+    epochs = sections.count(len(run.history), "epoch")
+    return tag("p", f"A fine-tuning with LoRA: {len(run.labels)} classes, {epochs}")
+
+
+def _section(name: str, content: Html) -> Html:
+    return tag("section", tag("h2", name), content, id=_anchor(name))
+
+
+def _anchor(name: str) -> str:
+    return name.lower().replace(" ", "-")
+
+
+def _short(path: str) -> str:
+    """The last part of a path; names of models stay as they are."""
+    return os.path.basename(os.path.normpath(path)) if os.path.isabs(path) else path

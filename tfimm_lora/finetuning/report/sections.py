@@ -1,0 +1,269 @@
+"""The sections of ``report.html``, each a function of a run or of its evaluation."""
+
+from __future__ import annotations
+
+import io
+import os
+import shlex
+from collections.abc import Callable
+from typing import Any
+
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.finetuning.data.pictures import UnreadablePicture
+from tfimm_lora.finetuning.report.formatting import duration, percent
+from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag, thumbnail
+from tfimm_lora.finetuning.report.plots import (
+    draw_confusion,
+    draw_curves,
+    measured,
+    mistakes_title,
+)
+from tfimm_lora.finetuning.run import CONFIG, Run
+from tfimm_lora.finetuning.scores import Evaluation, Prediction
+from tfimm_lora.optional import require
+
+#: How much of long lists is shown.
+_SHOWN_PAIRS, _SHOWN_SKIPPED = 10, 200
+
+
+def count(number: int, word: str) -> str:
+    """A number with its word."""
+    return f"{number:,} {word}{'' if number == 1 else 's'}"
+
+
+# -- numbers --------------------------------------------------------------------------------
+
+
+def result(evaluation: Evaluation) -> Html:
+    """The headline numbers."""
+    low, high = evaluation.accuracy_interval()
+    pictures = len(evaluation.predictions)
+    right = pictures - len(evaluation.worst())
+    guess = max(scores.count for scores in evaluation.classes) / pictures
+    intro = tag(
+        "p",
+        f"Of {count(pictures, 'picture')} that it was not trained on, the model recognises "
+        f"{right:,}. Always naming the commonest class would be right for {percent(guess)}.",
+    )
+    numbers = [
+        _number(
+            "Accuracy",
+            percent(evaluation.accuracy),
+            f"95 % interval: {percent(low)} to {percent(high)}",
+            class_="main",
+        ),
+        _number("Balanced accuracy", percent(evaluation.balanced_accuracy), "mean of classes"),
+        _number("Loss", f"{evaluation.loss:.3f}", "cross-entropy"),
+        _number(
+            "Calibration error",
+            percent(evaluation.calibration_error),
+            "how far its probabilities are off",
+        ),
+    ]
+    if evaluation.top5 is not None:
+        told = "right class among the five likeliest"
+        numbers.insert(1, _number("Top 5", percent(evaluation.top5), told))
+    return joined(intro, tag("dl", *numbers, class_="numbers"))
+
+
+def _number(name: str, value: str, told: str, **attributes: str) -> Html:
+    inside = tag("dd", tag("b", value), tag("small", told))
+    return tag("div", tag("dt", name), inside, **attributes)
+
+
+def training(run: Run) -> Html:
+    """The curves, and what was trained."""
+    facts, best = run.facts, run.facts.get("best_epoch")
+    history = run.history
+    curves = [
+        drawing(*_both(_curve(history, name, best)), alt=f"{name} of each epoch")
+        for name in measured(history)
+    ]
+    early = ", when it did not get better any more" if facts.get("stopped_early") else ""
+    told = f"{count(len(history), 'epoch')}{early}; the weights are those of epoch {best}."
+    rows = [
+        tag("tr", tag("th", name, scope="row"), tag("td", told)) for name, told in _told(run)
+    ]
+    return joined(
+        tag("p", told),
+        tag("div", *curves, class_="sides"),
+        tag("h3", "What was trained"),
+        tag("table", tag("tbody", *rows), class_="facts"),
+    )
+
+
+def _curve(history: list[dict[str, float]], name: str, best: int | None) -> Any:
+    """A function that draws one metric: side by side or, on a phone, one below the other."""
+    names = (name, f"val_{name}")
+    rows = [{key: row[key] for key in names if key in row} for row in history]
+    return lambda file, dark: draw_curves(rows, file, best, dark=dark)
+
+
+def _told(run: Run) -> list[tuple[str, str]]:
+    """What the model is, what was trained of it, and on what."""
+    recipe, facts, adapter = run.recipe, run.facts, Adapter.load(str(run.adapter))
+    size = run.preprocessing.input_size
+    ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
+    targets = recipe["lora"].get("lora_targets") or "those of the architecture"
+    named = targets if isinstance(targets, str) else ", ".join(targets)
+    weights = "pretrained" if recipe["pretrained"] else recipe["weights"]
+    train, val = sum(facts["trained_on"].values()), sum(facts["validated_on"].values())
+    share = percent(facts["trainable"] / facts["parameters"], 2)
+    whole = f"; {', '.join(adapter.modules)} trained whole" if adapter.modules else ""
+    versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
+    return [
+        ("Model", f"{recipe['model']} ({weights or 'its own weights'})"),
+        ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{whole}"),
+        ("Targets", named),
+        ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
+        ("Adapter", f"{adapter.size / 1e6:.2f} MB"),
+        ("Pictures", f"{train:,} to train on, {val:,} to validate on, from {recipe['data']}"),
+        ("Input", f"{size[0]} x {size[1]} pixels, {run.preprocessing.in_channels} channels"),
+        ("Augmentation", recipe["augmentation"]),
+        (
+            "Steps",
+            f"batches of {recipe['batch_size']}, highest learning rate "
+            f"{recipe['learning_rate']:g}, seed {recipe['seed']}",
+        ),
+        ("Arithmetic", recipe["mixed_precision"] or "float32"),
+        ("Training time", duration(facts["seconds"])),
+        ("Software", ", ".join(versions)),
+    ]
+
+
+def _both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
+    """A drawing on a light and on a dark ground."""
+    files = io.BytesIO(), io.BytesIO()
+    for file, dark in zip(files, (False, True)):
+        draw(file, dark)
+    return files[0].getvalue(), files[1].getvalue()
+
+
+# -- classes and pictures -------------------------------------------------------------------
+
+
+def confusions(evaluation: Evaluation) -> Html:
+    """The confusion matrix and its most frequent mistakes."""
+    matrix = _both(lambda file, dark: draw_confusion(evaluation, file, dark=dark))
+    pairs = evaluation.confused()
+    rows = [
+        [tag("span", true, class_="true"), tag("span", predicted, class_="predicted"), str(n)]
+        for true, predicted, n in pairs[:_SHOWN_PAIRS]
+    ]
+    listed = _table(("True class", "Taken for", "Pictures"), rows, numbers=(2,))
+    told = f"The most frequent of {count(len(pairs), 'confusion')}"
+    return tag(
+        "div",
+        tag("div", drawing(*matrix, alt="Confusion matrix")),
+        tag("div", tag("p", told, class_="quiet"), listed, class_="rest")
+        if pairs
+        else tag("p", "No class was taken for another."),
+        class_="sides",
+    )
+
+
+def classes(evaluation: Evaluation) -> Html:
+    """The scores of each class."""
+    weakest = sorted(evaluation.classes, key=lambda x: (not x.count, x.f1))
+    rows = [
+        [
+            tag("span", x.label),
+            f"{x.count:,}",
+            *((percent(x.recall), percent(x.precision), f"{x.f1:.3f}") if x.count else "---"),
+            tag("span", tag("i", style=f"width: {100 * x.f1:.1f}%")),
+        ]
+        for x in weakest
+    ]
+    told = (
+        "The weakest class is the first. Recall: the share of its pictures that were known. "
+        "Precision: how often the model was right when it said so. F1: their harmonic mean."
+    )
+    names = ("Class", "Pictures", "Recall", "Precision", "F1", "")
+    table = _table(names, rows, numbers=(1, 2, 3, 4))
+    return joined(tag("p", told, class_="quiet"), tag("div", table, class_="long"))
+
+
+def mistakes(run: Run, evaluation: Evaluation, worst: list[Prediction]) -> Html:
+    """The worst mistakes as pictures."""
+    items = [tag("li", _mistake(run, x)) for x in worst]
+    told = mistakes_title(len(worst), evaluation)
+    key = "Blue: what it is. Orange: what it was taken for, and with which probability."
+    return joined(
+        tag("p", f"{told}."),
+        tag("p", key, class_="quiet") if items else None,
+        tag("ol", *items, class_="mistakes") if items else None,
+    )
+
+
+def _mistake(run: Run, mistake: Prediction) -> Html:
+    path = str(mistake.path)
+    try:
+        seen = thumbnail(path)
+    except UnreadablePicture:
+        seen = tag("span", "cannot be read now")
+    inside = os.path.relpath(path, run.recipe["data"])
+    return tag(
+        "figure",
+        tag("div", seen, class_="frame"),
+        tag(
+            "figcaption",
+            tag("span", mistake.true, class_="true"),
+            tag("span", f"→\N{NO-BREAK SPACE}{mistake.predicted}", class_="predicted"),
+            tag("span", percent(mistake.probability)),
+            tag("span", path if inside.startswith("..") else inside, class_="path"),
+        ),
+    )
+
+
+def skipped(run: Run) -> Html | None:
+    """The pictures that could not be read, if there are any."""
+    skipped = run.skipped
+    if not skipped:
+        return None
+    shown = [list(row) for row in skipped[:_SHOWN_SKIPPED]]
+    more = len(skipped) - len(shown)
+    told = f"{count(len(skipped), 'picture')} could not be used, neither to train nor here."
+    return joined(
+        tag("p", told),
+        tag("div", _table(("File", "Reason"), shown), class_="long"),
+        tag("p", f"And {more:,} more in skipped.csv.") if more else None,
+    )
+
+
+def _table(names: Any, rows: list[list[str]], numbers: tuple[int, ...] = ()) -> Html:
+    """A table; columns by their places: the first is a header, some are of numbers."""
+
+    def kind(place: int) -> str | None:
+        return "number" if place in numbers else None if names[place] else "bar"
+
+    def row(cells: list[str]) -> Html:
+        first, *rest = cells
+        others = (tag("td", cell, class_=kind(i)) for i, cell in enumerate(rest, start=1))
+        return tag("tr", tag("th", first, scope="row"), *others)
+
+    head = (tag("th", name, scope="col", class_=kind(i)) for i, name in enumerate(names))
+    body = tag("tbody", *map(row, rows))
+    return tag("table", tag("thead", tag("tr", *head)), body)
+
+
+# -- commands -------------------------------------------------------------------------------
+
+
+def next_steps(run: Run) -> Html:
+    """Commands to copy, and the settings."""
+    folder, program = shlex.quote(str(run.path)), "tfimm-lora"
+    again = shlex.quote(f"{os.path.normpath(run.path)}-again")
+    config = shlex.quote(str(run.path / CONFIG))
+    steps = {
+        "Evaluate on other pictures": f"{program} evaluate {folder} --data PICTURES",
+        "Predict": f"{program} predict {folder} PICTURE.jpg FOLDER",
+        "Export": f"{program} export {folder} --out model.onnx",
+        "Do it again": f"{program} finetune --config {config} --out {again}",
+    }
+    commands = [
+        joined(tag("h3", name), tag("pre", tag("code", command), class_="command"))
+        for name, command in steps.items()
+    ]
+    yaml = require("yaml", extra="cli", why="The settings in a report")
+    settings = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True).strip()
+    return joined(*commands, tag("h3", f"All settings, from {CONFIG}"), tag("pre", settings))

@@ -1,0 +1,1 @@
+"""LoRA in a whole model: inject, convert, merge, choose targets, copy weights."""

@@ -1,0 +1,83 @@
+"""Finding the classifier of a model: the layer that a new task replaces."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.layer_paths import without_counts
+from tfimm_lora.layers.conversion import supported
+
+#: What a trained head is called, where neither a config nor a graph tells.
+_NAMES = ("head", "fc", "classifier", "predictions", "logits", "output_dense")
+
+
+def classifier_names(cfg: Any) -> tuple[str, ...]:
+    """The names of the classifier layers in a tfimm config; none without classes."""
+    names = getattr(cfg, "classifier", None) or ()
+    if getattr(cfg, "nb_classes", None) == 0:
+        return ()
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def canonical_path(path: str) -> str:
+    """A layer's path as tfimm's configs write it: without the levels called "remove"."""
+    return "/".join(p for p in without_counts(path).split("/") if p != "remove")
+
+
+def classifier_paths(model: Any) -> list[str]:
+    """The paths of the classifier layers of a model, none where it has none.
+
+    A tfimm model names them in its config, or has none. In a functional model it is the
+    dense layer that gives an output, looking through layers without variables (an
+    activation). In any other it is the last layer with variables, if that is dense or
+    called like a head.
+    """
+    seam = backend_of(model)
+    layers = list(seam.walk(model))
+    cfg = getattr(model, "cfg", None)
+    if hasattr(cfg, "classifier") or _is_of_tfimm(cfg):
+        names = classifier_names(model.cfg)
+        return [p for p, _ in layers if p and canonical_path(p) in names]
+    heads = _output_layers(seam, model)
+    return [path for path, layer in layers if any(layer is head for head in heads)]
+
+
+def _is_of_tfimm(cfg: Any) -> bool:
+    return any(cls.__module__.partition(".")[0] == "tfimm" for cls in type(cfg).__mro__)
+
+
+def _output_layers(seam: Any, model: Any) -> list[Any]:
+    """The dense layers that give the model's outputs."""
+    if seam.is_functional(model):
+        return [x for x in (_head_of(seam, t) for t in model.outputs) if x is not None]
+    owners = [x for _, x in seam.walk(model) if seam.own_variables(x)]
+    last = owners[-1] if owners else None
+    if last is None or last is model:
+        return []
+    return [last] if _is_dense(seam, last) or _called_head(last) else []
+
+
+def _head_of(seam: Any, tensor: Any) -> Any:
+    """The dense layer that a symbolic tensor comes from, or None."""
+    layer, inputs = seam.made_by(tensor)
+    while not _has_variables(seam, layer):
+        if len(inputs) != 1:
+            return None
+        layer, inputs = seam.made_by(inputs[0])
+    if seam.is_model(layer):
+        inner = _output_layers(seam, layer)
+        return inner[0] if len(inner) == 1 else None
+    return layer if _is_dense(seam, layer) else None
+
+
+def _has_variables(seam: Any, layer: Any) -> bool:
+    return any(seam.own_variables(inside) for _, inside in seam.walk(layer))
+
+
+def _is_dense(seam: Any, layer: Any) -> bool:
+    return isinstance(layer, seam.keras.layers.Dense)
+
+
+def _called_head(layer: Any) -> bool:
+    return supported(layer) and layer.name.rpartition("/")[2] in _NAMES

@@ -1,0 +1,299 @@
+"""Which layers of a model get LoRA, with which settings, and why the others do not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.config import LoRAConfig, Presets, Targets, check_keywords, lora_field_names
+from tfimm_lora.layer_paths import (
+    check_expression,
+    index_of,
+    matches,
+    nearest,
+    no_match_error,
+    resolve,
+    unmatched,
+    value_for,
+)
+from tfimm_lora.layers import qkv
+from tfimm_lora.layers.base import LoRASpec, make_spec
+from tfimm_lora.layers.conversion import lora_class, supported
+from tfimm_lora.layers.frozen import FrozenLayer
+from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.merge import has_lora
+from tfimm_lora.model.registry import default_targets, presets
+from tfimm_lora.model.trainable_weights import inside_paths, layers_under
+
+
+@dataclass
+class Selection:
+    """What is adapted in a model, and what is trained whole.
+
+    Attributes:
+        layers: Path -> layer, of those to adapt.
+        specs: Path -> settings, of the same.
+        reasons: Path -> why not, of every other layer.
+        trained: The ids of the layers that are trained whole.
+        errors: What is wrong with what was asked for; the first is the one to raise.
+    """
+
+    layers: dict[str, Any] = field(default_factory=dict)
+    specs: dict[str, LoRASpec] = field(default_factory=dict)
+    reasons: dict[str, str] = field(default_factory=dict)
+    trained: set[int] = field(default_factory=set)
+    errors: list[ValueError] = field(default_factory=list)
+
+    def drop(self, paths: Iterable[str], reason: str) -> None:
+        """Leave layers out."""
+        for path in list(paths):
+            del self.layers[path]
+            self.specs.pop(path, None)
+            self.reasons[path] = reason
+
+
+_NOT_BUILT = (
+    "layer '{}' is not built, the model has never used it; call the model on an input that "
+    "does, or leave the layer out of lora_targets"
+)
+
+
+def check_ready(model: Any) -> None:
+    """Raise unless a model is built and without LoRA."""
+    require_built(model)
+    if has_lora(model):
+        raise ValueError(
+            f"Received model '{model.name}', which has LoRA layers already. Take them out "
+            "with remove_lora (merge=True keeps what they learned), then put new ones in."
+        )
+    if any(isinstance(x, FrozenLayer) for _, x in backend_of(model).walk(model)):
+        raise ValueError(
+            f"Received model '{model.name}', which is part of a model that LoRA was put "
+            "into: its layers are frozen. Put LoRA into the whole model, with lora_targets."
+        )
+
+
+def require_built(model: Any) -> None:
+    """Raise unless a model is built."""
+    seam = backend_of(model)
+    if not model.built or not any(seam.own_variables(x) for _, x in seam.walk(model)):
+        raise ValueError(
+            f"Received model '{model.name}', which is not built: its layers have no "
+            "variables yet. Call it on an input (or model.build(input_shape)) first."
+        )
+
+
+def config_for(model: Any, arguments: dict[str, Any], what: str) -> LoRAConfig:
+    """The config from lora_* arguments, with the targets of the model's architecture.
+
+    Raises:
+        TypeError, ValueError: for an unknown argument or one out of its range.
+    """
+    check_keywords(arguments, lora_field_names(), what)
+    config = LoRAConfig(**arguments)
+    if config.lora_targets is None:
+        config.lora_targets = default_targets(type(model))
+    return config
+
+
+def select(model: Any, config: LoRAConfig) -> Selection:
+    """What a config means in a model. Nothing is changed.
+
+    Raises:
+        ValueError: for an expression that is none. What else is wrong is in ``errors``.
+    """
+    seam = backend_of(model)
+    walked = list(seam.walk(model))
+    classifier = classifier_paths(model)
+    table = presets(type(model))
+    chosen = Selection(layers={path: x for path, x in walked if supported(x)})
+    candidates = dict(chosen.layers)
+
+    def meant(name: str) -> set[str]:
+        found, error = _meant(name, getattr(config, name), candidates, classifier, table)
+        chosen.errors += [error] if error else []
+        return found
+
+    targeted = meant("lora_targets")
+    excluded = meant("lora_exclude") if config.lora_exclude is not None else set()
+    _find_trained(chosen, model, config, walked, classifier)
+    for path, layer in walked:
+        if id(layer) in chosen.trained:
+            chosen.reasons[path] = "trained whole"
+        elif not supported(layer):
+            chosen.reasons[path] = f"no LoRA for {type(layer).__name__}"
+    whole = [path for path, x in candidates.items() if id(x) in chosen.trained]
+    chosen.drop(whole, "trained whole")
+    others = [path for path in chosen.layers if path not in targeted]
+    if resolve(config.lora_targets, table)[0] is None:
+        chosen.drop([path for path in others if path in classifier], "classifier")
+    else:
+        chosen.drop(others, "not among lora_targets")
+    chosen.drop([p for p in chosen.layers if p in excluded], "in lora_exclude")
+    _keep_numbered(chosen, config)
+    if not chosen.layers:
+        chosen.errors.append(_nothing_left(model, config))
+    _check_patterns(chosen, config)
+    _add_specs(chosen, seam, config)
+    _check_support(chosen)
+    return chosen
+
+
+def _meant(
+    name: str,
+    targets: Targets,
+    candidates: dict[str, Any],
+    classifier: list[str],
+    table: Presets,
+) -> tuple[set[str], ValueError | None]:
+    """The paths that targets mean, and an error if a name means none of them."""
+    meant, is_preset = resolve(targets, table)
+    check_expression(meant, name)
+    if meant is None:
+        found = {path for path in candidates if path not in classifier}
+    else:
+        found = {path for path in candidates if matches(path, meant)}
+    missing = [] if is_preset else unmatched(meant, list(candidates))
+    if missing or not found:
+        return found, no_match_error(missing or targets, candidates, table, name)
+    return found, None
+
+
+def _find_trained(
+    chosen: Selection,
+    model: Any,
+    config: LoRAConfig,
+    walked: list[tuple[str, Any]],
+    classifier: list[str],
+) -> None:
+    if config.lora_train_classifier:
+        chosen.trained |= inside_paths(walked, classifier)
+        if not classifier:
+            chosen.errors.append(
+                ValueError(
+                    f"Received lora_train_classifier=True for model '{model.name}', in which "
+                    "no classifier was found: no dense layer gives its output. Leave it out, "
+                    "and name what you want to train whole in lora_train_modules."
+                )
+            )
+    try:
+        chosen.trained |= layers_under(walked, config.lora_train_modules)
+    except ValueError as error:
+        chosen.errors.append(error)
+
+
+def _keep_numbered(chosen: Selection, config: LoRAConfig) -> None:
+    """Leave out what is not in the blocks of ``lora_layers``."""
+    wanted: Any = config.lora_layers
+    if wanted is None or not chosen.layers:
+        return
+    patterns: Any = config.lora_layers_pattern
+    numbers = {path: index_of(path, patterns) for path in chosen.layers}
+    known = sorted({number for number in numbers.values() if number is not None})
+    missing = [number for number in wanted if number not in known]
+    if missing:
+        which = (
+            f"their numbers are {', '.join(map(str, known))}"
+            if known
+            else f"none of their paths has such a number: {', '.join(list(numbers)[:10])}"
+        )
+        chosen.errors.append(
+            ValueError(
+                f"Received lora_layers={list(wanted)} and lora_layers_pattern={patterns}; no "
+                f"layer to adapt is in the block {', '.join(map(str, missing))}: {which}. In "
+                "lora_layers_pattern pass the name of the level before the number ('block' "
+                "for 'block3/fc' or 'block/3/fc'), or choose by lora_targets."
+            )
+        )
+    for path, number in numbers.items():
+        if number not in wanted:
+            where = "in no numbered block" if number is None else f"in block {number}"
+            chosen.drop([path], f"{where}, not in lora_layers")
+
+
+def _nothing_left(model: Any, config: LoRAConfig) -> ValueError:
+    names = ("lora_targets", "lora_exclude", "lora_layers", "lora_train_modules")
+    given = {name: getattr(config, name) for name in names}
+    listed = ", ".join(f"{n}={v!r}" for n, v in given.items() if v not in (None, (), []))
+    return ValueError(
+        f"Received {listed or 'lora_targets=None'} for model '{model.name}', which leave no "
+        "layer to adapt: layers that are excluded or trained whole get no LoRA. "
+        "explain_targets(model, ...) tells for every layer why."
+    )
+
+
+def _check_patterns(chosen: Selection, config: LoRAConfig) -> None:
+    for name in ("lora_rank_pattern", "lora_alpha_pattern"):
+        for key in getattr(config, name):
+            if not any(value_for(path, {key: True}, False) for path in chosen.layers):
+                near = ", ".join(nearest([key], list(chosen.layers), 10))
+                chosen.errors.append(
+                    ValueError(
+                        f"Received {name} with the key {key!r}, which matches none of the "
+                        f"layers to adapt: {near}."
+                    )
+                )
+
+
+def _add_specs(chosen: Selection, seam: Any, config: LoRAConfig) -> None:
+    """The settings of each layer to adapt; those without a part in ``lora_qkv`` are left
+    out."""
+
+    def spec_of(path: str, **more: Any) -> LoRASpec:
+        arguments = config.layer_arguments()
+        arguments["lora_train_bias"] = config.lora_train_bias != "none"
+        rank = value_for(path, config.lora_rank_pattern, config.lora_rank)
+        alpha = value_for(path, config.lora_alpha_pattern, config.lora_alpha)
+        return make_spec(seam, {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more})
+
+    wanted = config.lora_qkv
+    layouts = {path: qkv.layout_of(path) for path in chosen.layers}
+    if wanted is not None and layouts and not any(layouts.values()):
+        chosen.errors.append(
+            ValueError(
+                f"Received lora_qkv={wanted!r}, but none of the layers to adapt is called "
+                f"like a projection of attention ({', '.join(qkv.LAYOUTS)}). Leave it out, "
+                f"or target such layers. To be adapted: {', '.join(list(layouts)[:10])}."
+            )
+        )
+    for path, layout in layouts.items():
+        if wanted is None or layout is None:
+            chosen.specs[path] = spec_of(path)
+            continue
+        part = "".join(letter for letter in layout if letter in wanted)
+        if not part:
+            chosen.drop([path], f"no part of lora_qkv={wanted!r}")
+        elif len(layout) == 1:
+            chosen.specs[path] = spec_of(path)
+        else:
+            chosen.specs[path] = spec_of(path, lora_qkv=part, lora_qkv_layout=layout)
+    if layouts and not chosen.layers:
+        chosen.errors.append(
+            ValueError(
+                f"Received lora_qkv={wanted!r}, of which the layers to adapt have no part: "
+                f"{', '.join(layouts)}."
+            )
+        )
+
+
+def _check_support(chosen: Selection) -> None:
+    """One error for all layers that cannot be adapted."""
+    problems = {}
+    for path, spec in chosen.specs.items():
+        layer: Any = chosen.layers[path]
+        if not layer.built:
+            problems[path] = "not built"
+            continue
+        try:
+            lora_class(type(layer)).check_support(layer, spec)  # type: ignore[attr-defined]
+        except ValueError as error:
+            problems[path] = str(error)
+    if problems:
+        told = (
+            _NOT_BUILT.format(path) if x == "not built" else x for path, x in problems.items()
+        )
+        chosen.errors.append(ValueError("; ".join(told)))
+    for path, problem in problems.items():
+        chosen.drop([path], problem)

@@ -1,0 +1,1 @@
+"""PEFT's LoraConfig: its fields, and the LoRAConfig that means the same."""

@@ -1,0 +1,152 @@
+"""The fields of PEFT's LoraConfig: what they may hold, and which of them are understood."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from tfimm_lora.validation import TRAIN_BIAS
+
+#: peft_type of files that only this package reads; PEFT refuses it by name.
+OWN_TYPE = "TFIMM_LORA"
+
+#: PEFT's name for what is called "all" here. In PEFT it means linear layers alone, in most
+#: image models with the classifier, and without a single convolution.
+ALL_LINEAR = "all-linear"
+
+#: As layers_pattern: the level before the number of a block, where no pattern says which.
+ANY_LEVEL = "[^.]+"
+
+#: Fields of PEFT that change what an adapter computes in ways that are not supported, each
+#: with the values that mean "not used".
+_UNSUPPORTED: dict[str, tuple[Any, ...]] = {
+    "fan_in_fan_out": (False, None),
+    "use_qalora": (False, None),
+    "use_bdlora": (False, None),
+    "layer_replication": (None, [], {}),
+    "target_parameters": (None, [], {}),
+    "trainable_token_indices": (None, [], {}),
+    "alora_invocation_tokens": (None, []),
+    "arrow_config": (None, {}),
+    "velora_config": (None, {}),
+    "monteclora_config": (None, {}),
+    "kasa_config": (None, {}),
+    "megatron_config": (None, {}),
+}
+
+#: Fields that are understood, or that say nothing about what the adapter computes: how it was
+#: made, or what another field switches on.
+_KNOWN = frozenset(
+    (
+        *("peft_type", "peft_version", "auto_mapping", "task_type", "inference_mode"),
+        *("base_model_name_or_path", "revision", "runtime_config"),
+        *("r", "lora_alpha", "lora_dropout", "bias", "use_rslora", "modules_to_save"),
+        *("use_dora", "lora_bias"),
+        *("rank_pattern", "alpha_pattern", "init_lora_weights", "ensure_weight_tying"),
+        *("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
+        *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
+        *("megatron_core", "qalora_group_size"),
+    )
+)
+
+#: What is the same in every config that is written.
+PLAIN_FIELDS: dict[str, Any] = {
+    "fan_in_fan_out": False,
+    "init_lora_weights": True,
+    "task_type": None,
+}
+
+
+class PeftFields:
+    """The fields of a LoraConfig, checked.
+
+    Args:
+        fields: What adapter_config.json holds.
+
+    Raises:
+        ValueError: for a field of a wrong type or out of its range. Messages go on from the
+            name of what holds the fields: "has r=0, expected ...".
+    """
+
+    def __init__(self, fields: Any) -> None:
+        if not isinstance(fields, dict):
+            raise ValueError(f"holds a {type(fields).__name__}, expected an object")
+        self._fields = fields
+        if fields.get("peft_type") not in ("LORA", OWN_TYPE):
+            raise ValueError(f"has peft_type={fields.get('peft_type')!r}, expected 'LORA'")
+        self.rank: int = self._get("r", int, 8)
+        self.alpha: float = self._number("lora_alpha", 8)
+        self.use_rslora: bool = self._get("use_rslora", bool, False)
+        self.use_dora: bool = self._get("use_dora", bool, False)
+        self.lora_bias: bool = self._get("lora_bias", bool, False)
+        self.dropout: float = self._number("lora_dropout", 0.0)
+        self.bias: str = self._get("bias", str, "none")
+        self.base_model: str = self._get("base_model_name_or_path", str, "")
+        self.modules: tuple[str, ...] = tuple(self._get("modules_to_save", list, []))
+        self.rank_pattern: dict[str, int] = self._get("rank_pattern", dict, {})
+        self.alpha_pattern: dict[str, float] = self._get("alpha_pattern", dict, {})
+        self._check()
+
+    def _check(self) -> None:
+        if self.bias not in TRAIN_BIAS:
+            raise ValueError(f"has bias={self.bias!r}, expected none, lora_only or all")
+        if not all(isinstance(name, str) for name in self.modules):
+            raise ValueError(f"has modules_to_save={list(self.modules)!r}, expected names")
+        for name in ("rank_pattern", "alpha_pattern"):
+            for key, value in getattr(self, name).items():
+                number = isinstance(value, (int, float)) and not isinstance(value, bool)
+                if not number or not math.isfinite(_float(name, value)):
+                    raise ValueError(f"has {name}[{key!r}]={value!r}, expected a number")
+        if self.rank < 1 or not 0 <= self.dropout < 1 or not math.isfinite(self.alpha):
+            raise ValueError(
+                f"has r={self.rank!r}, lora_alpha={self.alpha!r}, lora_dropout="
+                f"{self.dropout!r}, expected a positive rank, a finite alpha and a rate "
+                "in [0, 1)"
+            )
+
+    def _get(self, name: str, kind: type, default: Any) -> Any:
+        value = self._fields.get(name)
+        if value is None:
+            return default
+        if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+            raise ValueError(f"has {name}={value!r}, expected a value of {kind.__name__}")
+        return value
+
+    def _number(self, name: str, default: float) -> float:
+        value = self._fields.get(name)
+        if value is None:
+            return default
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise ValueError(f"has {name}={value!r}, expected a number")
+        return _float(name, value)
+
+
+def _float(name: str, value: float) -> float:
+    try:
+        return float(value)
+    except OverflowError as error:
+        raise ValueError(f"has a number in {name} that is too large") from error
+
+
+def unsupported(fields: dict[str, Any]) -> list[str]:
+    """The fields whose values have no counterpart, each with its value."""
+    problems = [
+        f"{name}={fields[name]!r}"
+        for name, unused in _UNSUPPORTED.items()
+        if name in fields and not any(is_same(fields[name], value) for value in unused)
+    ]
+    for name, value in fields.items():
+        known = name in _KNOWN or name in _UNSUPPORTED
+        if not known and value not in (None, False, [], {}, ""):
+            problems.append(f"{name}={value!r} (unknown)")
+    return problems
+
+
+def is_same(value: Any, other: Any) -> bool:
+    """Equality that tells True from 1."""
+    return type(value) is type(other) and value == other
+
+
+def whole(value: float) -> float | int:
+    """A number as PEFT writes it: whole ones as integers."""
+    return int(value) if float(value).is_integer() else value

@@ -1,0 +1,243 @@
+"""From the fields of PEFT's LoraConfig to those of ``LoRAConfig``, and back.
+
+Names of layers are paths here, with "/", and names of modules in PEFT, with dots; expressions
+are taken with either.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tfimm_lora.peft.fields import (
+    ALL_LINEAR,
+    ANY_LEVEL,
+    PLAIN_FIELDS,
+    PeftFields,
+    unsupported,
+    whole,
+)
+
+#: As layers_pattern, what PEFT means without one: a number below the second level.
+_PEFT_ANY_LEVEL = r"[^.]+\.[^.]*"
+
+#: The ways to start that have the same name here, by the beginning of their names.
+_STARTS = ("gaussian", "pissa", "olora", "orthogonal", "eva")
+
+
+# -- from PEFT -----------------------------------------------------------------------------
+
+
+def read_fields(source: Any) -> dict[str, Any]:
+    """The fields in a dictionary, a LoraConfig, or an adapter_config.json or its folder."""
+    if isinstance(source, (str, os.PathLike)):
+        path = Path(source)
+        path = path / "adapter_config.json" if path.is_dir() else path
+        try:
+            return json.loads(path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"{path} does not exist; expected PEFT's adapter_config.json or its folder."
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path} is no JSON: {error}.") from error
+    given = source.to_dict() if hasattr(source, "to_dict") else source
+    if not isinstance(given, Mapping):
+        raise TypeError(
+            f"Received {source!r}; expected a LoraConfig of PEFT, a dictionary of its fields, "
+            "or the path of an adapter_config.json."
+        )
+    return {"peft_type": "LORA", **{name: _listed(value) for name, value in given.items()}}
+
+
+def _listed(value: Any) -> Any:
+    if isinstance(value, (set, frozenset)):
+        return sorted(value)
+    return list(value) if isinstance(value, tuple) else value
+
+
+def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ``LoRAConfig`` that mean what fields of PEFT mean.
+
+    Raises:
+        ValueError: as ``PeftFields``, and for what has no counterpart; all is named.
+    """
+    peft = PeftFields(fields)
+    start, problem = _start_from(fields.get("init_lora_weights", True))
+    problems = unsupported(fields) + problem
+    if fields.get("ensure_weight_tying"):
+        problems.append("ensure_weight_tying=True")
+    layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern")
+    patterns = [pattern] if isinstance(pattern, str) and pattern else pattern or []
+    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"has layers_pattern={pattern!r}, expected names of levels")
+    problems += [
+        f"layers_pattern={p!r} (PEFT takes what is before the | as an expression of its own)"
+        for p in patterns
+        if _is_bare_alternative(p)
+    ]
+    if problems:
+        raise ValueError(f"asks for what is not supported: {', '.join(problems)}")
+    if layers == []:
+        layers, patterns = None, []
+    elif layers is not None and not patterns:
+        patterns = [_PEFT_ANY_LEVEL]
+    return {
+        "lora_rank": peft.rank,
+        "lora_alpha": peft.alpha,
+        "lora_use_rslora": peft.use_rslora,
+        "lora_rank_pattern": dict(peft.rank_pattern),
+        "lora_alpha_pattern": dict(peft.alpha_pattern),
+        "lora_dropout": peft.dropout,
+        "lora_use_dora": peft.use_dora,
+        "lora_bias": peft.lora_bias,
+        "lora_init": start,
+        "lora_targets": _names_from(fields, "target_modules"),
+        "lora_exclude": _names_from(fields, "exclude_modules"),
+        "lora_layers": layers,
+        "lora_layers_pattern": None if patterns == [ANY_LEVEL] else patterns,
+        "lora_train_modules": tuple(name.replace(".", "/") for name in peft.modules),
+        "lora_train_bias": peft.bias,
+    }
+
+
+def _names_from(fields: dict[str, Any], name: str) -> str | list[str] | None:
+    given = fields.get(name)
+    if given is None or isinstance(given, str):
+        return given or None
+    if not isinstance(given, list) or not all(isinstance(x, str) for x in given):
+        raise ValueError(f"has {name}={given!r}, expected names or an expression")
+    return [x.replace(".", "/") for x in given] or None
+
+
+def _is_bare_alternative(pattern: str) -> bool:
+    return "|" in pattern and not (pattern.startswith("(") and pattern.endswith(")"))
+
+
+def _start_from(start: Any) -> tuple[str, list[str]]:
+    """``lora_init`` for init_lora_weights, and why there is none."""
+    if start is True or start is None:
+        return "default", []
+    name = start.lower() if isinstance(start, str) else ""
+    if name.startswith(_STARTS):
+        return name, []
+    why = "B would not start at zero" if start is False else "not known here"
+    return "default", [f"init_lora_weights={start!r} ({why})"]
+
+
+# -- to PEFT -------------------------------------------------------------------------------
+
+
+def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of PEFT's LoraConfig that mean what fields of ``LoRAConfig`` mean.
+
+    Args:
+        values: The fields of a ``LoRAConfig``.
+        presets: What names of presets mean in its class.
+
+    Raises:
+        ValueError: for what PEFT cannot express; all is named.
+    """
+    problems: list[str] = []
+    rank, alpha, pattern = _scales_to(values, problems)
+    targets = _names_to(values, "lora_targets", presets, problems)
+    exclude = _names_to(values, "lora_exclude", presets, problems)
+    if values["lora_layers"] is not None and isinstance(targets, str):
+        problems.append("lora_layers (with lora_targets as an expression; PEFT wants a list)")
+    for name, why in _WITHOUT_COUNTERPART.items():
+        if values.get(name) not in (None, False):
+            problems.append(f"{name}={values[name]!r} ({why})")
+    if values["lora_initializer"] is not None:
+        problems.append(f"lora_initializer={values['lora_initializer']!r} (see lora_init)")
+    if problems:
+        raise ValueError(f"asks for what PEFT cannot express: {', '.join(problems)}")
+    layers, patterns = values["lora_layers"], values["lora_layers_pattern"]
+    if layers is not None:
+        patterns = [
+            f"(?:{p})" if _is_bare_alternative(p) else p for p in patterns or (ANY_LEVEL,)
+        ]
+    return {
+        **PLAIN_FIELDS,
+        "alpha_pattern": pattern,
+        "bias": values["lora_train_bias"],
+        "exclude_modules": exclude,
+        "init_lora_weights": True if values["lora_init"] == "default" else values["lora_init"],
+        "layers_pattern": None if patterns in (None, [_PEFT_ANY_LEVEL]) else patterns,
+        "layers_to_transform": None if layers is None else list(layers),
+        "lora_alpha": alpha,
+        "lora_bias": values["lora_bias"],
+        "lora_dropout": values["lora_dropout"],
+        "modules_to_save": [_dotted(n) for n in values["lora_train_modules"]] or None,
+        "peft_type": "LORA",
+        "r": rank,
+        "rank_pattern": {_dotted(k): v for k, v in values["lora_rank_pattern"].items()},
+        "target_modules": targets,
+        "use_dora": values["lora_use_dora"],
+        "use_rslora": values["lora_use_rslora"],
+    }
+
+
+#: Fields of ``LoRAConfig`` that PEFT has not, and what to do instead.
+_WITHOUT_COUNTERPART = {
+    "lora_freeze_a": "PEFT has an optimizer for it, create_lorafa_optimizer",
+    "lora_qkv": "PEFT adapts a fused kernel whole; save_adapter writes its parts exactly",
+    "lora_regularizer": "PEFT has none",
+    "lora_train_classifier": "name the classifier in lora_train_modules",
+}
+
+
+def _scales_to(
+    values: Mapping[str, Any], problems: list[str]
+) -> tuple[int, float, dict[str, Any]]:
+    """r, lora_alpha and alpha_pattern; an alpha of None is a scale of 1 at any rank."""
+
+    def alpha_for_one(rank: int) -> float:
+        return whole(math.sqrt(rank) if values["lora_use_rslora"] else rank)
+
+    rank, alpha = values["lora_rank"], values["lora_alpha"]
+    ranks, alphas = values["lora_rank_pattern"], values["lora_alpha_pattern"]
+    pattern = {}
+    for key, value in alphas.items():
+        if value is None and ranks:
+            problems.append(
+                f"lora_alpha_pattern[{key!r}]=None (with lora_rank_pattern; give the number)"
+            )
+        pattern[_dotted(key)] = alpha_for_one(rank) if value is None else whole(value)
+    if alpha is None:
+        for key, value in ranks.items():
+            pattern.setdefault(_dotted(key), alpha_for_one(value))
+    return rank, alpha_for_one(rank) if alpha is None else whole(alpha), pattern
+
+
+def _names_to(
+    values: Mapping[str, Any], name: str, presets: Mapping[str, Any], problems: list[str]
+) -> str | list[str] | None:
+    given = values[name]
+    if given is None and name == "lora_exclude":
+        return None
+    if isinstance(given, str) and given.lower() == ALL_LINEAR:
+        return ALL_LINEAR
+    meant = given
+    if given is None or (isinstance(given, str) and given in presets):
+        meant = presets["default" if given is None else given]
+        if meant is None or isinstance(meant, str):
+            problems.append(
+                f"{name}={given!r} (which layers that means depends on the model; pass the "
+                "list explain_targets(model, ...).adapted)"
+            )
+            return None
+    if isinstance(meant, str):
+        return re.sub(r"\\?/", r"\\.", meant)
+    problems += [
+        f"{name} with {x!r} (modules have names of their own)" for x in meant if "#" in x
+    ]
+    return [_dotted(x).strip(".") for x in meant]
+
+
+def _dotted(path: str) -> str:
+    return path.replace("/", ".")

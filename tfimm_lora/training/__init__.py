@@ -1,0 +1,1 @@
+"""Before and during training: plan, EVA, LoRA+, AdaLoRA."""

@@ -1,0 +1,295 @@
+"""``plan``: what LoRA will adapt and train in a model, and what that costs, before training."""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tfimm_lora.adapters.save import save_adapter
+from tfimm_lora.adapters.torch_layout import kind_of, plain_class
+from tfimm_lora.backend import backend_of
+from tfimm_lora.config import LORA_VARIABLE_NAMES
+from tfimm_lora.layer_paths import matches, resolve
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.conversion import supported
+from tfimm_lora.layers.frozen import FrozenLayer
+from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.inject import inject_lora, remove_lora
+from tfimm_lora.model.merge import has_lora, lora_layers
+from tfimm_lora.model.registry import presets
+from tfimm_lora.model.targeting import require_built
+from tfimm_lora.model.trainable_weights import inside_paths
+
+#: Numbers that an optimizer keeps for each one that it trains; SGD with momentum.
+OPTIMIZER_SLOTS = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 1}
+
+#: Of a float32, which factors, their gradients and an optimizer's slots are.
+_BYTES = 4
+
+
+@dataclass(frozen=True)
+class PlannedLayer:
+    """A layer that will be adapted.
+
+    Attributes:
+        path: Its path in the model.
+        kind: The kind of its update; see ``LayerUpdate.kind``.
+        shape: The shape of its kernel, as Keras has it.
+        rank: The rank of its update.
+        scale: What its update is multiplied by.
+        parameters: The numbers in its factors A and B.
+    """
+
+    path: str
+    kind: str
+    shape: tuple[int, ...]
+    rank: int
+    scale: float
+    parameters: int
+
+    @property
+    def kernel(self) -> int:
+        """The numbers in its kernel."""
+        return math.prod(self.shape)
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A layer with weights that will not be adapted.
+
+    Attributes:
+        path: Its path; "" for the model itself, which may have weights of its own.
+        type: The name of its class.
+        parameters: The numbers in its weights.
+        trained: How many of them are trained nevertheless.
+        reason: Why it is not adapted.
+    """
+
+    path: str
+    type: str
+    parameters: int
+    trained: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What ``plan`` gives. All sizes are numbers of parameters, or bytes where they say so.
+
+    Attributes:
+        layers: The layers that will be adapted.
+        left_out: The other layers that have weights.
+        total: Parameters of the model without LoRA.
+        trainable: Parameters that will be trained.
+        factors, classifier, biases, modules: The same by what they are: factors of LoRA, the
+            classifier, biases, and what ``lora_train_modules`` names.
+        classifier_total: Parameters of the classifier, trained or not.
+        full: Parameters that full fine-tuning trains.
+        adapter_files: Name of each file of the adapter -> its bytes.
+    """
+
+    layers: tuple[PlannedLayer, ...]
+    left_out: tuple[LeftOut, ...]
+    total: int
+    trainable: int
+    factors: int
+    classifier: int
+    biases: int
+    modules: int
+    classifier_total: int
+    full: int
+    adapter_files: Mapping[str, int]
+
+    @property
+    def share(self) -> float:
+        """Trained parameters over those of the model."""
+        return self.trainable / self.total
+
+    @property
+    def adapter_bytes(self) -> int:
+        """The bytes of the folder that ``save_adapter`` writes."""
+        return sum(self.adapter_files.values())
+
+    @property
+    def reasons(self) -> dict[str, int]:
+        """Reason for leaving layers out -> how many, the most frequent first."""
+        return dict(Counter(x.reason for x in self.left_out).most_common())
+
+    def memory(self, optimizer: str = "adamw") -> dict[str, dict[str, int]]:
+        """The bytes that training keeps beside activations, in float32.
+
+        Args:
+            optimizer: One of "adamw", "adam", "lion", "rmsprop" and "sgd" (with momentum).
+
+        Returns:
+            "lora" and "full" (full fine-tuning) -> the bytes of "weights", "gradients",
+            "optimizer" and of the three together, "together".
+
+        Raises:
+            ValueError: for another optimizer.
+        """
+        slots = OPTIMIZER_SLOTS.get(optimizer)
+        if slots is None:
+            raise ValueError(
+                f"Received optimizer={optimizer!r}; expected one of "
+                f"{', '.join(OPTIMIZER_SLOTS)}."
+            )
+
+        def bytes_of(weights: int, trained: int) -> dict[str, int]:
+            counts = {"weights": weights, "gradients": trained, "optimizer": slots * trained}
+            counts["together"] = sum(counts.values())
+            return {name: _BYTES * count for name, count in counts.items()}
+
+        return {
+            "lora": bytes_of(self.total + self.factors, self.trainable),
+            "full": bytes_of(self.total, self.full),
+        }
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything as plain values, for JSON."""
+        values = asdict(self)
+        more = {name: getattr(self, name) for name in ("share", "adapter_bytes", "reasons")}
+        return {**values, **more}
+
+
+def plan(model: Any, **lora_arguments: Any) -> Plan:
+    """What LoRA will adapt and train in a model, and what it costs, before any training.
+
+    LoRA is put in by ``inject_lora`` and taken out again, so the plan cannot differ from
+    what is done later. The model stays as it was, bit for bit.
+
+    Args:
+        model: A built model, not yet compiled. Or a LoRA model, compiled or not, of which
+            the plan tells what it is.
+        **lora_arguments: As for ``inject_lora``; none for a LoRA model.
+
+    Returns:
+        A ``Plan``: layers, what is left out and why, parameters, bytes.
+
+    Raises:
+        TypeError, ValueError: as ``inject_lora``; also if the model is compiled, as it would
+            have to be compiled again.
+        ImportError: if safetensors, with which the adapter is measured, is not installed.
+
+    Example:
+        >>> import tensorflow as tf, tfimm_lora as lora
+        >>> from tfimm_lora.training.plan import plan
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((64,)), tf.keras.layers.Dense(32, name="fc1"),
+        ...     tf.keras.layers.Dense(10, name="head")])
+        >>> found = plan(model, lora_rank=4)
+        >>> found.trainable, found.total, f"{found.share:.0%}"
+        (384, 2410, '16%')
+        >>> found.reasons
+        {'classifier, not trained': 1}
+    """
+    seam = backend_of(model)
+    if has_lora(model) and not lora_arguments:
+        return _plan_of(model)
+    require_built(model)
+    seam.keras.initializers.get(lora_arguments.get("lora_initializer"))  # or it raises
+    if not has_lora(model) and any(
+        seam.is_model(x) and seam.is_compiled(x) for _, x in seam.walk(model)
+    ):
+        raise ValueError(
+            f"Received model '{model.name}', which is compiled; expected one that is not yet, "
+            "as a model must be compiled anew after LoRA was put in. Plan first, or plan with "
+            "the LoRA model itself: plan(lora_model)."
+        )
+    # Zeros, so that no random number is drawn that training would have drawn.
+    inject_lora(model, **{**lora_arguments, "lora_initializer": "zeros"})
+    try:
+        return _plan_of(model)
+    finally:
+        remove_lora(model, merge=False)
+
+
+def _plan_of(model: Any) -> Plan:
+    """The plan of a LoRA model as it is."""
+    seam = backend_of(model)
+    adapted = lora_layers(model)
+    walked = list(seam.walk(model))
+    heads = inside_paths(walked, classifier_paths(model))
+    trained = {id(v) for v in model.trainable_weights}
+    seen: set[int] = set()
+    counts: Counter[str] = Counter()
+    left_out = []
+    for path, layer in walked:
+        own = [v for v in seam.own_variables(layer) if id(v) not in seen]
+        seen |= {id(v) for v in own}
+        factors = [v for v in own if seam.variable_name(v) in LORA_VARIABLE_NAMES]
+        plain = [v for v in own if not any(v is f for f in factors)]
+        open_to_training = {id(v) for v in seam.trainable_own_variables(layer)}
+        counts["factors"] += _size(factors)
+        counts["total"] += _size(plain)
+        counts["full"] += _size(v for v in plain if id(v) in open_to_training)
+        whole = _size(v for v in plain if id(v) in trained)
+        counts["trainable"] += whole + _size(v for v in factors if id(v) in trained)
+        is_head = id(layer) in heads
+        if isinstance(layer, (LoRALayer, FrozenLayer)):
+            counts["biases"] += whole
+        else:
+            counts["classifier" if is_head else "modules"] += whole
+        counts["classifier_total"] += _size(plain) if is_head else 0
+        if plain and not isinstance(layer, LoRALayer):
+            reason = _reason(model, path, layer, is_head, whole)
+            name = plain_class(layer).__name__
+            left_out.append(LeftOut(path, name, _size(plain), whole, reason))
+    return Plan(
+        layers=tuple(_planned(path, layer) for path, layer in adapted.items()),
+        left_out=tuple(left_out),
+        adapter_files=_files_of_adapter(model),
+        **{
+            name: counts[name]
+            for name in (
+                *("total", "trainable", "factors", "classifier", "biases", "modules"),
+                *("classifier_total", "full"),
+            )
+        },
+    )
+
+
+def _planned(path: str, layer: Any) -> PlannedLayer:
+    factors = list(layer._lora_variables().values())
+    return PlannedLayer(
+        path=path,
+        kind=kind_of(layer),
+        shape=tuple(layer._kernel_variable.shape),
+        rank=layer.lora.rank,
+        scale=layer.lora.scale,
+        parameters=_size(factors),
+    )
+
+
+def _reason(model: Any, path: str, layer: Any, is_head: bool, whole: int) -> str:
+    """Why a layer is not adapted."""
+    if not isinstance(layer, FrozenLayer) and whole:
+        return "classifier, trained whole" if is_head else "trained whole"
+    if is_head:
+        return "classifier, not trained"
+    if any(True for inside, _ in backend_of(layer).walk(layer) if inside):
+        return "weights beside its layers"
+    if not supported(layer):
+        return f"no LoRA for {plain_class(layer).__name__}"
+    config = model.__dict__.get("_lora_config")  # none where layers were adapted by hand
+    if config is not None and config.lora_qkv:
+        meant, _ = resolve(config.lora_targets, presets(plain_class(model)))
+        if meant is None or matches(path, meant):
+            return f"no part of lora_qkv={config.lora_qkv!r}"
+    return "not among the targets"
+
+
+def _files_of_adapter(model: Any) -> dict[str, int]:
+    """Written, because how large files are depends on names as much as on numbers."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(model, folder)
+        return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}
+
+
+def _size(variables: Any) -> int:
+    return sum(math.prod(v.shape) for v in variables)

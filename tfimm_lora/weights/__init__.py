@@ -1,6 +1,0 @@
-"""Weights of timm in tfimm models, without torch: reading, naming, downloading, checking."""
-
-from tfimm_lora.weights.load import load_timm_weights
-from tfimm_lora.weights.preprocessing import create_preprocessing
-
-__all__ = ["create_preprocessing", "load_timm_weights"]

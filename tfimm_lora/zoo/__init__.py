@@ -1,0 +1,1 @@
+"""The models of tfimm: their names, LoRA versions of their classes, pretrained weights."""

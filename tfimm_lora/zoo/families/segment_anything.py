@@ -1,0 +1,43 @@
+"""Segment Anything: the projections of attention and the MLP of the image encoder.
+
+The prompt encoder and the mask decoder are frozen, or trained whole where
+``lora_train_modules`` names them: ("mask_decoder",) for masks of a new kind.
+
+Source: Kirillov et al., "Segment Anything", arXiv:2304.02643; Zhang and Liu, "Customized
+Segment Anything Model for Medical Image Segmentation", arXiv:2304.13785, which puts LoRA
+into the image encoder and trains the mask decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from tfimm.architectures.segment_anything import (
+    SegmentAnythingModel,
+    SegmentAnythingModelConfig,
+)
+from tfimm.models import keras_serializable
+
+from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.model.registry import register_lora_architecture
+from tfimm_lora.zoo.families.lora_model import LoRAModel
+
+
+@dataclass
+class LoRASegmentAnythingModelConfig(LoRAConfig, SegmentAnythingModelConfig):
+    """``SegmentAnythingModelConfig`` with the fields of ``LoRAConfig``."""
+
+    lora_presets: ClassVar[Presets] = {
+        "default": r"image_encoder/blocks/\d+/(attn/(qkv|proj)|mlp/lin[12])",
+        "attention": r"image_encoder/blocks/\d+/attn/(qkv|proj)",
+        "mlp": r"image_encoder/blocks/\d+/mlp/lin[12]",
+    }
+
+
+@keras_serializable
+@register_lora_architecture
+class LoRASegmentAnythingModel(LoRAModel, SegmentAnythingModel):
+    """Segment Anything with LoRA; see ``LoRASegmentAnythingModelConfig``."""
+
+    cfg_class = LoRASegmentAnythingModelConfig

@@ -1,0 +1,6 @@
+"""Weights of timm in tfimm models, without torch: reading, naming, downloading, checking."""
+
+from tfimm_lora.zoo.weights.load import load_timm_weights
+from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
+
+__all__ = ["create_preprocessing", "load_timm_weights"]

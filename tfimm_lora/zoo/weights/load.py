@@ -1,0 +1,208 @@
+"""``load_timm_weights``: a checkpoint of timm into a tfimm model."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.zoo.weights.keys import (
+    Wanted,
+    expected_shape,
+    fits,
+    is_ignored_in_checkpoint,
+    to_keras,
+    wanted_variables,
+)
+from tfimm_lora.zoo.weights.layouts import find_layout
+from tfimm_lora.zoo.weights.source import Checkpoint, find_checkpoint
+from tfimm_lora.zoo.weights.tensors import FLOATS, Tensors
+
+#: What a checkpoint's config.json tells about preparing its images.
+PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
+
+
+def load_timm_weights(
+    model: Any,
+    source: str | os.PathLike[str],
+    *,
+    weights_to_ignore: Sequence[str] | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> Any:
+    """Load a checkpoint of timm into a tfimm model, or the LoRA version of one, in place.
+
+    Neither torch nor timm is needed. Both key layouts of timm (before and since 0.9) are
+    known, and told apart by the keys. Every tensor is accounted for: either all weights of
+    the model are loaded, or none. LoRA factors are not in a checkpoint and stay.
+
+    PoolFormer's weights were trained by its authors with normalisation before pooling, as
+    in tfimm; timm pools first since 0.9, so its logits differ from tfimm's (docs/weights.md).
+
+    Args:
+        model: A built model whose layers are named as tfimm names them.
+        source: A safetensors file; a folder with ``model.safetensors`` (or its index, if it
+            is in several files); or the hub id of such a repository, for example
+            "timm/convnext_tiny.fb_in1k", which is downloaded once and kept in the cache of
+            huggingface_hub. A ``config.json`` beside the weights sets mean, std, crop_pct
+            and interpolation of ``model.cfg``, for ``create_preprocessing``.
+        weights_to_ignore: Regular expressions, searched for in the names of the model's
+            weights ("blocks/0/mlp/fc1/kernel"); those found stay as they are.
+        revision: Branch, tag or commit of a hub repository. Default: its main branch.
+        cache_dir: Folder for downloads. Default: that of huggingface_hub (HF_HOME).
+
+    Returns:
+        The model.
+
+    Raises:
+        ImportError: if safetensors, or for a hub id huggingface_hub, is not installed.
+        FileNotFoundError: if there is no such file, repository, revision or file in it, or
+            if it is not cached and HF_HUB_OFFLINE is set.
+        PermissionError: if the repository asks for a token.
+        ConnectionError: if the hub cannot be reached or the download was cut off.
+        ValueError: one error with every weight that is missing, unexpected or of another
+            shape; or if the file is damaged, the model is not built or its LoRA is merged.
+            The model is then as it was.
+
+    Example:
+        >>> import os, tempfile, tensorflow as tf, tfimm_lora as lora
+        >>> from safetensors.numpy import save_file
+        >>> import numpy as np
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((3,)), tf.keras.layers.Dense(2, name="fc")])
+        >>> path = os.path.join(tempfile.mkdtemp(), "timm.safetensors")
+        >>> save_file({"fc.weight": np.ones((2, 3), "float32"),
+        ...            "fc.bias": np.zeros(2, "float32")}, path)
+        >>> _ = lora.load_timm_weights(model, path)
+        >>> model.layers[-1](np.ones((1, 3), "float32")).numpy().tolist()
+        [[3.0, 3.0]]
+    """
+    _check_model(model)
+    checkpoint = find_checkpoint(source, revision, cache_dir)
+    with Tensors(checkpoint.files) as tensors:
+        matches = _match(model, tensors, checkpoint, weights_to_ignore or ())
+        # All are read before any is assigned: reading may still fail.
+        values = [_value(tensors, match) for match in matches]
+    seam = backend_of(model)
+    for match, value in zip(matches, values):
+        variable = match.wanted.variable
+        variable.assign(value.astype(seam.to_numpy(variable).dtype))
+    _take_preprocessing(model, checkpoint)
+    return model
+
+
+class _Match(NamedTuple):
+    wanted: Wanted
+    key: str
+
+
+def _check_model(model: Any) -> None:
+    if not any(True for _ in wanted_variables(model)):
+        raise ValueError(
+            f"Received model '{model.name}', which has no weights yet. Call it on an input "
+            "first: model(model.dummy_inputs)."
+        )
+    merged = [
+        path
+        for path, layer in backend_of(model).walk(model)
+        if isinstance(layer, LoRALayer) and layer.merged
+    ]
+    if merged:
+        raise ValueError(
+            f"Received model '{model.name}', whose LoRA layers are merged ({merged[0]}, ...): "
+            "loading would mix old updates with new weights. Call unmerge_lora_weights first."
+        )
+
+
+def _match(
+    model: Any, tensors: Tensors, checkpoint: Checkpoint, patterns: Sequence[str]
+) -> list[_Match]:
+    """Which tensor goes where, or one error with all that do not fit."""
+    layout = find_layout(tensors.shapes)
+    # Keys as tfimm's layers are named -> keys in the file.
+    available = {(layout.rename(key) if layout else key): key for key in tensors.shapes}
+    matches, problems, taken, classifier = [], [], set(), False
+    heads = classifier_paths(model)
+    for wanted in wanted_variables(model):
+        found = next((key for key in wanted.keys if key in available), None)
+        taken.add(found)
+        if any(re.search(pattern, wanted.name) for pattern in patterns):
+            continue
+        problem = _problem(wanted, found, available, tensors)
+        if problem is None and found is not None:
+            matches.append(_Match(wanted, available[found]))
+            continue
+        problems.append(problem)
+        classifier |= wanted.name.rpartition("/")[0] in heads
+    problems += [
+        f"unexpected: {key} of shape {tensors.shapes[key]}"
+        for name, key in available.items()
+        if name not in taken and not is_ignored_in_checkpoint(name)
+    ]
+    if problems:
+        raise ValueError(_message(model, checkpoint, problems, heads if classifier else []))
+    return matches
+
+
+def _problem(
+    wanted: Wanted, found: str | None, available: dict[str, str], tensors: Tensors
+) -> str | None:
+    if found is None:
+        return f"missing: {wanted.keys[0]} for {wanted.name} {tuple(wanted.variable.shape)}"
+    key = available[found]
+    if not fits(tensors.shapes[key], wanted):
+        return (
+            f"wrong shape: {key} has {tensors.shapes[key]}, {wanted.name} expects "
+            f"{expected_shape(wanted)} (in torch's order of axes)"
+        )
+    if tensors.types[key] not in FLOATS:
+        return f"wrong type: {key} is {tensors.types[key]}, expected one of {FLOATS}"
+    return None
+
+
+def _message(
+    model: Any, checkpoint: Checkpoint, problems: Sequence[str | None], heads: list[str]
+) -> str:
+    architecture = checkpoint.config.get("architecture")
+    told = f", by its config.json of the architecture {architecture!r}," if architecture else ""
+    name = getattr(getattr(model, "cfg", None), "name", "") or model.name
+    lines = "".join(f"\n  {problem}" for problem in problems)
+    remedy = "\nNothing was loaded. Load it into the model that it was made for"
+    if heads:
+        patterns = [f"^{head}/" for head in heads]
+        remedy += (
+            "; for another number of classes use create_model(..., pretrained=True, "
+            f"nb_classes=...), or keep the model's classifier with weights_to_ignore={patterns}"
+        )
+    else:
+        remedy += ", or name weights that may stay as they are in weights_to_ignore"
+    return (
+        f"Received source={checkpoint.source!r}{told} whose weights do not fit the model "
+        f"'{name}' ({type(model).__name__}): {len(problems)} problems.{lines}{remedy}."
+    )
+
+
+def _value(tensors: Tensors, match: _Match) -> np.ndarray:
+    return to_keras(tensors.read(match.key), match.wanted)
+
+
+def _take_preprocessing(model: Any, checkpoint: Checkpoint) -> None:
+    """Set what the checkpoint tells about its images in a config of the model's own."""
+    given = checkpoint.config.get("pretrained_cfg")
+    cfg = getattr(model, "cfg", None)
+    if not isinstance(given, dict) or cfg is None:
+        return
+    # A copy: tfimm's registry and other models may hold the same config.
+    cfg = copy.copy(cfg)
+    for name in PREPROCESSING_FIELDS:
+        if given.get(name) is not None and hasattr(cfg, name):
+            value = given[name]
+            setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
+    model.cfg = cfg

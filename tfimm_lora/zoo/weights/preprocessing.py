@@ -1,0 +1,126 @@
+"""``create_preprocessing``: images as the weights of a model expect them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+from tfimm_lora.backend import default_backend
+from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
+
+#: timm's names of interpolations that TensorFlow calls otherwise.
+INTERPOLATIONS = {
+    "lanczos": "lanczos3",
+    "random": "bilinear",
+    "box": "area",
+    "hamming": "bilinear",
+}
+
+
+def create_preprocessing(
+    model_or_name: Any,
+    *,
+    in_channels: int | None = None,
+    dtype: str | None = None,
+    resize: bool = False,
+) -> Callable[[Any], Any]:
+    """A function that prepares images for a model: (image / 255 - mean) / std.
+
+    Args:
+        model_or_name: A model with a config (mean, std, ...), which ``load_timm_weights``
+            and ``create_model(pretrained=True)`` take from the checkpoint; or such a config
+            itself; or a name of tfimm, for its registered config.
+        in_channels: Number of channels of the images. Default: as in the config. Mean and
+            std are repeated or cut to it.
+        dtype: Type of the result. Default: Keras' floatx.
+        resize: Also resize and crop as timm does in evaluation: the shorter side to
+            input_size / crop_pct, then the middle of input_size.
+
+    Returns:
+        A function from an image (h, w, c) or a batch of images (n, h, w, c), of any numeric
+        type in [0, 255], to a tensor. It also works in ``tf.data.Dataset.map``.
+
+    Raises:
+        ImportError, RuntimeError: for a name, if tfimm is not installed or cannot be used.
+        ValueError: for an unknown name.
+        TypeError: for a model without a config that has mean and std.
+
+    Example:
+        >>> import numpy as np, tfimm_lora as lora
+        >>> class Cfg: mean, std, in_channels = (0.5, 0.5, 0.5), (0.25, 0.25, 0.5), 3
+        >>> class Model: cfg = Cfg
+        >>> preprocess = lora.create_preprocessing(Model)
+        >>> preprocess(np.full((2, 2, 3), 255)).numpy()[0, 0].tolist()
+        [2.0, 2.0, 1.0]
+
+    Reference: timm's ``create_transform`` with ``is_training=False``.
+    """
+    import tensorflow as tf
+
+    cfg = _config(model_or_name)
+    channels = in_channels or cfg.in_channels
+    keras = default_backend().keras
+    result = tf.as_dtype(dtype or keras.backend.floatx())
+    mean = _repeated(cfg.mean, channels)
+    # tfimm has a std of zero where timm 0.6 had one (vit_base_patch16_224_miil).
+    std = [value or 1.0 for value in _repeated(cfg.std, channels)]
+
+    def preprocess(images: Any) -> Any:
+        images = tf.cast(images, tf.float32)
+        if resize:
+            images = _resized(tf, images, cfg)
+        images = (images / 255.0 - tf.constant(mean)) / tf.constant(std)
+        return tf.cast(images, result)
+
+    return preprocess
+
+
+def _config(model_or_name: Any) -> Any:
+    if isinstance(model_or_name, str):
+        return _registered_config(model_or_name)
+    for cfg in (model_or_name, getattr(model_or_name, "cfg", None)):
+        if all(hasattr(cfg, name) for name in ("mean", "std", "in_channels")):
+            return cfg
+    raise TypeError(
+        f"Received {model_or_name!r}; expected a model whose cfg has mean, std and "
+        "in_channels, such a config, or the name of a tfimm model."
+    )
+
+
+def _registered_config(name: str) -> Any:
+    tfimm = import_tfimm()
+    require_known(tfimm, name)
+    return tfimm.models.model_config(name)
+
+
+def _repeated(values: Any, channels: int) -> list[float]:
+    """Values for a number of channels: repeated in turn, or cut."""
+    return [float(values[i % len(values)]) for i in range(channels)]
+
+
+def _resized(tf: Any, images: Any, cfg: Any) -> Any:
+    """Images (..., h, w, c) resized and cropped to the input size of a model."""
+    height, width = cfg.input_size
+    crop = getattr(cfg, "crop_pct", None) or 1.0
+    size = _covering(tf, tf.shape(images)[-3:-1], height / crop, width / crop)
+    method = getattr(cfg, "interpolation", None) or "bicubic"
+    images = tf.image.resize(images, size, INTERPOLATIONS.get(method, method), antialias=True)
+    # Cubic and Lanczos kernels overshoot; pictures do not.
+    images = tf.clip_by_value(images, 0.0, 255.0)
+    offset = tf.cast(tf.round(tf.cast(size - cfg.input_size, tf.float32) / 2), tf.int32)
+    top, left = offset[0], offset[1]
+    images = images[..., top : top + height, left : left + width, :]
+    return tf.ensure_shape(images, [*images.shape[:-3], height, width, images.shape[-1]])
+
+
+def _covering(tf: Any, sides: Any, height: float, width: float) -> Any:
+    """The smallest size of the proportions of ``sides`` that covers height and width."""
+    wanted = tf.constant([math.floor(height), math.floor(width)], tf.int64)
+    sides = tf.cast(sides, tf.int64)
+    # In whole numbers, the longer side rounded down, as torchvision does it.
+    fitted = sides * wanted[::-1] // sides[::-1]
+    by_height = tf.stack([wanted[0], fitted[1]])
+    by_width = tf.stack([fitted[0], wanted[1]])
+    size = tf.where(fitted[1] >= wanted[1], by_height, by_width)
+    return tf.cast(tf.maximum(size, wanted), tf.int32)
