@@ -156,8 +156,8 @@ def _check_arguments(named_cfg: Any, lora_cls: type, kwargs: dict[str, Any]) -> 
 
 
 def _load(model_path: str) -> Any:
-    seam = legacy_backend()
-    return seam.keras.models.load_model(model_path, compile=False)
+    backend = legacy_backend()
+    return backend.keras.models.load_model(model_path, compile=False)
 
 
 def _adapt_loaded(loaded: Any, lora_cls: type, kwargs: dict[str, Any]) -> Any:

@@ -482,11 +482,11 @@ def test_the_optimizer_is_as_it_was_after_the_training(tmp_path):
     model.compile(optimizer, "mse")
     fit(model, epochs=1)
     own = set(optimizer.__dict__)
-    seam = lora._keras.of(model)
-    variables = [id(v) for v in seam.optimizer_variables(optimizer)]
+    backend = lora._keras.of(model)
+    variables = [id(v) for v in backend.optimizer_variables(optimizer)]
     fit(model, RankAllocator(model, 2, end=100), epochs=1)
     assert set(optimizer.__dict__) == own and type(optimizer).__name__ == "Adam"
-    assert [id(v) for v in seam.optimizer_variables(optimizer)] == variables
+    assert [id(v) for v in backend.optimizer_variables(optimizer)] == variables
     before = factors(model)
     fit(model, epochs=1)
     after = factors(model)

@@ -15,7 +15,7 @@ from tfimm_lora.backend import default_backend
 from tfimm_lora.training.loraplus import LoRAPlus, loraplus_class, loraplus_optimizer
 
 layers, optimizers = keras.layers, keras.optimizers
-seam = default_backend()
+backend = default_backend()
 
 RATIO = 5.0
 
@@ -34,7 +34,7 @@ def small():
 
 
 def is_b(variable):
-    return seam.variable_name(variable) == "kernel_lora_b"
+    return backend.variable_name(variable) == "kernel_lora_b"
 
 
 def gradients(variables, steps):
@@ -139,7 +139,7 @@ def test_schedules_and_assigned_rates_move_both():
 
 
 @pytest.mark.backends
-@pytest.mark.parametrize("cls", seam.optimizer_classes(), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", backend.optimizer_classes(), ids=lambda cls: cls.__name__)
 def test_every_rule_is_that_of_two_optimizers(cls):
     arguments = dict(learning_rate=0.01, weight_decay=0.1)
     model, twin = small(), small()
@@ -171,7 +171,7 @@ def test_what_is_excluded_from_decay_stays_so():
             if one is twin:
                 for v in one.trainable_weights:
                     factor = 3.0 if is_b(v) else 1.0
-                    name = seam.variable_name(v)
+                    name = backend.variable_name(v)
                     if name not in ("bias", "kernel_lora_a"):
                         v.assign(array(v) * np.float32(1 - 0.01 * factor * 0.5))
             apply(optimizer, grads, one.trainable_weights)
@@ -299,7 +299,7 @@ def test_it_has_the_variables_of_the_ordinary_optimizer():
 
     def variables(ratio):
         _, _, model = steps_of(optimizers.Adam(0.01), ratio)
-        return [tuple(v.shape) for v in seam.optimizer_variables(model.optimizer)]
+        return [tuple(v.shape) for v in backend.optimizer_variables(model.optimizer)]
 
     assert variables(None) == variables(RATIO)
 

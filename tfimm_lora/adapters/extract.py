@@ -91,8 +91,8 @@ def extract_adapter(
             whole.append((weight, theirs))
             continue
         layer, module = names.layers[path], names.modules[path]
-        seam = backend_of(layer)
-        values = [seam.to_numpy(w.variable).astype("float64") for w in (weight, after[key])]
+        backend = backend_of(layer)
+        values = [backend.to_numpy(w.variable).astype("float64") for w in (weight, after[key])]
         differences[module] = kernel_in_torch_order(layer, values[1] - values[0])
         kinds[module] = kind_of(layer)
     if not differences:

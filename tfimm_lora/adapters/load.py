@@ -344,10 +344,10 @@ def _replace_weights(
     model: Any, weights: list[tuple[Weight, np.ndarray]], left: list[Weight]
 ) -> None:
     """Give weights the adapter's values, and those of the last adapter their own back."""
-    base, seam = replaced(model), backend_of(model)
+    base, backend = replaced(model), backend_of(model)
     kept = {
         weight.key: base.get(weight.key)
-        or Replaced(weight.variable, seam.to_numpy(weight.variable))
+        or Replaced(weight.variable, backend.to_numpy(weight.variable))
         for weight in (*(w for w, _ in weights), *left)
     }
     for key, former in base.items():

@@ -113,9 +113,9 @@ def detach_adapters(model: Any) -> Any:
     Returns:
         The same model.
     """
-    seam = backend_of(model)
-    if any([detach(layer) for _, layer in seam.walk(model)]):
-        seam.reset_functions(model)
+    backend = backend_of(model)
+    if any([detach(layer) for _, layer in backend.walk(model)]):
+        backend.reset_functions(model)
     if model.__dict__.pop(_INJECTED, False) and has_lora(model):
         remove_lora(model, merge=False)
     return model

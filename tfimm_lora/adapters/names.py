@@ -158,11 +158,11 @@ class Weight(NamedTuple):
 
     def value(self) -> np.ndarray:
         """What the variable holds, in torch's order of axes (of a merged layer: unmerged)."""
-        layer, seam = self.wanted.layer, backend_of(self.wanted.layer)
+        layer, backend = self.wanted.layer, backend_of(self.wanted.layer)
         if isinstance(layer, LoRALayer):
             value = layer.value_of(self.variable, merged=False)
         else:
-            value = seam.to_numpy(self.variable)
+            value = backend.to_numpy(self.variable)
         value = to_torch(value, self.wanted)
         return value[..., None, None] if self.is_convolution else value
 

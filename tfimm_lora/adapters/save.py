@@ -144,10 +144,10 @@ def _roots(model: Any, names: Names) -> list[str]:
 
 def _trained_variables(model: Any) -> list[Any]:
     """The variables that are trained, also of a model whose training is off at the moment."""
-    seam = backend_of(model)
+    backend = backend_of(model)
     found = []
-    for _, layer in seam.walk(model):
-        own = seam.trainable_own_variables(layer)
+    for _, layer in backend.walk(model):
+        own = backend.trainable_own_variables(layer)
         if hasattr(layer, "_is_trained"):
             own = [v for v in own if layer._is_trained(v)]
         found += own

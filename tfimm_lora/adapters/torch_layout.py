@@ -22,7 +22,7 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter import OWN_KINDS, LayerUpdate
 from tfimm_lora.backend import backend_of
-from tfimm_lora.layers.base import LoRALayer, has_keras_call, make_spec
+from tfimm_lora.layers.base import LoRALayer, has_keras_call, layer_settings
 from tfimm_lora.layers.conv import ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.conversion import adapt_layer, lora_class, restore_layer
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate, EinsumProduct
@@ -40,7 +40,7 @@ def kind_of(layer: Any) -> str:
     if kind is not None:
         return kind
     # What its call does with the kernel shows in the adapted layer. It stays as it is.
-    adapt_layer(layer, make_spec(backend_of(layer), {"lora_rank": 1}))
+    adapt_layer(layer, layer_settings(backend_of(layer), {"lora_rank": 1}))
     try:
         return sure_kind(layer) or "conv"
     finally:
@@ -80,15 +80,15 @@ def update_of(layer: Any) -> LayerUpdate:
     """The update of an adapted layer, whether it is merged at the moment or not."""
     values = layer.lora_values()
     a, b = _to_torch(layer, *_whole(layer, values))
-    spec = layer.lora
-    qkv = (spec.qkv, spec.qkv_layout) if spec.qkv else None
+    settings = layer.lora
+    qkv = (settings.qkv, settings.qkv_layout) if settings.qkv else None
     magnitude, bias = None, values.get("kernel_lora_shift")
-    if spec.use_dora:
+    if settings.use_dora:
         offset = _outputs_to_torch(layer, values["kernel_lora_magnitude"])
         magnitude = (_norms(layer, values["kernel"]) + offset).astype("float32")
     if bias is not None:
         bias = bias.reshape(-1)
-    return LayerUpdate(a, b, spec.scale, kind_of(layer), qkv, magnitude, bias)
+    return LayerUpdate(a, b, settings.scale, kind_of(layer), qkv, magnitude, bias)
 
 
 def values_for(layer: Any, update: LayerUpdate) -> dict[str, np.ndarray]:
@@ -101,8 +101,8 @@ def values_for(layer: Any, update: LayerUpdate) -> dict[str, np.ndarray]:
     Raises:
         DoesNotFit: if rank, shape or kind differ, or one has a magnitude or a bias alone.
     """
-    spec = layer.lora
-    for name, has in (("magnitude", spec.use_dora), ("bias", spec.branch_bias)):
+    settings = layer.lora
+    for name, has in (("magnitude", settings.use_dora), ("bias", settings.branch_bias)):
         if (getattr(update, name) is not None) != has:
             which = ("the layer", "the update") if has else ("the update", "the layer")
             raise DoesNotFit(f"differs in variant: {which[0]} has a {name}, {which[1]} none")
@@ -119,7 +119,9 @@ def values_for(layer: Any, update: LayerUpdate) -> dict[str, np.ndarray]:
         offset = update.magnitude.astype("float64") - norms
         values["kernel_lora_magnitude"] = _outputs_to_keras(layer, offset.astype("float32"))
     if update.bias is not None:
-        shift = update.bias * np.float64(update.scale / spec.scale if spec.scale else 0.0)
+        shift = update.bias * np.float64(
+            update.scale / settings.scale if settings.scale else 0.0
+        )
         values["kernel_lora_shift"] = shift.astype("float32")
     return {name: x.reshape(shapes[name]) for name, x in values.items()}
 
@@ -223,16 +225,16 @@ def columns_for(layer: Any, update: LayerUpdate) -> tuple[np.ndarray, np.ndarray
 
 def kernel_shape(layer: Any) -> tuple[int, ...]:
     """The shape of a layer's kernel in torch's order, whether it is adapted or not."""
-    seam = backend_of(layer)
+    backend = backend_of(layer)
     base = lora_class(type(layer))
-    kernel = layer.__dict__[seam.kernel_attributes[base._kernel_role]]  # type: ignore[attr-defined]
+    kernel = layer.__dict__[backend.kernel_attributes[base._kernel_role]]  # type: ignore[attr-defined]
     shape = tuple(kernel.shape)
     if issubclass(base, DepthwiseConvUpdate):
         return (shape[2] * shape[3], 1, *shape[:2])
     if issubclass(base, ConvUpdate):
         return (shape[-1], shape[-2], *shape[:-2])
     if issubclass(base, EinsumDenseUpdate):
-        product = EinsumProduct(seam.ops, layer.equation)
+        product = EinsumProduct(backend.ops, layer.equation)
         a, b = product.factor_shapes(shape, 1)
         shared = math.prod(a[: product.b.index(product.a[-1])])
         return (math.prod(b), math.prod(a) // shared)
@@ -374,6 +376,6 @@ def weight_norm(layer: Any) -> float:
     """The Frobenius norm of a layer's frozen kernel."""
     kernel = layer.lora_values()["kernel"] if isinstance(layer, LoRALayer) else None
     if kernel is None:
-        seam = backend_of(layer)
-        kernel = max(map(seam.to_numpy, seam.own_variables(layer)), key=np.size)
+        backend = backend_of(layer)
+        kernel = max(map(backend.to_numpy, backend.own_variables(layer)), key=np.size)
     return float(np.linalg.norm(kernel.astype("float64")))

@@ -1,7 +1,7 @@
-"""The seam between legacy Keras (``tf_keras``) and Keras 3.
+"""The backend between legacy Keras (``tf_keras``) and Keras 3.
 
 Nothing outside this package asks for a Keras version or touches a private attribute of
-Keras. Both sides offer the same methods (``KerasSeam``), and the side is chosen per
+Keras. Both sides offer the same methods (``Backend``), and the side is chosen per
 object: a layer, a model or a layer class knows which Keras it comes from. So one process
 may hold models of both.
 """
@@ -70,27 +70,27 @@ def uses_legacy_keras() -> bool:
 
 @cache
 def legacy_backend() -> Any:
-    """The seam to legacy Keras."""
-    from tfimm_lora.backend.legacy import LegacySeam
+    """The backend to legacy Keras."""
+    from tfimm_lora.backend.legacy import LegacyBackend
 
-    return LegacySeam()
+    return LegacyBackend()
 
 
 @cache
 def keras3_backend() -> Any:
-    """The seam to Keras 3."""
-    from tfimm_lora.backend.keras3 import Keras3Seam
+    """The backend to Keras 3."""
+    from tfimm_lora.backend.keras3 import Keras3Backend
 
-    return Keras3Seam()
+    return Keras3Backend()
 
 
 def default_backend() -> Any:
-    """The seam to the Keras that this process uses unless told otherwise."""
+    """The backend to the Keras that this process uses unless told otherwise."""
     return legacy_backend() if uses_legacy_keras() else keras3_backend()
 
 
 def backend_of(obj: Any) -> Any:
-    """The seam to the Keras of a layer, a model, or a class of either.
+    """The backend to the Keras of a layer, a model, or a class of either.
 
     Raises:
         TypeError: if ``obj`` belongs to neither Keras.

@@ -35,34 +35,34 @@ class Watcher(Protocol):
         """Called in the step with the new value; gives the one to have instead."""
 
 
-def state_variable(seam: Any, value: np.ndarray, beside: Any) -> Any:
+def state_variable(backend: Any, value: np.ndarray, beside: Any) -> Any:
     """A variable for a watcher, on the devices of the variable ``beside`` of a model."""
-    with seam.variable_scope(beside):
-        if hasattr(seam.keras, "Variable"):
-            return seam.keras.Variable(value, trainable=False, dtype="float32")
+    with backend.variable_scope(beside):
+        if hasattr(backend.keras, "Variable"):
+            return backend.keras.Variable(value, trainable=False, dtype="float32")
         import tensorflow as tf
 
         return tf.Variable(value, trainable=False, dtype="float32")
 
 
-def watch_updates(seam: Any, model: Any, watchers: Sequence[Watcher]) -> None:
+def watch_updates(backend: Any, model: Any, watchers: Sequence[Watcher]) -> None:
     """Tell watchers of every update in the training of ``model`` that has begun.
 
     The train function is made anew. A watch of before is replaced.
     """
-    unwatch_updates(seam, model)
+    unwatch_updates(backend, model)
     optimizer = _rule_of(model.optimizer)
     table = {optimizer._var_key(w.variable): w for w in watchers}
 
     def watched(method: Any) -> Any:
         def step(gradient: Any, variable: Any, *rest: Any) -> None:
-            _update(seam, optimizer, table, method, [gradient], [variable], False, rest)
+            _update(backend, optimizer, table, method, [gradient], [variable], False, rest)
 
         return step
 
     def watched_list(method: Any) -> Any:
         def step(gradients: Any, variables: Any, *rest: Any) -> None:
-            _update(seam, optimizer, table, method, gradients, variables, True, rest)
+            _update(backend, optimizer, table, method, gradients, variables, True, rest)
 
         return step
 
@@ -80,14 +80,14 @@ def watch_updates(seam: Any, model: Any, watchers: Sequence[Watcher]) -> None:
             jit_compile=True,
         )
     own["_lora_watched"] = [v for w in watchers for v in w.state]
-    if seam.backend() == "jax":
+    if backend.framework() == "jax":
         # There what a step changes is what the optimizer lists.
         optimizer._variables.extend(own["_lora_watched"])
         _note_placement(model)
     model.make_train_function(force=True)
 
 
-def unwatch_updates(seam: Any, model: Any) -> None:
+def unwatch_updates(backend: Any, model: Any) -> None:
     """Undo ``watch_updates``, if it was done."""
     optimizer = _rule_of(model.optimizer)
     own = optimizer.__dict__
@@ -96,7 +96,7 @@ def unwatch_updates(seam: Any, model: Any) -> None:
     state = {id(v) for v in own.pop("_lora_watched")}
     for method in (_ONE, _MANY, _COMPILED):
         own.pop(method, None)
-    if seam.backend() == "jax":
+    if backend.framework() == "jax":
         listed = optimizer._variables
         for variable in [v for v in listed if id(v) in state]:
             listed[:] = [v for v in listed if v is not variable]
@@ -116,7 +116,7 @@ def _rule_of(optimizer: Any) -> Any:
 
 
 def _update(
-    seam: Any,
+    backend: Any,
     optimizer: Any,
     table: dict[Any, Watcher],
     method: Any,
@@ -129,14 +129,14 @@ def _update(
     watched = [(g, v, table.get(optimizer._var_key(v))) for g, v in zip(gradients, variables)]
     for gradient, variable, watcher in watched:
         if watcher is not None:
-            watcher.before(_dense(gradient), seam.ops.cast(variable, "float32"))
+            watcher.before(_dense(gradient), backend.ops.cast(variable, "float32"))
     if as_lists:
         method(gradients, variables, *rest)
     else:
         method(gradients[0], variables[0], *rest)
     for _, variable, watcher in watched:
         if watcher is not None:
-            variable.assign(watcher.after(seam.ops.cast(variable, "float32")))
+            variable.assign(watcher.after(backend.ops.cast(variable, "float32")))
 
 
 def _dense(gradient: Any) -> Any:

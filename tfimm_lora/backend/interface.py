@@ -1,4 +1,4 @@
-"""What both sides of the seam share: the interface, and the parts that are alike."""
+"""What both sides of the backend share: the interface, and the parts that are alike."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ class Found(NamedTuple):
 Models = tuple[tuple[str, str], ...]
 
 
-class KerasSeam:
+class Backend:
     """What the package needs of a Keras, by names that mean the same in both."""
 
     #: The Keras module itself (``keras.layers``, ``keras.initializers``, ...).
@@ -42,7 +42,7 @@ class KerasSeam:
     #: Mixin for optimizers whose learning rate differs by variable; see ``rates``.
     VariableRates: type
 
-    def backend(self) -> str:
+    def framework(self) -> str:
         """What computes: "tensorflow", "jax" or "torch"."""
         return "tensorflow"
 
@@ -269,7 +269,7 @@ class KerasSeam:
 
     def narrow_matmul(self, x: Any, matrix: Any, transposed: bool = False) -> Any:
         """x matrix, or x matrix^T, for many rows x and a result of few columns."""
-        if self.backend() != "tensorflow":
+        if self.framework() != "tensorflow":
             return self.ops.matmul(x, self.ops.transpose(matrix) if transposed else matrix)
         import tensorflow as tf
 
@@ -280,7 +280,7 @@ class KerasSeam:
 
     def add_bias(self, rows: Any, bias: Any) -> Any:
         """rows + bias, for rows (n, units)."""
-        if self.backend() != "tensorflow":
+        if self.framework() != "tensorflow":
             return rows + bias
         import tensorflow as tf
 
@@ -293,7 +293,7 @@ class KerasSeam:
     @contextlib.contextmanager
     def eagerly(self) -> Iterator[None]:
         """Within this block functions that TensorFlow compiles run as Python, with values."""
-        if self.backend() != "tensorflow":
+        if self.framework() != "tensorflow":
             yield
             return
         from tensorflow import config

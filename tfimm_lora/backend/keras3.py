@@ -13,7 +13,7 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.distribution import distribution_lib
 from keras.src.layers.convolutional.base_conv import BaseConv
 
-from tfimm_lora.backend.interface import KerasSeam
+from tfimm_lora.backend.interface import Backend
 from tfimm_lora.backend.learning_rates import Keras3VariableRates
 
 
@@ -66,7 +66,7 @@ def _own_variables(layer: Any) -> list[Any]:
     return list(layer._trainable_variables) + list(layer._non_trainable_variables)
 
 
-class Keras3Seam(KerasSeam):
+class Keras3Backend(Backend):
     """Keras 3, seen through the common interface."""
 
     keras = keras
@@ -82,7 +82,7 @@ class Keras3Seam(KerasSeam):
 
     depthwise_convolution = staticmethod(_depthwise_convolution)
 
-    def backend(self) -> str:
+    def framework(self) -> str:
         return keras.backend.backend()
 
     def distribution(self) -> Any:
@@ -218,15 +218,15 @@ class Keras3Seam(KerasSeam):
         return keras.ops.custom_gradient(keras_function)(*args)
 
     def vjp(self, function: Callable[[Any], Any], x: Any, dy: Any) -> Any:
-        backend = keras.backend.backend()
-        if backend == "tensorflow":
+        framework = self.framework()
+        if framework == "tensorflow":
             import tensorflow as tf
 
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch(x)
                 y = function(x)
             return tape.gradient(y, x, dy)
-        if backend == "jax":
+        if framework == "jax":
             import jax
 
             return jax.vjp(function, x)[1](dy)[0]

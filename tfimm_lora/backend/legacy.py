@@ -13,7 +13,7 @@ import tf_keras
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
-from tfimm_lora.backend.interface import KerasSeam
+from tfimm_lora.backend.interface import Backend
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
 
 
@@ -71,7 +71,7 @@ class _FilteredWeights:
         listed = [v for v in super().trainable_weights if id(v) not in frozen]  # type: ignore[misc]
         own = {id(v) for v in self._trainable_weights}  # type: ignore[attr-defined]
         # Biases last among the layer's own, for the order of HDF5 files; see below.
-        return sorted(listed, key=lambda v: id(v) in own and _seam.is_bias_like(v))
+        return sorted(listed, key=lambda v: id(v) in own and _backend.is_bias_like(v))
 
     @property
     def non_trainable_weights(self) -> list[Any]:
@@ -81,7 +81,7 @@ class _FilteredWeights:
         own = [v for v in self._trainable_weights if id(v) in frozen | known]  # type: ignore[attr-defined]
         # HDF5 files list trainable weights, then the others. In this order of the others
         # (what might be trained first) the file is the same whatever is trained.
-        own.sort(key=lambda v: (not self._is_trained(v), not _seam.is_bias_like(v)))  # type: ignore[attr-defined]
+        own.sort(key=lambda v: (not self._is_trained(v), not _backend.is_bias_like(v)))  # type: ignore[attr-defined]
         chosen = {id(v) for v in own}
         return own + [v for v in listed if id(v) not in chosen]
 
@@ -98,7 +98,7 @@ class _FilteredWeights:
         """Nothing to do: both properties are computed on demand."""
 
 
-class LegacySeam(KerasSeam):
+class LegacyBackend(Backend):
     """Legacy Keras, seen through the common interface."""
 
     keras = tf_keras
@@ -265,4 +265,4 @@ def _closes_over(function: Any, variable: Any) -> bool:
     )
 
 
-_seam = LegacySeam()
+_backend = LegacyBackend()

@@ -154,16 +154,16 @@ def _load(path: Path) -> Any:
             f"{path} is neither a run of finetune (it has no {CONFIG}) nor a saved Keras model "
             "(.keras, .h5, or the SavedModel of legacy Keras)."
         )
-    seam = default_backend()
-    name = seam.keras.__name__
+    backend = default_backend()
+    name = backend.keras.__name__
     try:
-        model = seam.keras.models.load_model(str(path), compile=False)
+        model = backend.keras.models.load_model(str(path), compile=False)
     except Exception as error:
         raise ValueError(
             f"{path} cannot be loaded by {name}: {error}. If the other Keras wrote it, set "
             f"TF_USE_LEGACY_KERAS={0 if name == 'tf_keras' else 1}."
         ) from error
-    if not isinstance(model, seam.keras.Model):
+    if not isinstance(model, backend.keras.Model):
         raise ValueError(
             f"{path} is a SavedModel without Keras in it, which cannot be changed to another "
             "format. Export from the run or from a Keras file."

@@ -53,17 +53,17 @@ def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
 
 def _forget_training(model: Any) -> None:
     """Drop optimizers, which Keras 3 copies, too: no file is to hold their variables."""
-    seam = backend_of(model)
-    for _, layer in seam.walk(model):
-        if seam.is_model(layer) and seam.is_compiled(layer):
-            seam.mark_uncompiled(layer)
+    backend = backend_of(model)
+    for _, layer in backend.walk(model):
+        if backend.is_model(layer) and backend.is_compiled(layer):
+            backend.mark_uncompiled(layer)
             layer.optimizer = None
 
 
 def sixteen_bit_type(model: Any) -> str | None:
     """The type of 16 bits in which a layer of a model computes, or None."""
-    seam = backend_of(model)
-    types = {seam.compute_dtype(layer) for _, layer in seam.walk(model)}
+    backend = backend_of(model)
+    types = {backend.compute_dtype(layer) for _, layer in backend.walk(model)}
     return next((name for name in _SIXTEEN_BIT if name in types), None)
 
 
@@ -73,11 +73,11 @@ def in_float32(model: Any) -> Any:
     Raises:
         ValueError: if a model from its config does not.
     """
-    seam = backend_of(model)
-    classes = {type(layer).__name__: type(layer) for _, layer in seam.walk(model)}
-    with float32_policy(seam), seam.keras.utils.custom_object_scope(classes):
+    backend = backend_of(model)
+    classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(model)}
+    with float32_policy(backend), backend.keras.utils.custom_object_scope(classes):
         copy = type(model).from_config(_with_float32(model.get_config()))
-        build_like(seam, copy, model)
+        build_like(backend, copy, model)
     values = [np.asarray(value, "float32") for value in model.get_weights()]
     left = sixteen_bit_type(copy)
     if left is not None or [v.shape for v in values] != [tuple(w.shape) for w in copy.weights]:
@@ -92,9 +92,9 @@ def in_float32(model: Any) -> Any:
 
 
 @contextlib.contextmanager
-def float32_policy(seam: Any) -> Iterator[None]:
+def float32_policy(backend: Any) -> Iterator[None]:
     """Within this block layers are created in float32, unless they say otherwise."""
-    policies = seam.keras.mixed_precision
+    policies = backend.keras.mixed_precision
     read = getattr(policies, "global_policy", None) or policies.dtype_policy
     before = read()
     policies.set_global_policy("float32")

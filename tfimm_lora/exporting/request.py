@@ -173,10 +173,10 @@ def check_place(path: Path, format: str, overwrite: bool) -> None:
 
 
 def _check_backend(model: Any, format: str) -> None:
-    backend = backend_of(model).keras.backend.backend()
-    if format != "keras" and backend != "tensorflow":
+    framework = backend_of(model).framework()
+    if format != "keras" and framework != "tensorflow":
         raise ValueError(
-            f"Received the format {format!r} for a model of Keras 3 on {backend}; expected "
+            f"Received the format {format!r} for a model of Keras 3 on {framework}; expected "
             "'keras', the format that every backend can write. For the others export to "
             "model.keras, and in a process with KERAS_BACKEND=tensorflow load that file and "
             "export it."

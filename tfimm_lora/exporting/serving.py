@@ -63,8 +63,8 @@ def _structure_of(model: Any) -> Any:
     """The inputs as anything that has shapes and types, nested as the model wants them."""
     import tensorflow as tf
 
-    seam = backend_of(model)
-    if seam.is_functional(model):
+    backend = backend_of(model)
+    if backend.is_functional(model):
         return model.input
     if getattr(model, "inputs", None):  # a Sequential of Keras 3
         return model.inputs[0]
@@ -73,10 +73,10 @@ def _structure_of(model: Any) -> Any:
     spec = model.save_spec() if hasattr(model, "save_spec") else None  # legacy, called once
     if spec is not None:
         return spec[0][0]
-    shapes = seam.input_shapes(model)
+    shapes = backend.input_shapes(model)
     if shapes is None:
         return None
-    return seam.map_shapes(lambda shape: tf.TensorSpec(shape, tf.float32), shapes)
+    return backend.map_shapes(lambda shape: tf.TensorSpec(shape, tf.float32), shapes)
 
 
 def output_names(model: Any, outputs: Any) -> list[str]:

@@ -60,11 +60,11 @@ def load_keras(path: Path, like: Any) -> Any:
 
     In float32: classes of tfimm take the policy of the process.
     """
-    seam = backend_of(like)
-    classes = {type(layer).__name__: type(layer) for _, layer in seam.walk(like)}
-    scope = seam.keras.utils.custom_object_scope(classes)
-    with scope, float32_policy(seam), quiet():
-        return seam.keras.models.load_model(path, compile=False)
+    backend = backend_of(like)
+    classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(like)}
+    scope = backend.keras.utils.custom_object_scope(classes)
+    with scope, float32_policy(backend), quiet():
+        return backend.keras.models.load_model(path, compile=False)
 
 
 def _problem_of_loading(model: Any, path: Path) -> str | None:

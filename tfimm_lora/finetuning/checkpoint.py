@@ -42,16 +42,16 @@ def changing_variables(model: Any) -> dict[str, Any]:
     """The variables that training can change, by name: trained ones, statistics of layers
     that are trained whole, and the states of random generators. And those that LoRA added,
     which come from chance or data before the first step."""
-    seam = backend_of(model)
+    backend = backend_of(model)
     found: dict[str, Any] = {}
-    for path, layer in seam.walk(model):
-        variables = seam.own_variables(layer)
+    for path, layer in backend.walk(model):
+        variables = backend.own_variables(layer)
         if isinstance(layer, (LoRALayer, FrozenLayer)):
             added = layer._lora_variables() if isinstance(layer, LoRALayer) else {}
             kept = {id(v) for v in added.values()}
             variables = [v for v in variables if id(v) in kept or layer._is_trained(v)]
-        for variable in [*variables, *seam.random_states(layer)]:
-            name = f"{path}/{seam.variable_name(variable)}"
+        for variable in [*variables, *backend.random_states(layer)]:
+            name = f"{path}/{backend.variable_name(variable)}"
             while name in found:
                 name += "+"
             found[name] = variable
@@ -60,10 +60,10 @@ def changing_variables(model: Any) -> dict[str, Any]:
 
 def values_of(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
     """The values of everything that a step of training changes."""
-    seam = backend_of(model)
+    backend = backend_of(model)
     named = {f"model/{k}": v for k, v in changing_variables(model).items()}
-    named.update(_numbered(seam, optimizer))
-    return {name: np.asarray(seam.to_numpy(v)) for name, v in named.items()}
+    named.update(_numbered(backend, optimizer))
+    return {name: np.asarray(backend.to_numpy(v)) for name, v in named.items()}
 
 
 def give_values(model: Any, optimizer: Any, values: dict[str, np.ndarray]) -> None:
@@ -72,10 +72,10 @@ def give_values(model: Any, optimizer: Any, values: dict[str, np.ndarray]) -> No
     Raises:
         ValueError: if they are not those of such a model and optimizer.
     """
-    seam = backend_of(model)
+    backend = backend_of(model)
     named = {f"model/{k}": v for k, v in changing_variables(model).items()}
     if optimizer is not None:
-        named.update(_numbered(seam, optimizer))
+        named.update(_numbered(backend, optimizer))
     wrong = [
         name
         for name, variable in named.items()
@@ -91,8 +91,8 @@ def give_values(model: Any, optimizer: Any, values: dict[str, np.ndarray]) -> No
         variable.assign(values[name])
 
 
-def _numbered(seam: Any, optimizer: Any) -> dict[str, Any]:
-    return {f"optimizer/{i}": v for i, v in enumerate(seam.optimizer_variables(optimizer))}
+def _numbered(backend: Any, optimizer: Any) -> dict[str, Any]:
+    return {f"optimizer/{i}": v for i, v in enumerate(backend.optimizer_variables(optimizer))}
 
 
 class Checkpoints:

@@ -251,21 +251,21 @@ def _from_file(path: str, classes: int | None, normalisation: str | None) -> Bas
             f"Received the model file {path!r} without normalisation, which it does not hold. "
             f"Pass what it was trained with: one of {', '.join(NORMALISATIONS)}."
         )
-    seam = default_backend()
+    backend = default_backend()
     try:
-        loaded = seam.keras.models.load_model(path, compile=False)
+        loaded = backend.keras.models.load_model(path, compile=False)
     except (ValueError, OSError, TypeError) as error:
         raise ValueError(
             f"{path} cannot be loaded as a model of this Keras "
-            f"({seam.keras.__version__}): {error}"
+            f"({backend.keras.__version__}): {error}"
         ) from error
     if has_lora(loaded):
         raise ValueError(
             f"{path} holds a LoRA model; expected an ordinary one. Save the result of "
             "convert_to_regular_model instead."
         )
-    model, is_new = _with_logits(seam, loaded, classes)
-    shape = seam.input_shapes(model) or model.input_shape
+    model, is_new = _with_logits(backend, loaded, classes)
+    shape = backend.input_shapes(model) or model.input_shape
     if not all(isinstance(side, int) for side in shape[1:4]) or len(shape) != 4:
         raise ValueError(
             f"The model in {path} takes inputs of shape {tuple(shape)}; expected pictures of a "
@@ -278,16 +278,16 @@ def _from_file(path: str, classes: int | None, normalisation: str | None) -> Bas
     return Base(model, preprocessing, new_classifier=is_new, from_scratch=False)
 
 
-def _with_logits(seam: Any, model: Any, classes: int | None) -> tuple[Any, bool]:
+def _with_logits(backend: Any, model: Any, classes: int | None) -> tuple[Any, bool]:
     """The model without a softmax at its end, and with as many classes as asked for."""
-    layers = {path: layer for path, layer in seam.walk(model)}
+    layers = {path: layer for path, layer in backend.walk(model)}
     heads = classifier_paths(model)
     head: Any = layers[heads[0]] if len(heads) == 1 else None
-    dense = head is not None and isinstance(head, seam.keras.layers.Dense)
+    dense = head is not None and isinstance(head, backend.keras.layers.Dense)
     plain = dense and getattr(head.activation, "__name__", "") == "linear"
     if dense and plain and classes in (None, head.units) and model.layers[-1] is head:
         return model, False
-    chained = seam.is_functional(model) or isinstance(model, seam.keras.Sequential)
+    chained = backend.is_functional(model) or isinstance(model, backend.keras.Sequential)
     if not dense or not chained or not any(x is head for x in model.layers):
         raise ValueError(
             f"The model '{model.name}' ({type(model).__name__}) has no classifier that can be "
@@ -296,12 +296,12 @@ def _with_logits(seam: Any, model: Any, classes: int | None) -> tuple[Any, bool]
         )
     is_new = classes not in (None, head.units)
     if is_new:
-        new = seam.keras.layers.Dense(classes, name=head.name)
+        new = backend.keras.layers.Dense(classes, name=head.name)
         outputs = new(head.input)
     else:
-        head.activation = seam.keras.activations.linear
+        head.activation = backend.keras.activations.linear
         outputs = head.output
-    return seam.keras.Model(model.inputs, outputs, name=model.name), is_new
+    return backend.keras.Model(model.inputs, outputs, name=model.name), is_new
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:

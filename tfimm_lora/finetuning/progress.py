@@ -21,7 +21,7 @@ class Reporter:
         self.started = 0.0
         self.bar: Any = None
 
-    def callbacks(self, seam: Any) -> list[Any]:
+    def callbacks(self, backend: Any) -> list[Any]:
         """Keras callbacks that do it."""
         if self.kind == "none":
             return []
@@ -34,7 +34,7 @@ class Reporter:
         }
         if self.bar:
             hooks["on_train_batch_end"] = self._batch
-        return [seam.keras.callbacks.LambdaCallback(**hooks)]
+        return [backend.keras.callbacks.LambdaCallback(**hooks)]
 
     def _make_bar(self) -> None:
         progress = require("rich.progress", extra="cli", why="A progress bar")

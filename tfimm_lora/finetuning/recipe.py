@@ -163,20 +163,20 @@ def finetune_pictures(
     folder = Path(out)
     check_strategy(recipe.strategy)
     run = _existing(folder, recipe, resume)
-    seam, devices = default_backend(), open_strategy(recipe.strategy)
+    backend, devices = default_backend(), open_strategy(recipe.strategy)
     devices.check_batch(recipe.batch_size)
     if devices.replicas > 1:
         say(f"training on {devices}")
-    with seam.dtype_policy(recipe.mixed_precision), devices.scope(), devices.together():
+    with backend.dtype_policy(recipe.mixed_precision), devices.scope(), devices.together():
         if run is None:
-            run, split, model = _begin(seam, recipe, folder, devices, say)
+            run, split, model = _begin(backend, recipe, folder, devices, say)
         else:
             say(f"going on with the run in {folder}")
             split = run.split
             # For weights that are not kept: a new classifier, if no epoch was finished.
-            seam.keras.utils.set_random_seed(recipe.seed)
+            backend.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
-            _inject(seam, recipe, model, split, run.facts)
+            _inject(backend, recipe, model, split, run.facts)
         trained, seconds = _train(recipe, run, model, split, devices, verbose)
     facts = {
         "best_epoch": trained.best_epoch,
@@ -235,12 +235,12 @@ def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, list[A
 
 
 def _begin(
-    seam: Any, recipe: Recipe, folder: Path, devices: Devices, say: Callable[[str], None]
+    backend: Any, recipe: Recipe, folder: Path, devices: Devices, say: Callable[[str], None]
 ) -> tuple[Run, Split, Any]:
     """A new run, its pictures and its model. The folder is made as the last thing."""
     split, skipped = _pictures(recipe, say)
     say(f"opening {recipe.model}")
-    seam.keras.utils.set_random_seed(recipe.seed)
+    backend.keras.utils.set_random_seed(recipe.seed)
     base = open_recipe_base(recipe.to_dict(), len(split.labels))
     facts = {
         "preprocessing": base.preprocessing.to_dict(),
@@ -248,7 +248,7 @@ def _begin(
         "base_sha256": base_hash(recipe.to_dict()),
         "trained_on": split.train.counts(),
         "validated_on": split.val.counts(),
-        "versions": _versions(seam),
+        "versions": _versions(backend),
     }
     if base.from_scratch:
         say("its weights are random: pass --pretrained or --weights for those that it learned")
@@ -258,7 +258,7 @@ def _begin(
         if base.from_scratch or random_head:
             kept = Path(temporary) / BASE_WEIGHTS
             base.model.save_weights(kept)
-        _inject(seam, recipe, base.model, split, facts)
+        _inject(backend, recipe, base.model, split, facts)
         facts.update(_sizes(base.model))
         devices.agree("recipe and pictures", _told(recipe, split, facts))
         if devices.is_chief:
@@ -282,9 +282,9 @@ def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
 
 
 def _inject(
-    seam: Any, recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
+    backend: Any, recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
 ) -> None:
-    seam.keras.utils.set_random_seed(recipe.seed)  # for A, whatever happened before
+    backend.keras.utils.set_random_seed(recipe.seed)  # for A, whatever happened before
     trained = _trains_classifier(recipe, facts["new_classifier"])
     inject_lora(model, **{**recipe.lora, "lora_train_classifier": trained})
     if recipe.lora.get("lora_init") == "eva":
@@ -365,14 +365,14 @@ def class_weights(pictures: PictureSet) -> dict[int, float]:
     return {i: len(pictures) / (len(counts) * n) for i, n in enumerate(counts) if n}
 
 
-def _versions(seam: Any) -> dict[str, str]:
+def _versions(backend: Any) -> dict[str, str]:
     versions = {
         "tfimm_lora": __version__,
         "python": platform.python_version(),
-        "keras": f"{seam.keras.__name__} {seam.keras.__version__}",
+        "keras": f"{backend.keras.__name__} {backend.keras.__version__}",
     }
-    backend = getattr(seam.keras.backend, "backend", lambda: "tensorflow")()
-    for name in {"tensorflow": 0, "tfimm": 0, backend: 0}:
+    framework = backend.framework()
+    for name in {"tensorflow": 0, "tfimm": 0, framework: 0}:
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "__version__"):
             versions[name] = module.__version__

@@ -134,8 +134,8 @@ def finetune(
     if patience is not None:
         check_whole("patience", patience, 1)
     _require_trainable(model)
-    seam, devices = backend_of(model), devices_of(model)
-    devices.check(seam)
+    backend, devices = backend_of(model), devices_of(model)
+    devices.check(backend)
     steps = _steps(train, steps_per_epoch)
     keeper = _Keeper(
         model,
@@ -154,13 +154,13 @@ def finetune(
         devices.agree(f"state in out={out!r}, here after epoch {done}", vars(keeper.progress))
         if optimizer is None:
             optimizer = create_optimizer(
-                seam.keras,
+                backend.keras,
                 steps=epochs * steps,
                 learning_rate=learning_rate,
                 weight_decay=weight_decay,
                 warmup=warmup,
             )
-        with_loss = loss if loss is not None else _cross_entropy(seam, devices)
+        with_loss = loss if loss is not None else _cross_entropy(backend, devices)
         # Weights that devices give to pictures are for the loss only.
         model.compile(
             optimizer=optimizer,
@@ -184,8 +184,8 @@ def finetune(
                 class_weight=weights,
                 callbacks=[
                     *callbacks,
-                    *devices.callbacks(seam),
-                    *reporter.callbacks(seam),
+                    *devices.callbacks(backend),
+                    *reporter.callbacks(backend),
                     keeper.callback(),
                 ],
                 shuffle=False,  # batches come in their order; Keras 3 warns of anything else
@@ -223,12 +223,12 @@ def _steps(train: Any, steps_per_epoch: int | None) -> int:
     return steps
 
 
-def _cross_entropy(seam: Any, devices: Devices) -> Any:
-    entropy = seam.keras.losses.sparse_categorical_crossentropy
+def _cross_entropy(backend: Any, devices: Devices) -> Any:
+    entropy = backend.keras.losses.sparse_categorical_crossentropy
 
     def cross_entropy(labels: Any, logits: Any) -> Any:
         # Under mixed precision the logits are 16-bit, in which a softmax loses digits.
-        logits = seam.ops.cast(logits, "float32")
+        logits = backend.ops.cast(logits, "float32")
         return devices.by_share(entropy(labels, logits, from_logits=True))
 
     return cross_entropy
@@ -249,7 +249,7 @@ class _Keeper:
         fingerprint: dict[str, Any],
     ) -> None:
         self.model, self.out, self.monitor, self.patience = model, out, monitor, patience
-        self.seam, self.writes = backend_of(model), devices.is_chief
+        self.backend, self.writes = backend_of(model), devices.is_chief
         self.seed = seed + devices.worker  # workers drop out different features
         self.progress = Progress(fingerprint=fingerprint)
         self.checkpoints = Checkpoints(out / STATE) if out is not None else None
@@ -292,12 +292,12 @@ class _Keeper:
 
     def callback(self) -> Any:
         """The Keras callback; it comes last, so that it sees what others decided."""
-        return self.seam.keras.callbacks.LambdaCallback(
+        return self.backend.keras.callbacks.LambdaCallback(
             on_epoch_begin=self._begin, on_epoch_end=self._end
         )
 
     def _begin(self, epoch: int, logs: Any = None) -> None:
-        self.seam.restart_random_ops(self.seed)
+        self.backend.restart_random_ops(self.seed)
 
     def _end(self, epoch: int, logs: Any = None) -> None:
         numbers = {name: float(value) for name, value in (logs or {}).items()}

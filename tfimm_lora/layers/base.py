@@ -20,7 +20,7 @@ from tfimm_lora.layers.state import LayerValues, State
 
 
 @dataclass(frozen=True)
-class LoRASpec:
+class LayerSettings:
     """The settings of one adapted layer, validated.
 
     Attributes:
@@ -80,16 +80,16 @@ LAYER_ARGUMENTS: dict[str, Any] = {
 }
 
 
-def make_spec(seam: Any, arguments: dict[str, Any]) -> LoRASpec:
-    """A ``LoRASpec`` from lora_* arguments; missing ones take their defaults."""
+def layer_settings(backend: Any, arguments: dict[str, Any]) -> LayerSettings:
+    """A ``LayerSettings`` from lora_* arguments; missing ones take their defaults."""
     config.check_keywords(arguments, LAYER_ARGUMENTS, "a LoRA layer")
     values = {**LAYER_ARGUMENTS, **arguments}
-    return LoRASpec(
+    return LayerSettings(
         rank=values["lora_rank"],
         alpha=values["lora_alpha"],
         dropout=values["lora_dropout"],
-        initializer=seam.keras.initializers.get(values["lora_initializer"]),
-        regularizer=seam.keras.regularizers.get(values["lora_regularizer"]),
+        initializer=backend.keras.initializers.get(values["lora_initializer"]),
+        regularizer=backend.keras.regularizers.get(values["lora_regularizer"]),
         train_bias=bool(values["lora_train_bias"]),
         qkv=values["lora_qkv"],
         qkv_layout=values["lora_qkv_layout"],
@@ -144,7 +144,7 @@ class LoRALayer(LayerValues):
     Reference: Hu et al., "LoRA", arXiv:2106.09685, section 4.1.
     """
 
-    #: Which variable is the kernel: a key of ``KerasSeam.kernel_attributes``.
+    #: Which variable is the kernel: a key of ``Backend.kernel_attributes``.
     _kernel_role = "kernel"
 
     # Of the layer that this is mixed into, and its factors.
@@ -159,49 +159,49 @@ class LoRALayer(LayerValues):
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         lora = {k: kwargs.pop(k) for k in list(kwargs) if k in LAYER_ARGUMENTS}
-        spec = make_spec(backend_of(self), lora)
+        settings = layer_settings(backend_of(self), lora)
         super().__init__(*args, **kwargs)
-        self.check_support(self, spec)
-        self._attach(spec)
+        self.check_support(self, settings)
+        self._attach(settings)
 
     # -- state -----------------------------------------------------------------------
 
     @property
-    def lora(self) -> LoRASpec:
+    def lora(self) -> LayerSettings:
         """The layer's settings: rank, alpha, scale, dropout, ..."""
-        return self._lora_state.spec
+        return self._lora_state.settings
 
-    def _attach(self, spec: LoRASpec, found: Found | None = None) -> None:
+    def _attach(self, settings: LayerSettings, found: Found | None = None) -> None:
         """Give the layer its state, and its factors as soon as it has a kernel."""
-        seam = backend_of(self)
-        self.__dict__["_lora_state"] = State(spec, found)
-        if spec.dropout:
-            dropout = seam.keras.layers.Dropout(spec.dropout, name="lora_dropout")
-            seam.add_sublayer(self, "lora_branch_dropout", dropout)
+        backend = backend_of(self)
+        self.__dict__["_lora_state"] = State(settings, found)
+        if settings.dropout:
+            dropout = backend.keras.layers.Dropout(settings.dropout, name="lora_dropout")
+            backend.add_sublayer(self, "lora_branch_dropout", dropout)
         if self.built:
             self._after_build()
 
     def _detach(self) -> Found | None:
         """Undo ``_attach``: drop state, factors and dropout."""
-        seam = backend_of(self)
+        backend = backend_of(self)
         for attribute in self._lora_variables():
-            seam.remove_weight(self, attribute)
+            backend.remove_weight(self, attribute)
         if self.lora.dropout:
-            seam.remove_sublayer(self, "lora_branch_dropout")
+            backend.remove_sublayer(self, "lora_branch_dropout")
         return self.__dict__.pop("_lora_state").found
 
     def _after_build(self) -> None:
         if "_lora_state" not in self.__dict__ or "kernel_lora_a" in self.__dict__:
             return
-        seam, spec = backend_of(self), self.lora
+        backend, settings = backend_of(self), self.lora
         kernel = self._kernel_variable
-        zeros = seam.keras.initializers.Zeros()
-        with seam.variable_scope(kernel):
+        zeros = backend.keras.initializers.Zeros()
+        with backend.variable_scope(kernel):
             for name, shape in self._variable_shapes().items():
                 is_a = name == "kernel_lora_a"
-                initializer = spec.initializer or self._default_initializer()
-                regularizer = spec.regularizer if name in config.LORA_WEIGHT_NAMES else None
-                seam.add_weight(
+                initializer = settings.initializer or self._default_initializer()
+                regularizer = settings.regularizer if name in config.LORA_WEIGHT_NAMES else None
+                backend.add_weight(
                     self,
                     name,
                     shape,
@@ -241,23 +241,23 @@ class LoRALayer(LayerValues):
         self, kernel: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
         """A and B as ``lora_init`` says, in their shapes."""
-        spec = self.lora
-        shape_a, shape_b = self._factor_shapes(kernel.shape, spec.rank)
+        settings = self.lora
+        shape_a, shape_b = self._factor_shapes(kernel.shape, settings.rank)
         matrix = kernel.reshape(-1, shape_b[-1])
-        found = from_kernel.start(spec.init, matrix, spec.rank, spec.scale, rng)
+        found = from_kernel.start(settings.init, matrix, settings.rank, settings.scale, rng)
         return found.a.reshape(shape_a), found.b.reshape(shape_b)
 
     def _variable_shapes(self) -> dict[str, tuple[int, ...]]:
         """The shapes of the layer's LoRA variables by name."""
-        spec, kernel_shape = self.lora, tuple(self._kernel_variable.shape)
-        a, b = self._factor_shapes(kernel_shape, spec.rank)
+        settings, kernel_shape = self.lora, tuple(self._kernel_variable.shape)
+        a, b = self._factor_shapes(kernel_shape, settings.rank)
         shapes = {"kernel_lora_a": a, "kernel_lora_b": b}
-        if spec.use_dora:
+        if settings.use_dora:
             axes = self._summed_axes()
             shapes["kernel_lora_magnitude"] = dora.shape(kernel_shape, axes)
-        if spec.branch_bias:
+        if settings.branch_bias:
             shapes["kernel_lora_shift"] = tuple(self.bias.shape)
-        if from_kernel.moves(spec.init):
+        if from_kernel.moves(settings.init):
             shapes.update(kernel_lora_a0=a, kernel_lora_b0=b)
         return shapes
 
@@ -277,18 +277,18 @@ class LoRALayer(LayerValues):
         return self.lora.train_bias and backend_of(self).is_bias_like(variable)
 
     @classmethod
-    def check_support(cls, layer: Any, spec: LoRASpec) -> None:
+    def check_support(cls, layer: Any, settings: LayerSettings) -> None:
         """Raise a ValueError with the reason if ``layer`` cannot become one of this class."""
         reason = backend_of(layer).refusal(layer)
-        if reason is None and spec.qkv:
-            reason = cls._parts_refusal(layer, spec)
+        if reason is None and settings.qkv:
+            reason = cls._parts_refusal(layer, settings)
             if reason:
                 reason += "; pass lora_qkv=None"
-        if reason is None and (spec.dropout or spec.branch_bias):
+        if reason is None and (settings.dropout or settings.branch_bias):
             reason = cls._branch_refusal(layer)
             if reason:
                 reason += "; pass lora_dropout=0 and lora_bias=False"
-        if reason is None and spec.branch_bias:
+        if reason is None and settings.branch_bias:
             reason = cls._bias_refusal(layer)
             if reason:
                 reason += "; pass lora_bias=False"
@@ -315,7 +315,7 @@ class LoRALayer(LayerValues):
         return "it has no bias into which that of the branch could be merged"
 
     @classmethod
-    def _parts_refusal(cls, layer: Any, spec: LoRASpec) -> str | None:
+    def _parts_refusal(cls, layer: Any, settings: LayerSettings) -> str | None:
         """Why a layer's kernel is not one of fused parts, or None."""
         return "only the kernel of a dense layer is taken apart by lora_qkv"
 
@@ -333,10 +333,10 @@ class LoRALayer(LayerValues):
         shape = self._probe_shape()
         if has_keras_call(type(self)) or shape is None:
             return
-        seam = backend_of(self)
+        backend = backend_of(self)
         zeros: Any = np.zeros(shape, "float32")
         try:
-            self.call(seam.ops.cast(zeros, seam.compute_dtype(self)))
+            self.call(backend.ops.cast(zeros, backend.compute_dtype(self)))
         except NotAdaptable:
             raise
         except Exception:  # noqa: BLE001 - a stranger's call may do anything to zeros
@@ -360,15 +360,15 @@ class LoRALayer(LayerValues):
 
     def _factors(self) -> tuple[Any, Any]:
         """A and B as float32 tensors; with a start that is taken off, those of A B - A0 B0."""
-        seam = backend_of(self)
-        a, b = (seam.full_precision(self.__dict__[n]) for n in config.LORA_WEIGHT_NAMES)
+        backend = backend_of(self)
+        a, b = (backend.full_precision(self.__dict__[n]) for n in config.LORA_WEIGHT_NAMES)
         if "kernel_lora_a0" not in self.__dict__:
             return a, b
         a0, b0 = (
-            seam.ops.stop_gradient(seam.full_precision(self.__dict__[n]))
+            backend.ops.stop_gradient(backend.full_precision(self.__dict__[n]))
             for n in ("kernel_lora_a0", "kernel_lora_b0")
         )
-        return self._side_by_side(seam.ops, (a, b), (a0, -b0))
+        return self._side_by_side(backend.ops, (a, b), (a0, -b0))
 
     def _side_by_side(
         self, ops: Any, one: tuple[Any, Any], two: tuple[Any, Any]
@@ -396,10 +396,10 @@ class LoRALayer(LayerValues):
 
     def _wide_kernel(self) -> Any:
         """W in float32, or in its own type if that is wider."""
-        seam = backend_of(self)
-        kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
-        if seam.dtype_of(kernel) in ("float16", "bfloat16"):
-            kernel = seam.ops.cast(kernel, "float32")
+        backend = backend_of(self)
+        kernel = backend.ops.stop_gradient(backend.full_precision(self._kernel_variable))
+        if backend.dtype_of(kernel) in ("float16", "bfloat16"):
+            kernel = backend.ops.cast(kernel, "float32")
         return kernel
 
     def _effective_kernel(self) -> Any:
@@ -410,44 +410,44 @@ class LoRALayer(LayerValues):
 
     def _directed_kernel(self, kernel: Any) -> Any:
         """W + s A B, from W."""
-        seam = backend_of(self)
-        a, b = (seam.ops.cast(f, seam.dtype_of(kernel)) for f in self._factors())
+        backend = backend_of(self)
+        a, b = (backend.ops.cast(f, backend.dtype_of(kernel)) for f in self._factors())
         return products.effective_kernel(self._product(), kernel, a, b, self.lora.scale)
 
     def _gain(self, kernel: Any, adapted: Any) -> Any:
         """DoRA's factor for each output; see ``magnitude.gain``."""
-        seam = backend_of(self)
-        offset = seam.full_precision(self.__dict__["kernel_lora_magnitude"])
-        offset = seam.ops.cast(offset, seam.dtype_of(kernel))
-        return dora.gain(seam.ops, kernel, adapted, offset, self._summed_axes())
+        backend = backend_of(self)
+        offset = backend.full_precision(self.__dict__["kernel_lora_magnitude"])
+        offset = backend.ops.cast(offset, backend.dtype_of(kernel))
+        return dora.gain(backend.ops, kernel, adapted, offset, self._summed_axes())
 
     def _shown_kernel(self) -> Any:
         """What the base layer's ``call`` sees as its kernel."""
         if self.merged:
             return self._kernel_variable
-        seam = backend_of(self)
-        return seam.ops.cast(self._effective_kernel(), seam.compute_dtype(self))
+        backend = backend_of(self)
+        return backend.ops.cast(self._effective_kernel(), backend.compute_dtype(self))
 
     def _adapted(self, inputs: Any, places: int) -> Any:
         """The product with the adapted kernel at so many places of the inputs, in the form
         that suits (see ``forms``)."""
-        seam, spec, product = backend_of(self), self.lora, self._product(inputs)
-        dtype = seam.compute_dtype(self)
-        kernel = seam.ops.stop_gradient(seam.full_precision(self._kernel_variable))
+        backend, settings, product = backend_of(self), self.lora, self._product(inputs)
+        dtype = backend.compute_dtype(self)
+        kernel = backend.ops.stop_gradient(backend.full_precision(self._kernel_variable))
         route = mixed_batch.current()
         if route is not None:
             plain = self._plain_product(inputs)
-            return mixed_batch.routed(self, seam, plain, inputs, kernel, dtype, route)
-        kernel, a, b = (seam.ops.cast(t, dtype) for t in (kernel, *self._factors()))
-        if spec.dropout or not self._splits(inputs):
-            branch = self.lora_branch_dropout(inputs) if spec.dropout else inputs
-            outputs = products.dropped(product, inputs, branch, kernel, a, b, spec.scale)
+            return mixed_batch.routed(self, backend, plain, inputs, kernel, dtype, route)
+        kernel, a, b = (backend.ops.cast(t, dtype) for t in (kernel, *self._factors()))
+        if settings.dropout or not self._splits(inputs):
+            branch = self.lora_branch_dropout(inputs) if settings.dropout else inputs
+            outputs = products.dropped(product, inputs, branch, kernel, a, b, settings.scale)
         else:
             work = self._work(inputs, places, a.shape[-1])
             form = forms.choose(work, dtype in ("float16", "bfloat16"))
-            train_a = not spec.freeze_a
+            train_a = not settings.freeze_a
             outputs = products.adapted(
-                seam, product, inputs, kernel, a, b, spec.scale, form, train_a
+                backend, product, inputs, kernel, a, b, settings.scale, form, train_a
             )
         return self._finished(outputs)
 
@@ -462,17 +462,17 @@ class LoRALayer(LayerValues):
 
     def _finished(self, outputs: Any) -> Any:
         """Outputs of the product with DoRA's factor, or with the bias of the branch."""
-        seam, spec = backend_of(self), self.lora
-        if spec.use_dora:
+        backend, settings = backend_of(self), self.lora
+        if settings.use_dora:
             kernel = self._wide_kernel()
             gain = self._gain(kernel, self._directed_kernel(kernel))
-            narrow = seam.dtype_of(outputs) in ("float16", "bfloat16")
+            narrow = backend.dtype_of(outputs) in ("float16", "bfloat16")
             factor = self._along_outputs(gain, len(outputs.shape))
-            return dora.scaled(seam.ops, outputs, factor, narrow)
-        if spec.branch_bias:
-            shift = seam.full_precision(self.__dict__["kernel_lora_shift"])
-            shift = self._along_outputs(spec.scale * shift, len(outputs.shape))
-            return outputs + seam.ops.cast(shift, seam.dtype_of(outputs))
+            return dora.scaled(backend.ops, outputs, factor, narrow)
+        if settings.branch_bias:
+            shift = backend.full_precision(self.__dict__["kernel_lora_shift"])
+            shift = self._along_outputs(settings.scale * shift, len(outputs.shape))
+            return outputs + backend.ops.cast(shift, backend.dtype_of(outputs))
         return outputs
 
     def _along_outputs(self, values: Any, rank: int) -> Any:
@@ -532,27 +532,27 @@ class LoRALayer(LayerValues):
         return super().call(inputs, *args, **kwargs)  # type: ignore[misc]
 
     def get_config(self) -> dict[str, Any]:
-        seam, spec = backend_of(self), self.lora
-        initializers, regularizers = seam.keras.initializers, seam.keras.regularizers
+        backend, settings = backend_of(self), self.lora
+        initializers, regularizers = backend.keras.initializers, backend.keras.regularizers
         return {
             **super().get_config(),  # type: ignore[misc]
-            "lora_rank": spec.rank,
-            "lora_alpha": spec.alpha,
-            "lora_use_rslora": spec.use_rslora,
-            "lora_use_dora": spec.use_dora,
-            "lora_bias": spec.branch_bias,
-            "lora_init": spec.init,
-            "lora_dropout": spec.dropout,
-            "lora_freeze_a": spec.freeze_a,
-            "lora_initializer": initializers.serialize(spec.initializer)
-            if spec.initializer is not None
+            "lora_rank": settings.rank,
+            "lora_alpha": settings.alpha,
+            "lora_use_rslora": settings.use_rslora,
+            "lora_use_dora": settings.use_dora,
+            "lora_bias": settings.branch_bias,
+            "lora_init": settings.init,
+            "lora_dropout": settings.dropout,
+            "lora_freeze_a": settings.freeze_a,
+            "lora_initializer": initializers.serialize(settings.initializer)
+            if settings.initializer is not None
             else None,
-            "lora_regularizer": regularizers.serialize(spec.regularizer)
-            if spec.regularizer is not None
+            "lora_regularizer": regularizers.serialize(settings.regularizer)
+            if settings.regularizer is not None
             else None,
-            "lora_train_bias": spec.train_bias,
-            "lora_qkv": spec.qkv,
-            "lora_qkv_layout": spec.qkv_layout,
+            "lora_train_bias": settings.train_bias,
+            "lora_qkv": settings.qkv,
+            "lora_qkv_layout": settings.qkv_layout,
         }
 
 

@@ -24,20 +24,20 @@ class ConvolutionProduct:
     """
 
     def __init__(
-        self, seam: Any, convolve: Callable[[Any, Any], Any], spatial: int, last: bool
+        self, backend: Any, convolve: Callable[[Any, Any], Any], spatial: int, last: bool
     ) -> None:
-        self.seam, self.ops, self.convolve, self.last = seam, seam.ops, convolve, last
-        self.matrix = MatrixProduct(seam)
+        self.backend, self.ops, self.convolve, self.last = backend, backend.ops, convolve, last
+        self.matrix = MatrixProduct(backend)
         self.space = _AXES[:spatial]
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.convolve(x, kernel)
 
     def apply_and_back(self, x: Any, kernel: Any) -> tuple[Any, Any]:
-        return self.seam.linear(lambda t: self.convolve(t, kernel), x)
+        return self.backend.linear(lambda t: self.convolve(t, kernel), x)
 
     def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        return self.seam.vjp(lambda t: self.convolve(x, t), kernel, dy)
+        return self.backend.vjp(lambda t: self.convolve(x, t), kernel, dy)
 
     def update(self, a: Any, b: Any) -> Any:
         # As one product of matrices; with its four axes it would be a stack of small ones.
@@ -52,7 +52,7 @@ class ConvolutionProduct:
         return self.apply(x, a)
 
     def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
-        return self.seam.vjp(lambda t: self.convolve(t, a), x, dh)
+        return self.backend.vjp(lambda t: self.convolve(t, a), x, dh)
 
     def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
         return self.kernel_gradient(x, a, dh)
@@ -192,7 +192,7 @@ class Conv1DUpdate(ConvUpdate):
     """As ``ConvUpdate``, also causal."""
 
     def _base_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        # Keras 3's Conv1D passes by `convolution_op`; the seam makes it go through.
+        # Keras 3's Conv1D passes by `convolution_op`; the backend makes it go through.
         if has_keras_call(type(self)):
             return backend_of(self).conv1d_call(self, inputs, super()._base_call)
         return super()._base_call(inputs, *args, **kwargs)
@@ -230,28 +230,28 @@ class DepthwiseConvUpdate(LoRALayer):
     data_format: str
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = backend_of(self)
-        dtype = seam.compute_dtype(self)
+        backend = backend_of(self)
+        dtype = backend.compute_dtype(self)
         narrow = dtype in ("float16", "bfloat16")
         apart = self.lora.dropout or self.lora.branch_bias or narrow
         if self.merged or not apart or not has_keras_call(type(self)):
             return super().call(inputs, *args, **kwargs)
         # The update as a convolution of its own: it can be dropped from, and it is not
         # lost in the rounding of a 16-bit kernel.
-        kernel = seam.ops.cast(seam.full_precision(self._kernel_variable), dtype)
+        kernel = backend.ops.cast(backend.full_precision(self._kernel_variable), dtype)
         product = self._product()
         scaled = self.lora.scale * product.update(*self._factors())
         outputs = products.doubled(
             product,
             inputs,
             self.lora_branch_dropout(inputs) if self.lora.dropout else inputs,
-            seam.ops.stop_gradient(kernel),
-            seam.ops.cast(scaled, dtype),
+            backend.ops.stop_gradient(kernel),
+            backend.ops.cast(scaled, dtype),
         )
         outputs = self._finished(outputs)
         if self.bias is not None:
             bias = self._along_outputs(self.bias, len(outputs.shape))
-            outputs = outputs + seam.ops.cast(bias, dtype)
+            outputs = outputs + backend.ops.cast(bias, dtype)
         return outputs if self.activation is None else self.activation(outputs)
 
     def _factor_shapes(
@@ -271,11 +271,11 @@ class DepthwiseProduct:
     """depthwise_conv(x, W), whose update cannot be split in two convolutions."""
 
     def __init__(self, layer: Any) -> None:
-        self.layer, self.seam = layer, backend_of(layer)
+        self.layer, self.backend = layer, backend_of(layer)
 
     def apply(self, x: Any, kernel: Any) -> Any:
-        return self.seam.depthwise_convolution(self.layer, x, kernel)
+        return self.backend.depthwise_convolution(self.layer, x, kernel)
 
     def update(self, a: Any, b: Any) -> Any:
         shape = tuple(self.layer._kernel_variable.shape)
-        return self.seam.ops.reshape(self.seam.ops.matmul(a, b), shape)
+        return self.backend.ops.reshape(self.backend.ops.matmul(a, b), shape)

@@ -6,7 +6,7 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Found
-from tfimm_lora.layers.base import LoRALayer, LoRASpec, make_spec
+from tfimm_lora.layers.base import LayerSettings, LoRALayer, layer_settings
 from tfimm_lora.layers.call_signature import with_signature_of
 from tfimm_lora.layers.conv import Conv1DUpdate, ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.dense import DenseUpdate
@@ -95,22 +95,22 @@ def lora_class(cls: type) -> type:
 
 
 def _make_class(cls: type, base: type) -> type:
-    seam = backend_of(cls)
+    backend = backend_of(cls)
     update = _UPDATES[base.__name__]
     namespace: dict[str, Any] = {
         "__module__": "tfimm_lora.layers",
         "__doc__": update.__doc__,
     }
     if cls is base:
-        attribute = seam.kernel_attributes[update._kernel_role]
+        attribute = backend.kernel_attributes[update._kernel_role]
         namespace[attribute] = KernelSlot(attribute)
         namespace["_keras_class"] = cls
-        bases: tuple[type, ...] = (update, seam.BuildHook, seam.FilteredWeights, cls)
+        bases: tuple[type, ...] = (update, backend.BuildHook, backend.FilteredWeights, cls)
     else:
         bases = (lora_class(base), cls)
     namespace["call"] = with_signature_of(cls, update)
     made = type(f"LoRA{cls.__name__}", bases, namespace)
-    seam.register(made, "LoRA", cls)
+    backend.register(made, "LoRA", cls)
     return made
 
 
@@ -143,10 +143,10 @@ def convert_to_lora_layer(layer: Any, **lora_arguments: Any) -> Any:
         >>> type(layer).__name__
         'LoRADense'
     """
-    return adapt_layer(layer, make_spec(backend_of(layer), lora_arguments))
+    return adapt_layer(layer, layer_settings(backend_of(layer), lora_arguments))
 
 
-def adapt_layer(layer: Any, spec: LoRASpec) -> Any:
+def adapt_layer(layer: Any, settings: LayerSettings) -> Any:
     """``convert_to_lora_layer`` with checked settings; leaves the layer alone on error."""
     if isinstance(layer, LoRALayer):
         raise ValueError(
@@ -159,13 +159,13 @@ def adapt_layer(layer: Any, spec: LoRASpec) -> Any:
             "Name it in lora_targets when you put LoRA in."
         )
     cls: Any = lora_class(type(layer))
-    cls.check_support(layer, spec)
-    seam = backend_of(layer)
-    found = seam.found(layer)
+    cls.check_support(layer, settings)
+    backend = backend_of(layer)
+    found = backend.found(layer)
     try:
-        seam.swap_class(layer, cls)
-        seam.set_raw_trainable(layer, True)
-        layer._attach(spec, found)
+        backend.swap_class(layer, cls)
+        backend.set_raw_trainable(layer, True)
+        layer._attach(settings, found)
         if layer.built:
             layer.check_call()
     except BaseException:
@@ -176,15 +176,15 @@ def adapt_layer(layer: Any, spec: LoRASpec) -> Any:
 
 def restore_layer(layer: Any, found: Found | None = None) -> Any:
     """Turn a LoRA layer back into the layer it was, without its update."""
-    seam = backend_of(layer)
+    backend = backend_of(layer)
     if "_lora_state" in layer.__dict__:
         if layer.merged:
             layer.unmerge_weights()
         found = layer._detach() or found
     if found is None:  # created adapted, or loaded from a file
-        flags = seam.created_flags(layer)
+        flags = backend.created_flags(layer)
         found = Found(_plain_class(type(layer)), layer.trainable, flags)
-    seam.restore(layer, found)
+    backend.restore(layer, found)
     return layer
 
 

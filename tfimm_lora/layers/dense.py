@@ -9,7 +9,7 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.initializers.from_kernel import start
 from tfimm_lora.layers import forms
-from tfimm_lora.layers.base import LoRALayer, LoRASpec, has_keras_call
+from tfimm_lora.layers.base import LayerSettings, LoRALayer, has_keras_call
 from tfimm_lora.layers.products import Product, leading_shape
 from tfimm_lora.layers.qkv import PartsOfMatrix
 
@@ -17,8 +17,8 @@ from tfimm_lora.layers.qkv import PartsOfMatrix
 class MatrixProduct:
     """x W for x of shape (rows, in) and W of shape (in, out); A (in, r), B (r, out)."""
 
-    def __init__(self, seam: Any) -> None:
-        self.seam, self.ops = seam, seam.ops
+    def __init__(self, backend: Any) -> None:
+        self.backend, self.ops = backend, backend.ops
 
     def apply(self, x: Any, kernel: Any) -> Any:
         return self.ops.matmul(x, kernel)
@@ -45,7 +45,7 @@ class MatrixProduct:
         return self.input_gradient(b, dw), self.kernel_gradient(a, b, dw)
 
     def down(self, x: Any, a: Any) -> Any:
-        return self.seam.narrow_matmul(x, a)
+        return self.backend.narrow_matmul(x, a)
 
     def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
         return self.input_gradient(a, dh)
@@ -57,7 +57,7 @@ class MatrixProduct:
         return self.apply(h, b)
 
     def up_input_gradient(self, b: Any, dy: Any) -> Any:
-        return self.seam.narrow_matmul(dy, b, transposed=True)
+        return self.backend.narrow_matmul(dy, b, transposed=True)
 
     def up_factor_gradient(self, h: Any, b: Any, dy: Any) -> Any:
         return self.kernel_gradient(h, b, dy)
@@ -112,20 +112,20 @@ class DenseUpdate(LoRALayer):
     """
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = backend_of(self)
-        rank = seam.rank_of(inputs)
-        known = has_keras_call(type(self)) and seam.is_dense_tensor(inputs)
+        backend = backend_of(self)
+        rank = backend.rank_of(inputs)
+        known = has_keras_call(type(self)) and backend.is_dense_tensor(inputs)
         if self.merged or not known or rank is None:
             return super().call(inputs, *args, **kwargs)
-        ops = seam.ops
-        x = ops.cast(inputs, seam.compute_dtype(self))
+        ops = backend.ops
+        x = ops.cast(inputs, backend.compute_dtype(self))
         # The static last axis of x may be unknown; that of the kernel is not.
         width, units = self._kernel_variable.shape
         rows = x if rank == 2 else ops.reshape(x, (-1, width))
         outputs = self._adapted(rows, forms.places(x.shape[0], x.shape[1:-1]))
         if self.bias is not None:
             # Right after the product, which TensorFlow then makes one operation of the two.
-            outputs = seam.add_bias(outputs, ops.cast(self.bias, outputs.dtype))
+            outputs = backend.add_bias(outputs, ops.cast(self.bias, outputs.dtype))
         if rank != 2:
             lead = leading_shape(ops.shape(x), x.shape)
             outputs = ops.reshape(outputs, (*lead, units))
@@ -143,13 +143,19 @@ class DenseUpdate(LoRALayer):
     def _started(
         self, kernel: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        spec = self.lora
-        if not spec.qkv:
+        settings = self.lora
+        if not settings.qkv:
             return super()._started(kernel, rng)
-        blocks = np.split(kernel, len(spec.qkv_layout), axis=1)
+        blocks = np.split(kernel, len(settings.qkv_layout), axis=1)
         each = [
-            start(spec.init, blocks[spec.qkv_layout.index(part)], spec.rank, spec.scale, rng)
-            for part in spec.qkv
+            start(
+                settings.init,
+                blocks[settings.qkv_layout.index(part)],
+                settings.rank,
+                settings.scale,
+                rng,
+            )
+            for part in settings.qkv
         ]
         return np.concatenate([x.a for x in each], 1), np.concatenate([x.b for x in each], 0)
 
@@ -180,13 +186,13 @@ class DenseUpdate(LoRALayer):
         return (a[0], b[0]), (a[1], b[1])
 
     @classmethod
-    def _parts_refusal(cls, layer: Any, spec: LoRASpec) -> str | None:
-        count = len(spec.qkv_layout)
+    def _parts_refusal(cls, layer: Any, settings: LayerSettings) -> str | None:
+        count = len(settings.qkv_layout)
         if layer.units % count == 0:
             return None
         return (
             f"its {layer.units} units are not {count} parts of equal width "
-            f"({', '.join(spec.qkv_layout)})"
+            f"({', '.join(settings.qkv_layout)})"
         )
 
     def _product(self, inputs: Any = None) -> Product:

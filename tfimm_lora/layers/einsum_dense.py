@@ -142,14 +142,14 @@ class EinsumDenseUpdate(LoRALayer):
     equation: str
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = backend_of(self)
-        known = has_keras_call(type(self)) and seam.rank_of(inputs) is not None
+        backend = backend_of(self)
+        known = has_keras_call(type(self)) and backend.rank_of(inputs) is not None
         if self.merged or not known:
             return super().call(inputs, *args, **kwargs)
-        x = seam.ops.cast(inputs, seam.compute_dtype(self))
+        x = backend.ops.cast(inputs, backend.compute_dtype(self))
         outputs = self._adapted(x, self._product(x).places(tuple(x.shape)))
         if self.bias is not None:
-            outputs = outputs + seam.ops.cast(self.bias, outputs.dtype)
+            outputs = outputs + backend.ops.cast(self.bias, outputs.dtype)
         return outputs if self.activation is None else self.activation(outputs)
 
     def _factor_shapes(
@@ -166,14 +166,14 @@ class EinsumDenseUpdate(LoRALayer):
     def _started(
         self, kernel: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        spec, product = self.lora, self._product()
-        shapes = product.factor_shapes(kernel.shape, spec.rank)
+        settings, product = self.lora, self._product()
+        shapes = product.factor_shapes(kernel.shape, settings.rank)
         shared, _, added = product.b.partition(product.a[-1])
         summed = product.a[len(shared) : -1]
         turned = np.einsum(f"{product.kernel}->{shared}{summed}{added}", kernel)
         count = math.prod(shapes[0][: len(shared)])
         matrices = turned.reshape(count, math.prod(shapes[0][len(shared) : -1]), -1)
-        each = [start(spec.init, w, spec.rank, spec.scale, rng) for w in matrices]
+        each = [start(settings.init, w, settings.rank, settings.scale, rng) for w in matrices]
         a, b = np.stack([x.a for x in each]), np.stack([x.b for x in each])
         return a.reshape(shapes[0]), b.reshape(shapes[1])
 
@@ -215,6 +215,6 @@ class EinsumDenseUpdate(LoRALayer):
 
     def _product(self, inputs: Any = None) -> EinsumProduct:
         equation = self.equation
-        seam = backend_of(self)
-        rank = None if inputs is None else seam.rank_of(inputs)
-        return EinsumProduct(seam.ops, equation, rank)
+        backend = backend_of(self)
+        rank = None if inputs is None else backend.rank_of(inputs)
+        return EinsumProduct(backend.ops, equation, rank)

@@ -37,40 +37,42 @@ class EmbeddingUpdate(LoRALayer):
     _kernel_role = "embedding"
 
     def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        seam = backend_of(self)
-        known = has_keras_call(type(self)) and seam.is_dense_tensor(inputs)
+        backend = backend_of(self)
+        known = has_keras_call(type(self)) and backend.is_dense_tensor(inputs)
         if self.merged or not known or getattr(self, "sparse", False):
             return super().call(inputs, *args, **kwargs)
         route = mixed_batch.current()
         with kernel_shown_as(self, lambda: self._kernel_variable):
             outputs = super(LoRALayer, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
         if route is not None:
-            return outputs + seam.ops.cast(self._routed(inputs, route), outputs.dtype)
+            return outputs + backend.ops.cast(self._routed(inputs, route), outputs.dtype)
         a, b = self._factors()
-        rows = seam.ops.take(a, seam.ops.cast(inputs, "int32"), axis=0)
+        rows = backend.ops.take(a, backend.ops.cast(inputs, "int32"), axis=0)
         if self.lora.dropout:
             rows = self.lora_branch_dropout(rows)
-        branch = seam.ops.matmul(rows, self.lora.scale * b)
-        return self._finished(outputs + seam.ops.cast(branch, outputs.dtype))
+        branch = backend.ops.matmul(rows, self.lora.scale * b)
+        return self._finished(outputs + backend.ops.cast(branch, outputs.dtype))
 
     def _routed(self, inputs: Any, route: mixed_batch.Route) -> Any:
         """The branch for adapters chosen by example."""
-        seam = backend_of(self)
+        backend = backend_of(self)
         route.used.add(id(self))
         attached = mixed_batch.attached_to(self)
         route.ids(attached.names)
         if not len(attached.members):
             return 0
-        rows = seam.ops.take(attached.a, seam.ops.cast(inputs, "int32"), axis=0)
-        return seam.ops.matmul(mixed_batch.masked(seam, rows, attached, route), attached.b)
+        rows = backend.ops.take(attached.a, backend.ops.cast(inputs, "int32"), axis=0)
+        return backend.ops.matmul(
+            mixed_batch.masked(backend, rows, attached, route), attached.b
+        )
 
     def _shown_kernel(self) -> Any:
         if self.merged:
             return self._kernel_variable
         # Keras casts the rows it has looked up, not the table.
-        seam = backend_of(self)
-        dtype = seam.dtype_of(seam.full_precision(self._kernel_variable))
-        return seam.ops.cast(self._effective_kernel(), dtype)
+        backend = backend_of(self)
+        dtype = backend.dtype_of(backend.full_precision(self._kernel_variable))
+        return backend.ops.cast(self._effective_kernel(), dtype)
 
     def _factor_shapes(
         self, kernel_shape: tuple[int, ...], rank: int

@@ -83,13 +83,13 @@ class FrozenStatisticsLayer(FrozenLayer):
 def _with_frozen_gradient(layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
     """What a bound ``call`` gives, and to x the gradient that is cheaper when its layer is
     frozen, where there is one."""
-    seam = backend_of(layer)
-    gradient = seam.frozen_gradient(layer, call.__func__, x)
+    backend = backend_of(layer)
+    gradient = backend.frozen_gradient(layer, call.__func__, x)
     if gradient is None:
         return call(x, *args, **kwargs)
     # To a bias that is trained goes through y what goes to it anyway.
-    y = call(seam.ops.stop_gradient(x), *args, **kwargs)
-    return seam.custom_gradient(lambda x, y: (y, lambda dy: (gradient(x, dy), dy)), x, y)
+    y = call(backend.ops.stop_gradient(x), *args, **kwargs)
+    return backend.custom_gradient(lambda x, y: (y, lambda dy: (gradient(x, dy), dy)), x, y)
 
 
 class FrozenState:
@@ -128,24 +128,24 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
     """The class that freezes layers of class ``cls``; made once, registered with Keras."""
     key = (cls, statistics)
     if key not in _frozen_classes:
-        seam = backend_of(cls)
-        plain = FrozenWithGradient if seam.has_frozen_gradient(cls) else FrozenLayer
+        backend = backend_of(cls)
+        plain = FrozenWithGradient if backend.has_frozen_gradient(cls) else FrozenLayer
         mixin = FrozenStatisticsLayer if statistics else plain
         namespace: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__}
         if mixin is not FrozenLayer:
             namespace["call"] = with_signature_of(cls, mixin)
         elif cls in _cheaper_calls:
             namespace["call"] = _cheaper_calls[cls]
-        bases = (mixin, seam.BuildHook, seam.FilteredWeights, cls)
+        bases = (mixin, backend.BuildHook, backend.FilteredWeights, cls)
         made = type(f"Frozen{cls.__name__}", bases, namespace)
-        seam.register(made, "FrozenStatistics" if statistics else "Frozen", cls)
+        backend.register(made, "FrozenStatistics" if statistics else "Frozen", cls)
         _frozen_classes[key] = made
     return _frozen_classes[key]
 
 
-def register_frozen_classes(seam: Any) -> None:
+def register_frozen_classes(backend: Any) -> None:
     """Make the frozen classes of all layers of a Keras known, for loading files."""
-    layers = seam.keras.layers
+    layers = backend.keras.layers
     for name in dir(layers):
         cls = getattr(layers, name)
         if isinstance(cls, type) and issubclass(cls, layers.Layer) and cls is not layers.Layer:
@@ -159,26 +159,26 @@ def freeze_layer(layer: Any, train_bias: bool, refusal: str | None = None) -> No
 
     ``refusal`` says why the layer must not be saved as part of a whole model.
     """
-    seam = backend_of(layer)
-    found = seam.found(layer)
-    names = {seam.variable_name(v) for v in seam.own_variables(layer)}
-    seam.swap_class(layer, frozen_class(found.cls, bool(names & _STATISTICS)))
+    backend = backend_of(layer)
+    found = backend.found(layer)
+    names = {backend.variable_name(v) for v in backend.own_variables(layer)}
+    backend.swap_class(layer, frozen_class(found.cls, bool(names & _STATISTICS)))
     state = FrozenState(train_bias, found)
     state.refusal = refusal
     layer.__dict__["_lora_frozen"] = state
-    seam.set_raw_trainable(layer, True)
+    backend.set_raw_trainable(layer, True)
     layer._sync_trainability()
 
 
 def thaw_layer(layer: Any) -> None:
     """Undo ``freeze_layer``."""
-    seam = backend_of(layer)
+    backend = backend_of(layer)
     found = layer._lora_frozen.found
     del layer.__dict__["_lora_frozen"]
     if found is None:  # loaded from a file
         cls = next(key[0] for key, made in _frozen_classes.items() if made is type(layer))
-        found = Found(cls, layer.trainable, seam.created_flags(layer))
-    seam.restore(layer, found)
+        found = Found(cls, layer.trainable, backend.created_flags(layer))
+    backend.restore(layer, found)
 
 
 @contextlib.contextmanager

@@ -113,30 +113,30 @@ def detach(layer: Any) -> bool:
 
 
 def routed(
-    layer: Any, seam: Any, product: Any, x: Any, kernel: Any, dtype: str, route: Route
+    layer: Any, backend: Any, product: Any, x: Any, kernel: Any, dtype: str, route: Route
 ) -> Any:
     """x W + ((x A) * mask) B for the adapters that are attached to a layer."""
     route.used.add(id(layer))
-    outputs = product.apply(x, seam.ops.cast(kernel, dtype))
+    outputs = product.apply(x, backend.ops.cast(kernel, dtype))
     attached = attached_to(layer)
     route.ids(attached.names)  # also where no adapter has this layer: names are checked
     if not len(attached.members):
         return outputs
-    a, b = (seam.ops.cast(factor, dtype) for factor in (attached.a, attached.b))
+    a, b = (backend.ops.cast(factor, dtype) for factor in (attached.a, attached.b))
     narrow = product.down(x, a)
     channels_first = getattr(layer, "data_format", None) == "channels_first"
-    return outputs + product.up(masked(seam, narrow, attached, route, channels_first), b)
+    return outputs + product.up(masked(backend, narrow, attached, route, channels_first), b)
 
 
 def masked(
-    seam: Any, narrow: Any, attached: Attached, route: Route, channels_first: bool = False
+    backend: Any, narrow: Any, attached: Attached, route: Route, channels_first: bool = False
 ) -> Any:
     """The narrow tensor with the columns of other adapters set to zero.
 
     Its first axis is the batch, or the batch times something (windows, positions), with
     what belongs to one example side by side.
     """
-    ops = seam.ops
+    ops = backend.ops
     ids = ops.cast(route.ids(attached.names), "int32")
     mask = ops.cast(ops.equal(ids[:, None], attached.members[None, :]), narrow.dtype)
     rows, batch = narrow.shape[0], route.batch

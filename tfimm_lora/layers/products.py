@@ -68,7 +68,7 @@ def effective_kernel(product: Product, kernel: Any, a: Any, b: Any, scale: float
 
 
 def adapted(
-    seam: Any,
+    backend: Any,
     product: Product,
     x: Any,
     kernel: Any,
@@ -109,7 +109,7 @@ def adapted(
 
         return y, grad
 
-    return seam.custom_gradient(forward, x, kernel, a, b)
+    return backend.custom_gradient(forward, x, kernel, a, b)
 
 
 def dropped(

@@ -21,7 +21,7 @@ from tfimm_lora.backend.interface import Found
 class State:
     """What an adapted layer knows; kept where no Keras tracks or wraps it."""
 
-    spec: Any
+    settings: Any
     #: How the layer was before it was converted; None if it was created adapted.
     found: Found | None = None
     #: Kernel and factors of a merged or disabled layer as they were, bit for bit; else None.
@@ -67,7 +67,9 @@ class LayerValues:
     def _merged_into(self) -> dict[str, Any]:
         """The variables of the base layer that merging changes."""
         changed = {"kernel": self._kernel_variable}
-        return {**changed, "bias": self.bias} if self._lora_state.spec.branch_bias else changed
+        return (
+            {**changed, "bias": self.bias} if self._lora_state.settings.branch_bias else changed
+        )
 
     # -- merging ---------------------------------------------------------------------
 
@@ -105,8 +107,8 @@ class LayerValues:
         self._require_enabled("unmerged")
         if unmerged is None:
             raise ValueError(f"Layer '{self.name}' is not merged.")
-        seam = backend_of(self)
-        replaced = any(seam.to_numpy(v).any() for v in self._switches().values())
+        backend = backend_of(self)
+        replaced = any(backend.to_numpy(v).any() for v in self._switches().values())
         self._lora_state.unmerged = None
         if replaced:
             return
@@ -126,20 +128,20 @@ class LayerValues:
 
     def merged_values(self) -> dict[str, np.ndarray]:
         """What ``merge_weights`` would leave in the variables of the base layer, by name."""
-        seam = backend_of(self)
+        backend = backend_of(self)
         values = self._merged_into() if self.merged else self._merged_tensors()
-        return {name: seam.to_numpy(value) for name, value in values.items()}
+        return {name: backend.to_numpy(value) for name, value in values.items()}
 
     def _merged_tensors(self) -> dict[str, Any]:
         """``merged_values`` of a layer that is not merged, as tensors."""
-        seam = backend_of(self)
-        cast, dtype_of = seam.ops.cast, seam.dtype_of
+        backend = backend_of(self)
+        cast, dtype_of = backend.ops.cast, backend.dtype_of
         found = self._merged_into()
         adapted = {"kernel": self._effective_kernel()}
         if "bias" in found:
-            shift = seam.full_precision(self.__dict__["kernel_lora_shift"])
-            bias = cast(seam.full_precision(self.bias), "float32")
-            adapted["bias"] = bias + self._lora_state.spec.scale * shift
+            shift = backend.full_precision(self.__dict__["kernel_lora_shift"])
+            bias = cast(backend.full_precision(self.bias), "float32")
+            adapted["bias"] = bias + self._lora_state.settings.scale * shift
         return {name: cast(x, dtype_of(found[name])) for name, x in adapted.items()}
 
     def value_of(self, variable: Any, merged: bool) -> np.ndarray:
@@ -241,9 +243,9 @@ class LayerValues:
         The base layer's are numbered as Keras numbers them and those of LoRA go by name, so
         neither file of the two is mistaken for the other's.
         """
-        seam = backend_of(self)
-        own = seam.own_variables(self)
-        names = [seam.variable_name(v) for v in own]
+        backend = backend_of(self)
+        own = backend.own_variables(self)
+        names = [backend.variable_name(v) for v in own]
         base = [v for v, n in zip(own, names) if n not in config.LORA_VARIABLE_NAMES]
         return {**{str(i): v for i, v in enumerate(base)}, **self._lora_variables()}
 
@@ -251,11 +253,11 @@ class LayerValues:
         """Write the variables as they are without merging."""
         if "kernel_lora_a" not in self.__dict__:
             return
-        seam, unmerged = backend_of(self), self._lora_state.unmerged or {}
+        backend, unmerged = backend_of(self), self._lora_state.unmerged or {}
         changed = {id(v): name for name, v in self._merged_into().items()}
         for key, variable in self._stored_variables().items():
             name = changed.get(id(variable), key)
-            store[key] = seam.store_value(unmerged.get(name, variable))
+            store[key] = backend.store_value(unmerged.get(name, variable))
 
     def load_own_variables(self, store: Any) -> None:
         """Read what ``save_own_variables`` wrote; a merged layer is unmerged by it."""

@@ -33,13 +33,13 @@ def classifier_paths(model: Any) -> list[str]:
     activation). In any other it is the last layer with variables, if that is dense or
     called like a head.
     """
-    seam = backend_of(model)
-    layers = list(seam.walk(model))
+    backend = backend_of(model)
+    layers = list(backend.walk(model))
     cfg = getattr(model, "cfg", None)
     if hasattr(cfg, "classifier") or _is_of_tfimm(cfg):
         names = classifier_names(model.cfg)
         return [p for p, _ in layers if p and canonical_path(p) in names]
-    heads = _output_layers(seam, model)
+    heads = _output_layers(backend, model)
     return [path for path, layer in layers if any(layer is head for head in heads)]
 
 
@@ -47,36 +47,36 @@ def _is_of_tfimm(cfg: Any) -> bool:
     return any(cls.__module__.partition(".")[0] == "tfimm" for cls in type(cfg).__mro__)
 
 
-def _output_layers(seam: Any, model: Any) -> list[Any]:
+def _output_layers(backend: Any, model: Any) -> list[Any]:
     """The dense layers that give the model's outputs."""
-    if seam.is_functional(model):
-        return [x for x in (_head_of(seam, t) for t in model.outputs) if x is not None]
-    owners = [x for _, x in seam.walk(model) if seam.own_variables(x)]
+    if backend.is_functional(model):
+        return [x for x in (_head_of(backend, t) for t in model.outputs) if x is not None]
+    owners = [x for _, x in backend.walk(model) if backend.own_variables(x)]
     last = owners[-1] if owners else None
     if last is None or last is model:
         return []
-    return [last] if _is_dense(seam, last) or _called_head(last) else []
+    return [last] if _is_dense(backend, last) or _called_head(last) else []
 
 
-def _head_of(seam: Any, tensor: Any) -> Any:
+def _head_of(backend: Any, tensor: Any) -> Any:
     """The dense layer that a symbolic tensor comes from, or None."""
-    layer, inputs = seam.made_by(tensor)
-    while not _has_variables(seam, layer):
+    layer, inputs = backend.made_by(tensor)
+    while not _has_variables(backend, layer):
         if len(inputs) != 1:
             return None
-        layer, inputs = seam.made_by(inputs[0])
-    if seam.is_model(layer):
-        inner = _output_layers(seam, layer)
+        layer, inputs = backend.made_by(inputs[0])
+    if backend.is_model(layer):
+        inner = _output_layers(backend, layer)
         return inner[0] if len(inner) == 1 else None
-    return layer if _is_dense(seam, layer) else None
+    return layer if _is_dense(backend, layer) else None
 
 
-def _has_variables(seam: Any, layer: Any) -> bool:
-    return any(seam.own_variables(inside) for _, inside in seam.walk(layer))
+def _has_variables(backend: Any, layer: Any) -> bool:
+    return any(backend.own_variables(inside) for _, inside in backend.walk(layer))
 
 
-def _is_dense(seam: Any, layer: Any) -> bool:
-    return isinstance(layer, seam.keras.layers.Dense)
+def _is_dense(backend: Any, layer: Any) -> bool:
+    return isinstance(layer, backend.keras.layers.Dense)
 
 
 def _called_head(layer: Any) -> bool:

@@ -91,8 +91,8 @@ def has_new_classifier(cfg: Any, before: Any) -> bool:
 def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:
     """A built and frozen instance of a registered LoRA class, for the inputs of ``like``."""
     model = lora_cls(cfg)
-    seam = backend_of(model)
-    build_like(seam, model, like)
+    backend = backend_of(model)
+    build_like(backend, model, like)
     if not has_lora(model):
         raise ValueError(
             f"{lora_cls.__name__} has no LoRA layers after it was created with {cfg}. Its "
@@ -102,7 +102,7 @@ def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:
         train_classifier = getattr(cfg, "lora_train_classifier", False)
         names = classifier_paths(model) if train_classifier else []
         train_bias = getattr(cfg, "lora_train_bias", "none")
-        trained = inside_paths(seam.walk(model), names)
+        trained = inside_paths(backend.walk(model), names)
         freeze_rest(model, train_bias, trained, rebuilt_by_class=True)
     return model
 
@@ -148,10 +148,10 @@ def convert_to_regular_model(model: Any) -> Any:
     base_cls = lora_base_of(type(model))
     if base_cls is None:
         return plain_copy(model)
-    seam = backend_of(model)
-    with seam.created_like(model):
+    backend = backend_of(model)
+    with backend.created_like(model):
         regular = base_cls(base_config(model.cfg, base_cls))
-        build_like(seam, regular, model)
+        build_like(backend, regular, model)
     with _kernels_merged(model):
         transfer_weights(model, regular)
     return regular

@@ -26,42 +26,42 @@ def plain_copy(model: Any) -> Any:
     Raises:
         ValueError: if the model cannot be created again from its config.
     """
-    seam = backend_of(model)
-    with seam.created_like(model):
-        copy = _recreate(seam, model)
+    backend = backend_of(model)
+    with backend.created_like(model):
+        copy = _recreate(backend, model)
     _take_out(copy)
-    _copy_state(seam, model, copy)
+    _copy_state(backend, model, copy)
     return copy
 
 
-def _recreate(seam: Any, model: Any) -> Any:
+def _recreate(backend: Any, model: Any) -> Any:
     """A model from the config of another, with other values in its variables."""
-    classes = {type(layer).__name__: type(layer) for _, layer in seam.walk(model)}
+    classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(model)}
     cls = _plain_class_of(model)
     try:
-        with copying_plain_layers(), seam.keras.utils.custom_object_scope(classes):
-            if seam.is_rebuilt_with_layers(model):
-                return seam.keras.models.clone_model(model)
+        with copying_plain_layers(), backend.keras.utils.custom_object_scope(classes):
+            if backend.is_rebuilt_with_layers(model):
+                return backend.keras.models.clone_model(model)
             copy = cls.from_config(model.get_config())  # type: ignore[attr-defined]
     except Exception as error:
         raise ValueError(
             _cannot_copy(model, f"creating it from its config failed: {error}")
         ) from error
-    build_like(seam, copy, model)
+    build_like(backend, copy, model)
     return copy
 
 
-def build_like(seam: Any, model: Any, other: Any) -> None:
+def build_like(backend: Any, model: Any, other: Any) -> None:
     """Create all variables of a model, for inputs like those of another."""
-    if all(layer.built for _, layer in seam.walk(model)):
+    if all(layer.built for _, layer in backend.walk(model)):
         return
     if hasattr(model, "dummy_inputs"):
         model(model.dummy_inputs)
         return
-    shapes = seam.input_shapes(other)
+    shapes = backend.input_shapes(other)
     if shapes is None:
         raise ValueError(_cannot_copy(other, "the shape of its inputs is unknown"))
-    model(seam.map_shapes(lambda s: np.zeros([size or 1 for size in s], "float32"), shapes))
+    model(backend.map_shapes(lambda s: np.zeros([size or 1 for size in s], "float32"), shapes))
 
 
 def _plain_class_of(model: Any) -> type:
@@ -70,58 +70,58 @@ def _plain_class_of(model: Any) -> type:
     return type(model)
 
 
-def _copy_state(seam: Any, model: Any, copy: Any) -> None:
+def _copy_state(backend: Any, model: Any, copy: Any) -> None:
     """Give the copy the values and the trainability of the model, layer by layer."""
-    pairs = list(zip(_plain_layers(seam, model), _plain_layers(seam, copy)))
-    shapes = [[_shapes(seam, layer) for layer in pair] for pair in pairs]
-    counts = {len(_plain_layers(seam, m)) for m in (model, copy)}
+    pairs = list(zip(_plain_layers(backend, model), _plain_layers(backend, copy)))
+    shapes = [[_shapes(backend, layer) for layer in pair] for pair in pairs]
+    counts = {len(_plain_layers(backend, m)) for m in (model, copy)}
     if len(counts) > 1 or any(one != other for one, other in shapes):
         raise ValueError(
             _cannot_copy(model, "a model created from its config has other variables")
         )
     for original, copied in pairs:
-        variables = _plain_variables(seam, original)
-        for variable, target in zip(variables, seam.own_variables(copied)):
+        variables = _plain_variables(backend, original)
+        for variable, target in zip(variables, backend.own_variables(copied)):
             if isinstance(original, LoRALayer):
                 target.assign(original.value_of(variable, merged=True))
             else:
-                target.assign(seam.to_numpy(variable))
-        _copy_trainability(seam, original, copied, variables)
+                target.assign(backend.to_numpy(variable))
+        _copy_trainability(backend, original, copied, variables)
 
 
-def _copy_trainability(seam: Any, original: Any, copied: Any, variables: list[Any]) -> None:
+def _copy_trainability(backend: Any, original: Any, copied: Any, variables: list[Any]) -> None:
     """The trainability that the original had before LoRA, if it has it now."""
-    found = seam.found(original)
+    found = backend.found(original)
     if isinstance(original, (LoRALayer, FrozenLayer)):
         before = (
             original._lora_state.found
             if isinstance(original, LoRALayer)
             else original._lora_frozen.found
         )
-        found = before or found._replace(flags=seam.created_flags(original))
+        found = before or found._replace(flags=backend.created_flags(original))
     elif "_lora_found" in original.__dict__:
         found = original.__dict__["_lora_found"]
-    seam.set_raw_trainable(copied, found.trainable)
-    targets = seam.own_variables(copied)
+    backend.set_raw_trainable(copied, found.trainable)
+    targets = backend.own_variables(copied)
     flags = {id(t): found.flags.get(id(v), True) for v, t in zip(variables, targets)}
-    seam.restore_flags(copied, flags if found.flags else {})
+    backend.restore_flags(copied, flags if found.flags else {})
 
 
-def _plain_layers(seam: Any, model: Any) -> list[Any]:
+def _plain_layers(backend: Any, model: Any) -> list[Any]:
     """All layers of a model but the dropout that LoRA added to some."""
-    return [x for _, x in seam.walk(model) if x.name != "lora_dropout"]
+    return [x for _, x in backend.walk(model) if x.name != "lora_dropout"]
 
 
-def _plain_variables(seam: Any, layer: Any) -> list[Any]:
-    variables = seam.own_variables(layer)
+def _plain_variables(backend: Any, layer: Any) -> list[Any]:
+    variables = backend.own_variables(layer)
     if isinstance(layer, LoRALayer):
         factors = {id(v) for v in layer._lora_variables().values()}
         variables = [v for v in variables if id(v) not in factors]
     return variables
 
 
-def _shapes(seam: Any, layer: Any) -> list[tuple[int, ...]]:
-    return [tuple(v.shape) for v in _plain_variables(seam, layer)]
+def _shapes(backend: Any, layer: Any) -> list[tuple[int, ...]]:
+    return [tuple(v.shape) for v in _plain_variables(backend, layer)]
 
 
 def _cannot_copy(model: Any, why: str) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.layers.base import LoRASpec, NotAdaptable, has_keras_call
+from tfimm_lora.layers.base import LayerSettings, NotAdaptable, has_keras_call
 from tfimm_lora.layers.conversion import adapt_layer, lora_class, restore_layer, supported
 from tfimm_lora.model.targeting import check_ready, config_for, select
 
@@ -113,30 +113,32 @@ def explain_targets(model: Any, **lora_arguments: Any) -> TargetTable:
     config = config_for(model, lora_arguments, "explain_targets")
     check_ready(model)
     chosen = select(model, config)
-    seam = backend_of(model)
+    backend = backend_of(model)
     rows = []
-    for path, layer in seam.walk(model):
-        if not seam.own_variables(layer) and not supported(layer):
+    for path, layer in backend.walk(model):
+        if not backend.own_variables(layer) and not supported(layer):
             continue
-        kind, spec = type(layer).__name__, chosen.specs.get(path)
-        reason = chosen.reasons.get(path, "") if spec is None else _refusal(layer, spec)
-        if spec is None or reason:
+        kind, settings = type(layer).__name__, chosen.settings.get(path)
+        reason = chosen.reasons.get(path, "") if settings is None else _refusal(layer, settings)
+        if settings is None or reason:
             rows.append(TargetRow(path, kind, False, reason=reason))
         else:
-            rows.append(TargetRow(path, kind, True, spec.rank, spec.alpha, spec.scale))
-    refusals = [row.reason for row in rows if row.path in chosen.specs and not row.adapted]
+            rows.append(
+                TargetRow(path, kind, True, settings.rank, settings.alpha, settings.scale)
+            )
+    refusals = [row.reason for row in rows if row.path in chosen.settings and not row.adapted]
     problems = [*map(str, chosen.errors), *refusals]
     return TargetTable(rows, problems[0] if problems else None)
 
 
-def _refusal(layer: Any, spec: LoRASpec) -> str:
+def _refusal(layer: Any, settings: LayerSettings) -> str:
     """Why the call of a layer's own cannot be adapted, which only trying it tells."""
     if has_keras_call(lora_class(type(layer))):
         return ""
     # Zeros, so that no random number is drawn.
     zeros = backend_of(layer).keras.initializers.Zeros()
     try:
-        adapt_layer(layer, dataclasses.replace(spec, initializer=zeros))
+        adapt_layer(layer, dataclasses.replace(settings, initializer=zeros))
     except NotAdaptable as error:
         return str(error)
     restore_layer(layer)

@@ -70,8 +70,8 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
     if chosen.errors:
         raise chosen.errors[0]
     try:
-        for path, spec in chosen.specs.items():
-            adapt_layer(chosen.layers[path], spec)
+        for path, settings in chosen.settings.items():
+            adapt_layer(chosen.layers[path], settings)
         freeze_rest(model, config.lora_train_bias, chosen.trained, rebuilt_by_class)
     except BaseException:
         _take_out(model)
@@ -82,43 +82,43 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
 
 def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class: bool) -> None:
     """Freeze every layer that is neither adapted nor, by id, in ``trained``."""
-    seam = backend_of(model)
-    for path, layer in seam.walk(model):
+    backend = backend_of(model)
+    for path, layer in backend.walk(model):
         if isinstance(layer, LoRALayer):
             continue
         if id(layer) in trained:
-            _open(seam, layer, with_variables=True)
+            _open(backend, layer, with_variables=True)
             continue
-        refusal = None if rebuilt_by_class else _saving_refusal(seam, path, layer)
+        refusal = None if rebuilt_by_class else _saving_refusal(backend, path, layer)
         is_root_that_filters = layer is model and rebuilt_by_class
-        changes = seam.own_variables(layer) or refusal or has_cheaper_call(layer)
+        changes = backend.own_variables(layer) or refusal or has_cheaper_call(layer)
         if changes and not is_root_that_filters:
             freeze_layer(layer, train_bias == "all", refusal)
         else:
-            _open(seam, layer, with_variables=False)
+            _open(backend, layer, with_variables=False)
 
 
-def _open(seam: Any, layer: Any, with_variables: bool) -> None:
+def _open(backend: Any, layer: Any, with_variables: bool) -> None:
     """Let a layer that stays as it is be trained, remembering how it was found."""
-    found = seam.found(layer)
-    flags = dict.fromkeys([id(v) for v in seam.trainable_own_variables(layer)], True)
+    found = backend.found(layer)
+    flags = dict.fromkeys([id(v) for v in backend.trainable_own_variables(layer)], True)
     if not found.trainable or (with_variables and not all(found.flags.values())):
         layer.__dict__["_lora_found"] = found
-        seam.set_raw_trainable(layer, True)
+        backend.set_raw_trainable(layer, True)
         if with_variables:
-            seam.restore_flags(layer, flags)
+            backend.restore_flags(layer, flags)
 
 
-def _saving_refusal(seam: Any, path: str, layer: Any) -> str | None:
+def _saving_refusal(backend: Any, path: str, layer: Any) -> str | None:
     """Why a layer must not be saved in a whole-model file, or None if it may be.
 
     A layer that creates other layers in its own code would be created without LoRA, and
     with everything in it trainable, when Keras loads the file.
     """
-    if seam.is_rebuilt_with_layers(layer):
+    if backend.is_rebuilt_with_layers(layer):
         return None
-    inside = [x for _, x in seam.walk(layer) if x is not layer and seam.own_variables(x)]
-    if not inside and not (seam.is_model(layer) and seam.own_variables(layer)):
+    inside = [x for _, x in backend.walk(layer) if x is not layer and backend.own_variables(x)]
+    if not inside and not (backend.is_model(layer) and backend.own_variables(layer)):
         return None
     where = f"Layer '{path}'" if path else f"Model '{layer.name}'"
     return (
@@ -186,31 +186,33 @@ def _is_changed(model: Any) -> bool:
 
 def _take_out(model: Any) -> None:
     """Give every layer its own class and trainability back, dropping the updates."""
-    seam = backend_of(model)
-    for _, layer in seam.walk(model):
+    backend = backend_of(model)
+    for _, layer in backend.walk(model):
         if isinstance(layer, LoRALayer):
             restore_layer(layer)
         elif isinstance(layer, FrozenLayer):
             thaw_layer(layer)
         elif "_lora_found" in layer.__dict__:
-            seam.restore(layer, layer.__dict__.pop("_lora_found"))
+            backend.restore(layer, layer.__dict__.pop("_lora_found"))
         layer.__dict__.pop("_lora_config", None)
         forget(layer)
         detach(layer)
         base = lora_base_of(type(layer))
         if base is not None and base is not type(layer):
             cfg = base_config(layer.cfg, base)
-            seam.swap_class(layer, base)
+            backend.swap_class(layer, base)
             layer.cfg = cfg
 
 
 def forget_traces(model: Any, what: str) -> None:
     """Drop cached functions, and the compilation, which knows other variables."""
-    seam = backend_of(model)
-    seam.reset_functions(model)
-    compiled = [x for _, x in seam.walk(model) if seam.is_model(x) and seam.is_compiled(x)]
+    backend = backend_of(model)
+    backend.reset_functions(model)
+    compiled = [
+        x for _, x in backend.walk(model) if backend.is_model(x) and backend.is_compiled(x)
+    ]
     for inside in compiled:
-        seam.mark_uncompiled(inside)
+        backend.mark_uncompiled(inside)
     if compiled:
         warnings.warn(
             f"{what} model '{model.name}' after it was compiled. Compile it again before "

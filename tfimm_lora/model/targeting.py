@@ -19,7 +19,7 @@ from tfimm_lora.layer_paths import (
     value_for,
 )
 from tfimm_lora.layers import qkv
-from tfimm_lora.layers.base import LoRASpec, make_spec
+from tfimm_lora.layers.base import LayerSettings, layer_settings
 from tfimm_lora.layers.conversion import lora_class, supported
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
@@ -34,14 +34,14 @@ class Selection:
 
     Attributes:
         layers: Path -> layer, of those to adapt.
-        specs: Path -> settings, of the same.
+        settings: Path -> settings, of the same.
         reasons: Path -> why not, of every other layer.
         trained: The ids of the layers that are trained whole.
         errors: What is wrong with what was asked for; the first is the one to raise.
     """
 
     layers: dict[str, Any] = field(default_factory=dict)
-    specs: dict[str, LoRASpec] = field(default_factory=dict)
+    settings: dict[str, LayerSettings] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)
     errors: list[ValueError] = field(default_factory=list)
@@ -50,7 +50,7 @@ class Selection:
         """Leave layers out."""
         for path in list(paths):
             del self.layers[path]
-            self.specs.pop(path, None)
+            self.settings.pop(path, None)
             self.reasons[path] = reason
 
 
@@ -77,8 +77,8 @@ def check_ready(model: Any) -> None:
 
 def require_built(model: Any) -> None:
     """Raise unless a model is built."""
-    seam = backend_of(model)
-    if not model.built or not any(seam.own_variables(x) for _, x in seam.walk(model)):
+    backend = backend_of(model)
+    if not model.built or not any(backend.own_variables(x) for _, x in backend.walk(model)):
         raise ValueError(
             f"Received model '{model.name}', which is not built: its layers have no "
             "variables yet. Call it on an input (or model.build(input_shape)) first."
@@ -104,8 +104,8 @@ def select(model: Any, config: LoRAConfig) -> Selection:
     Raises:
         ValueError: for an expression that is none. What else is wrong is in ``errors``.
     """
-    seam = backend_of(model)
-    walked = list(seam.walk(model))
+    backend = backend_of(model)
+    walked = list(backend.walk(model))
     classifier = classifier_paths(model)
     table = presets(type(model))
     chosen = Selection(layers={path: x for path, x in walked if supported(x)})
@@ -136,7 +136,7 @@ def select(model: Any, config: LoRAConfig) -> Selection:
     if not chosen.layers:
         chosen.errors.append(_nothing_left(model, config))
     _check_patterns(chosen, config)
-    _add_specs(chosen, seam, config)
+    _add_settings(chosen, backend, config)
     _check_support(chosen)
     return chosen
 
@@ -237,16 +237,18 @@ def _check_patterns(chosen: Selection, config: LoRAConfig) -> None:
                 )
 
 
-def _add_specs(chosen: Selection, seam: Any, config: LoRAConfig) -> None:
+def _add_settings(chosen: Selection, backend: Any, config: LoRAConfig) -> None:
     """The settings of each layer to adapt; those without a part in ``lora_qkv`` are left
     out."""
 
-    def spec_of(path: str, **more: Any) -> LoRASpec:
+    def settings_of(path: str, **more: Any) -> LayerSettings:
         arguments = config.layer_arguments()
         arguments["lora_train_bias"] = config.lora_train_bias != "none"
         rank = value_for(path, config.lora_rank_pattern, config.lora_rank)
         alpha = value_for(path, config.lora_alpha_pattern, config.lora_alpha)
-        return make_spec(seam, {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more})
+        return layer_settings(
+            backend, {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more}
+        )
 
     wanted = config.lora_qkv
     layouts = {path: qkv.layout_of(path) for path in chosen.layers}
@@ -260,15 +262,15 @@ def _add_specs(chosen: Selection, seam: Any, config: LoRAConfig) -> None:
         )
     for path, layout in layouts.items():
         if wanted is None or layout is None:
-            chosen.specs[path] = spec_of(path)
+            chosen.settings[path] = settings_of(path)
             continue
         part = "".join(letter for letter in layout if letter in wanted)
         if not part:
             chosen.drop([path], f"no part of lora_qkv={wanted!r}")
         elif len(layout) == 1:
-            chosen.specs[path] = spec_of(path)
+            chosen.settings[path] = settings_of(path)
         else:
-            chosen.specs[path] = spec_of(path, lora_qkv=part, lora_qkv_layout=layout)
+            chosen.settings[path] = settings_of(path, lora_qkv=part, lora_qkv_layout=layout)
     if layouts and not chosen.layers:
         chosen.errors.append(
             ValueError(
@@ -281,13 +283,13 @@ def _add_specs(chosen: Selection, seam: Any, config: LoRAConfig) -> None:
 def _check_support(chosen: Selection) -> None:
     """One error for all layers that cannot be adapted."""
     problems = {}
-    for path, spec in chosen.specs.items():
+    for path, settings in chosen.settings.items():
         layer: Any = chosen.layers[path]
         if not layer.built:
             problems[path] = "not built"
             continue
         try:
-            lora_class(type(layer)).check_support(layer, spec)  # type: ignore[attr-defined]
+            lora_class(type(layer)).check_support(layer, settings)  # type: ignore[attr-defined]
         except ValueError as error:
             problems[path] = str(error)
     if problems:

@@ -56,15 +56,15 @@ def _split(
     model: Any, train_bias: str, trainable_layers: Sequence[str] | None
 ) -> tuple[list[Any], list[Any]]:
     check_train_bias(train_bias)
-    seam = backend_of(model)
-    layers = list(seam.walk(model))
+    backend = backend_of(model)
+    layers = list(backend.walk(model))
     whole = layers_under(layers, trainable_layers or ())
     trained: list[Any] = []
     frozen: list[Any] = []
     seen: set[int] = set()
     for _, layer in layers:
-        chosen = {id(v) for v in _trained_in(seam, layer, train_bias, id(layer) in whole)}
-        for variable in seam.own_variables(layer):
+        chosen = {id(v) for v in _trained_in(backend, layer, train_bias, id(layer) in whole)}
+        for variable in backend.own_variables(layer):
             if id(variable) not in seen:
                 seen.add(id(variable))
                 (trained if id(variable) in chosen else frozen).append(variable)
@@ -76,12 +76,12 @@ def _split(
     return trained, frozen
 
 
-def _trained_in(seam: Any, layer: Any, train_bias: str, whole: bool) -> list[Any]:
+def _trained_in(backend: Any, layer: Any, train_bias: str, whole: bool) -> list[Any]:
     """The own variables of one layer that are trained."""
-    trainable = seam.trainable_own_variables(layer)
+    trainable = backend.trainable_own_variables(layer)
     if whole:
         return trainable
-    biases = [v for v in trainable if seam.is_bias_like(v)]
+    biases = [v for v in trainable if backend.is_bias_like(v)]
     if isinstance(layer, LoRALayer):
         chosen = biases if train_bias != "none" else []
         factors = layer._lora_variables().values()

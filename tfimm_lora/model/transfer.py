@@ -61,8 +61,8 @@ def transfer_weights(
         True
     """
     src_seam, dst_seam = backend_of(src_model), backend_of(dst_model)
-    for role, model, seam in (("src", src_model, src_seam), ("dst", dst_model, dst_seam)):
-        if not any(True for _ in _weights(seam, model)):
+    for role, model, backend in (("src", src_model, src_seam), ("dst", dst_model, dst_seam)):
+        if not any(True for _ in _weights(backend, model)):
             raise ValueError(
                 f"Received {role}_model '{model.name}', which has no weights yet. Call it "
                 "on an input first."
@@ -103,24 +103,24 @@ def transfer_weights(
         weight.variable.assign(value)
 
 
-def _weights(seam: Any, model: Any) -> Iterator[_Weight]:
-    for path, layer in seam.walk(model):
+def _weights(backend: Any, model: Any) -> Iterator[_Weight]:
+    for path, layer in backend.walk(model):
         counts: dict[str, int] = {}
-        for variable in seam.own_variables(layer):
-            name = seam.variable_name(variable)
+        for variable in backend.own_variables(layer):
+            name = backend.variable_name(variable)
             counts[name] = counts.get(name, 0) + 1
             unique = name if counts[name] == 1 else f"{name}#{counts[name]}"
             yield _Weight(path, unique, layer, variable)
 
 
-def _value(seam: Any, weight: _Weight, into_lora: bool) -> Any:
+def _value(backend: Any, weight: _Weight, into_lora: bool) -> Any:
     """The value of a source weight; of a LoRA layer without merging, if it goes to one."""
     layer = weight.layer
     if isinstance(layer, LoRALayer) and into_lora and layer.merged:
         if weight.name in LORA_VARIABLE_NAMES:
             return layer.lora_values()[weight.name]
         return layer.value_of(weight.variable, merged=False)
-    return seam.to_numpy(weight.variable)
+    return backend.to_numpy(weight.variable)
 
 
 def _match(given: list[_Weight], wanted: list[_Weight]) -> dict[str, _Weight]:

@@ -100,12 +100,12 @@ class RankAllocator:
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
         if cls is not RankAllocator:
             return super().__new__(cls)
-        seam = backend_of(model)
-        if id(seam) not in _classes:
-            bases = (RankAllocator, seam.keras.callbacks.Callback)
+        backend = backend_of(model)
+        if id(backend) not in _classes:
+            bases = (RankAllocator, backend.keras.callbacks.Callback)
             namespace = {"__module__": __name__, "__doc__": cls.__doc__}
-            _classes[id(seam)] = type("RankAllocator", bases, namespace)
-        return object.__new__(_classes[id(seam)])
+            _classes[id(backend)] = type("RankAllocator", bases, namespace)
+        return object.__new__(_classes[id(backend)])
 
     #: Legacy Keras then hands logs on as they are, without waiting for them.
     _supports_tf_logs = True
@@ -131,7 +131,7 @@ class RankAllocator:
         self.step = 0
         keys = Names(model).modules
         self._parts = [_Components(p, keys[p], x) for p, x in lora_layers(model).items()]
-        self._seam = backend_of(model)
+        self._backend = backend_of(model)
         for part in self._parts:
             _require_plain(part.layer)
             if starts_apart(part.layer):
@@ -251,7 +251,7 @@ class RankAllocator:
 
     def on_train_begin(self, logs: Any = None) -> None:
         """Watch the optimizer. The train function is made anew, once for each fit."""
-        model, seam = self.model, self._seam
+        model, backend = self.model, self._backend
         trained = {id(v) for v in model.trainable_weights}
         for part in self._parts:
             _require_plain(part.layer)
@@ -263,16 +263,16 @@ class RankAllocator:
                 )
         optimizer = model.optimizer
         rule = getattr(optimizer, "inner_optimizer", optimizer)
-        is_optimizer = isinstance(rule, seam.keras.optimizers.Optimizer)
-        if not is_optimizer or not seam.has_rule(type(rule)):
+        is_optimizer = isinstance(rule, backend.keras.optimizers.Optimizer)
+        if not is_optimizer or not backend.has_rule(type(rule)):
             raise TypeError(
                 f"Received a model compiled with {type(rule).__name__}; expected an optimizer "
-                f"of {seam.keras.__name__} that updates one variable at a time, for example "
+                f"of {backend.keras.__name__} that updates one variable at a time, for example "
                 "AdamW."
             )
         self._hold()
         watches = [w for all_of in self._watches.values() for w in all_of]
-        watch_updates(seam, model, [w for w in watches if id(w.variable) in trained])
+        watch_updates(backend, model, [w for w in watches if id(w.variable) in trained])
 
     def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
         self._begun = batch
@@ -295,7 +295,7 @@ class RankAllocator:
     def on_train_end(self, logs: Any = None) -> None:
         self._sync()
         self._hold()  # averaged weights may have come in their place
-        unwatch_updates(self._seam, self.model)
+        unwatch_updates(self._backend, self.model)
         if not self.finished:
             warnings.warn(
                 f"The training ended at step {self.step}, before end={self.end}: nothing is "
@@ -361,22 +361,26 @@ class _Watch:
 
     def __init__(self, allocator: RankAllocator, variable: Any, axis: int) -> None:
         self._allocator, self.variable, self._axis = allocator, variable, axis
-        seam = self._seam = allocator._seam
-        self.name = seam.variable_name(variable)
+        backend = self._backend = allocator._backend
+        self.name = backend.variable_name(variable)
         shape = tuple(variable.shape)
         zeros = np.zeros(shape, "float32")
         self._kept_shape = [n if i == axis else 1 for i, n in enumerate(shape)]
         self._others = tuple(i for i in range(len(shape)) if i != axis)
         ones: np.ndarray = np.ones(self._kept_shape, "float32")
-        self._mean = state_variable(seam, zeros, variable)
-        self._uncertainty = state_variable(seam, zeros, variable)
-        self._mask = state_variable(seam, ones, variable)
+        self._mean = state_variable(backend, zeros, variable)
+        self._uncertainty = state_variable(backend, zeros, variable)
+        self._mask = state_variable(backend, ones, variable)
         self.state = (self._mean, self._uncertainty, self._mask)
 
     # In the training step.
 
     def before(self, gradient: Any, value: Any) -> None:
-        cast, beta1, beta2 = self._seam.ops.cast, self._allocator.beta1, self._allocator.beta2
+        cast, beta1, beta2 = (
+            self._backend.ops.cast,
+            self._allocator.beta1,
+            self._allocator.beta2,
+        )
         sensitivity = abs(value * cast(gradient, "float32"))
         mean = beta1 * cast(self._mean, "float32") + (1 - beta1) * sensitivity
         spread = abs(sensitivity - mean)
@@ -385,7 +389,7 @@ class _Watch:
         self._uncertainty.assign(uncertainty)
 
     def after(self, value: Any) -> Any:
-        return value * self._seam.ops.cast(self._mask, "float32")
+        return value * self._backend.ops.cast(self._mask, "float32")
 
     # Outside of it.
 
@@ -398,7 +402,7 @@ class _Watch:
 
     def values(self) -> dict[str, np.ndarray]:
         """M and U."""
-        read = self._seam.to_numpy
+        read = self._backend.to_numpy
         return {"sensitivity": read(self._mean), "uncertainty": read(self._uncertainty)}
 
     def assign(self, values: Mapping[str, np.ndarray]) -> None:
@@ -411,7 +415,7 @@ class _Watch:
 
     def zero(self, kept: np.ndarray) -> None:
         """Set the other components to zero now."""
-        value = self._seam.to_numpy(self.variable)
+        value = self._backend.to_numpy(self.variable)
         pruned = np.where(kept.reshape(self._kept_shape), value, np.zeros_like(value))
         if not np.array_equal(pruned, value):
             self.variable.assign(pruned)

@@ -14,7 +14,7 @@ from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LORA_VARIABLE_NAMES, LoRAConfig
 from tfimm_lora.initializers.covariance import Directions, Spread, most, share_ranks, spread_of
-from tfimm_lora.layers.base import LoRALayer, LoRASpec
+from tfimm_lora.layers.base import LayerSettings, LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
 from tfimm_lora.layers.input_rows import Rows, rows_of
 from tfimm_lora.model.inject import forget_traces
@@ -133,10 +133,10 @@ def _check_fresh(path: str, layer: Any) -> None:
     layer._require_enabled("started anew")
     if layer.merged:
         raise ValueError(f"Layer '{path}' is merged. Call unmerge_lora_weights first.")
-    seam = backend_of(layer)
+    backend = backend_of(layer)
     for name in LORA_VARIABLE_NAMES:
         is_a = name == "kernel_lora_a"
-        if not is_a and name in layer.__dict__ and seam.to_numpy(layer.__dict__[name]).any():
+        if not is_a and name in layer.__dict__ and backend.to_numpy(layer.__dict__[name]).any():
             raise ValueError(
                 f"Layer '{path}' has a {name} that is not zero: it was trained or loaded, or "
                 "starts by another way. EVA is for a new LoRA; call remove_lora and "
@@ -156,13 +156,13 @@ def _collect(
     spreads: dict[str, Spread],
 ) -> None:
     """Run the model over the data and add what its layers are given to their spreads."""
-    seam, count = backend_of(model), 0
+    backend, count = backend_of(model), 0
     with contextlib.ExitStack() as stack:
-        stack.enter_context(seam.eagerly())
+        stack.enter_context(backend.eagerly())
         for path, reader in rows.items():
             stack.enter_context(_observed(layers[path], reader, spreads[path]))
         for batch in itertools.islice(_batches(data), max_batches):
-            x, _, _ = seam.keras.utils.unpack_x_y_sample_weight(batch)
+            x, _, _ = backend.keras.utils.unpack_x_y_sample_weight(batch)
             model(x, training=False)
             count += 1
     if not count:
@@ -182,17 +182,17 @@ def _batches(data: Any) -> Iterator[Any]:
 @contextlib.contextmanager
 def _observed(layer: Any, reader: Rows, spread: Spread) -> Iterator[None]:
     """Within this block all that a layer multiplies with its kernel goes to ``spread``."""
-    seam, name = backend_of(layer), reader.method
+    backend, name = backend_of(layer), reader.method
     bound, held = getattr(layer, name), name in layer.__dict__
 
     def observer(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
-        if not seam.is_dense_tensor(x):
+        if not backend.is_dense_tensor(x):
             raise ValueError(
                 f"Layer '{layer.name}' was given a {type(x).__name__}, in which rows are not "
                 "all there. Pass dense data, or leave the layer out of lora_targets."
             )
-        for chunk in reader.chunks(seam.to_numpy(x)):
+        for chunk in reader.chunks(backend.to_numpy(x)):
             spread.add(chunk)
         return bound(*args, **kwargs)
 
@@ -233,9 +233,9 @@ def _start(
     shared: dict[str, int],
 ) -> None:
     """Give the layers their ranks and their factors A; none of them on error."""
-    seam = backend_of(model)
+    backend = backend_of(model)
     before = {
-        path: (layers[path].lora, seam.to_numpy(layers[path].kernel_lora_a)) for path in rows
+        path: (layers[path].lora, backend.to_numpy(layers[path].kernel_lora_a)) for path in rows
     }
     try:
         for path, reader in rows.items():
@@ -244,33 +244,33 @@ def _start(
             a = reader.factor(found[path].vectors[:, : shared[path]])
             layer.kernel_lora_a.assign(a.astype("float32"))
     except BaseException:
-        for path, (spec, a) in before.items():
+        for path, (settings, a) in before.items():
             layer = layers[path]
-            _resize(layer, spec)
+            _resize(layer, settings)
             layer.kernel_lora_a.assign(a)
         raise
-    if any(shared[path] != spec.rank for path, (spec, _) in before.items()):
+    if any(shared[path] != settings.rank for path, (settings, _) in before.items()):
         _record(model, layers)
         forget_traces(model, "Other ranks were given to the layers of")
 
 
-def _with_rank(spec: LoRASpec, rank: int) -> LoRASpec:
+def _with_rank(settings: LayerSettings, rank: int) -> LayerSettings:
     """A layer's settings with another rank and the same scale."""
-    if spec.alpha is None or rank == spec.rank:
-        return dataclasses.replace(spec, rank=rank)
-    ratio = rank / spec.rank
-    alpha = spec.alpha * (math.sqrt(ratio) if spec.use_rslora else ratio)
-    return dataclasses.replace(spec, rank=rank, alpha=alpha)
+    if settings.alpha is None or rank == settings.rank:
+        return dataclasses.replace(settings, rank=rank)
+    ratio = rank / settings.rank
+    alpha = settings.alpha * (math.sqrt(ratio) if settings.use_rslora else ratio)
+    return dataclasses.replace(settings, rank=rank, alpha=alpha)
 
 
-def _resize(layer: Any, spec: LoRASpec) -> None:
+def _resize(layer: Any, settings: LayerSettings) -> None:
     """Give a layer other settings, and with them new factors, if they differ."""
-    if isinstance(layer, LoRALayer) and layer.lora == spec:
+    if isinstance(layer, LoRALayer) and layer.lora == settings:
         return
     trainable = layer.trainable
     if isinstance(layer, LoRALayer):
         restore_layer(layer)
-    adapt_layer(layer, spec)
+    adapt_layer(layer, settings)
     if layer.trainable != trainable:
         layer.trainable = trainable
 

@@ -30,8 +30,8 @@ class LoRAPlus:
         return self.__dict__[_RATIO]
 
     def _rate_factors(self, variables: Any) -> list[float]:
-        seam = backend_of(self)
-        is_b = [seam.variable_name(v) == LORA_WEIGHT_NAMES[1] for v in variables]
+        backend = backend_of(self)
+        is_b = [backend.variable_name(v) == LORA_WEIGHT_NAMES[1] for v in variables]
         if not any(is_b):
             raise ValueError(
                 f"Received {len(is_b)} variables to train, of which none is a factor "
@@ -85,28 +85,30 @@ def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
     to biases and all other vectors; here it is for B alone.
     """
     check_ratio(ratio)
-    seam = backend_of(model)
+    backend = backend_of(model)
     lora_layers(model)  # or it raises
     if isinstance(optimizer, str):
-        optimizer = seam.keras.optimizers.get(optimizer)
+        optimizer = backend.keras.optimizers.get(optimizer)
     rule = getattr(optimizer, "inner_optimizer", optimizer)
-    if not isinstance(rule, seam.keras.optimizers.Optimizer) or not seam.has_rule(type(rule)):
+    if not isinstance(rule, backend.keras.optimizers.Optimizer) or not backend.has_rule(
+        type(rule)
+    ):
         raise TypeError(
             f"Received optimizer={optimizer!r}; expected an optimizer of "
-            f"{seam.keras.__name__} that updates one variable at a time, for example "
-            f"{seam.keras.__name__}.optimizers.AdamW(1e-4)."
+            f"{backend.keras.__name__} that updates one variable at a time, for example "
+            f"{backend.keras.__name__}.optimizers.AdamW(1e-4)."
         )
     if isinstance(rule, LoRAPlus):
         raise ValueError(
             f"Received an optimizer of LoRA+ already, with the ratio {rule.loraplus_ratio:g}. "
             "Pass an ordinary one."
         )
-    if seam.is_built_optimizer(rule) or seam.is_built_optimizer(optimizer):
+    if backend.is_built_optimizer(rule) or backend.is_built_optimizer(optimizer):
         raise ValueError(
             f"Received an optimizer ({type(rule).__name__}) that has been used already; "
             "expected a new one, which no function was compiled for."
         )
-    rule.__class__ = loraplus_class(seam.optimizer_rule(rule))
+    rule.__class__ = loraplus_class(backend.optimizer_rule(rule))
     rule.__dict__[_RATIO] = float(ratio)
     return optimizer
 
@@ -130,10 +132,12 @@ def loraplus_class(cls: type) -> type:
         4.0
     """
     if cls not in _classes:
-        seam = backend_of(cls)
+        backend = backend_of(cls)
         namespace = {"__module__": __name__, "__doc__": LoRAPlus.__doc__}
-        made = type(f"LoRAPlus{cls.__name__}", (LoRAPlus, seam.VariableRates, cls), namespace)
-        seam.register(made, "LoRAPlus", cls)
+        made = type(
+            f"LoRAPlus{cls.__name__}", (LoRAPlus, backend.VariableRates, cls), namespace
+        )
+        backend.register(made, "LoRAPlus", cls)
         _classes[cls] = made
     return _classes[cls]
 

@@ -188,13 +188,13 @@ def plan(model: Any, **lora_arguments: Any) -> Plan:
         >>> found.reasons
         {'classifier, not trained': 1}
     """
-    seam = backend_of(model)
+    backend = backend_of(model)
     if has_lora(model) and not lora_arguments:
         return _plan_of(model)
     require_built(model)
-    seam.keras.initializers.get(lora_arguments.get("lora_initializer"))  # or it raises
+    backend.keras.initializers.get(lora_arguments.get("lora_initializer"))  # or it raises
     if not has_lora(model) and any(
-        seam.is_model(x) and seam.is_compiled(x) for _, x in seam.walk(model)
+        backend.is_model(x) and backend.is_compiled(x) for _, x in backend.walk(model)
     ):
         raise ValueError(
             f"Received model '{model.name}', which is compiled; expected one that is not yet, "
@@ -211,20 +211,20 @@ def plan(model: Any, **lora_arguments: Any) -> Plan:
 
 def _plan_of(model: Any) -> Plan:
     """The plan of a LoRA model as it is."""
-    seam = backend_of(model)
+    backend = backend_of(model)
     adapted = lora_layers(model)
-    walked = list(seam.walk(model))
+    walked = list(backend.walk(model))
     heads = inside_paths(walked, classifier_paths(model))
     trained = {id(v) for v in model.trainable_weights}
     seen: set[int] = set()
     counts: Counter[str] = Counter()
     left_out = []
     for path, layer in walked:
-        own = [v for v in seam.own_variables(layer) if id(v) not in seen]
+        own = [v for v in backend.own_variables(layer) if id(v) not in seen]
         seen |= {id(v) for v in own}
-        factors = [v for v in own if seam.variable_name(v) in LORA_VARIABLE_NAMES]
+        factors = [v for v in own if backend.variable_name(v) in LORA_VARIABLE_NAMES]
         plain = [v for v in own if not any(v is f for f in factors)]
-        open_to_training = {id(v) for v in seam.trainable_own_variables(layer)}
+        open_to_training = {id(v) for v in backend.trainable_own_variables(layer)}
         counts["factors"] += _size(factors)
         counts["total"] += _size(plain)
         counts["full"] += _size(v for v in plain if id(v) in open_to_training)

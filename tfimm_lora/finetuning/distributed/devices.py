@@ -39,7 +39,7 @@ class Devices:
         """In which the model, LoRA and the optimizer are created, and the model is trained."""
         return contextlib.nullcontext()
 
-    def check(self, seam: Any) -> None:
+    def check(self, backend: Any) -> None:
         """Raise if models of this Keras cannot be trained here."""
 
     def check_batch(self, batch_size: int) -> None:
@@ -70,7 +70,7 @@ class Devices:
         """Batches that can be divided in validation."""
         return batches
 
-    def callbacks(self, seam: Any) -> list[Any]:
+    def callbacks(self, backend: Any) -> list[Any]:
         """Keras callbacks for the training."""
         return []
 
@@ -113,8 +113,8 @@ class TensorFlowDevices(Devices):
             f"{part} writes and reports"
         )
 
-    def check(self, seam: Any) -> None:
-        if self.workers > 1 and seam is not legacy_backend():
+    def check(self, backend: Any) -> None:
+        if self.workers > 1 and backend is not legacy_backend():
             raise ValueError(NO_WORKERS_ON_KERAS_3)
 
     def training(self, batches: Any, class_weight: Mapping[int, float] | None) -> Any:
@@ -198,7 +198,7 @@ class JaxDevices(Devices):
     def scope(self) -> contextlib.AbstractContextManager[Any]:
         return self.distribution.scope()
 
-    def check(self, seam: Any) -> None:
+    def check(self, backend: Any) -> None:
         if self.processes > 1:
             raise ValueError(
                 f"Received a distribution over {self.processes} processes; finetune works in "
@@ -215,12 +215,12 @@ class JaxDevices(Devices):
         self.divides_validation = batches is None or _is_even(batches, self.replicas)
         return batches
 
-    def callbacks(self, seam: Any) -> list[Any]:
+    def callbacks(self, backend: Any) -> list[Any]:
         if self.divides_validation:
             return []
         # A smaller batch cannot be divided, and what is filled up would be counted: each
         # device validates on all pictures.
-        module = seam.keras.distribution
+        module = backend.keras.distribution
 
         class Whole(module.DataParallel):  # type: ignore[misc, name-defined]
             def get_data_layout(self, data_shape: Any) -> Any:
@@ -228,7 +228,7 @@ class JaxDevices(Devices):
 
         whole = Whole(self.distribution.device_mesh)
         return [
-            seam.keras.callbacks.LambdaCallback(
+            backend.keras.callbacks.LambdaCallback(
                 on_test_begin=lambda logs: module.set_distribution(whole),
                 on_test_end=lambda logs: module.set_distribution(self.distribution),
             )
@@ -251,10 +251,10 @@ def devices_of(model: Any) -> Devices:
         >>> devices_of(model).replicas
         1
     """
-    seam = backend_of(model)
-    with seam.variable_scope(model.weights[0]):
-        found = current_devices(seam)
-    copies = seam.copies(model.weights[0])
+    backend = backend_of(model)
+    with backend.variable_scope(model.weights[0]):
+        found = current_devices(backend)
+    copies = backend.copies(model.weights[0])
     if copies > found.replicas:
         raise ValueError(
             f"The weights of the model '{model.name}' are on {copies} devices, and no "
@@ -264,16 +264,16 @@ def devices_of(model: Any) -> Devices:
     return found
 
 
-def current_devices(seam: Any) -> Devices:
+def current_devices(backend: Any) -> Devices:
     """Those for which a model would be created here."""
-    distribution = seam.distribution()
+    distribution = backend.distribution()
     if distribution is not None:
         return JaxDevices(distribution)
     import tensorflow as tf
 
     if tf.distribute.has_strategy():
         return TensorFlowDevices(
-            tf.distribute.get_strategy(), even_first=seam is not legacy_backend()
+            tf.distribute.get_strategy(), even_first=backend is not legacy_backend()
         )
     return Devices()
 

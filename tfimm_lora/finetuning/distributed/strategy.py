@@ -51,17 +51,18 @@ def check_strategy(name: str) -> None:
     check_name(name)
     if name == "none":
         return
-    backend = default_backend().backend()
-    if name == "data-parallel" and backend != "jax":
+    framework = default_backend().framework()
+    if name == "data-parallel" and framework != "jax":
         raise ValueError(
-            f"Received strategy={name!r} with Keras on {backend}; expected Keras 3 on JAX: set "
-            "KERAS_BACKEND=jax and TF_USE_LEGACY_KERAS=0"
-            + (", or pass strategy='mirrored'." if backend == "tensorflow" else ".")
+            f"Received strategy={name!r} with Keras on {framework}; expected Keras 3 on JAX: "
+            "set KERAS_BACKEND=jax and TF_USE_LEGACY_KERAS=0"
+            + (", or pass strategy='mirrored'." if framework == "tensorflow" else ".")
         )
-    if name != "data-parallel" and backend != "tensorflow":
+    if name != "data-parallel" and framework != "tensorflow":
         raise ValueError(
-            f"Received strategy={name!r} with Keras 3 on {backend}; expected TensorFlow, whose "
-            "it is" + (": or pass strategy='data-parallel'." if backend == "jax" else ".")
+            f"Received strategy={name!r} with Keras 3 on {framework}; expected TensorFlow, "
+            "whose it is"
+            + (": or pass strategy='data-parallel'." if framework == "jax" else ".")
         )
     if name == "multiworker":
         if not uses_legacy_keras():

@@ -7,10 +7,10 @@ from typing import Any
 from tfimm_lora.backend import legacy_backend
 from tfimm_lora.model.inject import adapt_model
 
-_seam = legacy_backend()
+_backend = legacy_backend()
 
 
-class LoRAModel(_seam.FilteredWeights):  # type: ignore[name-defined]
+class LoRAModel(_backend.FilteredWeights):  # type: ignore[name-defined]
     """Mixin that builds the model and puts LoRA into it when it is created.
 
     Creating one from its config gives the same layers adapted and the same variables
@@ -28,4 +28,4 @@ class LoRAModel(_seam.FilteredWeights):  # type: ignore[name-defined]
         """Own variables of the model (cls_token, pos_embed, ...) are frozen."""
         if "_lora_config" not in self.__dict__:
             return True
-        return self.cfg.lora_train_bias == "all" and _seam.is_bias_like(variable)
+        return self.cfg.lora_train_bias == "all" and _backend.is_bias_like(variable)

@@ -65,10 +65,10 @@ def wanted_variables(model: Any) -> Iterator[Wanted]:
 
     LoRA factors and constants made in building are left out.
     """
-    seam = backend_of(model)
-    for path, layer in seam.walk(model):
-        for variable in seam.own_variables(layer):
-            leaf = seam.variable_name(variable)
+    backend = backend_of(model)
+    for path, layer in backend.walk(model):
+        for variable in backend.own_variables(layer):
+            leaf = backend.variable_name(variable)
             if isinstance(layer, LoRALayer) and leaf in LORA_VARIABLE_NAMES:
                 continue
             name = f"{path}/{_scoped(path, variable, leaf)}" if path else leaf

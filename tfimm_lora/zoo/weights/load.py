@@ -90,10 +90,10 @@ def load_timm_weights(
         matches = _match(model, tensors, checkpoint, weights_to_ignore or ())
         # All are read before any is assigned: reading may still fail.
         values = [_value(tensors, match) for match in matches]
-    seam = backend_of(model)
+    backend = backend_of(model)
     for match, value in zip(matches, values):
         variable = match.wanted.variable
-        variable.assign(value.astype(seam.to_numpy(variable).dtype))
+        variable.assign(value.astype(backend.to_numpy(variable).dtype))
     _take_preprocessing(model, checkpoint)
     return model
 
