@@ -34,15 +34,15 @@ from tfimm_lora.adapters.save import adapter_of, save_adapter
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig
 from tfimm_lora.create import create_model, list_models
 from tfimm_lora.exporting import Exported, export
-from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, Split, find_pictures
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import evaluate
+from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.run import Run
-from tfimm_lora.finetuning.scores import Evaluation
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.layers import (
     LoRAConv1D,

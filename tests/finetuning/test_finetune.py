@@ -16,7 +16,7 @@ from safetensors.numpy import load_file
 import tfimm_lora as lora
 from tests.helpers.kerases import array, keras, values
 from tfimm_lora.finetuning.checkpoint import Checkpoints, Progress, write_whole
-from tfimm_lora.finetuning.schedule import create_optimizer
+from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.training import finetune
 
 ROOT = Path(__file__).parents[2]

@@ -16,9 +16,9 @@ import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, keras, values
 from tests.helpers.picture_folders import break_picture, write_digits
 from tfimm_lora.cli import main
+from tfimm_lora.finetuning.base_model import applications, open_base
 from tfimm_lora.finetuning.checkpoint import Checkpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
-from tfimm_lora.finetuning.open_model import applications, open_base
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.run import Run
 

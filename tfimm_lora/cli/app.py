@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.version import __version__
 
 typer = require("typer", extra="cli", why="The command line")

@@ -17,10 +17,10 @@ from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
 from tfimm_lora.finetuning.data.folders import in_csv, in_folder, natural_order, some
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
+from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report.formatting import percent, readable
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_mistakes
 from tfimm_lora.finetuning.run import SPLIT, Run
-from tfimm_lora.finetuning.scores import Evaluation
 
 EXAMPLES = """Examples:
 

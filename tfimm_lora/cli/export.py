@@ -14,10 +14,10 @@ from tfimm_lora.cli.app import Json, app, emit, note, typer
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.predict import files_in
 from tfimm_lora.cli.tables import byte_text, show_facts
+from tfimm_lora.exporting.description import read_description
 from tfimm_lora.exporting.export import export
+from tfimm_lora.exporting.exported import Exported, TensorInfo, description_path
 from tfimm_lora.exporting.request import check_place, format_of
-from tfimm_lora.exporting.result import Exported, TensorInfo, description_path
-from tfimm_lora.exporting.sidecar import read_description
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.run import CONFIG, Run

@@ -7,8 +7,8 @@ import sys
 from typing import Annotated, Any, Optional
 
 from tfimm_lora.cli.app import Json, app, emit, note, typer
-from tfimm_lora.cli.parse_values import parse_targets
-from tfimm_lora.optional import require
+from tfimm_lora.cli.parsing import parse_targets
+from tfimm_lora.utils.optional_imports import require
 
 EXAMPLES = """Examples:
 

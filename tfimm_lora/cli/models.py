@@ -16,7 +16,7 @@ from tfimm_lora.cli.app import Json, app, emit, note, typer
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.config import Targets
 from tfimm_lora.create import list_models
-from tfimm_lora.finetuning.open_model import APPLICATIONS, applications
+from tfimm_lora.finetuning.base_model import APPLICATIONS, applications
 from tfimm_lora.model.registry import lora_config
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 

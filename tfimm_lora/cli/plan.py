@@ -5,10 +5,10 @@ from __future__ import annotations
 from typing import Annotated, Any
 
 from tfimm_lora.cli.app import Json, app, emit, note, typer
-from tfimm_lora.cli.parse_values import parse_targets
+from tfimm_lora.cli.parsing import parse_targets
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table
 from tfimm_lora.finetuning.activation_memory import activation_bytes
-from tfimm_lora.finetuning.open_model import open_base
+from tfimm_lora.finetuning.base_model import open_base
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.plan import Plan, plan
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 SUFFIXES = (".png", ".svg", ".pdf")
 

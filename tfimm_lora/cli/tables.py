@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Collection, Sequence
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 #: A column of text is not made narrower than that.
 _NARROWEST = 20

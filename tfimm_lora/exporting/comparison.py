@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfimm_lora.exporting.result import TensorInfo
+from tfimm_lora.exporting.exported import TensorInfo
 
 #: What a model gives, by name.
 Outputs = dict[str, np.ndarray]

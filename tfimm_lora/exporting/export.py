@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.exporting import comparison
-from tfimm_lora.exporting.atomic_output import draft_of, put, size_of
 from tfimm_lora.exporting.comparison import Outputs
+from tfimm_lora.exporting.description import described
+from tfimm_lora.exporting.export_plan import Plan
+from tfimm_lora.exporting.exported import Exported, description_path
 from tfimm_lora.exporting.pictures import sample_array
 from tfimm_lora.exporting.plain_model import ordinary_model, sixteen_bit_type
-from tfimm_lora.exporting.plan import Plan
 from tfimm_lora.exporting.request import Request, checked_request
-from tfimm_lora.exporting.result import Exported, description_path
 from tfimm_lora.exporting.runners import runner_of
-from tfimm_lora.exporting.sidecar import described
+from tfimm_lora.utils.atomic_files import draft_of, put, size_of
 
 
 def export(

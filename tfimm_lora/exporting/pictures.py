@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.exporting.result import TensorInfo
+from tfimm_lora.exporting.exported import TensorInfo
 from tfimm_lora.exporting.serving import PICTURES, Inputs
 from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
 

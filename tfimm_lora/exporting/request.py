@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.exporting.result import description_path
+from tfimm_lora.exporting.exported import description_path
 from tfimm_lora.layer_paths import nearest
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 #: Formats, and how the names of their files end.
 FORMATS = {"keras": ".keras", "savedmodel": "", "tflite": ".tflite", "onnx": ".onnx"}

@@ -10,7 +10,7 @@ import numpy as np
 
 from tfimm_lora.exporting.serving import Inputs, outputs_for
 from tfimm_lora.exporting.writers import SIGNATURE, load_keras, quiet
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 #: From arrays, in the order of the inputs, to outputs by name.
 Runner = Callable[[list[np.ndarray]], dict[str, np.ndarray]]

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.exporting.result import TensorInfo
+from tfimm_lora.exporting.exported import TensorInfo
 
 #: Names of the one input and the one output that most models have.
 INPUT, PICTURES, OUTPUT = "inputs", "pictures", "outputs"

@@ -18,7 +18,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.exporting.plain_model import float32_policy
 from tfimm_lora.exporting.serving import Inputs
 from tfimm_lora.exporting.static_shapes import with_known_sizes
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 #: The name under which SavedModel and TFLite offer the model.
 SIGNATURE = "serving_default"

@@ -15,7 +15,7 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 _NAME = "epoch-{:05d}.safetensors"
 _PATTERN = re.compile(r"epoch-(\d{5})\.safetensors")

@@ -13,7 +13,7 @@ from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import PictureSet
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
-from tfimm_lora.finetuning.scores import Evaluation, log_softmax
+from tfimm_lora.finetuning.metrics import Evaluation, log_softmax
 
 
 def evaluate(

@@ -6,7 +6,7 @@ import sys
 import time
 from typing import Any
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 KINDS = ("bar", "lines", "none")
 

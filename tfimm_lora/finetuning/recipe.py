@@ -15,13 +15,14 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of, default_backend, installed
 from tfimm_lora.config import LoRAConfig, check_keywords, lora_field_names
-from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import PictureSet, Split, find_pictures
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.distributed.strategy import check_name, check_strategy, open_strategy
+from tfimm_lora.finetuning.optimizer import check_number, check_whole
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
@@ -31,7 +32,6 @@ from tfimm_lora.finetuning.run import (
     base_hash,
     open_recipe_base,
 )
-from tfimm_lora.finetuning.schedule import check_number, check_whole
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.eva import initialize_eva

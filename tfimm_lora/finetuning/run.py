@@ -12,14 +12,14 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.adapters.load import load_adapter
+from tfimm_lora.finetuning.base_model import Base, file_hash, open_base
 from tfimm_lora.finetuning.checkpoint import write_whole
 from tfimm_lora.finetuning.data.dataset import Split, find_pictures
 from tfimm_lora.finetuning.data.pictures import Problem
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
-from tfimm_lora.finetuning.metrics_file import read_metrics
-from tfimm_lora.finetuning.open_model import Base, file_hash, open_base
+from tfimm_lora.finetuning.metrics_csv import read_metrics
 from tfimm_lora.finetuning.training import ADAPTER, METRICS
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 CONFIG, LABELS, SPLIT, SKIPPED = "config.yaml", "labels.txt", "split.csv", "skipped.csv"
 BASE_WEIGHTS = "base.weights.h5"

@@ -14,9 +14,9 @@ from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.checkpoint import Checkpoints, Progress, give_values, values_of
 from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
-from tfimm_lora.finetuning.metrics_file import write_metrics
+from tfimm_lora.finetuning.metrics_csv import write_metrics
+from tfimm_lora.finetuning.optimizer import check_whole, create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
-from tfimm_lora.finetuning.schedule import check_whole, create_optimizer
 from tfimm_lora.model.merge import lora_layers
 
 #: Folders in the one that ``finetune`` is given.

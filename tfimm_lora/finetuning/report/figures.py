@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from tfimm_lora.finetuning.checkpoint import write_whole
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 #: Where a picture goes: a file by name, whose suffix says the format, or one that is open.
 Target = str | os.PathLike[str] | BinaryIO

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tfimm_lora.finetuning.checkpoint import write_whole
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
+from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report import sections
 from tfimm_lora.finetuning.report.html import Html, tag
 from tfimm_lora.finetuning.report.plots import (
@@ -17,7 +18,6 @@ from tfimm_lora.finetuning.report.plots import (
     mistaken_files,
 )
 from tfimm_lora.finetuning.run import Run
-from tfimm_lora.finetuning.scores import Evaluation
 
 REPORT, CURVES, CONFUSION = "report.html", "curves.png", "confusion.png"
 MISTAKES = "mistakes.png"

@@ -11,9 +11,9 @@ import numpy as np
 
 from tfimm_lora.exporting import pictures, writers
 from tfimm_lora.exporting.comparison import Outputs
+from tfimm_lora.exporting.description import properties
 from tfimm_lora.exporting.request import Request
 from tfimm_lora.exporting.serving import Inputs, inputs_of, outputs_for, traced
-from tfimm_lora.exporting.sidecar import properties
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfimm_lora.exporting.result import Exported, description_path
+from tfimm_lora.exporting.exported import Exported, description_path
 from tfimm_lora.version import __version__
 
 
