@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,6 +11,7 @@ from typing import Any, ClassVar
 
 from tfimm_lora.initializers.from_kernel import check_init
 from tfimm_lora.peft import translation
+from tfimm_lora.utils.suggestions import did_you_mean
 from tfimm_lora.validation import (
     check_alpha,
     check_bool,
@@ -314,11 +314,10 @@ def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> Non
     problems = []
     for name in given:
         if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{name}{hint}")
+            problems.append(f"{name}{did_you_mean(name, known)}")
     if problems:
+        listed = ", ".join(problems)
         raise TypeError(
-            f"Received unknown keywords for {what}: {', '.join(problems)} "
+            f"Received unknown keywords for {what}: {listed}{'' if listed[-1] == '?' else '.'} "
             f"Known keywords: {', '.join(known)}."
         )

@@ -8,6 +8,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from tfimm_lora.utils.suggestions import did_you_mean
+
 #: Values of ``train_bias``: no bias, those of adapted layers, every one in the model.
 TRAIN_BIAS = ("none", "lora_only", "all")
 
@@ -169,4 +171,47 @@ def check_variant(use_dora: bool, bias: bool) -> None:
             "Received lora_use_dora=True and lora_bias=True; expected one of them: DoRA scales "
             "a kernel and its update together, and a bias of the branch has no part in that. "
             "lora_train_bias='lora_only' trains the layer's own bias."
+        )
+
+
+def check_integer(value: Any, field: str, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"Received {field}={value!r}; expected an integer of at least {least}.")
+    if value < least:
+        raise ValueError(
+            f"Received {field}={value!r}; expected an integer of at least {least}."
+        )
+
+
+def check_number(
+    value: Any, field: str, least: float, *, exclusive: bool = False, below: float = math.inf
+) -> None:
+    """Raise unless ``value`` is a finite number in the given range.
+
+    Args:
+        value: The value to check.
+        field: Its name, for the error message.
+        least: The smallest allowed number.
+        exclusive: Whether ``least`` itself is not allowed.
+        below: All numbers from this one on are not allowed.
+    """
+    lower = f"{'above' if exclusive else 'of at least'} {least:g}"
+    upper = "" if below == math.inf else f" and below {below:g}"
+    message = f"Received {field}={value!r}; expected a number {lower}{upper}."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(message)
+    in_range = least <= value < below and not (exclusive and value == least)
+    if not (math.isfinite(value) and in_range):
+        raise ValueError(message)
+
+
+def check_choice(value: Any, field: str, choices: Iterable[Any]) -> None:
+    """Raise unless ``value`` is one of ``choices``; suggest the most similar one."""
+    known = list(choices)
+    if value not in known:
+        names = [str(choice) for choice in known]
+        raise ValueError(
+            f"Received {field}={value!r}; expected one of {', '.join(names)}"
+            f"{did_you_mean(value, names) or '.'}"
         )
