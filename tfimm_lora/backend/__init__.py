@@ -12,8 +12,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import tempfile
-from functools import cache
 from typing import Any
 
 LEGACY_SWITCH = "TF_USE_LEGACY_KERAS"
@@ -31,33 +29,6 @@ def prefer_legacy_for_tfimm(environ: Any = os.environ) -> None:
         environ[LEGACY_SWITCH] = "1"
 
 
-def quiet_on_the_command_line(environ: Any = os.environ) -> None:
-    """Keep TensorFlow's greeting off the screen where the process is ``tfimm-lora``.
-
-    A library leaves the log as its user set it; a program speaks for itself. What TensorFlow
-    says while it is imported no setting silences, so it goes to a file meanwhile.
-    """
-    words = sys.orig_argv[:4]
-    is_program = any(os.path.basename(word) == "tfimm-lora" for word in words)
-    if not is_program and words[1:3] != ["-m", "tfimm_lora"]:
-        return
-    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in environ:
-        return
-    environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    screen = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            importlib.import_module("tensorflow")
-        except BaseException:
-            said.seek(0)
-            os.write(screen, said.read())
-            raise
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
-
-
 def installed(package: str) -> bool:
     """Whether ``package`` can be imported, without importing it."""
     return package in sys.modules or importlib.util.find_spec(package) is not None
@@ -68,20 +39,17 @@ def uses_legacy_keras() -> bool:
     return os.environ.get(LEGACY_SWITCH, "").lower() in ("1", "true")
 
 
-@cache
 def legacy_backend() -> Any:
-    """The backend to legacy Keras."""
-    from tfimm_lora.backend.legacy import LegacyBackend
+    """The backend of legacy Keras."""
+    # First, because importing it may lead here again; see ``import_hook``.
+    importlib.import_module("tf_keras")
+    return importlib.import_module("tfimm_lora.backend.legacy").BACKEND
 
-    return LegacyBackend()
 
-
-@cache
 def keras3_backend() -> Any:
-    """The backend to Keras 3."""
-    from tfimm_lora.backend.keras3 import Keras3Backend
-
-    return Keras3Backend()
+    """The backend of Keras 3."""
+    importlib.import_module("keras")
+    return importlib.import_module("tfimm_lora.backend.keras3").BACKEND
 
 
 def default_backend() -> Any:
