@@ -1,7 +1,7 @@
 """The entry point ``main`` and what the subcommands share.
 
-Modules of this package import TensorFlow and Keras within the command functions only, after
-``import_tensorflow``. So ``--help``, ``--version`` and mistyped commands are answered at once.
+Importing this package loads neither TensorFlow nor Keras, so ``--help``, ``--version`` and
+usage errors take no time. Commands call ``import_tensorflow`` before they open a model.
 """
 
 from __future__ import annotations
