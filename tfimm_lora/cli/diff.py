@@ -6,11 +6,10 @@ import math
 from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
 from tfimm_lora.adapters.combine_method import norm_of_sum
-import typer
-
 from tfimm_lora.cli.app import Json, app, emit
 from tfimm_lora.cli.inspect import in_order, open_adapter
 from tfimm_lora.cli.tables import show_table

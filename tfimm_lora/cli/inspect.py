@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate, effective_rank
 import typer
 
+from tfimm_lora.adapters.adapter import Adapter, LayerUpdate, effective_rank
 from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table

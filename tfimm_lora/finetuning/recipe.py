@@ -24,7 +24,6 @@ from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.distributed.strategy import check_name, check_strategy, open_strategy
-
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
@@ -280,9 +279,7 @@ def _begin(
     return run, split, base.model
 
 
-def _shared_settings(
-    recipe: Recipe, split: Split, facts: Mapping[str, Any]
-) -> dict[str, Any]:
+def _shared_settings(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that must be the same for all workers; their folders may differ."""
     shared = {**recipe.to_dict(), **facts}
     for part, pictures in (("train", split.train), ("val", split.val)):
