@@ -1,8 +1,8 @@
-"""``Augmentation``: random crops, flips, colours and small turns, each fixed by a seed.
+"""``Augmentation``: random crops, flips, rotations and colour changes, reproducible by seed.
 
-Every picture has a seed of its own, made of the run's, the epoch's and the picture's number.
-What happens to it depends on nothing else: not on the batch, the order, the number of threads
-or devices, or where a run was interrupted.
+The seed of a picture is derived from the seed of the run, the index of the epoch and the index
+of the picture. The result depends on nothing else: not on the batch, the order, the number of
+threads or devices, or an interruption of the run.
 """
 
 from __future__ import annotations
@@ -12,9 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tfimm_lora.validation import check_choice
 from tfimm_lora.zoo.weights.preprocessing import INTERPOLATIONS
 
-#: The random numbers of a picture, in [0, 1). New ones go to the end: they leave the others.
+#: The random numbers of a picture, in [0, 1). Append new ones, so that the others do not change.
 _DRAWN = (
     "area",
     "ratio",
@@ -27,27 +28,28 @@ _DRAWN = (
     "saturation",
 )
 
-#: How much red, green and blue weigh in grey (ITU-R 601).
+#: The weights of red, green and blue in grey (ITU-R 601).
 _GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What may happen to a picture in training, in this order.
+    """The augmentation of training pictures. Its steps are applied in the order of the arguments.
 
     Args:
-        scale: The least and greatest share of the picture's area that a random crop takes,
-            before it is resized to the input's size. None: no random crop, but the middle of
-            the picture, as in evaluation.
-        ratio: How far a crop may be stretched sideways: its width over its height, over that of
-            the input's size.
-        flip: Whether half of the pictures are mirrored, left to right.
-        rotate: Most degrees to turn, either way; the corners are filled by reflection.
-        brightness, contrast, saturation: Each multiplied by a factor of 1 - x to 1 + x; none of
-            them changes for 0. Contrast is to the picture's mean grey.
+        scale: The smallest and largest share of the area of the picture that a random crop
+            takes, before it is resized to the input size. None: a center crop, as in
+            evaluation.
+        ratio: The smallest and largest aspect ratio of the crop, width over height, relative to
+            the aspect ratio of the input.
+        flip: Whether half of the pictures are flipped horizontally.
+        rotate: The largest rotation in degrees, in both directions. The corners are filled by
+            reflection.
+        brightness, contrast, saturation: Each is multiplied by a random factor between 1 - x
+            and 1 + x; 0 means no change. Contrast is relative to the mean grey of the picture.
 
     Raises:
-        ValueError: for values out of these bounds.
+        ValueError: for values out of range.
 
     Example:
         >>> import numpy as np
@@ -58,8 +60,8 @@ class Augmentation:
         >>> first.shape, bool((first.numpy() == again.numpy()).all())
         (TensorShape([4, 4, 3]), True)
 
-    Reference: torchvision's ``RandomResizedCrop`` and ``ColorJitter``. A crop that does not fit
-    is not drawn again, as there, but drawn from those that fit.
+    Reference: ``RandomResizedCrop`` and ``ColorJitter`` of torchvision. Unlike there, crops are
+    drawn only from those that fit, instead of being drawn again if they do not.
     """
 
     scale: tuple[float, float] | None = None
@@ -77,7 +79,7 @@ class Augmentation:
                 continue
             if len(given) != 2 or not 0 < given[0] <= given[1] <= most:
                 raise ValueError(
-                    f"Received {name}={given}; expected two numbers, (least, greatest), above 0"
+                    f"Received {name}={given}; expected (smallest, largest), two numbers above 0"
                     f"{' and at most 1' if name == 'scale' else ''}."
                 )
             object.__setattr__(self, name, tuple(map(float, given)))  # lists come from files
@@ -89,27 +91,26 @@ class Augmentation:
         ):
             if not 0 <= getattr(self, name) <= most:
                 raise ValueError(
-                    f"Received {name}={getattr(self, name)}; expected a number from 0, for no "
-                    f"change, to {most:g}."
+                    f"Received {name}={getattr(self, name)}; expected a number from 0 (no "
+                    f"change) to {most:g}."
                 )
 
     @classmethod
     def none(cls) -> Augmentation:
-        """Nothing changes."""
+        """No augmentation."""
         return cls()
 
     @classmethod
     def named(cls, name: str) -> Augmentation:
-        """A preset.
+        """Return a preset.
 
-        "none", "light" (large crops, mirrored) for pictures where little may change, or
-        "default" (smaller crops, mirrored, a little colour) for ordinary photographs.
+        "none", "light" (large crops and flips) for pictures where little may change, or
+        "default" (smaller crops, flips and slight colour changes) for ordinary photographs.
 
         Raises:
             ValueError: for another name.
         """
-        if name not in PRESETS:
-            raise ValueError(f"Received {name!r}; expected one of {', '.join(PRESETS)}.")
+        check_choice(name, "augmentation", PRESETS)
         return PRESETS[name]
 
     def function(
@@ -119,13 +120,13 @@ class Augmentation:
         interpolation: str = "bicubic",
         crop_pct: float = 1.0,
     ) -> Callable[[Any, Any], Any]:
-        """The augmentation as a function of a picture and a seed, also for ``Dataset.map``.
+        """Return the augmentation as a function, which can be used in ``Dataset.map``.
 
         Args:
-            size: Height and width of the result.
-            interpolation: How crops are resized, as in ``Preprocessing``.
-            crop_pct: The share of the shorter side that the middle crop takes where there is
-                no random one.
+            size: The height and width of the result.
+            interpolation: The interpolation for resizing, as in ``Preprocessing``.
+            crop_pct: The share of the shorter side that the center crop takes if there is no
+                random crop.
 
         Returns:
             A function from a picture (h, w, c) of any numeric type in [0, 255] and a seed of
@@ -137,13 +138,13 @@ class Augmentation:
 
         def augment(picture: Any, seed: Any) -> Any:
             picture = tf.convert_to_tensor(picture)
-            # Named, since TensorFlow's own choice differs between devices.
+            # The algorithm is set because TensorFlow's default differs between devices.
             numbers = tf.random.stateless_uniform((len(_DRAWN),), seed, alg="philox")
             drawn = dict(zip(_DRAWN, tf.unstack(numbers)))
             top, left, rows, columns = self._crop(tf, picture, size, crop_pct, drawn)
             picture = picture[top : top + rows, left : left + columns]
             picture = tf.image.resize(picture, size, method, antialias=True)
-            picture = _clipped(tf, picture)  # cubic kernels overshoot, pictures do not
+            picture = _clipped(tf, picture)  # cubic interpolation overshoots
             if self.flip:
                 mirror = drawn["flip"] < 0.5
                 picture = tf.cond(mirror, lambda: tf.reverse(picture, [1]), lambda: picture)
@@ -155,10 +156,10 @@ class Augmentation:
         return augment
 
     def enough(self, size: tuple[int, int]) -> int | None:
-        """The length of a picture's shorter side that lets no random crop be enlarged.
+        """The length of the shorter side of a picture for which no random crop is upscaled.
 
-        More pixels than these are of no use; see ``read_picture(at_least=...)``. None where
-        crops are not random.
+        Larger pictures can be read at a reduced size; see ``read_picture(at_least=...)``. None
+        if crops are not random.
         """
         if self.scale is None:
             return None
@@ -172,7 +173,7 @@ class Augmentation:
         proportion = size[1] / size[0]
         low, high = self.ratio if self.scale is not None else (1.0, 1.0)
         low, high = low * proportion, high * proportion
-        # The greatest area whose width over height is in bounds.
+        # The largest area with an aspect ratio in the range.
         largest = tf.minimum(height * width, tf.minimum(height**2 * high, width**2 / low))
         if self.scale is None:
             area, ratio = largest * crop_pct**2, proportion
@@ -181,21 +182,22 @@ class Augmentation:
             least, most = self.scale
             area = height * width * (least + (most - least) * drawn["area"])
             area = tf.minimum(area, largest)
-            # Of the ratios that such an area can have here, evenly on a logarithmic scale.
+            # Log-uniform over the aspect ratios for which this area fits into the picture.
             first = tf.math.log(tf.maximum(low, area / height**2))
             last = tf.math.log(tf.minimum(high, width**2 / area))
             ratio = tf.exp(first + (last - first) * drawn["ratio"])
             places = tf.stack([drawn["top"], drawn["left"]])
         crop = tf.round(tf.stack([tf.sqrt(area / ratio), tf.sqrt(area * ratio)]))
         crop = tf.clip_by_value(crop, 1.0, sides)
-        # The minimum: in float32, a number below 1 times 1000 can be 1000.
+        # The minimum is needed because of float32 rounding: x * 1000 can be 1000 for x < 1.
         corner = tf.minimum(tf.floor(places * (sides - crop + 1)), sides - crop)
         return list(tf.unstack(tf.cast(tf.concat([corner, crop], 0), tf.int32)))
 
     def _coloured(self, tf: Any, picture: Any, drawn: Any) -> Any:
-        """Brightness b, contrast c, saturation s in one product, of pixels x of mean grey m.
+        """Apply brightness b, contrast c and saturation s with one matrix product.
 
-        First y = c b x + (1 - c) b m, then s y + (1 - s) grey(y), cut to [0, 255] at the end.
+        For pixels x with the mean grey m: y = c b x + (1 - c) b m, then s y + (1 - s) grey(y),
+        clipped to [0, 255].
         """
         if not (self.brightness or self.contrast or self.saturation):
             return picture
@@ -215,11 +217,11 @@ def _clipped(tf: Any, picture: Any) -> Any:
 
 
 def _turned(tf: Any, picture: Any, angle: Any) -> Any:
-    """A picture (h, w, c) of known size, turned about its middle, by radians."""
+    """Rotate a picture (h, w, c) of known size about its center. The angle is in radians."""
     height, width = picture.shape[:2]
     cos, sin = tf.cos(angle), tf.sin(angle)
     y, x = (height - 1) / 2, (width - 1) / 2
-    # For each place of the result, where in the picture it comes from.
+    # The matrix maps positions in the result to positions in the picture.
     matrix = [cos, -sin, x - x * cos + y * sin, sin, cos, y - x * sin - y * cos, 0.0, 0.0]
     turned = tf.raw_ops.ImageProjectiveTransformV3(
         images=picture[None],
