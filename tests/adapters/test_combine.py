@@ -12,7 +12,7 @@ import pytest
 
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
 from tfimm_lora.adapters.combine import combination_errors, combine_adapters
-from tfimm_lora.adapters.combine_method import COMBINATION_TYPES
+from tfimm_lora.adapters.combine_updates import COMBINATION_TYPES
 from tfimm_lora.adapters.decompose import extract_update, extract_updates
 from tfimm_lora.adapters.merge_rules import RULES, keep_largest, keep_random, mix
 

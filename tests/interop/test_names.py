@@ -7,14 +7,14 @@ import timm
 import torch
 from timm.models import _registry
 
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS, TORCH_FILES, WITHOUT_WEIGHTS, hub_id
+from tfimm_lora.zoo.weights.key_layouts import find_layout
 from tfimm_lora.zoo.weights.keys import (
     expected_shape,
     fits,
     is_ignored_in_checkpoint,
     wanted_variables,
 )
-from tfimm_lora.zoo.weights.layouts import find_layout
-from tfimm_lora.zoo.weights.names import CHECKPOINTS, TORCH_FILES, WITHOUT_WEIGHTS, hub_id
 
 #: tfimm's input size is not the one that timm's weights were trained at: for the first in
 #: timm 0.6 neither, the two "lite" are mistakes of tfimm. All are fully convolutional.

@@ -15,7 +15,7 @@ import tfimm_lora as lora
 from tests import golden
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, keras, normal
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
 from tfimm_lora.config import LoRAConfig
 
@@ -30,7 +30,7 @@ SAME_NAMES = [
 
 def adapted(model):
     """Module -> rank and scale, of every adapted layer."""
-    names = Names(model)
+    names = ModuleNames(model)
     return {
         names.modules[path]: (layer.lora.rank, pytest.approx(layer.lora.scale))
         for path, layer in lora.merge.lora_layers(model).items()

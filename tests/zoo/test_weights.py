@@ -29,8 +29,8 @@ from safetensors.numpy import load_file, save_file
 
 from tests.helpers.tiny_architectures import ARCHITECTURES
 from tfimm_lora.zoo.weights import names, pretrained
+from tfimm_lora.zoo.weights.key_layouts import LAYOUTS, find_layout
 from tfimm_lora.zoo.weights.keys import wanted_variables
-from tfimm_lora.zoo.weights.layouts import LAYOUTS, find_layout
 
 FOLDER = Path(golden.__file__).parent
 LOGITS = np.load(FOLDER / "timm_logits.npz")

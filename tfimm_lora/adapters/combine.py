@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.combine_method import Loss, Method, Term, norm_of_sum
-from tfimm_lora.adapters.combine_weights import combine_whole, different, listed
+from tfimm_lora.adapters.combine_trained_weights import combine_whole, different, listed
+from tfimm_lora.adapters.combine_updates import Loss, Method, Term, norm_of_sum
 from tfimm_lora.adapters.decompose import result_dtype
 
 #: ``combine_adapters`` warns if truncation loses more than this share of the norm.

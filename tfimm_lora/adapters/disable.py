@@ -8,7 +8,7 @@ import numbers
 from collections.abc import Iterator
 from typing import Any
 
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.replaced_weights import replaced, shelve, unshelve
 
@@ -46,7 +46,7 @@ def disable_adapter(model: Any) -> Iterator[Any]:
         layer._require_built("disable")
     outermost = not layers[0]._lora_state.disabled
     base = replaced(model) if outermost else {}
-    weights = [w for w in Names(model).weights if w.key in base] if base else []
+    weights = [w for w in ModuleNames(model).weights if w.key in base] if base else []
     tuned = {weight.key: weight.value() for weight in weights}
     disabled = []
     try:

@@ -9,7 +9,7 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.decompose import check_rank_or_energy, extract_updates
-from tfimm_lora.adapters.names import Names, Weight
+from tfimm_lora.adapters.module_names import ModuleNames, Weight
 from tfimm_lora.adapters.save import name_of
 from tfimm_lora.adapters.torch_layout import kernel_in_torch_order, kind_of
 from tfimm_lora.backend import backend_of
@@ -73,7 +73,7 @@ def extract_adapter(
                 f"Received {role} with LoRA layers; expected an ordinary model. "
                 + ("adapter_of(tuned) is its adapter." if role == "tuned" else "")
             )
-    names, others = Names(base), Names(tuned)
+    names, others = ModuleNames(base), ModuleNames(tuned)
     before = {w.key: w for w in names.weights}
     after = {w.key: w for w in others.weights}
     heads = classifier_paths(base)
@@ -130,7 +130,7 @@ def _check_alike(before: dict[str, Weight], after: dict[str, Weight], heads: lis
         )
 
 
-def _kernels(names: Names) -> dict[str, Any]:
+def _kernels(names: ModuleNames) -> dict[str, Any]:
     """The kernel variable of every layer that LoRA supports, by path."""
     found = {}
     for path, layer in names.layers.items():
@@ -148,7 +148,7 @@ def _single(update: Any) -> Any:
 
 
 def _held_whole(
-    names: Names, whole: list[tuple[Weight, np.ndarray]], adapted: set[str]
+    names: ModuleNames, whole: list[tuple[Weight, np.ndarray]], adapted: set[str]
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
     """Modules and weights to hold whole, and the keys that have no place."""
     by_layer: dict[str, list[tuple[Weight, np.ndarray]]] = {}

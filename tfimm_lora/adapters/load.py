@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
-from tfimm_lora.adapters.base_model import differences
-from tfimm_lora.adapters.names import Names, Weight
+from tfimm_lora.adapters.base_architecture import differences
+from tfimm_lora.adapters.module_names import ModuleNames, Weight
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.adapters.save import adapter_of, trained_whole
 from tfimm_lora.adapters.torch_layout import (
@@ -87,7 +87,7 @@ def load_adapter(
     if not isinstance(adapter, Adapter):
         adapter = Adapter.load(adapter, **hub_options)
     require_built(model)
-    names = Names(model)
+    names = ModuleNames(model)
     weights = _fitting_weights(model, names, adapter)
     left: list[Weight] = []
     if not names.adapted():
@@ -112,7 +112,7 @@ def lora_arguments(model: Any, adapter: Adapter) -> dict[str, Any]:
         ValueError: if the model has not all of the adapter's layers and weights in their
             shapes; all that differs is named.
     """
-    names = Names(model)
+    names = ModuleNames(model)
     _fitting_weights(model, names, adapter)
     paths = {names.paths[module]: x for module, x in adapter.layers.items()}
     parts = _parts(paths)
@@ -153,7 +153,7 @@ def _rank(layer: Any, update: LayerUpdate, parts: str | None) -> int:
     return update.rank // (len(update.qkv[0]) if parts and update.qkv else 1)
 
 
-def module_paths(names: Names, module: str) -> list[str]:
+def module_paths(names: ModuleNames, module: str) -> list[str]:
     """The layer of a module trained whole; of a mere list of torch's, the layers in it."""
     if module in names.paths:
         return [names.paths[module]]
@@ -200,14 +200,14 @@ def exact_targets(paths: list[str], everything: list[str]) -> list[str] | str:
 
 def check_fits(model: Any, adapter: Adapter) -> None:
     """Raise a ValueError that names what of an adapter a model has not, or otherwise."""
-    _fitting_weights(model, Names(model), adapter)
+    _fitting_weights(model, ModuleNames(model), adapter)
 
 
 # -- does it fit? ---------------------------------------------------------------------------
 
 
 def _fitting_weights(
-    model: Any, names: Names, adapter: Adapter
+    model: Any, names: ModuleNames, adapter: Adapter
 ) -> list[tuple[Weight, np.ndarray]]:
     """The weights that the adapter replaces, once everything in it was found to fit."""
     problems = differences(model, adapter)
@@ -246,7 +246,7 @@ def _fitting_weights(
     return weights
 
 
-def _can_adapt(names: Names, path: str) -> bool:
+def _can_adapt(names: ModuleNames, path: str) -> bool:
     layer = names.layers[path]
     return isinstance(layer, LoRALayer) or supported(layer)
 
@@ -270,7 +270,7 @@ def _message(
     )
 
 
-def _values(model: Any, names: Names, adapter: Adapter) -> Values:
+def _values(model: Any, names: ModuleNames, adapter: Adapter) -> Values:
     """The values of every LoRA layer of the model, if it has just the adapter's layers."""
     layers = names.adapted()
     given = {names.paths[module]: x for module, x in adapter.layers.items()}
@@ -293,7 +293,7 @@ def _injected(model: Any, adapter: Adapter) -> Values:
     """LoRA put into a model without it, and the values for its layers."""
     inject_lora(model, **lora_arguments(model, adapter))
     try:
-        return _values(model, Names(model), adapter)
+        return _values(model, ModuleNames(model), adapter)
     except DoesNotFit as error:
         remove_lora(model, merge=False)
         raise ValueError(_message(model, adapter, [str(error)])) from error
@@ -327,12 +327,12 @@ def _injected_anew(model: Any, adapter: Adapter) -> Values:
     remove_lora(model, merge=False)
     try:
         inject(arguments)
-        values = _values(model, Names(model), adapter)
+        values = _values(model, ModuleNames(model), adapter)
     except ValueError as error:
         if has_lora(model):
             remove_lora(model, merge=False)
         inject(now)
-        for layer, given in _values(model, Names(model), before):
+        for layer, given in _values(model, ModuleNames(model), before):
             layer.assign_update(given)
         remember(model, known)
         raise ValueError(_message(model, adapter, [str(error)])) from error
@@ -358,7 +358,7 @@ def _replace_weights(
     remember(model, kept)
 
 
-def _require_enabled(model: Any, names: Names) -> None:
+def _require_enabled(model: Any, names: ModuleNames) -> None:
     if any(layer._lora_state.disabled for layer in names.adapted().values()):
         raise ValueError(
             f"The adapter of model '{model.name}' is disabled. Leave the disable_adapter "
@@ -366,7 +366,7 @@ def _require_enabled(model: Any, names: Names) -> None:
         )
 
 
-def _leftovers(model: Any, names: Names, adapter: Adapter) -> list[Weight]:
+def _leftovers(model: Any, names: ModuleNames, adapter: Adapter) -> list[Weight]:
     """Weights that were trained whole here and have no value to go back to."""
     known = {*adapter.weights, *replaced(model)}
     left = [w for w in trained_whole(model, names)[1] if w.key not in known]

@@ -12,7 +12,7 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
 from tfimm_lora.adapters.load import check_fits, lora_arguments
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import DoesNotFit, columns_for
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
@@ -235,7 +235,7 @@ def _with_layers(model: Any, adapters: dict[str, Adapter]) -> bool:
         union = Adapter(thin)
         inject_lora(model, **lora_arguments(model, union))
         return True
-    names = Names(model)
+    names = ModuleNames(model)
     there = set(lora_layers(model))
     missing = [module for module in modules if names.paths[module] not in there]
     if missing:
@@ -255,7 +255,7 @@ def _with_layers(model: Any, adapters: dict[str, Adapter]) -> bool:
 
 def _side_by_side(model: Any, adapters: dict[str, Adapter]) -> list[tuple[LoRALayer, Attached]]:
     """For each layer the factors of all adapters that have it, column by column."""
-    names, result, problems = Names(model), [], []
+    names, result, problems = ModuleNames(model), [], []
     for path, layer in lora_layers(model).items():
         module = names.modules[path]
         columns, members = [], []

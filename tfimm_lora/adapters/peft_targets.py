@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tfimm_lora.adapters.load import exact_targets
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layer_paths import index_of, is_suffix, matches, unmatched, value_for
@@ -45,7 +45,7 @@ def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:
     """
     config = LoRAConfig.from_peft(source)
     check_ready(model)
-    names = Names(model)
+    names = ModuleNames(model)
     modules = {path: names.modules[path] for path, x in names.layers.items() if supported(x)}
     _check_names(config, modules, names)
     whole = [p for p, module in names.modules.items() if _is_whole(config, module)]
@@ -102,7 +102,7 @@ def _is_whole(config: LoRAConfig, module: str) -> bool:
     return any(is_suffix(m, name) for m in around for name in config.lora_train_modules)
 
 
-def _check_names(config: LoRAConfig, modules: dict[str, str], names: Names) -> None:
+def _check_names(config: LoRAConfig, modules: dict[str, str], names: ModuleNames) -> None:
     """Raise for names that mean no module, all of them in one message."""
     adaptable, everything = list(modules.values()), list(names.modules.values())
     problems = [

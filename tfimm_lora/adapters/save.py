@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.names import Names, Weight, require_unique
+from tfimm_lora.adapters.module_names import ModuleNames, Weight, require_unique
 from tfimm_lora.adapters.torch_layout import update_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layer_paths import is_suffix
@@ -15,7 +15,7 @@ from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.replaced_weights import replaced, shelved
-from tfimm_lora.zoo.weights.names import CHECKPOINTS
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 
 def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
@@ -40,7 +40,7 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
     found = lora_layers(model)
     for layer in found.values():
         layer._require_built("save")
-    names = Names(model)
+    names = ModuleNames(model)
     layers = {names.modules[path]: update_of(layer) for path, layer in found.items()}
     modules, weights = trained_whole(model, names)
     outside = [w for w in weights if not any(_is_in(w.key, m) for m in modules)]
@@ -99,7 +99,7 @@ def _value(weight: Weight, shelved: dict[str, Any]) -> Any:
     return value.astype("float32") if value.dtype.itemsize < 4 else value
 
 
-def trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weight]]:
+def trained_whole(model: Any, names: ModuleNames) -> tuple[tuple[str, ...], list[Weight]]:
     """The modules trained whole, and all weights that an adapter must hold beside factors."""
     roots = _roots(model, names)
     known = replaced(model)
@@ -130,7 +130,7 @@ def _is_bias(layer: Any, weight: Weight) -> bool:
     return backend_of(layer).is_bias_like(weight.variable)
 
 
-def _roots(model: Any, names: Names) -> list[str]:
+def _roots(model: Any, names: ModuleNames) -> list[str]:
     """The paths of the layers that were asked to be trained whole, or replaced as such."""
     config = model.__dict__.get("_lora_config")
     if config is None:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter, effective_rank
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import weight_norm
 
 
@@ -36,7 +36,7 @@ def summary(adapter: Adapter, model: Any = None) -> str:
 
 
 def _weight_norms(adapter: Adapter, model: Any) -> dict[str, float]:
-    names = Names(model)
+    names = ModuleNames(model)
     missing = [module for module in adapter.layers if module not in names.paths]
     if missing:
         raise ValueError(

@@ -13,6 +13,8 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.zoo.weights.checkpoint import Checkpoint, find_checkpoint
+from tfimm_lora.zoo.weights.key_layouts import find_layout
 from tfimm_lora.zoo.weights.keys import (
     Wanted,
     expected_shape,
@@ -21,9 +23,7 @@ from tfimm_lora.zoo.weights.keys import (
     to_keras,
     wanted_variables,
 )
-from tfimm_lora.zoo.weights.layouts import find_layout
-from tfimm_lora.zoo.weights.source import Checkpoint, find_checkpoint
-from tfimm_lora.zoo.weights.tensors import FLOATS, Tensors
+from tfimm_lora.zoo.weights.safetensors_files import FLOATS, Tensors
 
 #: What a checkpoint's config.json tells about preparing its images.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")

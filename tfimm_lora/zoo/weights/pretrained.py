@@ -7,8 +7,8 @@ from typing import Any
 
 from tfimm_lora.backend import installed
 from tfimm_lora.model.transfer import transfer_weights
+from tfimm_lora.zoo.weights.hub_ids import TORCH_FILES, WITHOUT_WEIGHTS, hub_id
 from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
-from tfimm_lora.zoo.weights.names import TORCH_FILES, WITHOUT_WEIGHTS, hub_id
 
 
 def create_pretrained(tfimm: Any, model_name: str, **kwargs: Any) -> Any:

@@ -16,6 +16,7 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
+from tfimm_lora.zoo.weights.key_layouts import layout_of_model
 from tfimm_lora.zoo.weights.keys import (
     Wanted,
     fits,
@@ -25,13 +26,12 @@ from tfimm_lora.zoo.weights.keys import (
     torch_axes,
     wanted_variables,
 )
-from tfimm_lora.zoo.weights.layouts import layout_of_model
 
 #: Weights of dense layers of tfimm that are those of 1x1 convolutions in timm, by class.
 _CONVOLUTIONS_IN_TIMM = {"ResNetV2": ("head.fc.weight",)}
 
 
-class Names:
+class ModuleNames:
     """The names of one model in adapters.
 
     Attributes:

@@ -7,7 +7,7 @@ from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.zoo.tfimm_models import import_tfimm
-from tfimm_lora.zoo.weights.names import CHECKPOINTS
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 #: Fields of tfimm's configs that change nothing about which layers there are.
 _FREE = frozenset(

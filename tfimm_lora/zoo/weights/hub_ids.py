@@ -339,7 +339,7 @@ def hub_id(model_name: str) -> str | None:
     """The hub id of the checkpoint that a tfimm name stands for, or None.
 
     Example:
-        >>> from tfimm_lora.zoo.weights.names import hub_id
+        >>> from tfimm_lora.zoo.weights.hub_ids import hub_id
         >>> hub_id("vit_base_patch16_sam_224")
         'timm/vit_base_patch16_224.sam_in1k'
     """
