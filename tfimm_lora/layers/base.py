@@ -233,7 +233,7 @@ class LoRALayer(LayerValues):
         except ValueError as error:
             raise ValueError(f"Layer '{self.name}': {error}") from error
         values = {"kernel_lora_a": a, "kernel_lora_b": b}
-        if from_kernel.moves(self.lora.init):
+        if from_kernel.subtracts_initial_update(self.lora.init):
             values.update(kernel_lora_a0=a, kernel_lora_b0=b)
         self.assign_update(values)
 
@@ -244,7 +244,9 @@ class LoRALayer(LayerValues):
         settings = self.lora
         shape_a, shape_b = self._factor_shapes(kernel.shape, settings.rank)
         matrix = kernel.reshape(-1, shape_b[-1])
-        found = from_kernel.start(settings.init, matrix, settings.rank, settings.scale, rng)
+        found = from_kernel.initial_factors(
+            settings.init, matrix, settings.rank, settings.scale, rng
+        )
         return found.a.reshape(shape_a), found.b.reshape(shape_b)
 
     def _variable_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -257,7 +259,7 @@ class LoRALayer(LayerValues):
             shapes["kernel_lora_magnitude"] = dora.shape(kernel_shape, axes)
         if settings.branch_bias:
             shapes["kernel_lora_shift"] = tuple(self.bias.shape)
-        if from_kernel.moves(settings.init):
+        if from_kernel.subtracts_initial_update(settings.init):
             shapes.update(kernel_lora_a0=a, kernel_lora_b0=b)
         return shapes
 

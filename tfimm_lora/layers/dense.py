@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.initializers.from_kernel import start
+from tfimm_lora.initializers.from_kernel import initial_factors
 from tfimm_lora.layers import forms
 from tfimm_lora.layers.base import LayerSettings, LoRALayer, has_keras_call
 from tfimm_lora.layers.products import Product, leading_shape
@@ -148,7 +148,7 @@ class DenseUpdate(LoRALayer):
             return super()._started(kernel, rng)
         blocks = np.split(kernel, len(settings.qkv_layout), axis=1)
         each = [
-            start(
+            initial_factors(
                 settings.init,
                 blocks[settings.qkv_layout.index(part)],
                 settings.rank,

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.initializers.from_kernel import start
+from tfimm_lora.initializers.from_kernel import initial_factors
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.forms import Work, places
 
@@ -173,7 +173,10 @@ class EinsumDenseUpdate(LoRALayer):
         turned = np.einsum(f"{product.kernel}->{shared}{summed}{added}", kernel)
         count = math.prod(shapes[0][: len(shared)])
         matrices = turned.reshape(count, math.prod(shapes[0][len(shared) : -1]), -1)
-        each = [start(settings.init, w, settings.rank, settings.scale, rng) for w in matrices]
+        each = [
+            initial_factors(settings.init, w, settings.rank, settings.scale, rng)
+            for w in matrices
+        ]
         a, b = np.stack([x.a for x in each]), np.stack([x.b for x in each])
         return a.reshape(shapes[0]), b.reshape(shapes[1])
 
