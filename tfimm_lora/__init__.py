@@ -15,12 +15,12 @@ from tfimm_lora.backend import (
 prefer_legacy_for_tfimm()
 quiet_on_the_command_line()
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.combine import combination_errors, combine_adapters
 from tfimm_lora.adapters.compact import compact_adapter
 from tfimm_lora.adapters.disable import disable_adapter, set_adapter_scale
 from tfimm_lora.adapters.extract import extract_adapter
-from tfimm_lora.adapters.hub import push_to_hub
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.adapters.mixed_batch import (
     adapter_ids,
@@ -30,6 +30,7 @@ from tfimm_lora.adapters.mixed_batch import (
     use_adapters,
 )
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
+from tfimm_lora.adapters.push_to_hub import push_to_hub
 from tfimm_lora.adapters.save import adapter_of, save_adapter
 from tfimm_lora.config import LORA_WEIGHT_NAMES, LoRAConfig
 from tfimm_lora.create import create_model, list_models

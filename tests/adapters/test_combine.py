@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.combine import combination_errors, combine_adapters
 from tfimm_lora.adapters.combine_updates import COMBINATION_TYPES
 from tfimm_lora.adapters.decompose import extract_update, extract_updates
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.merge_rules import RULES, keep_largest, keep_random, mix
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "peft_combinations.npz"))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
@@ -20,7 +20,7 @@ _FREE = frozenset(
 )
 
 
-def differences(model: Any, adapter: Adapter) -> list[str]:
+def differences(model: Any, adapter: AdapterData) -> list[str]:
     """How the architecture that an adapter names differs from that of a tfimm model.
 
     The layers of a smaller model are often found in a larger one, in the same shapes. Empty

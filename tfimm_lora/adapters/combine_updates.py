@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import LayerUpdate
 from tfimm_lora.adapters.decompose import check_rank, make_update, result_dtype
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.merge_rules import MAJORITY_SIGN_METHODS, RULES, Rule, mix
 from tfimm_lora.initializers.svd import nearest_factors, product_norm, truncate_product
 

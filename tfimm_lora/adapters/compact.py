@@ -7,7 +7,8 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.layers.base import LoRALayer

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import LayerUpdate
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.initializers.svd import nearest_factors
 
 

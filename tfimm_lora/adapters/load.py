@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.base_architecture import differences
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.module_names import ModuleNames, Weight
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.adapters.save import adapter_of, trained_whole

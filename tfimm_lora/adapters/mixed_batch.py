@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.load import check_fits, lora_arguments
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import DoesNotFit, columns_for

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.config import scale
 from tfimm_lora.layer_paths import without_counts
 from tfimm_lora.peft.fields import (
@@ -103,7 +103,7 @@ def _refuse_unsupported(fields: dict[str, Any]) -> None:
         raise ValueError(f"asks for what is not supported: {', '.join(problems)}")
 
 
-def config_fields(adapter: Adapter, own: bool) -> dict[str, Any]:
+def config_fields(adapter: AdapterData, own: bool) -> dict[str, Any]:
     """The adapter_config.json of an adapter.
 
     The commonest rank and alpha are r and lora_alpha; other layers are in the patterns.
