@@ -7,7 +7,8 @@ import os
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.load import load_adapter, lora_arguments
+from tfimm_lora.adapters.load import load_adapter
+from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.backend import legacy_backend
 from tfimm_lora.model.classifier import classifier_names
 from tfimm_lora.model.convert import (

@@ -9,8 +9,8 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.decompose import check_rank_or_energy, extract_updates
-from tfimm_lora.adapters.module_names import ModuleNames, Weight
-from tfimm_lora.adapters.save import name_of
+from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
+from tfimm_lora.adapters.save import base_model_name
 from tfimm_lora.adapters.torch_layout import kernel_in_torch_order, kind_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.conversion import lora_class, supported
@@ -81,7 +81,7 @@ def extract_adapter(
     kernels = {id(v): path for path, v in _kernels(names).items() if path not in heads}
     differences: dict[str, np.ndarray] = {}
     kinds: dict[str, str] = {}
-    whole: list[tuple[Weight, np.ndarray]] = []
+    whole: list[tuple[ModelWeight, np.ndarray]] = []
     for key, weight in before.items():
         mine, theirs = weight.value(), after[key].value()
         if mine.shape == theirs.shape and np.array_equal(mine, theirs):
@@ -113,12 +113,14 @@ def extract_adapter(
         layers,
         weights,
         modules,
-        name_of(base) if base_model is None else base_model,
+        base_model_name(base) if base_model is None else base_model,
         "all" if outside else "none",
     )
 
 
-def _check_alike(before: dict[str, Weight], after: dict[str, Weight], heads: list[str]) -> None:
+def _check_alike(
+    before: dict[str, ModelWeight], after: dict[str, ModelWeight], heads: list[str]
+) -> None:
     problems = [f"only one has {key}" for key in sorted(set(before) ^ set(after))]
     for key in set(before) & set(after):
         shapes = [tuple(w.variable.shape) for w in (before[key], after[key])]
@@ -148,19 +150,19 @@ def _single(update: Any) -> Any:
 
 
 def _held_whole(
-    names: ModuleNames, whole: list[tuple[Weight, np.ndarray]], adapted: set[str]
+    names: ModuleNames, whole: list[tuple[ModelWeight, np.ndarray]], adapted: set[str]
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
     """Modules and weights to hold whole, and the keys that have no place."""
-    by_layer: dict[str, list[tuple[Weight, np.ndarray]]] = {}
+    by_layer: dict[str, list[tuple[ModelWeight, np.ndarray]]] = {}
     for weight, value in whole:
         by_layer.setdefault(weight.path, []).append((weight, value))
     modules, weights, lost = [], {}, []
     for path, changed in by_layer.items():
         module = names.modules.get(path)
-        biases = [pair for pair in changed if _is_bias(pair[0])]
+        biases = [pair for pair in changed if pair[0].is_bias()]
         inside = any(name == module or name.startswith(f"{module}.") for name in adapted)
         if len(biases) < len(changed) and (module is None or inside):
-            lost += [weight.key for weight, _ in changed if not _is_bias(weight)]
+            lost += [weight.key for weight, _ in changed if not weight.is_bias()]
             changed = biases
         elif len(biases) < len(changed):
             modules.append(module)
@@ -168,5 +170,5 @@ def _held_whole(
     return tuple(sorted(m for m in modules if m is not None)), weights, lost
 
 
-def _is_bias(weight: Weight) -> bool:
+def _is_bias(weight: ModelWeight) -> bool:
     return backend_of(weight.wanted.layer).is_bias_like(weight.variable)

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.fit import check_fits
 from tfimm_lora.adapters.layer_update import LayerUpdate
-from tfimm_lora.adapters.load import check_fits, lora_arguments
+from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import DoesNotFit, columns_for
 from tfimm_lora.backend import backend_of

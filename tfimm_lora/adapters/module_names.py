@@ -1,8 +1,8 @@
-"""What the layers and the weights of a model are called in an adapter.
+"""The names of a model's layers and weights in an adapter.
 
-Names are timm's of today for tfimm models; for others the layer's path with dots. Where Keras
-named a layer itself, its number counts within the layer around it: another process, or a
-second model in this one, gives it another.
+For tfimm models these are timm's current names; for others the path of the layer with dots. If
+Keras named a layer, the number in its name is replaced by a count within the layer around it,
+since it differs between processes, and between two models in one process.
 """
 
 from __future__ import annotations
@@ -27,38 +27,37 @@ from tfimm_lora.zoo.weights.keys import (
     wanted_variables,
 )
 
-#: Weights of dense layers of tfimm that are those of 1x1 convolutions in timm, by class.
+#: Weights of tfimm's dense layers that are weights of 1x1 convolutions in timm, by class.
 _CONVOLUTIONS_IN_TIMM = {"ResNetV2": ("head.fc.weight",)}
 
 
 class ModuleNames:
-    """The names of one model in adapters.
+    """The module paths and weight keys of one model.
 
     Attributes:
-        layers: Path -> layer, of every layer in the model.
+        model: The model.
+        layers: Path -> layer, for every layer in the model.
         modules: Path of a layer -> its module path.
-        paths: Module path -> path of the layer. Names of the older layout of timm are
-            understood as well.
+        paths: Module path -> path of the layer. It also has the names of timm's older layout.
     """
 
     def __init__(self, model: Any) -> None:
-        layers = {path: x for path, x in backend_of(model).walk(model) if path}
-        self._model = model
+        self.model = model
+        self.layers = {path: x for path, x in backend_of(model).walk(model) if path}
         self._layout = layout_of_model(model)
-        classes = [cls.__name__ for cls in type(model).__mro__]
+        classes = type(model).__mro__
         self._convolutions = [
-            key for name in classes for key in _CONVOLUTIONS_IN_TIMM.get(name, ())
+            key for cls in classes for key in _CONVOLUTIONS_IN_TIMM.get(cls.__name__, ())
         ]
-        self.layers = layers
-        self._steady = _steady_paths(layers)
         self._is_tfimm = hasattr(model, "cfg") and any(
-            cls.__module__.partition(".")[0] == "tfimm" for cls in type(model).__mro__
+            cls.__module__.partition(".")[0] == "tfimm" for cls in classes
         )
-        self.modules = {path: self._module(self._steady[path]) for path in layers}
-        self.paths = {self._old_module(self._steady[path]): path for path in layers}
+        self._stable = _stable_paths(self.layers)
+        self.modules = {path: self._module(self._stable[path]) for path in self.layers}
+        self.paths = {self._old_module(self._stable[path]): path for path in self.layers}
         self.paths.update({module: path for path, module in self.modules.items()})
-        can = [p for p, x in layers.items() if isinstance(x, LoRALayer) or supported(x)]
-        require_unique([(path, self.modules[path]) for path in can], "layers")
+        adaptable = [path for path in self.layers if self.is_adaptable(path)]
+        require_unique([(path, self.modules[path]) for path in adaptable], "layers")
 
     def _old_module(self, path: str) -> str:
         return key_of_path(path) if self._is_tfimm else path.replace("/", ".")
@@ -69,122 +68,145 @@ class ModuleNames:
     def _current(self, key: str) -> str:
         return self._layout.rename_back(key) if self._layout else key
 
-    def module_of(self, weight: Weight, roots: list[str]) -> str:
-        """The module by which PEFT would save a weight whole: the largest one that was asked
-        for, or that of the weight's own layer."""
+    def module_of(self, weight: ModelWeight, roots: list[str]) -> str:
+        """Return the module under which PEFT would save a fully trained weight.
+
+        Args:
+            weight: The weight.
+            roots: The paths that the user asked to train fully, the shortest first. If the
+                weight is in none of them, it is the module of its own layer.
+        """
         path = weight.path
         root = next((r for r in roots if path == r or path.startswith(r + "/")), path)
         # Where timm has other levels than tfimm, only the layers themselves correspond.
         return self.modules.get(path if self._layout else root, path.replace("/", "."))
 
+    def is_adaptable(self, path: str) -> bool:
+        """Whether the layer at a path has LoRA or can have it."""
+        layer = self.layers[path]
+        return isinstance(layer, LoRALayer) or supported(layer)
+
     def adapted(self) -> dict[str, LoRALayer]:
-        """The LoRA layers by path."""
+        """Return the LoRA layers by path."""
         return {path: x for path, x in self.layers.items() if isinstance(x, LoRALayer)}
 
     @functools.cached_property
-    def weights(self) -> list[Weight]:
-        """The weights of the model, but for LoRA's factors."""
+    def weights(self) -> list[ModelWeight]:
+        """The weights of the model without LoRA's factors."""
         weights = []
-        for wanted in wanted_variables(self._model):
+        for wanted in wanted_variables(self.model):
             path, _, leaf = wanted.name.rpartition("/")
-            steady = self._steady.get(path, path)
-            named = wanted._replace(name=f"{steady}/{leaf}" if steady else leaf)
+            stable = self._stable.get(path, path)
+            named = wanted._replace(name=f"{stable}/{leaf}" if stable else leaf)
             if self._is_tfimm:
                 old = named.keys
                 key = self._current(_key(named))
             else:
-                key = f"{self._module(steady)}.{_key(named).rpartition('.')[2]}".strip(".")
+                key = f"{self._module(stable)}.{_key(named).rpartition('.')[2]}".strip(".")
                 old = (key,)
-            weights.append(Weight(key, path, named, old, key in self._convolutions))
+            weights.append(ModelWeight(key, path, named, old, key in self._convolutions))
         return weights
 
 
-def require_unique(names: list[tuple[str, str]], what: str) -> None:
-    """Raise if two layers or weights would have one name in an adapter."""
-    first: dict[str, str] = {}
-    for path, name in names:
-        if name in first:
-            raise ValueError(
-                f"The {what} '{first[name]}' and '{path}' would both be called '{name}' in an "
-                "adapter. Give them names that differ in more than '/' and '.'."
-            )
-        first[name] = path
-
-
-def _steady_paths(layers: dict[str, Any]) -> dict[str, str]:
-    """Paths with the numbers of names that Keras gave replaced by an order of appearance."""
-    steady: dict[str, str] = {"": ""}
-    counts: dict[tuple[str, str], int] = {}
-    for path, layer in layers.items():  # parents first
-        above = path.rpartition("/")[0]
-        while above not in steady:
-            above = above.rpartition("/")[0]
-        name = path[len(above) :].strip("/")
-        given = re.fullmatch(rf"{_own_name(layer)}(_\d+)?", name)
-        if given:
-            stem = re.sub(r"_\d+$", "", name)
-            place = counts.get((above, stem), 0)
-            counts[above, stem] = place + 1
-            name = f"{stem}_{place}" if place else stem
-        steady[path] = f"{steady[above]}/{name}".strip("/")
-    return steady
-
-
-def _own_name(layer: Any) -> str:
-    """What Keras calls a layer of this class that is given no name: "multi_head_attention"."""
-    plain = next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
-    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", plain.__name__)
-    own = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
-    # Legacy Keras calls a functional model so.
-    return "(functional|model)" if own == "functional" else own
-
-
-class Weight(NamedTuple):
-    """A weight of the model that an adapter may hold whole."""
+class ModelWeight(NamedTuple):
+    """A weight of a model that an adapter may hold a fully trained value for."""
 
     #: Its key in an adapter, for example "head.weight".
     key: str
     #: The path of its layer.
     path: str
     wanted: Wanted
-    #: Its keys in the older layout of timm.
+    #: Its keys in timm's older layout.
     old_keys: tuple[str, ...]
-    #: Whether timm has it as the weight of a 1x1 convolution.
+    #: Whether it is the weight of a 1x1 convolution in timm.
     is_convolution: bool = False
 
     @property
     def variable(self) -> Any:
+        """The Keras variable."""
         return self.wanted.variable
 
+    @property
+    def layer(self) -> Any:
+        """The layer that owns the variable."""
+        return self.wanted.layer
+
     def value(self) -> np.ndarray:
-        """What the variable holds, in torch's order of axes (of a merged layer: unmerged)."""
-        layer, backend = self.wanted.layer, backend_of(self.wanted.layer)
-        if isinstance(layer, LoRALayer):
-            value = layer.value_of(self.variable, merged=False)
+        """Return the value in torch's order of axes; of a merged layer, unmerged."""
+        if isinstance(self.layer, LoRALayer):
+            value = self.layer.value_of(self.variable, merged=False)
         else:
-            value = backend.to_numpy(self.variable)
+            value = backend_of(self.layer).to_numpy(self.variable)
         value = to_torch(value, self.wanted)
         return value[..., None, None] if self.is_convolution else value
 
     def fits(self, value: np.ndarray) -> bool:
-        """Whether a value of an adapter is one of this weight."""
+        """Whether a value of an adapter has the shape of this weight."""
         return fits(value.shape, self.wanted)
 
     def assign(self, value: np.ndarray) -> None:
-        """Give the variable a value of an adapter."""
-        dtype = backend_of(self.wanted.layer).to_numpy(self.variable).dtype
+        """Assign a value of an adapter to the variable."""
+        dtype = backend_of(self.layer).to_numpy(self.variable).dtype
         self.variable.assign(to_keras(value, self.wanted).astype(dtype))
+
+    def is_bias(self) -> bool:
+        """Whether the variable is a bias or the like."""
+        return bool(backend_of(self.layer).is_bias_like(self.variable))
+
+
+def require_unique(names: list[tuple[str, str]], kind: str) -> None:
+    """Raise a ValueError if two layers or weights have the same name in an adapter.
+
+    Args:
+        names: Pairs of a path and its name in an adapter.
+        kind: "layers" or "weights", for the message.
+    """
+    first: dict[str, str] = {}
+    for path, name in names:
+        if name in first:
+            raise ValueError(
+                f"The {kind} '{first[name]}' and '{path}' would both be called '{name}' in an "
+                "adapter. Give them names that differ in more than '/' and '.'."
+            )
+        first[name] = path
+
+
+def _stable_paths(layers: dict[str, Any]) -> dict[str, str]:
+    """Replace the numbers in names that Keras gave by the order of the layers."""
+    stable: dict[str, str] = {"": ""}
+    counts: dict[tuple[str, str], int] = {}
+    for path, layer in layers.items():  # parents first
+        parent = path.rpartition("/")[0]
+        while parent not in stable:
+            parent = parent.rpartition("/")[0]
+        name = path[len(parent) :].strip("/")
+        if re.fullmatch(rf"{_keras_name(layer)}(_\d+)?", name):
+            stem = re.sub(r"_\d+$", "", name)
+            index = counts.get((parent, stem), 0)
+            counts[parent, stem] = index + 1
+            name = f"{stem}_{index}" if index else stem
+        stable[path] = f"{stable[parent]}/{name}".strip("/")
+    return stable
+
+
+def _keras_name(layer: Any) -> str:
+    """Return a pattern for the name that Keras gives to a layer: "multi_head_attention"."""
+    plain = next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
+    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", plain.__name__)
+    name = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
+    # Legacy Keras names functional models "model".
+    return "(functional|model)" if name == "functional" else name
 
 
 def to_torch(value: np.ndarray, wanted: Wanted) -> np.ndarray:
-    """The value of a variable in torch's order of axes; the reverse of ``to_keras``."""
+    """Return the value of a variable in torch's order of axes; the inverse of ``to_keras``."""
     axes = torch_axes(leaf_of(wanted), value.ndim)
     return value.transpose(np.argsort(axes)) if axes else value
 
 
 def _key(wanted: Wanted) -> str:
-    """The key that timm gives to a weight: a gamma of its own is no scale of a norm."""
+    """Return timm's key of a weight. A gamma outside of a norm is not renamed to "weight"."""
     is_norm = "Normalization" in "".join(cls.__name__ for cls in type(wanted.layer).__mro__)
     leaf = wanted.name.rpartition("/")[2]
-    own = leaf in ("gamma", "beta") and not is_norm
-    return wanted.keys[-1] if own else wanted.keys[0]
+    keeps_name = leaf in ("gamma", "beta") and not is_norm
+    return wanted.keys[-1] if keeps_name else wanted.keys[0]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora.adapters.load import exact_targets
+from tfimm_lora.adapters.lora_arguments import exact_targets
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.config import LoRAConfig
