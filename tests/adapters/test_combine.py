@@ -511,7 +511,7 @@ def test_counters_stay_whole_numbers_in_the_average():
 
 def test_a_layer_is_not_both_adapted_and_trained_whole():
     one = adapter(1, weights={"linear.weight": np.ones((5, 6))}, kinds=("conv",))
-    with pytest.raises(ValueError, match="trained linear whole"):
+    with pytest.raises(ValueError, match="fully trained linear"):
         combine_adapters([one, adapter(2)], trained_whole=0)
     assert not combine_adapters([one, adapter(2)], trained_whole=1).weights
 
