@@ -249,7 +249,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "adapter_config.json"
     for text in ("{", "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(ValueError, match="adapter_config.json is no JSON"):
+        with pytest.raises(ValueError, match="adapter_config.json is not JSON"):
             LoRAConfig.from_peft(tmp_path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="which holds a list, expected an object"):

@@ -17,7 +17,7 @@ from tfimm_lora.adapters.combine_trained_weights import (
     different,
     listed,
 )
-from tfimm_lora.adapters.combine_updates import Loss, Method, Term, norm_of_sum
+from tfimm_lora.adapters.combine_updates import CombinationMethod, Loss, Term, norm_of_sum
 from tfimm_lora.adapters.decompose import result_dtype
 
 #: ``combine_adapters`` warns if truncation loses more than this share of the norm.
@@ -117,18 +117,18 @@ def combine_adapters(
     ``add_weighted_adapter``.
     """
     adapters, weights = _check_adapters(adapters, weights)
-    how = Method(combination_type, rank, density, majority_sign_method, seed)
+    method = CombinationMethod(combination_type, rank, density, majority_sign_method, seed)
     terms = _terms(adapters, weights)
-    _check_layers(terms, how)
+    _check_layers(terms, method)
     _check_magnitudes(terms)
     base_model = _common_base_model(adapters)
     values, modules, bias = combine_trained_weights(adapters, weights, trained_whole)
     _check_not_both(terms, values)
     layers, losses = {}, {}
     for path, own in terms.items():
-        update, losses[path] = how.combine(path, own)
+        update, losses[path] = method.combine(path, own)
         layers[path] = dataclasses.replace(update, **_vectors(own))
-    _warn_of_losses(losses, how)
+    _warn_of_losses(losses, method)
     dropouts = {adapter.dropout for adapter in adapters}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
     return Adapter(layers, values, modules, base_model, bias, dropout)
@@ -166,7 +166,7 @@ def combination_errors(
     _check_adapters([combined], None)
     expected = _terms(adapters, weights)
     differences = _terms([*adapters, combined], [*weights, -1.0])
-    _check_layers(differences, Method("cat"))
+    _check_layers(differences, CombinationMethod("cat"))
     errors = {}
     for path, difference in differences.items():
         error = norm_of_sum(difference)
@@ -248,7 +248,7 @@ def _check_magnitudes(terms: Mapping[str, list[Term]]) -> None:
             )
 
 
-def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
+def _check_layers(terms: Mapping[str, list[Term]], method: CombinationMethod) -> None:
     """Raise one error that names every layer whose updates cannot be combined."""
     problems, ranks_differ = [], False
     for path, own in terms.items():
@@ -260,10 +260,10 @@ def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
             problems.append(f"'{path}' has the shapes {listed(shapes)}")
         elif len(kinds) > 1:
             problems.append(f"'{path}' has the kinds {listed(kinds)}")
-        elif how.mixes_factors and len(ranks) > 1:
+        elif method.mixes_factors and len(ranks) > 1:
             ranks_differ = True
             problems.append(f"'{path}' has the ranks {listed(ranks)}")
-        elif how.truncates and kinds == ["batched"]:
+        elif method.truncates and kinds == ["batched"]:
             problems.append(
                 f"'{path}' is of the kind 'batched', which has a kernel for each position and "
                 "cannot be truncated: pass 'cat' or a type that mixes factors"
@@ -272,10 +272,11 @@ def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
         return
     advice = ""
     if ranks_differ:
-        name = "svd" if how.combination_type == "linear" else f"{how.combination_type}_svd"
+        name = method.combination_type
+        truncating = "svd" if name == "linear" else f"{name}_svd"
         advice = (
-            f"\ncombination_type={how.combination_type!r} combines A and B separately, which "
-            f"needs equal ranks. Pass {name!r} or 'cat', which accept any ranks."
+            f"\ncombination_type={name!r} combines A and B separately, which needs equal "
+            f"ranks. Pass {truncating!r} or 'cat', which accept any ranks."
         )
     raise ValueError(
         "Received adapters that cannot be combined:\n" + "\n".join(problems) + advice
@@ -293,7 +294,7 @@ def _common_base_model(adapters: Sequence[Adapter]) -> str:
     return names[0] if names else ""
 
 
-def _warn_of_losses(losses: Mapping[str, Loss], how: Method) -> None:
+def _warn_of_losses(losses: Mapping[str, Loss], method: CombinationMethod) -> None:
     """Warn if truncation lost much of the norm over all layers."""
     size = math.hypot(*(loss.size for loss in losses.values()))
     lost = math.hypot(*(loss.lost for loss in losses.values()))
@@ -301,10 +302,10 @@ def _warn_of_losses(losses: Mapping[str, Loss], how: Method) -> None:
         return
     share = {path: loss.lost / loss.size for path, loss in losses.items() if loss.size}
     worst = max(share, key=share.__getitem__)
-    exact = ", or combination_type='cat' for the exact sum" if not how.rule else ""
+    exact = ", or combination_type='cat' for the exact sum" if not method.rule else ""
     warnings.warn(
-        f"combination_type={how.combination_type!r} lost {lost / size:.0%} of the norm of the "
-        f"update by truncation, most in '{worst}' ({share[worst]:.0%}). "
+        f"combination_type={method.combination_type!r} lost {lost / size:.0%} of the norm of "
+        f"the update by truncation, most in '{worst}' ({share[worst]:.0%}). "
         f"Pass a larger rank{exact}.",
         stacklevel=3,
     )

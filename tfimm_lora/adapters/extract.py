@@ -107,8 +107,8 @@ def extract_adapter(
         kinds[module] = kind_of(layer)
     if not differences:
         raise ValueError(
-            f"Received base '{base.name}' and tuned '{tuned.name}' with equal kernels; expected "
-            "a tuned model whose kernels changed."
+            f"Received base '{base.name}' and tuned '{tuned.name}' with equal kernels; "
+            "expected a tuned model whose kernels changed."
         )
     layers = extract_updates(differences, rank, energy, kinds)
     layers = {module: _as_float32(update) for module, update in layers.items()}

@@ -18,13 +18,13 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
 from tfimm_lora.zoo.weights.key_layouts import layout_of_model
 from tfimm_lora.zoo.weights.keys import (
-    Wanted,
+    CheckpointVariable,
+    checkpoint_variables,
     fits,
     key_of_path,
     leaf_of,
     to_keras,
     torch_axes,
-    wanted_variables,
 )
 
 #: Weights of tfimm's dense layers that are weights of 1x1 convolutions in timm, by class.
@@ -94,10 +94,10 @@ class ModuleNames:
     def weights(self) -> list[ModelWeight]:
         """The weights of the model without LoRA's factors."""
         weights = []
-        for wanted in wanted_variables(self.model):
-            path, _, leaf = wanted.name.rpartition("/")
+        for target in checkpoint_variables(self.model):
+            path, _, leaf = target.name.rpartition("/")
             stable = self._stable.get(path, path)
-            named = wanted._replace(name=f"{stable}/{leaf}" if stable else leaf)
+            named = target._replace(name=f"{stable}/{leaf}" if stable else leaf)
             if self._is_tfimm:
                 old = named.keys
                 key = self._current(_key(named))
@@ -115,7 +115,7 @@ class ModelWeight(NamedTuple):
     key: str
     #: The path of its layer.
     path: str
-    wanted: Wanted
+    target: CheckpointVariable
     #: Its keys in timm's older layout.
     old_keys: tuple[str, ...]
     #: Whether it is the weight of a 1x1 convolution in timm.
@@ -124,12 +124,12 @@ class ModelWeight(NamedTuple):
     @property
     def variable(self) -> Any:
         """The Keras variable."""
-        return self.wanted.variable
+        return self.target.variable
 
     @property
     def layer(self) -> Any:
         """The layer that owns the variable."""
-        return self.wanted.layer
+        return self.target.layer
 
     def value(self) -> np.ndarray:
         """Return the value in torch's order of axes; of a merged layer, unmerged."""
@@ -137,17 +137,17 @@ class ModelWeight(NamedTuple):
             value = self.layer.value_of(self.variable, merged=False)
         else:
             value = backend_of(self.layer).to_numpy(self.variable)
-        value = to_torch(value, self.wanted)
+        value = to_torch(value, self.target)
         return value[..., None, None] if self.is_convolution else value
 
     def fits(self, value: np.ndarray) -> bool:
         """Whether a value of an adapter has the shape of this weight."""
-        return fits(value.shape, self.wanted)
+        return fits(value.shape, self.target)
 
     def assign(self, value: np.ndarray) -> None:
         """Assign a value of an adapter to the variable."""
         dtype = backend_of(self.layer).to_numpy(self.variable).dtype
-        self.variable.assign(to_keras(value, self.wanted).astype(dtype))
+        self.variable.assign(to_keras(value, self.target).astype(dtype))
 
     def is_bias(self) -> bool:
         """Whether the variable is a bias or the like."""
@@ -198,15 +198,15 @@ def _keras_name(layer: Any) -> str:
     return "(functional|model)" if name == "functional" else name
 
 
-def to_torch(value: np.ndarray, wanted: Wanted) -> np.ndarray:
+def to_torch(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:
     """Return the value of a variable in torch's order of axes; the inverse of ``to_keras``."""
-    axes = torch_axes(leaf_of(wanted), value.ndim)
+    axes = torch_axes(leaf_of(target), value.ndim)
     return value.transpose(np.argsort(axes)) if axes else value
 
 
-def _key(wanted: Wanted) -> str:
+def _key(target: CheckpointVariable) -> str:
     """Return timm's key of a weight. A gamma outside of a norm is not renamed to "weight"."""
-    is_norm = "Normalization" in "".join(cls.__name__ for cls in type(wanted.layer).__mro__)
-    leaf = wanted.name.rpartition("/")[2]
+    is_norm = "Normalization" in "".join(cls.__name__ for cls in type(target.layer).__mro__)
+    leaf = target.name.rpartition("/")[2]
     keeps_name = leaf in ("gamma", "beta") and not is_norm
-    return wanted.keys[-1] if keeps_name else wanted.keys[0]
+    return target.keys[-1] if keeps_name else target.keys[0]

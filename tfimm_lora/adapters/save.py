@@ -117,7 +117,7 @@ def fully_trained(names: ModuleNames) -> tuple[tuple[str, ...], list[ModelWeight
         if inside or is_open or not weight.is_bias():
             modules.add(names.module_of(weight, roots))
         weights.append(weight)
-    require_unique([(weight.wanted.name, weight.key) for weight in weights], "weights")
+    require_unique([(weight.target.name, weight.key) for weight in weights], "weights")
     return tuple(sorted(modules)), weights
 
 
