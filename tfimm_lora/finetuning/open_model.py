@@ -18,8 +18,8 @@ from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
+from tfimm_lora.zoo.weights.checkpoint import is_checkpoint
 from tfimm_lora.zoo.weights.pretrained import create_from_file, create_pretrained
-from tfimm_lora.zoo.weights.source import is_checkpoint
 
 #: What stands before the name of a model of ``keras.applications``.
 APPLICATIONS = "applications/"

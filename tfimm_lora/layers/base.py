@@ -141,7 +141,7 @@ class LoRALayer(LoRAForward, Converted):
         except ValueError as error:
             raise ValueError(f"Layer '{self.name}': {error}") from error
         values = {"kernel_lora_a": a, "kernel_lora_b": b}
-        if from_kernel.moves(init):
+        if from_kernel.subtracts_initial_update(init):
             values.update(kernel_lora_a0=a, kernel_lora_b0=b)
         self.assign_update(values)
 
@@ -154,7 +154,7 @@ class LoRALayer(LoRAForward, Converted):
             shapes["kernel_lora_magnitude"] = dora.shape(kernel_shape, self._summed_axes())
         if settings.lora_bias:
             shapes["kernel_lora_shift"] = tuple(self.bias.shape)
-        if from_kernel.moves(settings.lora_init):
+        if from_kernel.subtracts_initial_update(settings.lora_init):
             shapes.update(kernel_lora_a0=a, kernel_lora_b0=b)
         return shapes
 

@@ -140,7 +140,7 @@ class LoRAForward(AdaptedValues):
     def _initialized(self, matrix: np.ndarray, rng: np.random.Generator) -> Factors:
         """A and B as ``lora_init`` says, for a kernel seen as a matrix (inputs, outputs)."""
         settings = self.lora
-        found = from_kernel.start(
+        found = from_kernel.initial_factors(
             settings.lora_init, matrix, settings.lora_rank, settings.lora_scale, rng
         )
         return found.a, found.b
