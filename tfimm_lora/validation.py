@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
+
+from tfimm_lora.utils.suggestions import did_you_mean
 
 #: Values of ``train_bias``: no bias, those of adapted layers, every one in the model.
 TRAIN_BIAS = ("none", "lora_only", "all")
@@ -176,14 +177,54 @@ def check_qkv_layout(layout: Any, name: str = "lora_qkv_layout") -> None:
 def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> None:
     """Raise a TypeError that names the nearest known keyword for each unknown one."""
     known = list(known)
-    problems = []
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{name}{hint}")
+    problems = [f"{name}{did_you_mean(name, known)}" for name in given if name not in known]
     if problems:
+        listed = ", ".join(problems)
         raise TypeError(
-            f"Received unknown keywords for {what}: {', '.join(problems)} "
+            f"Received unknown keywords for {what}: {listed}{'' if listed[-1] == '?' else '.'} "
             f"Known keywords: {', '.join(known)}."
+        )
+
+
+
+def check_integer(value: Any, field: str, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"Received {field}={value!r}; expected an integer of at least {least}.")
+    if value < least:
+        raise ValueError(
+            f"Received {field}={value!r}; expected an integer of at least {least}."
+        )
+
+
+def check_number(
+    value: Any, field: str, least: float, *, exclusive: bool = False, below: float = math.inf
+) -> None:
+    """Raise unless ``value`` is a finite number in the given range.
+
+    Args:
+        value: The value to check.
+        field: Its name, for the error message.
+        least: The smallest allowed number.
+        exclusive: Whether ``least`` itself is not allowed.
+        below: All numbers from this one on are not allowed.
+    """
+    lower = f"{'above' if exclusive else 'of at least'} {least:g}"
+    upper = "" if below == math.inf else f" and below {below:g}"
+    message = f"Received {field}={value!r}; expected a number {lower}{upper}."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(message)
+    in_range = least <= value < below and not (exclusive and value == least)
+    if not (math.isfinite(value) and in_range):
+        raise ValueError(message)
+
+
+def check_choice(value: Any, field: str, choices: Iterable[Any]) -> None:
+    """Raise unless ``value`` is one of ``choices``; suggest the most similar one."""
+    known = list(choices)
+    if value not in known:
+        names = [str(choice) for choice in known]
+        raise ValueError(
+            f"Received {field}={value!r}; expected one of {', '.join(names)}"
+            f"{did_you_mean(value, names) or '.'}"
         )

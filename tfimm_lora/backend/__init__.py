@@ -11,7 +11,6 @@ import importlib
 import importlib.util
 import os
 import sys
-import tempfile
 import weakref
 from typing import Any
 
@@ -30,33 +29,6 @@ def prefer_legacy_for_tfimm(environ: Any = os.environ) -> None:
     other_backend = environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
     if undecided and not other_backend and installed("tfimm") and installed("tf_keras"):
         environ[LEGACY_SWITCH] = "1"
-
-
-def quiet_on_the_command_line(environ: Any = os.environ) -> None:
-    """Keep TensorFlow's greeting off the screen where the process is ``tfimm-lora``.
-
-    A library leaves the log as its user set it; a program speaks for itself. What TensorFlow
-    says while it is imported no setting silences, so it goes to a file meanwhile.
-    """
-    words = sys.orig_argv[:4]
-    is_program = any(os.path.basename(word) == "tfimm-lora" for word in words)
-    if not is_program and words[1:3] != ["-m", "tfimm_lora"]:
-        return
-    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in environ:
-        return
-    environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    screen = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            importlib.import_module("tensorflow")
-        except BaseException:
-            said.seek(0)
-            os.write(screen, said.read())
-            raise
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
 
 
 def installed(package: str) -> bool:
