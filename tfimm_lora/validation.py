@@ -186,7 +186,6 @@ def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> Non
         )
 
 
-
 def check_integer(value: Any, field: str, least: int) -> None:
     """Raise unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):

@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-
-from tfimm_lora.backend import default_backend
 import typer
 
+from tfimm_lora.backend import default_backend
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.predict import files_in
@@ -58,7 +57,9 @@ def export_command(
     ],
     format: Annotated[
         str | None,
-        typer.Option(help="keras, savedmodel, tflite or onnx. Default: by the suffix of --out."),
+        typer.Option(
+            help="keras, savedmodel, tflite or onnx. Default: by the suffix of --out."
+        ),
     ] = None,
     include_preprocessing: Annotated[
         bool,
@@ -77,7 +78,9 @@ def export_command(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest allowed difference from the model, relative to its outputs."),
+        typer.Option(
+            help="Largest allowed difference from the model, relative to its outputs."
+        ),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="For onnx: 13 to 18. Default: 17.")] = None,
     overwrite: Overwrite = False,

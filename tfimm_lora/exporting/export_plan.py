@@ -109,8 +109,6 @@ class ExportPlan:
         elif request.format == "tflite":
             writers.write_tflite(function, path, request.quantize, samples)
         else:
-            metadata = onnx_metadata(
-                self.labels, self.preprocessing, self.prepare is not None
-            )
+            metadata = onnx_metadata(self.labels, self.preprocessing, self.prepare is not None)
             writers.write_onnx(function, path, request.opset, metadata)
         return ()

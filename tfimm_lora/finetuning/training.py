@@ -13,7 +13,12 @@ import numpy as np
 from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend
-from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints, restore_values, values_of
+from tfimm_lora.finetuning.checkpoint import (
+    Progress,
+    TrainingCheckpoints,
+    restore_values,
+    values_of,
+)
 from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
 from tfimm_lora.finetuning.metrics_csv import write_metrics
 from tfimm_lora.finetuning.optimizer import create_optimizer

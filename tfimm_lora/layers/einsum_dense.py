@@ -274,18 +274,14 @@ class EinsumDenseUpdate(LoRALayer):
         product = EinsumProduct(np, layer.equation)
         return "batched" if product.shared else "linear"
 
-    def positions(self) -> int:
-        """The number of kernels side by side, one for each position of the shared axes."""
-        return self._product().positions(tuple(self._kernel_variable.shape))
-
     def factors_to_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
-        count, rank = self.positions(), a.shape[-1]
+        count, rank = positions_of(self), a.shape[-1]
         blocks_a = a.reshape(count, -1, rank).transpose(0, 2, 1)
         blocks_b = b.reshape(count, rank, -1).transpose(0, 2, 1)
         return blocks_a.reshape(-1, blocks_a.shape[-1]), _block_diagonal(blocks_b)
 
     def factors_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
-        count = self.positions()
+        count = positions_of(self)
         blocks_a = a.reshape(count, a.shape[0] // count, -1)
         blocks = b.reshape(count, b.shape[0] // count, count, b.shape[1] // count)
         blocks_b = blocks[np.arange(count), :, np.arange(count)]
@@ -312,6 +308,13 @@ class EinsumDenseUpdate(LoRALayer):
         product = self._product()
         ordered = product.shared + product.added
         return "".join(c for c in product.kernel if c in ordered), ordered
+
+
+def positions_of(layer: Layer) -> int:
+    """The number of kernels side by side in an einsum layer, adapted or not: one for each
+    position of the shared axes."""
+    shape = layer.__dict__[backend_of(layer).kernel_attributes["kernel"]].shape
+    return EinsumProduct(np, layer.equation).positions(tuple(shape))
 
 
 def _block_diagonal(blocks: np.ndarray) -> np.ndarray:

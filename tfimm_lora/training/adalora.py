@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.compact import rank_axis, starts_apart
+from tfimm_lora.adapters.compact import has_initial_update
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.gradient_watch import state_variable, unwatch_updates, watch_updates
@@ -134,7 +134,7 @@ class RankAllocator:
         self._backend = backend_of(model)
         for part in self._parts:
             _require_plain(part.layer)
-            if starts_apart(part.layer):
+            if has_initial_update(part.layer):
                 raise ValueError(
                     f"Layer '{part.path}' starts from its kernel, so that to prune a component "
                     "is to change the kernel. Put LoRA in with lora_init='default'."
@@ -352,7 +352,7 @@ class _Components:
         a, b = self.layer.kernel_lora_a, self.layer.kernel_lora_b
         return (
             _Watch(allocator, a, len(a.shape) - 1),
-            _Watch(allocator, b, rank_axis(self.layer)),
+            _Watch(allocator, b, self.layer._rank_axis_of_b()),
         )
 
 

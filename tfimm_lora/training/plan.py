@@ -11,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.adapters.save import save_adapter
-from tfimm_lora.adapters.torch_layout import kind_of, plain_class
+from tfimm_lora.adapters.torch_layout import kind_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LORA_VARIABLE_NAMES
 from tfimm_lora.layer_paths import matches, resolve
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
 from tfimm_lora.layers.frozen import FrozenLayer
+from tfimm_lora.layers.state import original_class
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.inject import inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import presets
+from tfimm_lora.model.state import config_of
 from tfimm_lora.model.targeting import require_built
 from tfimm_lora.model.trainable_weights import inside_paths
 
@@ -238,7 +240,7 @@ def _plan_of(model: Any) -> Plan:
         counts["classifier_total"] += _size(plain) if is_head else 0
         if plain and not isinstance(layer, LoRALayer):
             reason = _reason(model, path, layer, is_head, whole)
-            name = plain_class(layer).__name__
+            name = original_class(type(layer)).__name__
             left_out.append(LeftOut(path, name, _size(plain), whole, reason))
     return Plan(
         layers=tuple(_planned(path, layer) for path, layer in adapted.items()),
@@ -275,10 +277,10 @@ def _reason(model: Any, path: str, layer: Any, is_head: bool, whole: int) -> str
     if any(True for inside, _ in backend_of(layer).walk(layer) if inside):
         return "weights beside its layers"
     if not supported(layer):
-        return f"no LoRA for {plain_class(layer).__name__}"
-    config = model.__dict__.get("_lora_config")  # none where layers were adapted by hand
+        return f"no LoRA for {original_class(type(layer)).__name__}"
+    config = config_of(model)  # None if layers were adapted by hand
     if config is not None and config.lora_qkv:
-        meant, _ = resolve(config.lora_targets, presets(plain_class(model)))
+        meant, _ = resolve(config.lora_targets, presets(original_class(type(model))))
         if meant is None or matches(path, meant):
             return f"no part of lora_qkv={config.lora_qkv!r}"
     return "not among the targets"
