@@ -225,7 +225,7 @@ REFUSED = [
     ({"init_lora_weights": "loftq"}, ValueError, "'loftq' .not known here"),
     ({"init_lora_weights": "pissa_niter_x"}, ValueError, "pissa_niter_x"),
     ({"use_dora": 1}, ValueError, "use_dora=1"),
-    ({"use_dora": True, "lora_bias": True}, ValueError, "expected one of them"),
+    ({"use_dora": True, "lora_bias": True}, ValueError, "expected at most one of them"),
     (
         {
             "use_bdlora": True,

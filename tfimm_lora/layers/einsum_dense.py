@@ -31,7 +31,7 @@ class EinsumProduct:
     """
 
     def __init__(self, ops: Any, equation: str, input_rank: int | None = None) -> None:
-        self.ops = ops
+        self.ops, self.equation = ops, equation
         inputs, self.kernel, outputs = _parse(equation, input_rank)
         rank = next(c for c in string.ascii_letters if c not in equation + inputs)
         self.shared = "".join(c for c in self.kernel if c in inputs and c in outputs)
@@ -43,7 +43,8 @@ class EinsumProduct:
         self.h = "".join(c for c in outputs if c not in self.added) + rank
 
     def apply(self, x: Tensor, kernel: Tensor) -> Tensor:
-        return self._einsum(x, self.inputs, kernel, self.kernel, self.outputs)
+        # The equation as given: with "..." spelled out the rounding may differ.
+        return self.ops.einsum(self.equation, x, kernel)
 
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         return self._einsum(a, self.a, b, self.b, self.kernel)
