@@ -17,6 +17,7 @@ from tfimm_lora.cli import commands, main
 from tfimm_lora.cli import inspect as inspect_module
 from tfimm_lora.cli.app import app, typer
 from tfimm_lora.cli.models import known_models, sizes
+from tfimm_lora.model.merge import lora_layers
 
 #: The commands that are tested here.
 COMMANDS = ("models", "plan", "inspect", "combine", "diff")
@@ -396,7 +397,7 @@ def test_an_untrained_adapter_has_size_zero(saved, document, call, tmp_path):
     model = lora.inject_lora(functional(), lora_rank=2)
     lora.save_adapter(model, tmp_path / "zero")
     found = document("inspect", tmp_path / "zero")
-    assert len(found["layers"]) == len(lora.merge.lora_layers(model))
+    assert len(found["layers"]) == len(lora_layers(model))
     for x in found["layers"]:
         assert x["norm"] == x["largest"] == x["effective_rank"] == x["rank_of_90_percent"] == 0
     call("inspect", tmp_path / "zero", "--plot", tmp_path / "zero.png")
