@@ -10,6 +10,7 @@ from tests.helpers import layer_contracts, tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, normal, run, sgd, values
 from tests.helpers.layer_cases import CASES
 from tests.helpers.layer_contracts import CLOSE, model_around
+from tfimm_lora.model.merge import lora_layers
 
 VARIANTS = {
     "dora": dict(lora_use_dora=True),
@@ -398,7 +399,7 @@ def test_tfimm_models_start_from_their_own_kernels(variant, tmp_path):
         options = dict(lora_rank=2, lora_train_classifier=False, **VARIANTS[variant])
         copy = lora.convert_to_lora_model(model, **options)
         np.testing.assert_allclose(run(copy, x), run(model, x), rtol=1e-4, atol=1e-4)
-        for path, layer in lora.merge.lora_layers(copy).items():
+        for path, layer in lora_layers(copy).items():
             if variant != "pissa":
                 continue
             kernel = layer.lora_values()["kernel"]

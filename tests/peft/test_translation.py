@@ -18,6 +18,7 @@ from tests.helpers.kerases import LEGACY, array, keras, normal
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
 from tfimm_lora.config import LoRAConfig
+from tfimm_lora.model.merge import lora_layers
 
 FOLDER = Path(golden.__file__).parent
 GOLDEN = json.loads((FOLDER / "peft_configs.json").read_text())
@@ -33,7 +34,7 @@ def adapted(model):
     names = ModuleNames(model)
     return {
         names.modules[path]: (layer.lora.rank, pytest.approx(layer.lora.scale))
-        for path, layer in lora.merge.lora_layers(model).items()
+        for path, layer in lora_layers(model).items()
     }
 
 
@@ -346,7 +347,7 @@ def test_a_layer_whose_name_ends_another_one_keeps_its_own_rank():
         for module, given in lora.adapter_of(model).layers.items():
             np.testing.assert_allclose(given.delta(), updates[module].delta(), rtol=1e-5)
             assert given.rank == updates[module].rank
-        scale = {p: x.lora.scale for p, x in lora.merge.lora_layers(model).items()}
+        scale = {p: x.lora.scale for p, x in lora_layers(model).items()}
         assert scale == pytest.approx({"fc": scales[0], "block/fc": scales[1], "c": scales[2]})
 
 

@@ -10,6 +10,7 @@ from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, run, value
 from tests.helpers.tiny_models import IDS, MODELS, functional, nested, sequential, subclassed
 from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.activation_memory import activation_bytes
+from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.training.plan import OPTIMIZER_SLOTS, plan
 
 SETTINGS = [
@@ -44,7 +45,7 @@ def test_plan_is_what_is_then_trained_and_saved(tiny, arguments, tmp_path):
     assert (found.total, found.full) == (total, full)
 
     lora.inject_lora(model, **arguments)
-    adapted = lora.merge.lora_layers(model)
+    adapted = lora_layers(model)
     assert [x.path for x in found.layers] == list(adapted)
     for planned, layer in zip(found.layers, adapted.values()):
         factors = (layer.kernel_lora_a, layer.kernel_lora_b)
