@@ -9,13 +9,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal
 from tests.helpers.tiny_models import functional
 from tfimm_lora.cli import commands, main
 from tfimm_lora.cli import inspect as inspect_module
-from tfimm_lora.cli.app import app, typer
+from tfimm_lora.cli.app import app
 from tfimm_lora.cli.models import known_models, sizes
 from tfimm_lora.model.merge import lora_layers
 
@@ -87,6 +88,37 @@ def saved(tmp_path):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["no-such-command"],
+        *([name, "--help"] for name in commands.COMMANDS),
+        ["plan", "--no-such-option"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_usage_errors_need_no_framework(argv):
+    code = f"""
+import sys, runpy
+sys.argv[1:] = {argv}
+try:
+    runpy.run_module("tfimm_lora", run_name="__main__")
+except SystemExit as end:
+    code = end.code
+print()
+print(code, sorted({{"tensorflow", "keras", "tf_keras", "jax", "torch"}} & set(sys.modules)))
+"""
+    environ = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    expected = 2 if any("no-such" in word for word in argv) else 0
+    assert done.stdout.splitlines()[-1] == f"{expected} []"
 
 
 # -- the command line itself ----------------------------------------------------------------

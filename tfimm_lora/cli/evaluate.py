@@ -90,7 +90,7 @@ def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
-        ValueError: if there are no pictures, or a picture has a label that is not in ``labels``.
+        ValueError: if there are no pictures, or one has a label that is not in ``labels``.
     """
     if not data.exists():
         raise FileNotFoundError(

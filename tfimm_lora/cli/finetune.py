@@ -54,8 +54,8 @@ def finetune(
     data: Annotated[
         Text,
         typer.Option(
-            help="A folder of class folders; or of train/ and val/ with class folders; or a CSV "
-            "file with path,label."
+            help="A folder of class folders; or of train/ and val/ with class folders; or a "
+            "CSV file with path,label."
         ),
     ] = None,
     pretrained: Annotated[
@@ -75,8 +75,7 @@ def finetune(
         Whole, _option(help="Rank of the updates. Default: 4.", panel=_LORA)
     ] = None,
     alpha: Annotated[
-        Number,
-        _option(help="The updates are scaled by alpha / rank. Default: rank.", panel=_LORA),
+        Number, _option(help="Updates are scaled by alpha / rank. Default: rank.", panel=_LORA)
     ] = None,
     targets: Annotated[
         Text,

@@ -55,7 +55,7 @@ def models_command(
 
 
 def known_models() -> dict[str, Any]:
-    """All models that can be created in this process, each with a function that describes it."""
+    """The models that can be created in this process, each with a function to describe it."""
     models: dict[str, Any] = {}
     if installed("tfimm") and uses_legacy_keras():
         tfimm = import_tfimm()

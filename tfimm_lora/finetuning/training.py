@@ -210,7 +210,8 @@ def _require_unmerged(model: Any) -> None:
     if merged:
         raise ValueError(
             f"Received model '{model.name}' with {len(merged)} merged layers: "
-            f"{', '.join(merged[:5])}; expected none. Call unmerge_lora_weights before training."
+            f"{', '.join(merged[:5])}; expected none. Call unmerge_lora_weights before "
+            "training."
         )
 
 
