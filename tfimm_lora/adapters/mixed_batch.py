@@ -222,7 +222,7 @@ def adapter_ids(model: Any, names: Sequence[str | None]) -> np.ndarray:
 
 @functools.cache
 def _routed_class(base: type) -> type:
-    class RoutedModel(base):  # type: ignore[misc, valid-type]
+    class RoutedModel(base):  # type: ignore[misc]
         """A model whose input includes the adapter of each example."""
 
         def __init__(self, model: Any) -> None:
