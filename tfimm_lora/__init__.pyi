@@ -23,8 +23,8 @@ from .config import LoRAConfig as LoRAConfig
 from .create import create_model as create_model
 from .create import list_models as list_models
 from .exporting.export import export as export
-from .exporting.result import Exported as Exported
-from .finetuning.data.augment import Augmentation as Augmentation
+from .exporting.exported import Exported as Exported
+from .finetuning.data.augmentation import Augmentation as Augmentation
 from .finetuning.data.batches import PictureBatches as PictureBatches
 from .finetuning.data.dataset import Picture as Picture
 from .finetuning.data.dataset import PictureSet as PictureSet
@@ -36,7 +36,7 @@ from .finetuning.evaluation import evaluate as evaluate
 from .finetuning.recipe import Recipe as Recipe
 from .finetuning.recipe import finetune_pictures as finetune_pictures
 from .finetuning.run import Run as Run
-from .finetuning.scores import Evaluation as Evaluation
+from .finetuning.metrics import Evaluation as Evaluation
 from .finetuning.training import Trained as Trained
 from .finetuning.training import finetune as finetune
 from .layers import LoRAConv1D as LoRAConv1D

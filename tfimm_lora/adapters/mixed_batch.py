@@ -229,7 +229,7 @@ def _routed_class(base: type) -> type:
             super().__init__(name=f"routed_{model.name}")
             self.model = model
             # The factors of attached adapters are constants in its traces.
-            backend_of(model).note_user(model, self)
+            backend_of(model).note_caller(model, self)
 
         def call(self, inputs: Any, training: Any = None) -> Any:
             _attached_names(self.model)

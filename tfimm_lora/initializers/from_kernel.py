@@ -36,7 +36,7 @@ class InitialFactors(NamedTuple):
     subtracted: bool
 
 
-def check_init(name: Any) -> None:
+def check_init(name: Any, setting: str = "lora_init") -> None:
     """Raise unless ``name`` is one of ``KNOWN``, with a number for N.
 
     Raises:
@@ -48,7 +48,7 @@ def check_init(name: Any) -> None:
     """
     if not isinstance(name, str):
         raise TypeError(
-            f"Received lora_init={name!r}; expected the name of an initialization: "
+            f"Received {setting}={name!r}; expected the name of an initialization: "
             f"{', '.join(KNOWN)}."
         )
     if (name in KNOWN and name != "pissa_niter_N") or _iterations(name) is not None:
@@ -58,7 +58,7 @@ def check_init(name: Any) -> None:
         return -difflib.SequenceMatcher(None, name.lower(), known.lower()).ratio()
 
     raise ValueError(
-        f"Received lora_init={name!r}; expected one of, nearest first: "
+        f"Received {setting}={name!r}; expected one of, nearest first: "
         f"{', '.join(sorted(KNOWN, key=distance))} (with a number of power iterations for N, "
         "for example pissa_niter_4)."
     )
