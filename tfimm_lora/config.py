@@ -443,7 +443,7 @@ LoRAConfig.__doc__ = with_settings_doc(LoRAConfig.__doc__ or "", SharedSettings)
 
 
 def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:
-    """The scale of an update: alpha / rank, or alpha / sqrt(rank) with rsLoRA; 1 without alpha."""
+    """The scale of an update: alpha / rank, with rsLoRA alpha / sqrt(rank); 1 without alpha."""
     if alpha is None:
         return 1.0
     return float(alpha) / (math.sqrt(rank) if use_rslora else rank)

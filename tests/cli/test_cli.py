@@ -307,7 +307,7 @@ def test_plan_with_other_classes_trains_the_classifier(model_file, document):
     )
     assert [x["path"] for x in found["layers"]] == ["fc"]
     assert (found["classifier"], found["biases"]) == (10 * 7 + 7, 4 + 10)
-    assert found["reasons"] == {"not among the targets": 1, "classifier, trained whole": 1}
+    assert found["reasons"] == {"not among the targets": 1, "classifier, fully trained": 1}
     closed = document("plan", model_file, "--classes", 7, "--no-train-classifier")
     assert (closed["classifier"], closed["classifier_total"]) == (0, 77)
     opened = document("plan", model_file, "--train-classifier")
@@ -618,7 +618,7 @@ def test_adapters_that_do_not_fit_together_are_refused(saved, call, tmp_path):
     assert lora.Adapter.load(out).base_model == "timm/c"
     heads = [saved(f"head{i}", several(seed=i)) for i in range(2)]
     _, err = call("combine", *heads, "--out", tmp_path / "heads", expect=1)
-    assert "trained whole differ" in err
+    assert "fully trained weights differ" in err
 
 
 # -- diff -----------------------------------------------------------------------------------

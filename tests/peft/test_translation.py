@@ -206,7 +206,7 @@ def test_files_folders_and_objects_are_read(tmp_path):
 
 REFUSED = [
     ("nowhere", FileNotFoundError, "nowhere.*adapter_config.json or its folder"),
-    (3, TypeError, "Received 3; expected a LoraConfig"),
+    (3, TypeError, "Received 3; expected a PEFT LoraConfig"),
     ({"peft_type": "IA3"}, ValueError, "peft_type='IA3', expected 'LORA'"),
     ({"r": 0}, ValueError, "r=0"),
     ({"r": "8"}, ValueError, "r='8'"),
@@ -223,7 +223,7 @@ REFUSED = [
     ({"modules_to_save": [1]}, ValueError, "modules_to_save"),
     ({"bias": "some"}, ValueError, "bias='some'"),
     ({"init_lora_weights": False}, ValueError, "init_lora_weights=False .B would not"),
-    ({"init_lora_weights": "loftq"}, ValueError, "'loftq' .not known here"),
+    ({"init_lora_weights": "loftq"}, ValueError, "'loftq' .not supported here"),
     ({"init_lora_weights": "pissa_niter_x"}, ValueError, "pissa_niter_x"),
     ({"use_dora": 1}, ValueError, "use_dora=1"),
     ({"use_dora": True, "lora_bias": True}, ValueError, "expected at most one of them"),
@@ -260,8 +260,8 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
 
 
 INEXPRESSIBLE = [
-    ({}, "lora_targets=None .which layers"),
-    (dict(lora_targets="all"), "lora_targets='all' .which layers"),
+    ({}, "lora_targets=None .its layers"),
+    (dict(lora_targets="all"), "lora_targets='all' .its layers"),
     (dict(lora_targets="attention", lora_exclude="mlp"), "'attention'.*lora_exclude='mlp'"),
     (dict(lora_targets=["a#2"]), "lora_targets with 'a#2'"),
     (dict(lora_targets="a.*", lora_layers=1), "lora_layers .with lora_targets"),

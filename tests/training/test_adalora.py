@@ -433,7 +433,7 @@ def test_variants_keep_what_they_hold_beside_the_components(arguments):
     lora.load_adapter(model, compact_adapter(model))
     np.testing.assert_allclose(run(model, X), output, **CLOSE)
     if "lora_init" in arguments:
-        with pytest.raises(ValueError, match="starts from its kernel"):
+        with pytest.raises(ValueError, match="was initialized from its kernel"):
             RankAllocator(plain, 2, end=100)
     else:
         RankAllocator(plain, 2, end=100)
@@ -553,7 +553,7 @@ import json, sys
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tests.test_rank_allocation import RankAllocator, X, Y, keras, two_layers
+from tests.training.test_adalora import RankAllocator, X, Y, keras, two_layers
 mirrored = sys.argv[1] == "mirrored"
 devices = ["CPU:0", "CPU:1"]
 strategy = tf.distribute.MirroredStrategy(devices) if mirrored else tf.distribute.get_strategy()

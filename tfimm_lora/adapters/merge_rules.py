@@ -98,9 +98,10 @@ def keep_largest(array: np.ndarray, density: float) -> np.ndarray:
         return array.copy()
     flat = array.reshape(-1)
     chosen = np.argpartition(np.abs(flat), -count)[-count:]
-    kept: np.ndarray = np.zeros_like(flat)
+    kept: np.ndarray = np.zeros(flat.shape, flat.dtype)
     kept[chosen] = flat[chosen]
-    return kept.reshape(array.shape)
+    reshaped: np.ndarray = kept.reshape(array.shape)
+    return reshaped
 
 
 def keep_random(array: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:
