@@ -13,7 +13,6 @@ import importlib.util
 import os
 import sys
 import tempfile
-from functools import cache
 from typing import Any
 
 LEGACY_SWITCH = "TF_USE_LEGACY_KERAS"
@@ -68,20 +67,17 @@ def uses_legacy_keras() -> bool:
     return os.environ.get(LEGACY_SWITCH, "").lower() in ("1", "true")
 
 
-@cache
 def legacy_backend() -> Any:
-    """The backend to legacy Keras."""
-    from tfimm_lora.backend.legacy import LegacyBackend
+    """The backend of legacy Keras."""
+    # First, because importing it may lead here again; see ``import_hook``.
+    importlib.import_module("tf_keras")
+    return importlib.import_module("tfimm_lora.backend.legacy").BACKEND
 
-    return LegacyBackend()
 
-
-@cache
 def keras3_backend() -> Any:
-    """The backend to Keras 3."""
-    from tfimm_lora.backend.keras3 import Keras3Backend
-
-    return Keras3Backend()
+    """The backend of Keras 3."""
+    importlib.import_module("keras")
+    return importlib.import_module("tfimm_lora.backend.keras3").BACKEND
 
 
 def default_backend() -> Any:

@@ -365,3 +365,6 @@ def _is_tf_composite(x: Any) -> bool:
         "RaggedTensor",
         "SparseTensor",
     )
+
+
+BACKEND = Keras3Backend()

@@ -71,7 +71,7 @@ class _FilteredWeights:
         listed = [v for v in super().trainable_weights if id(v) not in frozen]  # type: ignore[misc]
         own = {id(v) for v in self._trainable_weights}  # type: ignore[attr-defined]
         # Biases last among the layer's own, for the order of HDF5 files; see below.
-        return sorted(listed, key=lambda v: id(v) in own and _backend.is_bias_like(v))
+        return sorted(listed, key=lambda v: id(v) in own and BACKEND.is_bias_like(v))
 
     @property
     def non_trainable_weights(self) -> list[Any]:
@@ -81,7 +81,7 @@ class _FilteredWeights:
         own = [v for v in self._trainable_weights if id(v) in frozen | known]  # type: ignore[attr-defined]
         # HDF5 files list trainable weights, then the others. In this order of the others
         # (what might be trained first) the file is the same whatever is trained.
-        own.sort(key=lambda v: (not self._is_trained(v), not _backend.is_bias_like(v)))  # type: ignore[attr-defined]
+        own.sort(key=lambda v: (not self._is_trained(v), not BACKEND.is_bias_like(v)))  # type: ignore[attr-defined]
         chosen = {id(v) for v in own}
         return own + [v for v in listed if id(v) not in chosen]
 
@@ -265,4 +265,4 @@ def _closes_over(function: Any, variable: Any) -> bool:
     )
 
 
-_backend = LegacyBackend()
+BACKEND = LegacyBackend()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora.backend import backend_of
+from tfimm_lora.backend import backend_of, default_backend
 from tfimm_lora.backend.interface import Found
 from tfimm_lora.layers.base import LayerSettings, LoRALayer, layer_settings
 from tfimm_lora.layers.call_signature import with_signature_of
@@ -12,7 +12,7 @@ from tfimm_lora.layers.conv import Conv1DUpdate, ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.dense import DenseUpdate
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate
 from tfimm_lora.layers.embedding import EmbeddingUpdate
-from tfimm_lora.layers.frozen import FrozenLayer, frozen_class
+from tfimm_lora.layers.frozen import FrozenLayer, frozen_class, register_frozen_classes
 from tfimm_lora.layers.kernel_hook import KernelSlot
 
 #: Keras class -> what adapts it. Its subclasses follow, unless they are listed below.
@@ -186,6 +186,26 @@ def restore_layer(layer: Any, found: Found | None = None) -> Any:
         found = Found(_plain_class(type(layer)), layer.trainable, flags)
     backend.restore(layer, found)
     return layer
+
+
+def default_lora_layer(name: str) -> type:
+    """``LoRADense``, ``LoRAConv2D``, ... of the Keras that this process uses.
+
+    Raises:
+        AttributeError: for another name.
+    """
+    base = name.removeprefix("LoRA")
+    if base == name or base not in _UPDATES:
+        raise AttributeError(f"module 'tfimm_lora.layers' has no attribute {name!r}")
+    return lora_class(getattr(default_backend().keras.layers, base))
+
+
+def register_keras_layers() -> None:
+    """Make the LoRA and frozen versions of all layers of the default Keras known to it."""
+    backend = default_backend()
+    register_frozen_classes(backend)
+    for name in _UPDATES:
+        lora_class(getattr(backend.keras.layers, name))
 
 
 def _plain_class(lora_cls: type) -> type:
