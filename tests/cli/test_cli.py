@@ -171,11 +171,11 @@ def test_models_are_those_that_can_be_made(document):
 
 
 def test_sizes_are_those_of_built_models():
-    """All were counted by docs/make_architectures.py; some again here."""
+    """All were counted by tools/make_architectures.py; some again here."""
     model = keras.applications.MobileNetV2(weights=None)
     expected = [model.count_params(), *model.input_shape[1:3]]
     assert sizes()["applications"]["MobileNetV2"] == expected
-    page = (Path(__file__).parents[2] / "docs" / "architectures.md").read_text()
+    page = (Path(__file__).parents[2] / "docs" / "reference" / "architectures.md").read_text()
     rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
     shown = {row[1].strip(" `"): row[2].strip() for row in rows}
     assert shown == {n: f"{count / 1e6:.1f} M" for n, count in sizes()["tfimm"].items()}

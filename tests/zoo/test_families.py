@@ -298,7 +298,7 @@ def test_every_tfimm_name_has_a_lora_architecture():
     assert {"sam_vit_b", "resnet18"} < set(lora.list_models())
 
 
-PAGE = Path(__file__).parents[2] / "docs" / "make_architectures.py"
+PAGE = Path(__file__).parents[2] / "tools" / "make_architectures.py"
 
 #: A small model of each family, whose numbers are counted again.
 COUNTED = [
@@ -319,7 +319,7 @@ COUNTED = [
 
 
 def test_page_of_architectures_is_true():
-    """docs/architectures.md: the text and every name from the code, some numbers counted."""
+    """docs/reference/architectures.md: the text and every name from the code, some numbers counted."""
     spec = importlib.util.spec_from_file_location("make_architectures", PAGE)
     maker = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(maker)

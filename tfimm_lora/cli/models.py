@@ -102,7 +102,7 @@ def _elsewhere(pattern: str) -> str:
 
 @functools.cache
 def sizes() -> dict[str, Any]:
-    """Parameters by name, counted on built models by docs/make_architectures.py.
+    """Parameters by name, counted on built models by tools/make_architectures.py.
 
     All 285 models of tfimm take forty minutes to build, so they are not built for a list.
     """
