@@ -13,7 +13,18 @@ from nbclient import NotebookClient
 
 ROOT = Path(__file__).parents[1]
 #: Makes torchvision, which timm imports, importable beside torch for the CPU.
-PRELUDE = f"import sys; sys.path.insert(0, {str(ROOT)!r}); import tests.interop"
+PRELUDE = f"""
+import sys
+
+sys.path.insert(0, {str(ROOT)!r})
+import tests.interop
+"""
+
+
+def is_log(output: nbformat.NotebookNode) -> bool:
+    """Whether an output is a warning or a log; TensorFlow prints its own to stdout."""
+    text = output.get("text", "")
+    return output.get("name") == "stderr" or text.startswith(("WARNING:", "INFO:"))
 
 
 def execute(path: Path) -> None:
@@ -27,7 +38,7 @@ def execute(path: Path) -> None:
     for number, cell in enumerate(code, 1):
         cell.execution_count = number
         cell.metadata.pop("execution", None)
-        cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+        cell.outputs = [output for output in cell.outputs if not is_log(output)]
         for output in cell.outputs:
             if "execution_count" in output:
                 output.execution_count = number
