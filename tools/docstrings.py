@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import copy
-import re
 from typing import Any
 
 import griffe
+
+from tfimm_lora.config import LayerSettings, SharedSettings, with_settings_doc
 
 #: The LoRA layers are created for the Keras in use; these classes have their docstrings.
 LAYERS = {
@@ -20,18 +21,17 @@ LAYERS = {
 }
 
 
-#: Names of arguments with one description that go on in a second line.
-SPLIT_NAMES = re.compile(r"(?m)^( +(?:\w+, )*\w+,)\n +(?=(?:\w+, )*\w+: )")
-
-
 class Docstrings(griffe.Extension):
     """Shows examples as code, and the LoRA layers by their public names."""
 
     def on_object(self, *, obj: Any, **kwargs: Any) -> None:
-        """Write docstrings as griffe reads them: "Examples:", and names in one line."""
+        """Complete a docstring, and write it as griffe reads it."""
         if obj.docstring is not None:
-            text = obj.docstring.value.replace("\nExample:\n", "\nExamples:\n")
-            obj.docstring.value = SPLIT_NAMES.sub(r"\1 ", text)
+            text = obj.docstring.value
+            if "{settings}" in text:
+                settings = SharedSettings if obj.name == "LoRAConfig" else LayerSettings
+                text = with_settings_doc(text, settings)
+            obj.docstring.value = text.replace("\nExample:\n", "\nExamples:\n")
 
     def on_package(self, *, pkg: Any, **kwargs: Any) -> None:
         """Replace the aliases of the LoRA layers by the classes with their docstrings."""

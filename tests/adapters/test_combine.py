@@ -10,10 +10,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
+from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.combine import combination_errors, combine_adapters
-from tfimm_lora.adapters.combine_method import COMBINATION_TYPES
+from tfimm_lora.adapters.combine_updates import COMBINATION_TYPES
 from tfimm_lora.adapters.decompose import extract_update, extract_updates
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.merge_rules import RULES, keep_largest, keep_random, mix
 
 GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "peft_combinations.npz"))
@@ -510,7 +511,7 @@ def test_counters_stay_whole_numbers_in_the_average():
 
 def test_a_layer_is_not_both_adapted_and_trained_whole():
     one = adapter(1, weights={"linear.weight": np.ones((5, 6))}, kinds=("conv",))
-    with pytest.raises(ValueError, match="trained linear whole"):
+    with pytest.raises(ValueError, match="fully trained linear"):
         combine_adapters([one, adapter(2)], trained_whole=0)
     assert not combine_adapters([one, adapter(2)], trained_whole=1).weights
 

@@ -147,7 +147,7 @@ def test_a_connection_that_is_cut_once_is_made_again(hub):
 def test_a_connection_that_stays_cut_says_so_and_leaves_no_file(hub):
     kind, message = hub["outcomes"]["timm/cut"]
     assert kind == "ConnectionError"
-    assert "'timm/cut': model.safetensors could not be downloaded whole" in message
+    assert "'timm/cut': model.safetensors could not be downloaded completely" in message
     assert "try again" in message
     assert hub["again"]["timm/cut"] == ["loaded", 0.95]
 
@@ -184,7 +184,7 @@ def test_what_is_not_there_says_so(hub):
 
 def test_a_file_that_was_uploaded_damaged_is_refused(hub):
     kind, message = hub["outcomes"]["timm/broken"]
-    assert kind == "ValueError" and "not a whole safetensors file" in message
+    assert kind == "ValueError" and "not a complete safetensors file" in message
 
 
 def test_offline_uses_the_cache_and_says_what_is_not_in_it(hub):

@@ -12,8 +12,9 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run, values
 from tests.helpers.tiny_models import MODELS, Subclassed
-from tfimm_lora.exporting import export, runners
+from tfimm_lora.exporting import runners
 from tfimm_lora.exporting.comparison import relative_difference
+from tfimm_lora.exporting.export import export
 
 layers = keras.layers
 NAMES = {"keras": "m.keras", "savedmodel": "m", "tflite": "m.tflite", "onnx": "m.onnx"}

@@ -15,7 +15,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras
 from tests.helpers.picture_folders import write_digits
-from tfimm_lora.finetuning.metrics_file import read_metrics
+from tfimm_lora.finetuning.metrics_csv import read_metrics
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 
 ROOT = Path(__file__).parents[2]

@@ -15,7 +15,7 @@ import tfimm_lora as lora
 from tests import golden
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, keras, normal
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
 from tfimm_lora.config import LoRAConfig
 
@@ -30,7 +30,7 @@ SAME_NAMES = [
 
 def adapted(model):
     """Module -> rank and scale, of every adapted layer."""
-    names = Names(model)
+    names = ModuleNames(model)
     return {
         names.modules[path]: (layer.lora.rank, pytest.approx(layer.lora.scale))
         for path, layer in lora.merge.lora_layers(model).items()
@@ -249,7 +249,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "adapter_config.json"
     for text in ("{", "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(ValueError, match="adapter_config.json is no JSON"):
+        with pytest.raises(ValueError, match="adapter_config.json is not JSON"):
             LoRAConfig.from_peft(tmp_path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="which holds a list, expected an object"):

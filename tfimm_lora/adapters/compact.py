@@ -7,8 +7,9 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate
@@ -54,7 +55,7 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
     Reference: Zhang et al., "AdaLoRA", arXiv:2303.10512, section 3.
     """
     adapter = adapter_of(model, base_model)
-    names, layers = Names(model), lora_layers(model)
+    names, layers = ModuleNames(model), lora_layers(model)
     alive = {names.modules[path]: live_components(layer) for path, layer in layers.items()}
     whole = {names.modules[path] for path, layer in layers.items() if starts_apart(layer)}
     if not whole and not any(kept.any() for kept in alive.values()):

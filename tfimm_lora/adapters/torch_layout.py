@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import OWN_KINDS, LayerUpdate
+from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer, has_keras_call, layer_settings
 from tfimm_lora.layers.conv import ConvUpdate, DepthwiseConvUpdate

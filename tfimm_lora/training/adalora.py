@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.compact import rank_axis, starts_apart
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.gradient_watch import state_variable, unwatch_updates, watch_updates
 from tfimm_lora.layers.base import LoRALayer
@@ -129,7 +129,7 @@ class RankAllocator:
         self.warmup, self.end, self.interval = int(warmup), int(end), int(interval)
         self.beta1, self.beta2 = _beta(beta1, "beta1"), _beta(beta2, "beta2")
         self.step = 0
-        keys = Names(model).modules
+        keys = ModuleNames(model).modules
         self._parts = [_Components(p, keys[p], x) for p, x in lora_layers(model).items()]
         self._backend = backend_of(model)
         for part in self._parts:

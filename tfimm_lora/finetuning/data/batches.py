@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.dataset import PictureSet
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing

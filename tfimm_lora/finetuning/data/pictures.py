@@ -16,7 +16,7 @@ import numpy as np
 
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, Split
 from tfimm_lora.finetuning.data.folders import some
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 #: What Pillow may take a file for, whatever its name: not formats that start other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tfimm_lora.finetuning.checkpoint import write_whole
-from tfimm_lora.optional import require
+from tfimm_lora.utils.atomic_files import write_file
+from tfimm_lora.utils.optional_imports import require
 
 #: Where a picture goes: a file by name, whose suffix says the format, or one that is open.
 Target = str | os.PathLike[str] | BinaryIO
@@ -73,7 +73,7 @@ def canvas(
             # Tight: a label longer than was reckoned with makes the picture larger.
             figure.savefig(drawn, format=suffix or "png", bbox_inches="tight", pad_inches=0.15)
     if named:
-        write_whole(Path(path), drawn.getvalue())  # type: ignore[arg-type]
+        write_file(Path(path), drawn.getvalue())  # type: ignore[arg-type]
     else:
         path.write(drawn.getvalue())  # type: ignore[union-attr]
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.report.formatting import readable
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 _VOID = frozenset(("img", "meta", "source"))
 

@@ -6,8 +6,9 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from tfimm_lora.finetuning.checkpoint import write_whole
+from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
+from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report import sections
 from tfimm_lora.finetuning.report.html import Html, tag
 from tfimm_lora.finetuning.report.plots import (
@@ -17,7 +18,6 @@ from tfimm_lora.finetuning.report.plots import (
     mistaken_files,
 )
 from tfimm_lora.finetuning.run import Run
-from tfimm_lora.finetuning.scores import Evaluation
 
 REPORT, CURVES, CONFUSION = "report.html", "curves.png", "confusion.png"
 MISTAKES = "mistakes.png"
@@ -106,7 +106,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         lang="en",
     )
     path = run.path / REPORT
-    write_whole(path, f"<!DOCTYPE html>\n{page}\n")
+    write_file(path, f"<!DOCTYPE html>\n{page}\n")
     return path
 
 

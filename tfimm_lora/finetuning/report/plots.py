@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
+from tfimm_lora.finetuning.metrics import Evaluation, Prediction
 from tfimm_lora.finetuning.report.figures import Target, Theme, canvas
 from tfimm_lora.finetuning.report.formatting import percent, readable, shortened
-from tfimm_lora.finetuning.scores import Evaluation, Prediction
 
 #: Names of Keras' logs, where another word says it better.
 _NAMES = {"accuracy": "Accuracy (%)", "loss": "Loss (cross-entropy)"}

@@ -10,6 +10,7 @@ from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
+from tfimm_lora.finetuning.metrics import Evaluation, Prediction
 from tfimm_lora.finetuning.report.formatting import duration, percent
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag, thumbnail
 from tfimm_lora.finetuning.report.plots import (
@@ -19,8 +20,7 @@ from tfimm_lora.finetuning.report.plots import (
     mistakes_title,
 )
 from tfimm_lora.finetuning.run import CONFIG, Run
-from tfimm_lora.finetuning.scores import Evaluation, Prediction
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 #: How much of long lists is shown.
 _SHOWN_PAIRS, _SHOWN_SKIPPED = 10, 200

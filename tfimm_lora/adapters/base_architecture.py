@@ -1,16 +1,16 @@
-"""Whether an adapter was trained on the architecture of a model, as far as names tell."""
+"""Whether the base model that an adapter names has the architecture of a model."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Any
 
-from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.zoo.tfimm_models import import_tfimm
-from tfimm_lora.zoo.weights.names import CHECKPOINTS
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
-#: Fields of tfimm's configs that change nothing about which layers there are.
-_FREE = frozenset(
+#: Fields of tfimm's configs that do not change the layers of a model.
+_IGNORED_FIELDS = frozenset(
     (
         *("name", "url", "nb_classes", "in_channels", "input_size", "test_input_size"),
         *("mean", "std", "crop_pct", "interpolation", "interpolate_input", "pool_size"),
@@ -20,11 +20,15 @@ _FREE = frozenset(
 )
 
 
-def differences(model: Any, adapter: Adapter) -> list[str]:
-    """How the architecture that an adapter names differs from that of a tfimm model.
+def architecture_differences(model: Any, adapter: AdapterData) -> list[str]:
+    """Compare the base model of an adapter with a tfimm model.
 
-    The layers of a smaller model are often found in a larger one, in the same shapes. Empty
-    where the two are alike, or where one of them is not known by name.
+    This check is needed because a larger model often has all layers of a smaller one, with the
+    same shapes.
+
+    Returns:
+        The differences, for an error message. Empty if the architectures are the same, or if
+        one of them is not known by name.
     """
     mine = getattr(getattr(model, "cfg", None), "name", "")
     named = adapter.base_model.removeprefix("timm/")
@@ -50,8 +54,8 @@ def differences(model: Any, adapter: Adapter) -> list[str]:
 
 
 def _structure(tfimm: Any, name: str) -> dict[str, Any]:
-    """The class of a named model and the fields of its config that its layers depend on."""
+    """Return the class of a named model and the config fields that determine its layers."""
     cfg = tfimm.models.model_config(name)
     fields = {f.name: getattr(cfg, f.name) for f in dataclasses.fields(cfg)}
-    plain = {field: value for field, value in fields.items() if field not in _FREE}
+    plain = {field: value for field, value in fields.items() if field not in _IGNORED_FIELDS}
     return {"class": tfimm.models.model_class(name).__name__, **plain}

@@ -1,4 +1,4 @@
-"""``Exported``: what ``export`` wrote, as a value."""
+"""``Exported``: the result of ``export``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """An input or an output of a file; a size of None may be any, as the batch's always is."""
+    """An input or output of a file. Sizes of None, such as the batch size, are arbitrary."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -19,19 +19,19 @@ class TensorInfo:
 
 @dataclass(frozen=True)
 class Exported:
-    """A file (or the folder of a SavedModel) whose outputs were found to be the model's.
+    """An exported file (or SavedModel folder) whose outputs match those of the model.
 
     Args:
-        path: Where it is.
+        path: The path of the file.
         format: "keras", "savedmodel", "tflite" or "onnx".
-        bytes: Its size, without the description beside it.
-        difference: The largest difference from the model's outputs that was seen, relative to
+        bytes: The size of the file, without its description.
+        difference: The largest measured difference from the outputs of the model, relative to
             the largest output.
-        inputs: What it takes, by name.
-        outputs: What it gives, by name.
+        inputs: The inputs of the file.
+        outputs: The outputs of the file.
         quantize: None, "float16", "dynamic" or "int8".
-        agreement: For "int8", the share of samples whose top class is the model's.
-        needs: For a Keras file, the Python packages that loading it takes.
+        agreement: For "int8", the share of samples with the same top class as the model.
+        needs: For a Keras file, the Python packages that are needed to load it.
     """
 
     path: Path
@@ -46,16 +46,16 @@ class Exported:
 
     @property
     def description(self) -> Path:
-        """The JSON file beside it, with labels and preprocessing."""
+        """The JSON file beside the exported file, with labels and preprocessing."""
         return description_path(self.path)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """The attributes as plain values, for JSON."""
         return {**dataclasses.asdict(self), "path": str(self.path)}
 
 
 def description_path(path: Path) -> Path:
-    """Where the description of a file is: its whole name and ".json".
+    """The path of the description of a file: its full name with ".json" appended.
 
     Example:
         >>> from pathlib import Path

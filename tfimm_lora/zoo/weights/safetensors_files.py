@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint in one or several safetensors files."""
+"""Read the tensors of a checkpoint from one or several safetensors files."""
 
 from __future__ import annotations
 
@@ -9,19 +9,21 @@ from typing import Any
 
 import numpy as np
 
-#: safetensors' names of the types that weights may have. 8 bits need scales as well.
+#: safetensors' names of the supported types. Types of 8 bits would need scales too.
 FLOATS = ("F64", "F32", "F16", "BF16")
 
 
 class Tensors:
-    """Headers first, values on demand. Use as a context manager.
+    """The shapes and types of all tensors; values are read on demand.
+
+    Use it as a context manager, which closes the files.
 
     Args:
-        files: The files, each with tensors of its own.
+        files: The files, which must have different tensors.
 
     Raises:
-        ValueError: for a file that is not safetensors or is cut off, and for a tensor that
-            is in two files.
+        ValueError: If a file is not a complete safetensors file, or two files have the same
+            tensor.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -34,8 +36,8 @@ class Tensors:
                 for key in handle.keys():  # noqa: SIM118 (not a dict)
                     if key in self._handles:
                         raise ValueError(
-                            f"Received {[str(f) for f in files]}, of which two hold the "
-                            f"tensor {key!r}; expected it once."
+                            f"Received {[str(f) for f in files]}, of which two have the "
+                            f"tensor {key!r}; expected it in one of them."
                         )
                     header = handle.get_slice(key)
                     self._handles[key] = handle
@@ -50,8 +52,9 @@ class Tensors:
         self._stack.close()
 
     def read(self, key: str) -> np.ndarray:
-        """The value of a tensor of floats, in the type that it is stored in."""
-        return self._handles[key].get_tensor(key)
+        """Return the value of a floating point tensor, in its stored type."""
+        value: np.ndarray = self._handles[key].get_tensor(key)
+        return value
 
 
 def _opened(path: Path) -> Any:
@@ -61,6 +64,6 @@ def _opened(path: Path) -> Any:
         return safe_open(str(path), framework="numpy")
     except SafetensorError as error:
         raise ValueError(
-            f"Received {str(path)!r}, which is not a whole safetensors file ({error}); it "
-            "may have been cut off. Get it again."
+            f"Received {str(path)!r}, which is not a complete safetensors file ({error}); it "
+            "may be truncated. Get the file again."
         ) from error

@@ -1,4 +1,4 @@
-"""``Evaluation``: the numbers of a model on labelled pictures, from its logits alone."""
+"""``Evaluation``: the metrics of a model on labelled pictures, computed from its logits."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ _BINS = 15
 
 @dataclass(frozen=True)
 class ClassScores:
-    """How well one class is known; each share is 0 where it would be 0 / 0.
+    """The metrics of one class. A metric that would be 0 / 0 is 0.
 
     Attributes:
         label: The name of the class.
-        count: The number of pictures of it.
-        precision: Of those that were taken for it, the share that are of it.
-        recall: Of those that are of it, the share that were taken for it.
-        f1: The harmonic mean of the two.
+        count: The number of pictures of the class.
+        precision: The share of the pictures predicted as this class that belong to it.
+        recall: The share of the pictures of this class that are predicted as such.
+        f1: The harmonic mean of precision and recall.
     """
 
     label: str
@@ -34,14 +34,14 @@ class ClassScores:
 
 @dataclass(frozen=True)
 class Prediction:
-    """What a model says about one labelled picture.
+    """The prediction of a model for one labelled picture.
 
     Attributes:
-        path: The file; None where the pictures were no files.
-        true, predicted: The names of the right class and of the likeliest one.
-        probability: The probability of the likeliest class.
-        probability_of_true: That of the right class.
-        loss: Its cross-entropy, -log(probability_of_true).
+        path: The file; None if the pictures are not files.
+        true, predicted: The names of the true and the predicted class.
+        probability: The probability of the predicted class.
+        probability_of_true: The probability of the true class.
+        loss: The cross-entropy, -log(probability_of_true).
     """
 
     path: str | None
@@ -53,27 +53,28 @@ class Prediction:
 
     @property
     def right(self) -> bool:
-        """Whether the likeliest class is the right one."""
+        """Whether the predicted class is the true one."""
         return self.true == self.predicted
 
 
 @dataclass(frozen=True, eq=False)
 class Evaluation:
-    """The numbers of a model on labelled pictures.
+    """The metrics of a model on labelled pictures.
 
     Attributes:
-        labels: The names of the classes, in the order of the model's outputs.
+        labels: The names of the classes, in the order of the outputs of the model.
         loss: The mean cross-entropy.
-        accuracy: The share of pictures whose likeliest class is the right one.
+        accuracy: The share of pictures whose predicted class is the true one.
         balanced_accuracy: The mean recall of the classes that have pictures.
-        top5: The share of pictures whose right class is among the five likeliest; None for
-            five classes and fewer.
-        calibration_error: By how much the probability of the likeliest class is off, on
-            average: |probability - accuracy| over 15 bins of probability, weighted by their
-            numbers of pictures. 0.02 where of all pictures that get 90 % about 88 % are right.
-        confusion: (classes, classes) of int64; row: the right class, column: the likeliest.
-        classes: The scores of each class.
-        predictions: One for each picture, in their order.
+        top5: The share of pictures whose true class is among the five most probable ones; None
+            for five or fewer classes.
+        calibration_error: The expected calibration error: the mean of |probability - accuracy|
+            over 15 bins of the predicted probability, weighted by the number of pictures. For
+            example 0.02 if 88 % of the predictions with a probability of 90 % are correct.
+        confusion: The confusion matrix, (classes, classes) of int64. Rows are true classes,
+            columns are predicted classes.
+        classes: The metrics of each class.
+        predictions: The prediction for each picture, in the order of the pictures.
 
     Reference: Guo et al., "On Calibration of Modern Neural Networks", arXiv:1706.04599, eq. 3.
     """
@@ -96,10 +97,10 @@ class Evaluation:
         labels: Sequence[str] | None = None,
         paths: Sequence[str] | None = None,
     ) -> Evaluation:
-        """From logits (n, classes) and the numbers of the right classes (n,).
+        """Compute the metrics from logits (n, classes) and true class indices (n,).
 
         Raises:
-            ValueError: if there are none, or they do not fit together.
+            ValueError: if there are no pictures, or the arguments do not fit together.
 
         Example:
             >>> import numpy as np
@@ -118,7 +119,7 @@ class Evaluation:
         if len(set(labels)) != count or len(labels) != count:
             raise ValueError(
                 f"Received {len(labels)} labels, {len(set(labels))} of them different, for a "
-                f"model with {count} outputs; expected a label of its own for each output."
+                f"model with {count} outputs; expected {count} different labels."
             )
         log_p = log_softmax(logits)
         rows, order = np.arange(n), np.argsort(-logits, axis=1, kind="stable")
@@ -146,18 +147,18 @@ class Evaluation:
         )
 
     def worst(self, count: int | None = None) -> list[Prediction]:
-        """The mistakes, the most confident first; all of them by default."""
+        """The wrong predictions, the most confident first. Default: all of them."""
         wrong = [x for x in self.predictions if not x.right]
         return sorted(wrong, key=lambda x: (-x.probability, x.path or ""))[:count]
 
     def confused(self, count: int | None = None) -> list[tuple[str, str, int]]:
-        """Mistakes by pair: (right class, likeliest class, pictures), most frequent first."""
+        """The confused pairs, (true class, predicted class, pictures), most frequent first."""
         mistakes = self.confusion - np.diag(np.diag(self.confusion))
         pairs = sorted(zip(*np.nonzero(mistakes)), key=lambda pair: -mistakes[pair])
         return [(self.labels[t], self.labels[p], int(mistakes[t, p])) for t, p in pairs][:count]
 
     def accuracy_interval(self) -> tuple[float, float]:
-        """Wilson's 95 % interval of the accuracy: how far chance alone may have moved it.
+        """The 95 % confidence interval of the accuracy (Wilson score interval).
 
         Example:
             >>> import numpy as np
@@ -172,7 +173,7 @@ class Evaluation:
         return max(0.0, middle - half), min(1.0, middle + half)
 
     def to_dict(self) -> dict[str, Any]:
-        """All numbers as plain values for JSON, without those of the single pictures."""
+        """The metrics as plain values for JSON, without the individual predictions."""
         return {
             "pictures": len(self.predictions),
             "loss": self.loss,
@@ -189,9 +190,10 @@ class Evaluation:
 
 def log_softmax(logits: np.ndarray) -> np.ndarray:
     """x - log(sum(exp(x))) along the last axis, in float64 and without overflow."""
-    shifted = np.asarray(logits, np.float64)
-    shifted = shifted - shifted.max(-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    x = np.asarray(logits, np.float64)
+    shifted: np.ndarray = x - x.max(-1, keepdims=True)
+    result: np.ndarray = shifted - np.log(np.exp(shifted).sum(-1, keepdims=True))
+    return result
 
 
 def _check(logits: np.ndarray, true: np.ndarray) -> None:
@@ -199,29 +201,33 @@ def _check(logits: np.ndarray, true: np.ndarray) -> None:
     if true.shape != (n,) or not np.issubdtype(true.dtype, np.integer):
         raise ValueError(
             f"Received labels of shape {true.shape} and type {true.dtype} for {n} pictures; "
-            f"expected whole numbers, ({n},)."
+            f"expected integers of shape ({n},)."
         )
     if not n or true.min() < 0 or true.max() >= count or count < 2:
-        found = f"labels from {true.min()} to {true.max()}" if n else "no labels"
+        received = f"labels from {true.min()} to {true.max()}" if n else "no labels"
         raise ValueError(
-            f"Received {found} for a model with {count} outputs; expected pictures of two "
-            "classes or more, with labels below that number."
+            f"Received {received} for a model with {count} outputs; expected at least one "
+            "picture and two outputs, and labels below the number of outputs."
         )
     if not np.isfinite(logits).all():
         bad = int((~np.isfinite(logits).all(1)).sum())
         raise ValueError(
-            f"The model gives outputs that are not finite for {bad} of {n} pictures; expected "
-            "logits. Look at its weights, and at the loss of its training."
+            f"The model returns NaN or infinity for {bad} of {n} pictures; expected finite "
+            "logits. Check its weights and the loss of its training."
         )
 
 
 def _class_scores(confusion: np.ndarray, labels: Sequence[str]) -> tuple[ClassScores, ...]:
-    hits, counts, taken = np.diag(confusion), confusion.sum(1), confusion.sum(0)
+    correct, counts, predicted = np.diag(confusion), confusion.sum(1), confusion.sum(0)
 
-    def share(of: np.ndarray, among: np.ndarray) -> np.ndarray:
-        return of / np.maximum(among, 1)
+    def share(part: Any, total: Any) -> Any:
+        return part / np.maximum(total, 1)
 
-    shares = zip(share(hits, taken), share(hits, counts), share(2 * hits, counts + taken))
+    shares = zip(
+        share(correct, predicted),
+        share(correct, counts),
+        share(2 * correct, counts + predicted),
+    )
     return tuple(
         ClassScores(label, int(count), *map(float, numbers))
         for label, count, numbers in zip(labels, counts, shares)
@@ -229,7 +235,7 @@ def _class_scores(confusion: np.ndarray, labels: Sequence[str]) -> tuple[ClassSc
 
 
 def _calibration_error(confidence: np.ndarray, right: np.ndarray) -> float:
-    """Sum over the bins of |sum of confidence - number right|, over n."""
+    """The sum over the bins of |sum of confidence - number correct|, divided by n."""
     bins = np.minimum((confidence * _BINS).astype(int), _BINS - 1)
     gaps = np.bincount(bins, confidence - right, _BINS)
     return float(np.abs(gaps).sum() / len(confidence))

@@ -1,4 +1,4 @@
-"""What is written beside a file: what it takes and gives, its labels, the preprocessing."""
+"""The JSON description beside an exported file: inputs, outputs, labels, preprocessing."""
 
 from __future__ import annotations
 
@@ -7,23 +7,23 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tfimm_lora.exporting.result import Exported, description_path
+from tfimm_lora.exporting.exported import Exported, description_path
 from tfimm_lora.version import __version__
 
 
-def described(
+def describe(
     exported: Exported,
     labels: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | None,
     included: bool,
 ) -> dict[str, Any]:
-    """The description of a file, as plain values.
+    """The description of a file as plain values.
 
     Args:
-        exported: What was written.
-        labels: Names of the classes, or None.
-        preprocessing: Plain values, or None.
-        included: Whether the file does the preprocessing itself.
+        exported: The exported file.
+        labels: The names of the classes, or None.
+        preprocessing: The preprocessing as plain values, or None.
+        included: Whether the file includes the preprocessing.
     """
     values = exported.to_dict()
     return {
@@ -38,28 +38,30 @@ def described(
 
 
 def read_description(path: Path) -> dict[str, Any]:
-    """The description beside a file, or an empty one.
+    """Read the description of a file; an empty one if there is none.
 
     Raises:
-        ValueError: if what is there is no description.
+        ValueError: if the description is not valid JSON.
     """
-    beside = description_path(path)
-    if not beside.is_file():
+    description = description_path(path)
+    if not description.is_file():
         return {}
     try:
-        values = json.loads(beside.read_text(encoding="utf-8"))
+        values = json.loads(description.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"{beside} is not JSON: {error}. Mend or remove it.") from error
+        raise ValueError(
+            f"{description} is not valid JSON: {error}. Correct or delete it."
+        ) from error
     return values if isinstance(values, dict) else {}
 
 
-def properties(
+def onnx_metadata(
     labels: Sequence[str] | None, preprocessing: Mapping[str, Any] | None, included: bool
 ) -> dict[str, str]:
-    """The same for the metadata of an ONNX file, where every value is a text."""
+    """Labels and preprocessing for the metadata of an ONNX file, whose values are strings."""
     values = {
         "labels": None if labels is None else list(labels),
         "preprocessing": preprocessing,
     }
-    given = {name: json.dumps(value) for name, value in values.items() if value is not None}
-    return {**given, "preprocessing_included": json.dumps(included)}
+    texts = {name: json.dumps(value) for name, value in values.items() if value is not None}
+    return {**texts, "preprocessing_included": json.dumps(included)}

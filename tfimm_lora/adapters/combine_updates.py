@@ -1,4 +1,4 @@
-"""How the updates of one layer become one: ``Method``, with the arguments checked."""
+"""Combine the updates of one layer: ``CombinationMethod``, with checked arguments."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import LayerUpdate
 from tfimm_lora.adapters.decompose import check_rank, make_update, result_dtype
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.merge_rules import MAJORITY_SIGN_METHODS, RULES, Rule, mix
 from tfimm_lora.initializers.svd import nearest_factors, product_norm, truncate_product
 
-#: What ``combine_adapters`` can do, by the names that PEFT gave it.
+#: The combination types of ``combine_adapters``, by PEFT's names.
 COMBINATION_TYPES = (
     "cat",
     "svd",
@@ -23,20 +23,28 @@ COMBINATION_TYPES = (
     *(f"{name}_svd" for name in RULES if name != "linear"),
 )
 
-#: An adapter's update of one layer, and the weight with which it counts.
+#: An adapter's update of one layer, and its weight in the sum.
 Term = tuple[LayerUpdate, float]
 
 
 class Loss(NamedTuple):
-    """The Frobenius norms of what truncation cost a layer and of what there was before."""
+    """The effect of truncation on a layer.
+
+    Attributes:
+        lost: The Frobenius norm of what was truncated.
+        size: The Frobenius norm of the update before truncation.
+    """
 
     lost: float = 0.0
     size: float = 0.0
 
 
 @dataclass(frozen=True)
-class Method:
-    """How the updates of a layer are combined; the arguments of ``combine_adapters``."""
+class CombinationMethod:
+    """How the updates of a layer are combined.
+
+    Its attributes are arguments of ``combine_adapters``.
+    """
 
     combination_type: str
     rank: int | None = None
@@ -50,15 +58,15 @@ class Method:
             near = difflib.get_close_matches(str(name), COMBINATION_TYPES, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else "."
             raise ValueError(
-                f"Received combination_type={name!r}{hint} Expected one of "
-                f"{', '.join(COMBINATION_TYPES)}."
+                f"Received combination_type={name!r}; expected one of "
+                f"{', '.join(COMBINATION_TYPES)}{hint}"
             )
         if self.truncates and self.rank is not None:
             check_rank(self.rank)
         elif self.rank is not None:
             raise ValueError(
-                f"Received rank={self.rank!r} with combination_type={name!r}, whose rank "
-                "follows from the adapters'. Leave it out, or pass combination_type='svd'."
+                f"Received rank={self.rank!r} with combination_type={name!r}, whose rank is "
+                "determined by the adapters. Leave it out, or pass combination_type='svd'."
             )
         self._check_density()
         if self.majority_sign_method not in MAJORITY_SIGN_METHODS:
@@ -77,45 +85,45 @@ class Method:
             if density is not None:
                 raise ValueError(
                     f"Received density={density!r} with combination_type={name!r}, which "
-                    "prunes nothing. Leave it out, or pass for example 'ties'."
+                    "does not prune. Leave it out, or pass for example 'ties'."
                 )
             return
         if density is None:
             raise ValueError(
-                f"Received no density with combination_type={name!r}; expected the share of "
-                "entries that stay, in (0, 1], for example density=0.2."
+                f"Received no density with combination_type={name!r}; expected the fraction "
+                "of entries to keep, in (0, 1], for example density=0.2."
             )
         if isinstance(density, bool) or not isinstance(density, numbers.Real):
             raise TypeError(f"Received density={density!r}; expected a number in (0, 1].")
         if not 0 < float(density) <= 1:
             raise ValueError(
-                f"Received density={density!r}; expected the share of entries that stay, in "
+                f"Received density={density!r}; expected the fraction of entries to keep, in "
                 "(0, 1], for example 0.2."
             )
 
     @property
     def truncates(self) -> bool:
-        """Whether the result is a truncated singular value decomposition."""
+        """Whether the result is truncated by a singular value decomposition."""
         return self.combination_type.endswith("svd")
 
     @property
     def rule(self) -> Rule | None:
-        """How entries are pruned and mixed; None for cat and svd, which do neither."""
+        """How entries are pruned and mixed; None for cat and svd, which do neither of them."""
         return RULES.get(self.combination_type.removesuffix("_svd"))
 
     @property
     def mixes_factors(self) -> bool:
-        """Whether A and B are mixed by themselves, which needs equal ranks."""
+        """Whether A and B are mixed separately, which needs equal ranks."""
         return self.rule is not None and not self.truncates
 
     def combine(self, path: str, terms: list[Term]) -> tuple[LayerUpdate, Loss]:
-        """The update of a layer, and what truncation cost."""
+        """Return the combined update of a layer, and the loss by truncation."""
         if self.combination_type == "cat":
             return _concatenated(terms), Loss()
         if self.mixes_factors:
             return self._mixed(path, terms), Loss()
-        # Blocks of parts do not survive the decomposition: `qkv` is dropped, and the wide
-        # form is right without it.
+        # The decomposition does not keep the zero blocks of `qkv`. It is dropped, and the
+        # update of the whole kernel is correct without it.
         first = terms[0][0]
         rank = self.rank or max(update.rank for update, _ in terms)
         if self.combination_type == "svd":
@@ -124,7 +132,7 @@ class Method:
             size = _without_rounding(size, all_b, all_a)
         else:
             b, a, kept, size = nearest_factors(self._pruned(path, terms), rank)
-        # Pythagoras: what is kept is a projection of what there was.
+        # By Pythagoras, since the truncated update is an orthogonal projection.
         lost = math.sqrt(max(size**2 - kept**2, 0.0))
         update = make_update(b, a, first.shape, first.kind, _dtype(terms))
         return update, Loss(lost, size)
@@ -140,14 +148,14 @@ class Method:
         factors = [update.matrices() for update, _ in terms]
         sizes = [w * update.scale for update, w in terms]
         roots = [math.sqrt(abs(size)) for size in sizes]
-        # The sign on one side only: on both it would cancel.
+        # The sign goes into A only; in both factors it would cancel.
         signed = [math.copysign(root, size) for root, size in zip(roots, sizes)]
         rng = self._rng(path)
         mixed_a = self._mix([a for a, _ in factors], signed, rng)
         mixed_b = self._mix([b for _, b in factors], roots, rng)
         first = terms[0][0]
         update = make_update(mixed_b, mixed_a, first.shape, first.kind, _dtype(terms))
-        # What is zero in every B is zero in the result.
+        # Blocks that are zero in every B are zero in the result.
         return LayerUpdate(update.a, update.b, 1.0, update.kind, _common_qkv(terms))
 
     def _mix(
@@ -161,7 +169,7 @@ class Method:
 
 
 def _concatenated(terms: list[Term]) -> LayerUpdate:
-    """The sum, exactly: A = [w_i s_i A_i], B = [B_i]."""
+    """Return the exact sum: A = [w_i s_i A_i], B = [B_i]."""
     first, qkv = terms[0][0], _common_qkv(terms)
     groups = len(qkv[0]) if qkv else 1
     if first.kind == "batched":
@@ -172,10 +180,16 @@ def _concatenated(terms: list[Term]) -> LayerUpdate:
 
 
 def stacked(terms: list[Term], groups: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """B (out, sum of ranks) and A (sum of ranks, all else) of the weighted sum, in float64.
+    """Stack the factors of a weighted sum.
 
-    Where the ranks come in groups, one for each part of a fused projection or position of a
-    batched kernel, they do so in the result: the groups of all updates side by side.
+    Args:
+        terms: The updates and their weights.
+        groups: The number of groups in which the ranks of each update come: one group for
+            each adapted block of a fused projection, or for each position of a batched
+            kernel. The result has the same groups.
+
+    Returns:
+        B (out, sum of ranks) and A (sum of ranks, in * kernel size), in float64.
     """
     pieces_a, pieces_b = [], []
     for update, weight in terms:
@@ -189,7 +203,7 @@ def stacked(terms: list[Term], groups: int = 1) -> tuple[np.ndarray, np.ndarray]
 
 
 def norm_of_sum(terms: list[Term]) -> float:
-    """The Frobenius norm of the weighted sum, from the factors; 0 if only rounding is left."""
+    """Return the Frobenius norm of the weighted sum; 0 if it is only rounding."""
     if not terms:
         return 0.0
     b, a = stacked(terms)
@@ -197,12 +211,12 @@ def norm_of_sum(terms: list[Term]) -> float:
 
 
 def _without_rounding(norm: float, b: np.ndarray, a: np.ndarray) -> float:
-    """The norm of B A, or 0 if it is as small as what rounding makes of zero."""
+    """Return the norm of B A, or 0 if it is so small that it may be rounding."""
     return norm if norm > 1e-13 * np.linalg.norm(b) * np.linalg.norm(a) else 0.0
 
 
 def _common_qkv(terms: list[Term]) -> tuple[str, str] | None:
-    """The parts that were adapted by themselves, if they are so in every update."""
+    """Return the blocks that were adapted separately, if all updates have the same."""
     first = terms[0][0].qkv
     if first is None or any(x.qkv != first or x.rank % len(first[0]) for x, _ in terms):
         return None
@@ -210,7 +224,7 @@ def _common_qkv(terms: list[Term]) -> tuple[str, str] | None:
 
 
 def _positions(factors: list[np.ndarray]) -> int:
-    """The largest number of equal blocks on the diagonal of every B, all else being zero."""
+    """Return the largest number of equal blocks with which every B is block diagonal."""
     common = math.gcd(*(size for b in factors for size in b.shape[:2]))
     return next(
         count

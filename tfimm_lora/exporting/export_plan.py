@@ -1,4 +1,4 @@
-"""``Plan``: what a file is to take, give and tell, for any format."""
+"""``ExportPlan``: the content of an exported file, independent of its format."""
 
 from __future__ import annotations
 
@@ -11,27 +11,28 @@ import numpy as np
 
 from tfimm_lora.exporting import pictures, writers
 from tfimm_lora.exporting.comparison import Outputs
-from tfimm_lora.exporting.request import Request
+from tfimm_lora.exporting.description import onnx_metadata
+from tfimm_lora.exporting.request import ExportRequest
 from tfimm_lora.exporting.serving import Inputs, inputs_of, outputs_for, traced
-from tfimm_lora.exporting.sidecar import properties
 
 
 @dataclass(frozen=True)
-class Plan:
-    """What a file is to hold.
+class ExportPlan:
+    """The content of an exported file.
 
     Args:
-        request: Where, in which format.
-        inputs: What the model takes.
-        takes: What the file takes: the same, or pictures.
-        prepare: From pictures to the model's input, where the file does that.
-        preprocessing: The same as plain values, or None if it is unknown.
-        labels: Names of the classes, or None.
+        request: The path and format.
+        inputs: The inputs of the model.
+        file_inputs: The inputs of the file: those of the model, or pictures.
+        prepare: The function from pictures to the input of the model, if the file includes the
+            preprocessing; else None.
+        preprocessing: The preprocessing as plain values, or None if it is unknown.
+        labels: The names of the classes, or None.
     """
 
-    request: Request
+    request: ExportRequest
     inputs: Inputs
-    takes: Inputs
+    file_inputs: Inputs
     prepare: Callable[[Any], Any] | None
     preprocessing: Mapping[str, Any] | None
     labels: Sequence[str] | None
@@ -40,35 +41,35 @@ class Plan:
     def of(
         cls,
         model: Any,
-        request: Request,
+        request: ExportRequest,
         labels: Sequence[str] | None,
         preprocessing: Any,
         include_preprocessing: bool,
         check_inputs: Any,
-    ) -> Plan:
-        """The plan for a model, from arguments of ``export``."""
+    ) -> ExportPlan:
+        """Create the plan for a model from the arguments of ``export``."""
         values = pictures.preprocessing_values(preprocessing, model)
         inputs = inputs_of(model, check_inputs)
         labels = None if labels is None else [str(label) for label in labels]
         if not include_preprocessing:
             return cls(request, inputs, inputs, None, values, labels)
-        takes = pictures.pictures_in_place_of(inputs, values)
+        file_inputs = pictures.picture_inputs(inputs, values)
         prepare = pictures.preprocessing_function(values or {})
-        return cls(request, inputs, takes, prepare, values, labels)
+        return cls(request, inputs, file_inputs, prepare, values, labels)
 
     def arrays(self, check_inputs: Any, samples: np.ndarray | None) -> list[np.ndarray]:
-        """What the file and the model are run on."""
+        """The inputs of the file on which file and model are compared."""
         if check_inputs is not None:
-            return pictures.given_arrays(check_inputs, self.takes, "check_inputs")
+            return pictures.given_arrays(check_inputs, self.file_inputs, "check_inputs")
         if samples is not None:
             return [samples]
-        return pictures.seeded_arrays(self.takes, self.preprocessing, n=3)
+        return pictures.seeded_arrays(self.file_inputs, self.preprocessing, n=3)
 
     def outputs_of(self, model: Any, arrays: list[np.ndarray]) -> Outputs:
-        """What a model gives for what the file takes.
+        """The outputs of a model for inputs of the file.
 
         Raises:
-            ValueError: if it cannot be run on them.
+            ValueError: if the model cannot be run on them.
         """
         if self.prepare is not None:
             arrays = [self.prepare(arrays[0]).numpy()]
@@ -77,37 +78,39 @@ class Plan:
         except Exception as error:
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise ValueError(
-                f"Model '{model.name}' cannot be run on inputs of shape {shapes}, to compare a "
-                f"file with: {error}. If it takes others, pass check_inputs= with some."
+                f"Model '{model.name}' cannot be run on test inputs of shape {shapes}: {error}. "
+                "Pass check_inputs= with inputs that it takes."
             ) from error
 
     def check_outputs(self, model: Any, outputs: Outputs) -> None:
-        """Raise a ValueError unless outputs are finite and as many as there are labels."""
+        """Raise a ValueError unless the outputs are finite and fit the number of labels."""
         if not all(np.isfinite(y).all() for y in outputs.values()):
             raise ValueError(
-                f"Model '{model.name}' gives numbers that are not finite, so there is nothing "
-                "to compare a file with. Check its weights, or pass other check_inputs."
+                f"Model '{model.name}' has NaN or infinite outputs; expected finite ones to "
+                "compare the file with. Check its weights, or pass other check_inputs."
             )
         shapes = [y.shape for y in outputs.values()]
         if self.labels is not None and [s[1:] for s in shapes] != [(len(self.labels),)]:
             raise ValueError(
-                f"Received {len(self.labels)} labels for a model that gives "
-                f"{', '.join(str((None, *s[1:])) for s in shapes)}; expected a label for each "
-                "of its classes."
+                f"Received {len(self.labels)} labels for a model with outputs of shape "
+                f"{', '.join(str((None, *s[1:])) for s in shapes)}; expected one label for each "
+                "class."
             )
 
     def write(self, plain: Any, path: Path, samples: np.ndarray | None) -> tuple[str, ...]:
-        """Write an ordinary model in float32, and give the packages that loading it takes."""
+        """Write an ordinary float32 model; return the packages that are needed to load it."""
         request = self.request
         if request.format == "keras":
             return writers.write_keras(plain, self.inputs, path)
-        by_converter = request.format != "savedmodel"
-        function = traced(plain, self.inputs, self.takes, self.prepare, inline=by_converter)
+        inline = request.format != "savedmodel"
+        function = traced(plain, self.inputs, self.file_inputs, self.prepare, inline=inline)
         if request.format == "savedmodel":
             writers.write_savedmodel(function, path)
         elif request.format == "tflite":
             writers.write_tflite(function, path, request.quantize, samples)
         else:
-            told = properties(self.labels, self.preprocessing, self.prepare is not None)
-            writers.write_onnx(function, path, request.opset, told)
+            metadata = onnx_metadata(
+                self.labels, self.preprocessing, self.prepare is not None
+            )
+            writers.write_onnx(function, path, request.opset, metadata)
         return ()

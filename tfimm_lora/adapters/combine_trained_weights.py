@@ -1,4 +1,4 @@
-"""Weights that several adapters trained whole (biases, classifiers): which become the one's."""
+"""Combine the fully trained weights of several adapters: biases and classifiers."""
 
 from __future__ import annotations
 
@@ -12,10 +12,16 @@ from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.validation import TRAIN_BIAS
 
 
-def combine_whole(
+def combine_trained_weights(
     adapters: Sequence[Adapter], weights: Sequence[float], choice: int | str | None
 ) -> tuple[dict[str, np.ndarray], tuple[str, ...], str]:
-    """The weights that were trained whole, their modules, and which biases were trained."""
+    """Return the combined weights, their modules, and which biases were trained.
+
+    Args:
+        adapters: The adapters.
+        weights: One number for each adapter, for "average".
+        choice: The ``trained_whole`` argument of ``combine_adapters``.
+    """
     if isinstance(choice, numbers.Integral) and not isinstance(choice, bool):
         if not 0 <= choice < len(adapters):
             raise ValueError(
@@ -26,18 +32,18 @@ def combine_whole(
         return dict(kept.weights), kept.modules, kept.bias
     if choice not in (None, "average"):
         raise ValueError(
-            f"Received trained_whole={choice!r}; expected None, 'average' or the index of "
-            "the adapter whose weights are kept."
+            f"Received trained_whole={choice!r}; expected None, 'average' or the index of the "
+            "adapter whose weights to keep."
         )
     average = choice == "average"
     differing = _differing(adapters, by_value=not average)
     if differing:
         raise ValueError(
-            f"Received adapters whose weights trained whole differ"
-            f"{' in names or shapes' if average else ''}: {listed(differing)}. There is no "
-            "sum of them without the base model's. Pass trained_whole=0 for those of the "
-            "first adapter"
-            + ("." if average else ", or 'average' for adapters of one task and classes.")
+            f"Received adapters whose fully trained weights differ"
+            f"{' in names or shapes' if average else ''}: {listed(differing)}. They cannot be "
+            "summed without the base model's. Pass trained_whole=0 to keep those of the first "
+            "adapter"
+            + ("." if average else ", or 'average' for adapters of the same task and classes.")
         )
     first = adapters[0]
     bias = max((adapter.bias for adapter in adapters), key=TRAIN_BIAS.index)
@@ -46,14 +52,14 @@ def combine_whole(
     if not sum(weights):
         raise ValueError(
             f"Received trained_whole='average' with weights={weights!r}, whose sum is 0; "
-            "expected another sum. Or pass the index of an adapter."
+            "expected another sum. Alternatively pass the index of an adapter."
         )
     values = {key: _mean([x.weights[key] for x in adapters], weights) for key in first.weights}
     return values, first.modules, bias
 
 
 def _differing(adapters: Sequence[Adapter], by_value: bool) -> list[str]:
-    """The names of weights and modules that not all adapters have alike."""
+    """Return the names of the weights and modules that differ between adapters."""
     first, *others = adapters
     keys = different(key for adapter in adapters for key in adapter.weights)
     modules = different(name for adapter in adapters for name in adapter.modules)
@@ -71,19 +77,19 @@ def _alike(one: Adapter, other: Adapter, key: str, by_value: bool) -> bool:
 
 
 def _mean(values: Sequence[np.ndarray], weights: Sequence[float]) -> np.ndarray:
-    total = sum(w * value.astype("float64") for w, value in zip(weights, values))
-    mean = total / sum(weights)
-    dtype = values[0].dtype
-    # Counters, as batch normalisation has in torch, stay whole numbers.
+    shape, dtype = values[0].shape, values[0].dtype
+    weighted = (w * value.astype("float64") for w, value in zip(weights, values))
+    mean: np.ndarray = sum(weighted, np.zeros(shape)) / sum(weights)
+    # Counters, as in torch's batch normalization, stay integers.
     return (np.rint(mean) if dtype.kind in "iu" else mean).astype(dtype)
 
 
 def different(values: Iterable[Any]) -> list[Any]:
-    """The different ones, in the order in which they come."""
+    """Return the values without duplicates, in order."""
     return list(dict.fromkeys(values))
 
 
 def listed(values: Sequence[Any], limit: int = 10) -> str:
-    """The first of them for a message, and how many more there are."""
+    """Return the first values and the number of others, for a message."""
     more = f" and {len(values) - limit} more" if len(values) > limit else ""
     return ", ".join(map(str, values[:limit])) + more

@@ -1,18 +1,17 @@
-"""Which checkpoint of the hub a tfimm name stands for.
+"""The hub checkpoint of each tfimm model name.
 
-tfimm 0.2.14 was written against timm 0.6, where a name stood for one set of weights. Today
-a name is an architecture with a tag for every set (``convnext_tiny.fb_in1k``), and the
-default tag of many has become another one. Here every name keeps what it meant, which can
-be told from the file that timm 0.6 downloaded; timm keeps that file's address beside the
-tag. timm's own table of renamed models is not used: it sends ig_resnext101_32x16d and
-32x32d to the weights of 32x8d, mixer_*_in21k to weights for 1000 classes, and resmlp_*_dino
-and vit_base_patch16_224_miil to others than they were. ``tests/interop/test_names.py``
-checks the table against the installed timm.
+tfimm 0.2.14 was written for timm 0.6, where a name had one set of weights. Now a name is an
+architecture with a tag for each set of weights (``convnext_tiny.fb_in1k``), and the default tag
+of many has changed. In this table every name keeps the weights that timm 0.6 downloaded for it;
+timm still records the address of that file with the tag. timm's own table of renamed models is
+not used: it maps ig_resnext101_32x16d and 32x32d to the weights of 32x8d, mixer_*_in21k to
+weights for 1000 classes, and resmlp_*_dino and vit_base_patch16_224_miil to other weights.
+``tests/interop/test_names.py`` checks the table against the installed timm.
 """
 
 from __future__ import annotations
 
-#: tfimm's name -> timm's architecture and tag. The hub id is "timm/" and that.
+#: tfimm's name -> timm's architecture and tag. The hub id is "timm/" + value.
 CHECKPOINTS = {
     # CaiT
     "cait_m36_384": "cait_m36_384.fb_dist_in1k",
@@ -301,7 +300,7 @@ _NO_CLASSIFIER = (
     'load_timm_weights(model, "timm/{}")'
 ).format
 
-#: tfimm's name -> why there are no weights for it.
+#: tfimm's name -> the reason why there are no weights for it.
 WITHOUT_WEIGHTS = {
     "efficientnet_v2_b3": (
         "tfimm builds it wrongly, with 24 channels in blocks.0 where EfficientNetV2-B3 has "
@@ -323,7 +322,7 @@ WITHOUT_WEIGHTS = {
     "vit_large_patch32_224_in21k": _NO_CLASSIFIER("vit_large_patch32_224.orig_in21k"),
 }
 
-#: tfimm's names whose weights exist as torch files only, which take torch to read.
+#: tfimm's names whose weights exist only as torch files, which need torch.
 TORCH_FILES = (
     "pvt_tiny",
     "pvt_small",
@@ -336,10 +335,10 @@ TORCH_FILES = (
 
 
 def hub_id(model_name: str) -> str | None:
-    """The hub id of the checkpoint that a tfimm name stands for, or None.
+    """Return the hub id of the checkpoint for a tfimm name, or None.
 
     Example:
-        >>> from tfimm_lora.zoo.weights.names import hub_id
+        >>> from tfimm_lora.zoo.weights.hub_ids import hub_id
         >>> hub_id("vit_base_patch16_sam_224")
         'timm/vit_base_patch16_224.sam_in1k'
     """

@@ -1,8 +1,7 @@
-"""``open_base``: an ordinary model by the name that a person would give it."""
+"""``open_base_model``: create or load the model to fine-tune, by name or path."""
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
 from collections.abc import Callable
@@ -13,37 +12,40 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import default_backend
+from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.transfer import transfer_weights
+from tfimm_lora.utils.suggestions import close_names
+from tfimm_lora.validation import check_choice
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
+from tfimm_lora.zoo.weights.checkpoint import is_checkpoint
 from tfimm_lora.zoo.weights.pretrained import create_from_file, create_pretrained
-from tfimm_lora.zoo.weights.source import is_checkpoint
 
-#: What stands before the name of a model of ``keras.applications``.
+#: The prefix of the names of ``keras.applications``.
 APPLICATIONS = "applications/"
 
-#: Mean and std of pictures in [0, 1], by what people call them.
+#: Named normalizations: mean and std of pictures in [0, 1].
 NORMALISATIONS = {
     "imagenet": ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)),
     "inception": ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5)),  # to [-1, 1]
     "unit": ((0.0, 0.0, 0.0), (1.0, 1.0, 1.0)),  # to [0, 1]
-    "raw": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),  # [0, 255] as it is
+    "raw": ((0.0, 0.0, 0.0), (1 / 255, 1 / 255, 1 / 255)),  # keeps [0, 255]
 }
 
 Size = tuple[int, int] | None
 
 
 @dataclass(frozen=True)
-class Base:
-    """An ordinary model that gives logits, and what it needs.
+class BaseModel:
+    """An ordinary model that returns logits, with its preprocessing.
 
     Attributes:
         model: The model.
         preprocessing: How pictures become its input.
-        new_classifier: Whether its classifier was made for the number of classes asked for.
-        from_scratch: Whether its weights are random, so that nobody could make it again.
+        new_classifier: Whether the classifier was replaced for the requested number of classes.
+        from_scratch: Whether the weights are random, so that the model cannot be recreated.
     """
 
     model: Any
@@ -52,7 +54,7 @@ class Base:
     from_scratch: bool
 
 
-def open_base(
+def open_base_model(
     name: str | os.PathLike[str],
     *,
     classes: int | None = None,
@@ -60,47 +62,47 @@ def open_base(
     weights: str | os.PathLike[str] | None = None,
     input_size: Size = None,
     normalisation: str | None = None,
-) -> Base:
-    """Create or load an ordinary model that gives logits.
+) -> BaseModel:
+    """Create or load an ordinary model that returns logits.
 
     Args:
-        name: A name of tfimm ("convnext_tiny"; needs legacy Keras); one of
-            ``keras.applications`` ("applications/MobileNetV2"); or the path of a saved model
+        name: The name of a tfimm model ("convnext_tiny"; needs legacy Keras) or of a model in
+            ``keras.applications`` ("applications/MobileNetV2"), or the path of a saved model
             (.keras, .h5 or a SavedModel folder of legacy Keras).
-        classes: Number of classes. Where the model has another, it gets a new classifier.
-            Default: as the model has.
-        pretrained: Whether to load the weights that the name stands for.
-        weights: A file with weights instead: a timm checkpoint (safetensors) for a model of
-            tfimm, a weight file of Keras for one of ``keras.applications``.
-        input_size: Height and width of pictures. Default: the model's.
-        normalisation: How pictures become input: one of "imagenet", "inception" (to [-1, 1]),
-            "unit" (to [0, 1]) and "raw" (0 to 255). Names know theirs; the file of a model
-            does not, and needs it.
+        classes: The number of classes. If the model has another number, its classifier is
+            replaced. Default: the number of the model.
+        pretrained: Whether to load the pretrained weights of the named model.
+        weights: A weight file instead: a timm checkpoint (safetensors) for a tfimm model, a
+            Keras weight file for ``keras.applications``.
+        input_size: The height and width of the input. Default: those of the model.
+        normalisation: How pictures are normalized: "imagenet", "inception" (to [-1, 1]), "unit"
+            (to [0, 1]) or "raw" ([0, 255]). Required for a saved model, which does not store
+            it. Default: the normalization of the named model.
 
     Returns:
-        The model, its preprocessing, and what is new in it.
+        The model with its preprocessing.
 
     Raises:
-        ValueError: for an unknown name (the nearest are named), or a model to which this
-            cannot be done.
-        FileNotFoundError: if ``name`` or ``weights`` is a path without a file.
+        ValueError: for an unknown name (the message lists similar ones), or a model that cannot
+            be used.
+        FileNotFoundError: if the file ``name`` or ``weights`` does not exist.
         ImportError, RuntimeError: as ``create_model``.
     """
     name = os.fspath(name)
     if weights is not None and not os.path.exists(weights):
-        raise FileNotFoundError(f"Received weights={os.fspath(weights)!r}; no such file.")
-    if normalisation is not None and normalisation not in NORMALISATIONS:
-        raise ValueError(
-            f"Received normalisation={normalisation!r}; expected one of "
-            f"{', '.join(NORMALISATIONS)}."
+        raise FileNotFoundError(
+            f"Received weights={os.fspath(weights)!r}, which does not exist; expected a weight "
+            "file."
         )
+    if normalisation is not None:
+        check_choice(normalisation, "normalisation", NORMALISATIONS)
     if name.startswith(APPLICATIONS):
         base = _application(name, classes, pretrained, weights, input_size)
     elif _is_path(name):
         if pretrained or weights is not None or input_size is not None:
             raise ValueError(
-                f"Received the file {name!r} with pretrained, weights or input_size; expected "
-                "none of them: the file has its weights and its size."
+                f"Received the model file {name!r} with pretrained, weights or input_size; "
+                "expected none of these. The file contains the weights and the input size."
             )
         base = _from_file(name, classes, normalisation)
     else:
@@ -108,8 +110,8 @@ def open_base(
     if normalisation is None:
         return base
     mean, std = NORMALISATIONS[normalisation]
-    told = replace(base.preprocessing, mean=mean, std=std, channel_order="rgb")
-    return replace(base, preprocessing=told)
+    preprocessing = replace(base.preprocessing, mean=mean, std=std, channel_order="rgb")
+    return replace(base, preprocessing=preprocessing)
 
 
 def _is_path(name: str) -> bool:
@@ -121,44 +123,44 @@ def _is_path(name: str) -> bool:
 
 def _tfimm(
     name: str, classes: int | None, pretrained: bool, weights: Any, input_size: Size
-) -> Base:
+) -> BaseModel:
     tfimm = import_tfimm()
     require_known(tfimm, name)
     if not hasattr(tfimm.models.model_config(name), "nb_classes"):
         raise ValueError(
-            f"Received model {name!r}, which has no classes: it is not made to classify "
-            "pictures. Put LoRA into it with lora.create_model, and train it on its own task."
+            f"Received model {name!r}, which has no classifier; expected a classification "
+            "model. Use lora.create_model to train it on its own task."
         )
-    asked: dict[str, Any] = {"nb_classes": classes, "input_size": input_size}
-    asked = {key: value for key, value in asked.items() if value is not None}
+    requested: dict[str, Any] = {"nb_classes": classes, "input_size": input_size}
+    requested = {key: value for key, value in requested.items() if value is not None}
     if weights is not None:
-        model = _with_checkpoint(tfimm, name, weights, asked)
+        model = _with_checkpoint(tfimm, name, weights, requested)
     elif pretrained:
-        model = create_pretrained(tfimm, name, **asked)
+        model = create_pretrained(tfimm, name, **requested)
     else:
-        model = tfimm.create_model(name, **asked)
-    named = tfimm.models.model_config(name)
-    return Base(
+        model = tfimm.create_model(name, **requested)
+    default = tfimm.models.model_config(name)
+    return BaseModel(
         model,
         Preprocessing.of(model.cfg),
-        new_classifier=model.cfg.nb_classes != named.nb_classes,
+        new_classifier=model.cfg.nb_classes != default.nb_classes,
         from_scratch=weights is None and not pretrained,
     )
 
 
-def _with_checkpoint(tfimm: Any, name: str, weights: Any, asked: dict[str, Any]) -> Any:
-    """A model with a timm checkpoint for the model of that name."""
+def _with_checkpoint(tfimm: Any, name: str, weights: Any, requested: dict[str, Any]) -> Any:
+    """Create a tfimm model with the weights of a timm checkpoint."""
     if not is_checkpoint(os.fspath(weights)):
         raise ValueError(
-            f"Received weights={os.fspath(weights)!r} for {name!r}; expected a checkpoint of "
-            "timm: a .safetensors file, or a folder with one. A saved Keras model is given "
-            "instead of the model's name."
+            f"Received weights={os.fspath(weights)!r} for {name!r}; expected a timm checkpoint: "
+            "a .safetensors file, or a folder with one. Pass a saved Keras model as the model "
+            "itself."
         )
     model = create_from_file(tfimm, name, weights)
-    if all(getattr(model.cfg, key) == value for key, value in asked.items()):
+    if all(getattr(model.cfg, key) == value for key, value in requested.items()):
         return model
-    told = {n: getattr(model.cfg, n) for n in ("mean", "std", "crop_pct", "interpolation")}
-    changed = tfimm.create_model(name, **{**told, **asked})
+    kept = {n: getattr(model.cfg, n) for n in ("mean", "std", "crop_pct", "interpolation")}
+    changed = tfimm.create_model(name, **{**kept, **requested})
     transfer_weights(model, changed)
     return changed
 
@@ -169,21 +171,20 @@ def _with_checkpoint(tfimm: Any, name: str, weights: Any, asked: dict[str, Any])
 def applications() -> dict[str, Callable[..., Any]]:
     """The functions of ``keras.applications`` that create a model, by name."""
     module = default_backend().keras.applications
-    found = {name: getattr(module, name) for name in dir(module) if name[0].isupper()}
-    return {name: create for name, create in found.items() if callable(create)}
+    public = {name: getattr(module, name) for name in dir(module) if name[0].isupper()}
+    return {name: create for name, create in public.items() if callable(create)}
 
 
 def _application(
     name: str, classes: int | None, pretrained: bool, weights: Any, input_size: Size
-) -> Base:
+) -> BaseModel:
     known = applications()
     short = name[len(APPLICATIONS) :]
     if short not in known:
-        near = difflib.get_close_matches(short, known, n=5, cutoff=0.3) or sorted(known)
+        near = close_names(short, known, similarity=0.3) or sorted(known)
         raise ValueError(
-            f"Received model {name!r}; keras.applications has no {short}. Nearest: "
-            + ", ".join(APPLICATIONS + other for other in near)
-            + "."
+            f"Received model {name!r}; expected a model of keras.applications, which has no "
+            f"{short}. Most similar: {', '.join(APPLICATIONS + other for other in near)}."
         )
     create = known[short]
     given = os.fspath(weights) if weights is not None else "imagenet" if pretrained else None
@@ -206,7 +207,7 @@ def _application(
         )
         head = [f"^{path}/" for path in classifier_paths(model)]
         transfer_weights(source, model, head if classes not in (None, 1000) else None)
-    return Base(
+    return BaseModel(
         model,
         _preprocessing_of(create, model),
         new_classifier=classes not in (None, 1000),
@@ -215,9 +216,10 @@ def _application(
 
 
 def _preprocessing_of(create: Any, model: Any) -> Preprocessing:
-    """What the ``preprocess_input`` beside a function of ``keras.applications`` does.
+    """The preprocessing that the ``preprocess_input`` of a model's module computes.
 
-    It is linear in each channel, so two pictures tell all.
+    It is linear in each channel, so it is determined by its results for black and white. Its
+    result for red shows the order of the channels.
     """
     prepare = sys.modules[create.__module__].preprocess_input
     black: Any = np.zeros((1, 1, 1, 3), "float32")
@@ -240,46 +242,51 @@ def _preprocessing_of(create: Any, model: Any) -> Preprocessing:
 # -- files ---------------------------------------------------------------------------------
 
 
-def _from_file(path: str, classes: int | None, normalisation: str | None) -> Base:
+def _from_file(path: str, classes: int | None, normalisation: str | None) -> BaseModel:
     if not os.path.exists(path):
         raise FileNotFoundError(
-            f"Received model {path!r}; no such file, and no name of a model. Names are "
-            "listed by tfimm-lora models."
+            f"Received model {path!r}, which does not exist; expected a saved Keras model, or "
+            "the name of a model. tfimm-lora models lists the names."
         )
     if normalisation is None:
         raise ValueError(
-            f"Received the model file {path!r} without normalisation, which it does not hold. "
-            f"Pass what it was trained with: one of {', '.join(NORMALISATIONS)}."
+            f"Received the model file {path!r} without normalisation, which the file does not "
+            f"store; expected one of {', '.join(NORMALISATIONS)}. Pass the one that the model "
+            "was trained with."
         )
     backend = default_backend()
     try:
         loaded = backend.keras.models.load_model(path, compile=False)
     except (ValueError, OSError, TypeError) as error:
         raise ValueError(
-            f"{path} cannot be loaded as a model of this Keras "
-            f"({backend.keras.__version__}): {error}"
+            f"{path} cannot be loaded by {backend.keras.__name__} "
+            f"{backend.keras.__version__}: {error}"
         ) from error
     if has_lora(loaded):
         raise ValueError(
-            f"{path} holds a LoRA model; expected an ordinary one. Save the result of "
+            f"{path} contains a LoRA model; expected an ordinary model. Save the result of "
             "convert_to_regular_model instead."
         )
     model, is_new = _with_logits(backend, loaded, classes)
     shape = backend.input_shapes(model) or model.input_shape
     if not all(isinstance(side, int) for side in shape[1:4]) or len(shape) != 4:
         raise ValueError(
-            f"The model in {path} takes inputs of shape {tuple(shape)}; expected pictures of a "
+            f"The model in {path} has the input shape {tuple(shape)}; expected pictures of a "
             "fixed size, (None, height, width, channels)."
         )
     height, width, channels = shape[1:4]
     preprocessing = Preprocessing(
         (height, width), (0.0,) * 3, (1.0,) * 3, in_channels=channels, crop_pct=1.0
     )
-    return Base(model, preprocessing, new_classifier=is_new, from_scratch=False)
+    return BaseModel(model, preprocessing, new_classifier=is_new, from_scratch=False)
 
 
-def _with_logits(backend: Any, model: Any, classes: int | None) -> tuple[Any, bool]:
-    """The model without a softmax at its end, and with as many classes as asked for."""
+def _with_logits(backend: Backend, model: Any, classes: int | None) -> tuple[Any, bool]:
+    """Remove the softmax at the end of a model and set its number of classes.
+
+    Returns:
+        The model, and whether its classifier was replaced.
+    """
     layers = {path: layer for path, layer in backend.walk(model)}
     heads = classifier_paths(model)
     head: Any = layers[heads[0]] if len(heads) == 1 else None
@@ -291,8 +298,8 @@ def _with_logits(backend: Any, model: Any, classes: int | None) -> tuple[Any, bo
     if not dense or not chained or not any(x is head for x in model.layers):
         raise ValueError(
             f"The model '{model.name}' ({type(model).__name__}) has no classifier that can be "
-            f"replaced: expected a functional or Sequential model with one Dense layer at its "
-            f"end, and found {', '.join(heads) or 'none'}."
+            "replaced; expected a functional or Sequential model with one Dense layer at its "
+            f"end. Its last layers: {', '.join(heads) or 'none'}."
         )
     is_new = classes not in (None, head.units)
     if is_new:
@@ -305,7 +312,7 @@ def _with_logits(backend: Any, model: Any, classes: int | None) -> tuple[Any, bo
 
 
 def file_hash(path: str | os.PathLike[str]) -> str:
-    """SHA-256 of a file, or of all files in a folder with their names."""
+    """The SHA-256 of a file, or of all files in a folder and their names."""
     import hashlib
 
     digest = hashlib.sha256()

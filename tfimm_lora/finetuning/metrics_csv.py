@@ -1,4 +1,4 @@
-"""``metrics.csv``: a line for each epoch."""
+"""``metrics.csv``, with one row for each epoch."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ import csv
 import io
 from pathlib import Path
 
-from tfimm_lora.finetuning.checkpoint import write_whole
+from tfimm_lora.utils.atomic_files import write_file
 
 
 def write_metrics(path: Path, history: list[dict[str, float]]) -> None:
-    """Write the numbers of all epochs, numbered from 1."""
+    """Write the metrics of all epochs, numbered from 1."""
     names = list(dict.fromkeys(name for numbers in history for name in numbers))
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerow(["epoch", *names])
     for epoch, numbers in enumerate(history, start=1):
         table.writerow([epoch, *(repr(numbers[n]) if n in numbers else "" for n in names)])
-    write_whole(path, text.getvalue())
+    write_file(path, text.getvalue())
 
 
 def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The reverse of ``write_metrics``."""
+    """Read the metrics of all epochs, as ``write_metrics`` received them."""
     with open(path, newline="") as file:
         rows = list(csv.DictReader(file))
     return [

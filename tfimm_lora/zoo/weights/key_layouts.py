@@ -1,8 +1,8 @@
-"""The key layouts of timm checkpoints, told apart by their keys.
+"""The key layouts of timm checkpoints, which are recognized by their keys.
 
-timm 0.9 renamed the parts of Swin, PVTv2 and PoolFormer. tfimm's layers are named like the
-old layout, so that one is the norm here: keys of the new one are renamed to it. Files of
-either layout are on the hub. Every other family has one layout.
+timm 0.9 renamed the modules of Swin, PVTv2 and PoolFormer. tfimm's layers are named like the
+old layout, so keys of the new layout are renamed to it. The hub has files of both layouts. All
+other families have one layout.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ Rules = tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...]
 
 
 class Layout(NamedTuple):
-    """One layout that differs from tfimm's names, and how its keys are renamed to them."""
+    """A layout that differs from tfimm's names, with the rules to rename its keys."""
 
     name: str
     #: Whether a set of keys is in this layout.
     recognises: Callable[[set[str]], bool]
-    #: Rules (pattern, replacement), of which the first that matches a key is applied.
+    #: Pairs (pattern, replacement). The first rule that matches a key is applied.
     rules: Rules
-    #: The tfimm class whose checkpoints these are.
+    #: The tfimm class of these checkpoints.
     architecture: str
-    #: The same rules from tfimm's names to the layout, also for keys of whole modules.
+    #: The inverse rules, from tfimm's names to the layout. They also apply to module paths.
     inverse: Rules
 
     def rename(self, key: str) -> str:
-        """A key of the layout as tfimm's layers are named."""
+        """Convert a key of the layout to tfimm's names."""
         return _apply(self.rules, key)
 
     def rename_back(self, key: str) -> str:
-        """A key that is named like tfimm's layers in the layout."""
+        """Convert a key with tfimm's names to the layout."""
         return _apply(self.inverse, key)
 
 
@@ -45,12 +45,12 @@ def _apply(rules: Rules, key: str) -> str:
 
 
 def _number(name: str, offset: int, factor: int = 1) -> Callable[[re.Match[str]], str]:
-    """A replacement ``name`` in which {0} is a number computed from the first group."""
+    """Return a replacement: ``name`` with {0} computed from the first group."""
     return lambda m: name.format(int(m[1]) * factor + offset, *m.groups()[1:])
 
 
 def _half(name: str) -> Callable[[re.Match[str]], str]:
-    """As ``_number``, with half of the first group, rounded up."""
+    """Return a replacement like ``_number``, with half of the first group, rounded up."""
     return lambda m: name.format((int(m[1]) + 1) // 2, *m.groups()[1:])
 
 
@@ -141,12 +141,12 @@ LAYOUTS = (
 
 
 def layout_of_model(model: object) -> Layout | None:
-    """The layout that timm has today for a model, or None where tfimm names it the same."""
+    """Return timm's current layout of a model, or None if tfimm uses the same names."""
     names = {cls.__name__ for cls in type(model).__mro__}
     return next((layout for layout in LAYOUTS if layout.architecture in names), None)
 
 
 def find_layout(keys: Iterable[str]) -> Layout | None:
-    """The layout of a checkpoint, or None where its keys are named like tfimm's layers."""
+    """Return the layout of a checkpoint, or None if its keys have tfimm's names."""
     found = set(keys)
     return next((layout for layout in LAYOUTS if layout.recognises(found)), None)

@@ -1,4 +1,4 @@
-"""From what the user names (a file, a folder, a hub id) to files on this machine."""
+"""Find the files of a checkpoint: a file, a folder or a hub repository."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tfimm_lora.backend import installed
+from tfimm_lora.optional import require
 from tfimm_lora.zoo.weights import hub
 
 WEIGHTS = "model.safetensors"
@@ -20,19 +20,25 @@ _OTHER_FORMATS = (".pth", ".pt", ".bin", ".tar", ".npz", ".h5", ".ckpt", ".pkl")
 
 
 class Checkpoint(NamedTuple):
-    """Where the parts of a checkpoint are."""
+    """The local files of a checkpoint."""
 
-    #: As the user named it, for messages.
+    #: The ``source`` argument, for messages.
     source: str
     files: list[Path]
-    #: The content of timm's config.json, empty where there is none.
+    #: The content of timm's config.json; empty if there is none.
     config: dict[str, Any]
 
 
 def find_checkpoint(
     source: str | os.PathLike[str], revision: str | None, cache_dir: str | None
 ) -> Checkpoint:
-    """The files of a checkpoint; those of a hub id are downloaded unless they are cached."""
+    """Find the files of a checkpoint; download those of a hub id unless they are cached.
+
+    Raises:
+        ImportError: If safetensors, or huggingface_hub for a hub id, is not installed.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: As
+            ``load_timm_weights``.
+    """
     _require("safetensors")
     name = os.fspath(source)
     path = Path(name).expanduser()
@@ -43,8 +49,8 @@ def find_checkpoint(
     identifier = re.sub(r"^(hf-hub|hf_hub):", "", name)
     if not _HUB_ID.fullmatch(identifier) or path.suffix == ".safetensors":
         raise FileNotFoundError(
-            f"Received source={name!r}; expected a safetensors file, a folder with one, or a "
-            "hub id such as 'timm/convnext_tiny.fb_in1k'. There is no such file or folder"
+            f"Received source={name!r}, which does not exist; expected a safetensors file, a "
+            "folder with one, or a hub id such as 'timm/convnext_tiny.fb_in1k'"
             + ("." if "/" in name else f"; did you mean 'timm/{name}'?")
         )
     _require("huggingface_hub")
@@ -52,7 +58,7 @@ def find_checkpoint(
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a safetensors file or a folder with one, and no SavedModel."""
+    """Whether a path is a safetensors file or a folder with one, but not a SavedModel."""
     found = Path(os.fspath(path)).expanduser()
     if found.is_dir():
         return not (found / "saved_model.pb").exists() and any(found.glob("*.safetensors"))
@@ -60,20 +66,16 @@ def is_checkpoint(path: str | os.PathLike[str]) -> bool:
 
 
 def _require(package: str) -> None:
-    if not installed(package):
-        raise ImportError(
-            f"Loading timm weights needs {package}, which is not installed. Install it with: "
-            "pip install safetensors huggingface_hub"
-        )
+    require(package, extra="weights", why="Loading timm weights")
 
 
 def _single_file(source: str, path: Path) -> Checkpoint:
     if path.suffix in _OTHER_FORMATS:
         raise ValueError(
             f"Received source={source!r}; expected a safetensors file. Load it with the "
-            "library that wrote it and write its tensors with safetensors.save_file."
+            "library that wrote it, and save its tensors with safetensors.save_file."
         )
-    # Only under its usual name is a file sure to be the one that config.json describes.
+    # config.json describes the file of the usual name, but not always other files.
     config = path.with_name(CONFIG) if path.name == WEIGHTS else None
     return Checkpoint(source, [path], _read_config(config))
 
@@ -87,8 +89,8 @@ def _in_folder(source: str, folder: Path) -> Checkpoint:
         missing = [f.name for f in files if not f.is_file()]
         if missing:
             raise FileNotFoundError(
-                f"Received source={source!r}, whose {INDEX} names files that are not there: "
-                f"{', '.join(missing)}."
+                f"Received source={source!r}, whose {INDEX} names files that do not exist: "
+                f"{', '.join(missing)}. Add them to the folder."
             )
         return Checkpoint(source, files, config)
     files = sorted(folder.glob("*.safetensors"))
@@ -115,14 +117,14 @@ def _on_hub(identifier: str, revision: str | None, cache_dir: str | None) -> Che
 
 
 def _shards(index: Path) -> list[str]:
-    """The files that the index of a checkpoint in several files names."""
+    """Return the file names in the index of a checkpoint in several files."""
     content = _read_json(index)
     names = content.get("weight_map", {}).values() if isinstance(content, dict) else ()
     shards = sorted({str(name) for name in names})
     if not shards or any(Path(name).name != name for name in shards):
         raise ValueError(
-            f"Received {str(index)!r}; expected its weight_map to name safetensors files "
-            f"beside it. It names {shards}."
+            f"Received {str(index)!r} with the files {shards}; expected its weight_map to name "
+            "safetensors files beside it. Get the index again."
         )
     return shards
 
@@ -139,5 +141,5 @@ def _read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(
-            f"Received {str(path)!r}, which is not JSON ({error}). Get it again."
+            f"Received {str(path)!r}, which is not JSON ({error}). Get the file again."
         ) from error

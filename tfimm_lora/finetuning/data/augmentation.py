@@ -51,7 +51,7 @@ class Augmentation:
 
     Example:
         >>> import numpy as np
-        >>> from tfimm_lora.finetuning.data.augment import Augmentation
+        >>> from tfimm_lora.finetuning.data.augmentation import Augmentation
         >>> augment = Augmentation.named("light").function((4, 4))
         >>> picture = np.arange(8 * 6 * 3, dtype="uint8").reshape(8, 6, 3)
         >>> first, again = augment(picture, [7, 1]), augment(picture, [7, 1])
