@@ -81,9 +81,10 @@ def live_components(layer: LoRALayer) -> np.ndarray:
     values = layer.lora_values()
     a = values["kernel_lora_a"]
     b = np.moveaxis(values["kernel_lora_b"], layer._rank_axis_of_b(), -1)
-    return (a != 0).reshape(-1, a.shape[-1]).any(axis=0) & (b != 0).reshape(
+    result: np.ndarray = (a != 0).reshape(-1, a.shape[-1]).any(axis=0) & (b != 0).reshape(
         -1, b.shape[-1]
     ).any(axis=0)
+    return result
 
 
 def _has_more(update: LayerUpdate) -> bool:

@@ -322,7 +322,8 @@ class DepthwiseConvUpdate(LoRALayer):
     @classmethod
     def kernel_to_torch(cls, layer: Layer, kernel: np.ndarray) -> np.ndarray:
         shape = cls.torch_kernel_shape(layer, kernel.shape)
-        return kernel.transpose(2, 3, 0, 1).reshape(shape)
+        result: np.ndarray = kernel.transpose(2, 3, 0, 1).reshape(shape)
+        return result
 
     @classmethod
     def update_kind(cls, layer: Layer) -> str | None:

@@ -268,7 +268,8 @@ class EinsumDenseUpdate(LoRALayer):
         product = EinsumProduct(np, layer.equation)
         axes = f"{product.kernel}->{product.added}{product.shared}{product.summed}"
         turned = np.einsum(axes, kernel)
-        return turned.reshape(cls.torch_kernel_shape(layer, kernel.shape))
+        result: np.ndarray = turned.reshape(cls.torch_kernel_shape(layer, kernel.shape))
+        return result
 
     @classmethod
     def update_kind(cls, layer: Layer) -> str | None:
@@ -296,13 +297,15 @@ class EinsumDenseUpdate(LoRALayer):
 
     def outputs_to_torch(self, values: np.ndarray) -> np.ndarray:
         kept, ordered = self._output_axes()
-        return np.einsum(f"{kept}->{ordered}", values).reshape(-1)
+        result: np.ndarray = np.einsum(f"{kept}->{ordered}", values).reshape(-1)
+        return result
 
     def outputs_from_torch(self, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         kept, ordered = self._output_axes()
         sizes = dict(zip(kept, shape))
         turned = values.reshape([sizes[c] for c in ordered])
-        return np.einsum(f"{ordered}->{kept}", turned)
+        result: np.ndarray = np.einsum(f"{ordered}->{kept}", turned)
+        return result
 
     def _output_axes(self) -> tuple[str, str]:
         """The axes of the kernel that are in the output: in its order, and in that of B."""

@@ -99,7 +99,8 @@ class LoRAForward(AdaptedValues):
     @classmethod
     def kernel_to_torch(cls, layer: Layer, kernel: np.ndarray) -> np.ndarray:
         """The kernel of a layer, adapted or not, in the order of axes of torch."""
-        return kernel.T
+        result: np.ndarray = kernel.T
+        return result
 
     @classmethod
     def update_kind(cls, layer: Layer) -> str | None:
