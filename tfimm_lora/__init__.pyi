@@ -1,14 +1,13 @@
 """The public names, each with the module that defines it: the only list of them."""
 
 from .adapters.adapter import Adapter as Adapter
-from .adapters.adapter import LayerUpdate as LayerUpdate
 from .adapters.combine import combination_errors as combination_errors
 from .adapters.combine import combine_adapters as combine_adapters
 from .adapters.compact import compact_adapter as compact_adapter
 from .adapters.disable import disable_adapter as disable_adapter
 from .adapters.disable import set_adapter_scale as set_adapter_scale
 from .adapters.extract import extract_adapter as extract_adapter
-from .adapters.hub import push_to_hub as push_to_hub
+from .adapters.layer_update import LayerUpdate as LayerUpdate
 from .adapters.load import load_adapter as load_adapter
 from .adapters.mixed_batch import adapter_ids as adapter_ids
 from .adapters.mixed_batch import attach_adapters as attach_adapters
@@ -16,6 +15,7 @@ from .adapters.mixed_batch import detach_adapters as detach_adapters
 from .adapters.mixed_batch import routed_model as routed_model
 from .adapters.mixed_batch import use_adapters as use_adapters
 from .adapters.peft_targets import lora_arguments_from_peft as lora_arguments_from_peft
+from .adapters.push_to_hub import push_to_hub as push_to_hub
 from .adapters.save import adapter_of as adapter_of
 from .adapters.save import save_adapter as save_adapter
 from .config import LORA_WEIGHT_NAMES as LORA_WEIGHT_NAMES

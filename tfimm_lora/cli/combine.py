@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 
 from tfimm_lora.adapters.combine import combination_errors, combine_adapters
-from tfimm_lora.adapters.combine_method import COMBINATION_TYPES
+from tfimm_lora.adapters.combine_updates import COMBINATION_TYPES
 from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.inspect import open_adapter
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite

@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
-from tfimm_lora.adapters.combine_method import norm_of_sum
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.combine_updates import norm_of_sum
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.cli.app import Json, app, emit
 from tfimm_lora.cli.inspect import in_order, open_adapter
 from tfimm_lora.cli.tables import show_table

@@ -10,7 +10,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate, effective_rank
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.summary import effective_rank
 from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table

@@ -106,7 +106,7 @@ def _legacy_hint(pattern: str) -> str:
 
 @functools.cache
 def sizes() -> dict[str, Any]:
-    """Numbers of parameters by name, counted by docs/make_architectures.py.
+    """Numbers of parameters by name, counted by tools/make_architectures.py.
 
     They are stored because building all 285 models of tfimm takes forty minutes.
     """

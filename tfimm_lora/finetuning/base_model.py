@@ -20,8 +20,8 @@ from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.utils.suggestions import close_names
 from tfimm_lora.validation import check_choice
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
+from tfimm_lora.zoo.weights.checkpoint import is_checkpoint
 from tfimm_lora.zoo.weights.pretrained import create_from_file, create_pretrained
-from tfimm_lora.zoo.weights.source import is_checkpoint
 
 #: The prefix of the names of ``keras.applications``.
 APPLICATIONS = "applications/"

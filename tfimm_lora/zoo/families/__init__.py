@@ -1,4 +1,8 @@
-"""LoRA versions of tfimm's architectures, one file per family, imported when first used."""
+"""LoRA versions of tfimm's architectures, one file per family, imported when first used.
+
+Each file has the source of the architecture, a config class with the targets by preset name,
+and the model class, which ``register_lora_architecture`` registers.
+"""
 
 import importlib
 import pkgutil
