@@ -153,8 +153,8 @@ def _with_checkpoint(tfimm: Any, name: str, weights: Any, requested: dict[str, A
     if not is_checkpoint(os.fspath(weights)):
         raise ValueError(
             f"Received weights={os.fspath(weights)!r} for {name!r}; expected a timm "
-            "checkpoint: a .safetensors file, or a folder with one. Pass a saved Keras model as "
-            "the model itself."
+            "checkpoint: a .safetensors file, or a folder with one. Pass a saved Keras model "
+            "as the model itself."
         )
     model = create_from_file(tfimm, name, weights)
     if all(getattr(model.cfg, key) == value for key, value in requested.items()):

@@ -15,7 +15,7 @@ from typing import Any
 from tfimm_lora.validation import check_choice
 from tfimm_lora.zoo.weights.preprocessing import INTERPOLATIONS
 
-#: The random numbers of a picture, in [0, 1). Append new ones, so that the others do not change.
+#: The random numbers of a picture, in [0, 1). Append new ones: the others must not change.
 _DRAWN = (
     "area",
     "ratio",
@@ -34,7 +34,7 @@ _GREY = (0.299, 0.587, 0.114)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """The augmentation of training pictures. Its steps are applied in the order of the arguments.
+    """The augmentation of training pictures, applied in the order of the arguments.
 
     Args:
         scale: The smallest and largest share of the area of the picture that a random crop
@@ -79,7 +79,7 @@ class Augmentation:
                 continue
             if len(given) != 2 or not 0 < given[0] <= given[1] <= most:
                 raise ValueError(
-                    f"Received {name}={given}; expected (smallest, largest), two numbers above 0"
+                    f"Received {name}={given}; expected (smallest, largest) above 0"
                     f"{' and at most 1' if name == 'scale' else ''}."
                 )
             object.__setattr__(self, name, tuple(map(float, given)))  # lists come from files

@@ -1,4 +1,4 @@
-"""``PictureBatches``: batches of labelled pictures as a tf.data dataset, reproducible by seed."""
+"""``PictureBatches``: batches of labelled pictures from tf.data, reproducible by seed."""
 
 from __future__ import annotations
 

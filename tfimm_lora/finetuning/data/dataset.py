@@ -72,7 +72,7 @@ def find_pictures(
       folder of the file. A third column, ``split``, contains one of the names above; without it
       each class is split at random.
 
-    Subfolders of a class folder are searched too. Pictures are recognized by their suffixes, see
+    Subfolders of a class folder are searched too. Pictures are recognized by their suffix, see
     ``folders.EXTENSIONS``; hidden files are ignored. Links are followed. Labels are sorted
     naturally, "2" before "10".
 
@@ -184,8 +184,8 @@ def _check_once(found: Iterable[FoundPicture]) -> None:
         seen[real] = x.path
     if twice:
         raise ValueError(
-            f"{len(twice)} files occur twice, by name or through links: {some(twice)}; expected "
-            "each file once, in one class, in train or in val."
+            f"{len(twice)} files occur twice, by name or through links: {some(twice)}; "
+            "expected each file once, in one class, in train or in val."
         )
 
 

@@ -81,7 +81,7 @@ def in_folder(folder: Path) -> Parts:
             "train": _in_class_folders(folder / train),
             "val": _in_class_folders(folder / val),
         }
-    # Otherwise "train" is a class, such as beside "bus" and "car", unless it is the only folder.
+    # Otherwise "train" is a class (beside "bus" and "car"), unless it is the only folder.
     if train is not None and inside == [train] and _folders(folder / train):
         raise ValueError(
             f"{folder} has {train}/ but no validation pictures; expected val/, valid/, "

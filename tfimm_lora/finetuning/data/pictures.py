@@ -1,4 +1,4 @@
-"""``read_picture`` reads a file as uint8 (height, width, channels); ``check_pictures`` checks all.
+"""``read_picture`` reads a file as an array; ``check_pictures`` checks all files.
 
 This is the only module that reads pictures, so training, evaluation and prediction get what was
 checked.
@@ -18,7 +18,7 @@ from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, Split
 from tfimm_lora.finetuning.data.folders import some
 from tfimm_lora.utils.optional_imports import require
 
-#: The formats that Pillow may read, whatever the suffix. Formats that start programs are excluded.
+#: The formats that Pillow may read, whatever the suffix; none of them starts other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 _ORIENTATION = 0x0112  # of EXIF
@@ -116,7 +116,8 @@ def _eight_bits(image: Any, image_module: Any) -> Any:
     """Convert a 16-bit grey picture to 8 bits."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(
-            "it has 32 bits or signed values, whose range is unknown. Save it with 8 or 16 bits."
+            "it has 32 bits or signed values, whose range is unknown. Save it with 8 or 16 "
+            "bits."
         )
     bits = 16
     if image.format == "TIFF":
