@@ -17,7 +17,7 @@ from tests.helpers.kerases import LEGACY, array, keras, values
 from tests.helpers.picture_folders import break_picture, write_digits
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning.base_model import applications, open_base_model
-from tfimm_lora.finetuning.checkpoint import Checkpoints
+from tfimm_lora.finetuning.checkpoint import TrainingCheckpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.run import Run
@@ -162,7 +162,7 @@ def test_a_killed_run_is_resumed_to_the_very_weights(folder, tmp_path):
     assert child.returncode == -signal.SIGKILL
     again = start(tmp_path / "run")
     _, errors = again.communicate()
-    assert again.returncode == 0 and "going on with the run" in errors, errors[-2000:]
+    assert again.returncode == 0 and "resuming the run" in errors, errors[-2000:]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -179,13 +179,13 @@ def test_variants_are_trained_resumed_and_opened(options, folder, tmp_path, monk
     """Stopped after its first epoch, by an error, and gone on with: the very run."""
     asked = recipe(folder, epochs=2, lora={"lora_rank": 2, **options})
     run = finetune_pictures(asked, tmp_path / "whole", verbose="none")
-    saved = Checkpoints.save
+    saved = TrainingCheckpoints.save
 
     def stop(self, progress, values):
         saved(self, progress, values)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoints, "save", stop)
+    monkeypatch.setattr(TrainingCheckpoints, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune_pictures(asked, tmp_path / "run", verbose="none")
     monkeypatch.undo()
@@ -210,7 +210,7 @@ def test_a_start_from_data_is_for_one_device(folder):
 def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="no run"):
+    with pytest.raises(FileExistsError, match="not a finetune run"):
         finetune_pictures(recipe(folder), tmp_path / "other", resume=True)
     finetune_pictures(recipe(folder, epochs=1), tmp_path / "run", verbose="none")
     with pytest.raises(FileExistsError, match="--resume"):
@@ -221,9 +221,9 @@ def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
     run = Run.open(tmp_path / "run")
     run.recipe["model"] = str(folder / "other.keras")
     save_model(folder / "other.keras", classes=5)
-    with pytest.raises(ValueError, match="another one"):
+    with pytest.raises(ValueError, match="has changed"):
         run.model()
-    with pytest.raises(FileNotFoundError, match="no run of finetune"):
+    with pytest.raises(FileNotFoundError, match="not a finetune run"):
         Run.open(tmp_path / "other")
 
 

@@ -263,7 +263,7 @@ def devices_of(model: Any) -> Devices:
         raise ValueError(
             f"The weights of the model '{model.name}' are on {copies} devices, but no "
             "distribution is set; expected that of the model. Call this in `with "
-            "distribution.scope():`, or after keras.distribution.set_distribution(distribution)."
+            "distribution.scope():`, or call keras.distribution.set_distribution first."
         )
     return found
 

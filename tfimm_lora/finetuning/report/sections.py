@@ -177,8 +177,8 @@ def classes(evaluation: Evaluation) -> Html:
     ]
     caption = (
         "Sorted by F1, the lowest first. Recall: the share of the pictures of the class that "
-        "are classified correctly. Precision: the share of the predictions of the class that are "
-        "correct. F1: the harmonic mean of both."
+        "are classified correctly. Precision: the share of the predictions of the class "
+        "that are correct. F1: the harmonic mean of both."
     )
     names = ("Class", "Pictures", "Recall", "Precision", "F1", "")
     table = _table(names, rows, numbers=(1, 2, 3, 4))
