@@ -160,8 +160,8 @@ def test_evaluate_writes_pictures_and_predictions(run, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (("evaluate", "no/such"), 1, "no run of finetune"),
-        (("predict", "no/such", "x.png"), 1, "no run of finetune"),
+        (("evaluate", "no/such"), 1, "not a finetune run"),
+        (("predict", "no/such", "x.png"), 1, "not a finetune run"),
         (("evaluate", "RUN", "--data", "no/such"), 1, "does not exist"),
         (("evaluate", "RUN", "--batch-size", "0"), 2, "--batch-size"),
         (("predict", "RUN"), 2, "pictures"),

@@ -155,8 +155,8 @@ def test_a_savedmodel_of_keras_is_opened_and_one_without_is_refused(tmp_path, ca
 @pytest.mark.parametrize(
     "source, words",
     [
-        ("nothing", "does not exist; expected the folder of a run"),
-        ("empty", "neither a run of finetune (it has no config.yaml) nor a saved Keras"),
+        ("nothing", "does not exist; expected the folder of a finetune run"),
+        ("empty", "expected the folder of a finetune run (with config.yaml) or a saved Keras"),
         ("text.keras", "If the other Keras wrote it, set TF_USE_LEGACY_KERAS="),
     ],
 )
