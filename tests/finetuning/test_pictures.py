@@ -196,7 +196,7 @@ def test_folders_that_cannot_be_used_say_why_and_what_to_do(tmp_path):
     touch(classes(tmp_path / "beside", "cat", "dog"), "stray.PNG")
     refused(tmp_path / "beside", "beside its class folders: stray.PNG")
     classes(tmp_path / "alone" / "train", "cat", "dog")
-    refused(tmp_path / "alone", "nothing to validate on", str(tmp_path / "alone" / "train"))
+    refused(tmp_path / "alone", "no validation pictures", str(tmp_path / "alone" / "train"))
     touch(tmp_path, "unsorted/train/1.jpg", "unsorted/val/2.jpg")
     refused(tmp_path / "unsorted", "train has no class folders")
     touch(tmp_path, "notes.txt")
@@ -211,7 +211,7 @@ def test_classes_of_val_that_train_has_not_are_refused_and_the_reverse_is_told(t
     with pytest.warns(UserWarning, match="classes: c"):
         assert find_pictures(tmp_path).val.counts() == {"a": 1, "b": 1, "c": 0}
     classes(tmp_path / "val", "d", each=1)
-    refused(tmp_path, "in val that train has not: d", "a, b, c")
+    refused(tmp_path, "in val that are not in train: d", "a, b, c")
 
 
 def test_pictures_beside_train_and_val_are_told_of(tmp_path):
@@ -224,7 +224,7 @@ def test_pictures_beside_train_and_val_are_told_of(tmp_path):
 def test_the_same_file_twice_is_refused(tmp_path, into):
     write_split(tmp_path)
     (tmp_path / into).symlink_to(tmp_path / "train" / "0" / "1.png")
-    refused(tmp_path, "1 files are there twice", "again.png", "train/0/1.png")
+    refused(tmp_path, "1 files occur twice", "again.png", "train/0/1.png")
 
 
 @pytest.mark.parametrize("pair", [("Cat", "cat"), ("big cat", "big  cat"), ("é", "e\u0301")])
@@ -277,7 +277,7 @@ def test_csv_may_say_the_split(tmp_path):
             ValueError,
             ["no pictures in val"],
         ),
-        ("path,label\nx/0.jpg,a\nx/../x/0.jpg,b", ValueError, ["there twice"]),
+        ("path,label\nx/0.jpg,a\nx/../x/0.jpg,b", ValueError, ["occur twice"]),
         (
             "path,label\n" + "\n".join(f"gone/{i}.jpg,{i % 2}" for i in range(9)),
             FileNotFoundError,
