@@ -597,7 +597,7 @@ def test_wrong_arguments_are_refused():
         (dict(target_rank=4), ValueError, "target_rank=4.*mean rank is 4.*higher lora_rank"),
         (dict(target_rank=9), ValueError, "target_rank=9"),
         (dict(target_rank=0), ValueError, "target_rank=0"),
-        (dict(target_rank=0.1), ValueError, "one component in all"),
+        (dict(target_rank=0.1), ValueError, "one component in the model"),
         (dict(target_rank="2"), TypeError, "target_rank='2'"),
         (dict(end=0), ValueError, "end=0.*at least 1"),
         (dict(end=10.5), TypeError, "end=10.5.*whole number of steps"),
