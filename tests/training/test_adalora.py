@@ -600,7 +600,7 @@ def test_wrong_arguments_are_refused():
         (dict(target_rank=0.1), ValueError, "one component in the model"),
         (dict(target_rank="2"), TypeError, "target_rank='2'"),
         (dict(end=0), ValueError, "end=0.*at least 1"),
-        (dict(end=10.5), TypeError, "end=10.5.*whole number of steps"),
+        (dict(end=10.5), TypeError, "end=10.5.*expected an integer"),
         (dict(warmup=-1), ValueError, "warmup=-1"),
         (dict(warmup=100), ValueError, "warmup=100 and end=100.*end after the warmup"),
         (dict(interval=0), ValueError, "interval=0"),
