@@ -575,7 +575,7 @@ def test_batched_kernels_have_no_decomposition():
         ({"weights": [1.0, math.nan]}, ValueError, "finite"),
         ({"weights": [1.0, math.inf]}, ValueError, "finite"),
         ({"weights": [1.0, "2"]}, TypeError, "expected numbers"),
-        ({"combination_type": "tie"}, ValueError, "cat, svd, linear.*did you mean 'ties'"),
+        ({"combination_type": "tie"}, ValueError, "cat, svd, linear.*did you mean ties"),
         ({"combination_type": None}, ValueError, "expected one of cat"),
         ({"combination_type": "linear_svd"}, ValueError, "expected one of cat"),
         ({"combination_type": "svd", "rank": 0}, ValueError, "rank=0; expected a positive"),

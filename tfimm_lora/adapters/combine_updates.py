@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import numbers
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from tfimm_lora.adapters.decompose import check_rank, make_update, result_dtype
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.merge_rules import MAJORITY_SIGN_METHODS, RULES, Rule, mix
 from tfimm_lora.initializers.svd import nearest_factors, product_norm, truncate_product
+from tfimm_lora.validation import check_choice, check_integer
 
 #: The combination types of ``combine_adapters``, by PEFT's names.
 COMBINATION_TYPES = (
@@ -54,13 +54,7 @@ class CombinationMethod:
 
     def __post_init__(self) -> None:
         name = self.combination_type
-        if name not in COMBINATION_TYPES:
-            near = difflib.get_close_matches(str(name), COMBINATION_TYPES, n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else "."
-            raise ValueError(
-                f"Received combination_type={name!r}; expected one of "
-                f"{', '.join(COMBINATION_TYPES)}{hint}"
-            )
+        check_choice(name, "combination_type", COMBINATION_TYPES)
         if self.truncates and self.rank is not None:
             check_rank(self.rank)
         elif self.rank is not None:
@@ -69,15 +63,8 @@ class CombinationMethod:
                 "determined by the adapters. Leave it out, or pass combination_type='svd'."
             )
         self._check_density()
-        if self.majority_sign_method not in MAJORITY_SIGN_METHODS:
-            raise ValueError(
-                f"Received majority_sign_method={self.majority_sign_method!r}; expected one "
-                f"of {', '.join(MAJORITY_SIGN_METHODS)}."
-            )
-        if isinstance(self.seed, bool) or not isinstance(self.seed, numbers.Integral):
-            raise TypeError(f"Received seed={self.seed!r}; expected an integer.")
-        if self.seed < 0:
-            raise ValueError(f"Received seed={self.seed!r}; expected 0 or more.")
+        check_choice(self.majority_sign_method, "majority_sign_method", MAJORITY_SIGN_METHODS)
+        check_integer(self.seed, "seed", least=0)
 
     def _check_density(self) -> None:
         name, density = self.combination_type, self.density

@@ -10,6 +10,7 @@ import numpy as np
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import weight_norm
+from tfimm_lora.utils.text_table import aligned_lines
 
 
 def summary(adapter: AdapterData, model: Any = None) -> str:
@@ -35,7 +36,8 @@ def summary(adapter: AdapterData, model: Any = None) -> str:
         f"{len(adapter.layers)} layers, {adapter.parameters:,} parameters, "
         f"{adapter.size:,} bytes"
     )
-    return f"{_aligned([header, *rows])}\n{totals}"
+    left = [index == 0 for index in range(len(header))]
+    return "\n".join([*aligned_lines([header, *rows], left), totals])
 
 
 def effective_rank(singular_values: np.ndarray) -> float:
@@ -57,14 +59,3 @@ def _weight_norms(adapter: AdapterData, model: Any) -> dict[str, float]:
             "expected the base model of the adapter."
         )
     return {m: weight_norm(names.layers[names.paths[m]]) for m in adapter.layers}
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    """Align columns of text: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]
-        ).rstrip()
-        for row in rows
-    )

@@ -10,7 +10,6 @@ the training.
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -23,6 +22,8 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.gradient_watch import state_variable, unwatch_updates, watch_updates
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.utils.text_table import aligned_lines
+from tfimm_lora.validation import check_integer, check_number
 
 _classes: dict[int, type] = {}
 
@@ -128,9 +129,12 @@ class RankAllocator:
     ) -> None:
         super().__init__()
         _check_steps(warmup, end, interval)
-        self.target_rank = _number(target_rank, "target_rank")
+        check_number(target_rank, "target_rank", 0, exclusive=True)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            check_number(beta, name, 0, below=1)
+        self.target_rank = float(target_rank)
         self.warmup, self.end, self.interval = int(warmup), int(end), int(interval)
-        self.beta1, self.beta2 = _beta(beta1, "beta1"), _beta(beta2, "beta2")
+        self.beta1, self.beta2 = float(beta1), float(beta2)
         self.step = 0
         keys = ModuleNames(model).modules
         self._components = [_Components(p, keys[p], x) for p, x in lora_layers(model).items()]
@@ -198,11 +202,7 @@ class RankAllocator:
             rows.append((x.path, str(counts.sum()), str(x.count), fused))
         total = sum(self.ranks.values())
         rows.append(("total", str(total), str(self._initial), ""))
-        wide = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            f"{path:<{wide[0]}}  {rank:>{wide[1]}}  {of:>{wide[2]}}  {fused}".rstrip()
-            for path, rank, of, fused in rows
-        ]
+        lines = aligned_lines(rows, left=[True, False, False, True])
         state = "final" if self.finished else f"final at step {self.end}"
         return "\n".join([*lines, f"step {self.step}, {state}"])
 
@@ -441,10 +441,7 @@ def _check_steps(warmup: Any, end: Any, interval: Any) -> None:
         ("end", end, 1),
         ("interval", interval, 1),
     ):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"Received {name}={value!r}; expected an integer number of steps.")
-        if int(value) < least:
-            raise ValueError(f"Received {name}={value!r}; expected at least {least}.")
+        check_integer(value, name, least)
     if end <= warmup:
         raise ValueError(
             f"Received warmup={warmup!r} and end={end!r}; expected an end after the warmup."
@@ -454,19 +451,3 @@ def _check_steps(warmup: Any, end: Any, interval: Any) -> None:
             f"Received interval={interval!r} with {end - warmup} steps from warmup to end; "
             "expected at most this number."
         )
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"Received {name}={value!r}; expected a number.")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"Received {name}={value!r}; expected a positive number.")
-    return float(value)
-
-
-def _beta(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"Received {name}={value!r}; expected a number.")
-    if not 0 <= float(value) < 1:
-        raise ValueError(f"Received {name}={value!r}; expected a number in [0, 1).")
-    return float(value)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 from tfimm_lora.backend import backend_of, default_backend
 from tfimm_lora.config import LORA_WEIGHT_NAMES
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.validation import check_number
 
 _RATIO = "_loraplus_ratio"
 
@@ -41,7 +40,7 @@ class LoRAPlus:
             raise ValueError(
                 f"Received {len(is_b)} variables for a LoRA+ optimizer "
                 f"({type(self).__name__}); expected a factor {LORA_WEIGHT_NAMES[1]} among "
-                "them. Inject LoRA into the model first, or train it with an ordinary optimizer."
+                "them. Inject LoRA into the model first, or use an ordinary optimizer."
             )
         return [self.loraplus_ratio if b else 1.0 for b in is_b]
 
@@ -150,10 +149,7 @@ def loraplus_class(cls: type) -> type:
 
 def check_ratio(ratio: Any) -> None:
     """Raise unless ``ratio`` is a positive number."""
-    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
-        raise TypeError(f"Received ratio={ratio!r}; expected a number, for example 16.")
-    if not 0 < float(ratio) < math.inf:
-        raise ValueError(f"Received ratio={ratio!r}; expected a positive number.")
+    check_number(ratio, "ratio", 0, exclusive=True)
 
 
 for _cls in default_backend().optimizer_classes():

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from tfimm_lora.backend import installed, uses_legacy_keras
+from tfimm_lora.utils.suggestions import close_names
 
 
 def import_tfimm() -> Any:
@@ -34,7 +34,7 @@ def import_tfimm() -> Any:
 def require_known(tfimm: Any, model_name: str) -> None:
     """Raise a ValueError that suggests similar names if tfimm does not have this name."""
     if not tfimm.models.is_model(model_name):
-        near = difflib.get_close_matches(model_name, tfimm.list_models(), n=5)
+        near = close_names(model_name, tfimm.list_models())
         raise ValueError(
             f"Received model_name={model_name!r}; expected the name of a tfimm model. "
             + (f"Nearest: {', '.join(near)}. " if near else "")
