@@ -8,6 +8,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, ids, keras, normal, randomise, run, values
+from tfimm_lora.model.merge import lora_layers
 
 if not LEGACY:
     pytest.skip("tfimm needs legacy Keras", allow_module_level=True)
@@ -67,13 +68,13 @@ def test_trained_model_converts_to_the_same_regular_one(name, cls):
 
 def test_only_the_targets_are_adapted():
     model = lora.create_model("tiny_vit", lora_rank=2)
-    leaves = {path.rpartition("/")[2] for path in lora.merge.lora_layers(model)}
+    leaves = {path.rpartition("/")[2] for path in lora_layers(model)}
     assert leaves == {"qkv", "proj", "fc1", "fc2"}
-    assert "patch_embed/proj" not in lora.merge.lora_layers(model)
+    assert "patch_embed/proj" not in lora_layers(model)
     model = lora.create_model("tiny_vit", lora_targets=["attn/qkv"])
-    assert set(lora.merge.lora_layers(model)) == {"blocks/0/attn/qkv", "blocks/1/attn/qkv"}
+    assert set(lora_layers(model)) == {"blocks/0/attn/qkv", "blocks/1/attn/qkv"}
     injected = lora.inject_lora(tiny_models.TFIMM[0].make())
-    leaves = {path.rpartition("/")[2] for path in lora.merge.lora_layers(injected)}
+    leaves = {path.rpartition("/")[2] for path in lora_layers(injected)}
     assert leaves == {"fc1", "fc2"}
 
 
@@ -178,9 +179,7 @@ def test_model_path_of_a_lora_model_keeps_the_adaptation(tmp_path):
     np.testing.assert_allclose(run(loaded, x), run(model, x), rtol=1e-4, atol=1e-5)
     wider = lora.create_model("tiny_convnext", model_path=str(tmp_path / "saved"), nb_classes=4)
     assert wider.fc.units == 4 and wider.cfg.lora_train_classifier is True
-    for mine, theirs in zip(
-        *(list(lora.merge.lora_layers(m).values()) for m in (wider, model))
-    ):
+    for mine, theirs in zip(*(list(lora_layers(m).values()) for m in (wider, model))):
         np.testing.assert_array_equal(array(mine.kernel_lora_b), array(theirs.kernel_lora_b))
     with pytest.raises(ValueError, match="has shape"):
         lora.create_model("tiny_convnext", model_path=str(tmp_path / "saved"), lora_rank=2)

@@ -158,7 +158,8 @@ import {package} as keras
 names = ["LoRADense", "LoRAConv2D", "FrozenConv2D", "FrozenStatisticsBatchNormalization"]
 known = keras.saving.get_custom_objects()
 from tfimm_lora.model import registry
-print([name for name in names if "tfimm_lora>" + name not in known], len(registry._lora_classes))
+missing = [name for name in names if "tfimm_lora>" + name not in known]
+print(missing, len(registry._lora_classes))
 """
     expected = "[] 15" if legacy == "1" else "[] 0"
     assert run_python(code, TF_USE_LEGACY_KERAS=legacy) == expected

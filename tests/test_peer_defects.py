@@ -14,6 +14,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, randomise, run, values
+from tfimm_lora.model.merge import lora_layers
 
 layers = keras.layers
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -358,4 +359,4 @@ def test_evaluating_and_predicting_change_no_weight():
     run(model, x, training=False)
     for variable, value in zip(model.weights, before):
         np.testing.assert_array_equal(array(variable), value)
-    assert not any(layer.merged for layer in lora.merge.lora_layers(model).values())
+    assert not any(layer.merged for layer in lora_layers(model).values())

@@ -33,10 +33,10 @@ from .finetuning.data.dataset import find_pictures as find_pictures
 from .finetuning.data.pictures import check_pictures as check_pictures
 from .finetuning.data.preprocessing import Preprocessing as Preprocessing
 from .finetuning.evaluation import evaluate as evaluate
+from .finetuning.metrics import Evaluation as Evaluation
 from .finetuning.recipe import Recipe as Recipe
 from .finetuning.recipe import finetune_pictures as finetune_pictures
 from .finetuning.run import Run as Run
-from .finetuning.metrics import Evaluation as Evaluation
 from .finetuning.training import Trained as Trained
 from .finetuning.training import finetune as finetune
 from .layers import LoRAConv1D as LoRAConv1D

@@ -163,10 +163,7 @@ class SharedSettings:
     @property
     def lora_scale(self) -> float:
         """The scale s of the update: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
-        if self.lora_alpha is None:
-            return 1.0
-        rank = self.lora_rank
-        return float(self.lora_alpha) / (math.sqrt(rank) if self.lora_use_rslora else rank)
+        return scale(self.lora_rank, self.lora_alpha, self.lora_use_rslora)
 
 
 @dataclass
@@ -443,6 +440,13 @@ class LoRAConfig(SharedSettings):
 
 
 LoRAConfig.__doc__ = with_settings_doc(LoRAConfig.__doc__ or "", SharedSettings)
+
+
+def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:
+    """The scale of an update: alpha / rank, with rsLoRA alpha / sqrt(rank); 1 without alpha."""
+    if alpha is None:
+        return 1.0
+    return float(alpha) / (math.sqrt(rank) if use_rslora else rank)
 
 
 def lora_field_names() -> list[str]:

@@ -186,7 +186,6 @@ def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> Non
         )
 
 
-
 def check_integer(value: Any, field: str, least: int) -> None:
     """Raise unless ``value`` is an integer of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
@@ -214,7 +213,8 @@ def check_number(
     message = f"Received {field}={value!r}; expected a number {lower}{upper}."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(message)
-    in_range = least <= value < below and not (exclusive and value == least)
+    number = float(value)
+    in_range = least <= number < below and not (exclusive and number == least)
     if not (math.isfinite(value) and in_range):
         raise ValueError(message)
 

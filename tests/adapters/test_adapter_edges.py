@@ -13,6 +13,7 @@ from tests.adapters.test_adapters import assert_unchanged as unchanged
 from tests.adapters.test_adapters import base_like, everything, tuned
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, keras, run, weights_file
+from tfimm_lora.model.merge import has_lora, lora_layers
 
 layers = keras.layers
 SPEC = tiny_models.GENERIC[0]
@@ -91,7 +92,7 @@ def test_routed_model_forgets_what_it_traced_of_other_adapters():
     with pytest.raises(ValueError, match="no adapters are attached"):
         routed.predict(inputs, verbose=0)
     # attach_adapters had put LoRA in; it is gone.
-    assert not lora.merge.has_lora(model)
+    assert not has_lora(model)
     np.testing.assert_allclose(run(model, x), plain, rtol=1e-6)
 
 
@@ -170,7 +171,7 @@ def test_lora_is_not_removed_while_it_is_disabled():
         refused = pytest.raises(ValueError, match="disable_adapter block")
         with refused, lora.disable_adapter(model):
             lora.remove_lora(model, merge=merge)
-        assert lora.merge.has_lora(model)
+        assert has_lora(model)
 
 
 def test_model_from_a_whole_file_has_its_statistics_in_the_adapter(tmp_path):
@@ -215,19 +216,19 @@ def test_nothing_left_to_adapt_is_an_error():
     model = model_of("fc1")
     with pytest.raises(ValueError, match="leave no layer to adapt"):
         lora.inject_lora(model, lora_targets=["fc1"], lora_train_modules=["fc1"])
-    assert not lora.merge.has_lora(model)
+    assert not has_lora(model)
 
 
 def test_scale_starts_anew_with_other_weights(tmp_path):
     model = lora.inject_lora(SPEC.make(), lora_rank=2)  # B is zero
     model.save_weights(weights_file(tmp_path))
-    for seed, layer in enumerate(lora.merge.lora_layers(model).values()):
+    for seed, layer in enumerate(lora_layers(model).values()):
         shape = tuple(layer.kernel_lora_b.shape)
         layer.kernel_lora_b.assign(np.random.default_rng(seed).normal(size=shape))
     lora.set_adapter_scale(model, 0.0)
     model.load_weights(weights_file(tmp_path))
     lora.set_adapter_scale(model, 1.0)
-    for layer in lora.merge.lora_layers(model).values():
+    for layer in lora_layers(model).values():
         np.testing.assert_array_equal(array(layer.kernel_lora_b), 0)
 
 
@@ -271,7 +272,7 @@ def test_a_card_that_somebody_wrote_stays(tmp_path):
 
 def test_targets_may_be_gone_through_once():
     model = lora.inject_lora(SPEC.make(), lora_targets=(n for n in ("hidden", "pw")))
-    assert set(lora.merge.lora_layers(model)) == {"hidden", "pw"}
+    assert set(lora_layers(model)) == {"hidden", "pw"}
     with pytest.raises(TypeError, match="lora_use_rslora='false'"):
         lora.LoRAConfig(lora_use_rslora="false")
     with pytest.raises(ValueError, match="no regular expression"):
@@ -284,7 +285,7 @@ def test_layers_of_one_path_have_adapters_of_their_own():
     block = Twins(name="blk")
     model = keras.Model(entry, layers.Dense(3, name="head")(block(entry)))
     lora.inject_lora(model, lora_rank=2)
-    paths = set(lora.merge.lora_layers(model))
+    paths = set(lora_layers(model))
     assert paths == {"blk/fc", "blk/fc#2"}
     adapter = lora.adapter_of(model)
     one = {m: u for m, u in adapter.layers.items() if m.endswith("#2")}

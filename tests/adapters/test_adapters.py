@@ -13,6 +13,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import BACKEND, array, keras, run, values
+from tfimm_lora.model.merge import has_lora, lora_layers
 
 GENERIC = pytest.mark.parametrize("spec", tiny_models.GENERIC, ids=lambda spec: spec.name)
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -245,7 +246,7 @@ def test_switching_needs_no_new_trace(merged):
     np.testing.assert_allclose(first, output, rtol=1e-3, atol=1e-4)
     np.testing.assert_allclose(third, first, rtol=1e-6, atol=1e-6)
     assert np.abs(second - first).max() > 1e-3
-    assert all(layer.merged == merged for layer in lora.merge.lora_layers(model).values())
+    assert all(layer.merged == merged for layer in lora_layers(model).values())
     if merged:
         lora.unmerge_lora_weights(model)
     assert lora.adapter_of(model) == one
@@ -278,7 +279,7 @@ def test_other_ranks_and_layers_are_put_in_anew():
     model = lora.inject_lora(plain, lora_rank=2, lora_targets=["dw"])
     lora.load_adapter(model, adapter)
     np.testing.assert_allclose(run(model, x), output, **CLOSE)
-    assert set(lora.merge.lora_layers(model)) == {"hidden", "pw", "stem"}
+    assert set(lora_layers(model)) == {"hidden", "pw", "stem"}
     given = lora.adapter_of(model)
     for module, update in adapter.layers.items():
         np.testing.assert_allclose(given.layers[module].scale, update.scale, rtol=1e-12)
@@ -416,7 +417,7 @@ def test_scale_counts_from_the_adapter_as_it_was():
     spec = tiny_models.GENERIC[1]
     model, x = tuned(spec), spec.inputs()
     before = values(model.weights)
-    layer = next(iter(lora.merge.lora_layers(model).values()))
+    layer = next(iter(lora_layers(model).values()))
     for scale in (0.5, 2.0, -1.0, 0.0):
         lora.set_adapter_scale(model, scale)
         kernel = layer.lora_values()["kernel"].astype("float64")
@@ -492,7 +493,7 @@ def test_combined_adapters_load_and_add_up():
     combined = lora.combine_adapters(adapters, [1.0, -0.5])
     lora.load_adapter(base, combined)
     # Keras numbers the layers of each model on, so they go by their order.
-    alike = zip(*(lora.merge.lora_layers(m).values() for m in (base, *models)))
+    alike = zip(*(lora_layers(m).values() for m in (base, *models)))
     for layer, *updates in alike:
         delta = layer.merged_kernel() - layer.lora_values()["kernel"]
         single = [u.merged_kernel() - u.lora_values()["kernel"] for u in updates]
@@ -610,4 +611,4 @@ def test_ranks_alphas_and_patterns_that_match_nothing_are_errors():
             lora.inject_lora(model, **{name: [3]})
         with pytest.raises(ValueError, match="no regular expression"):
             lora.inject_lora(model, **{name: {"(": 3}})
-        assert not lora.merge.has_lora(model)
+        assert not has_lora(model)

@@ -1,15 +1,14 @@
-"""Adapter folders that somebody damaged or made with ill will.
+"""Damaged and hostile adapter folders.
 
-Whatever is in them, ``Adapter.load`` gives an adapter or a ValueError that names the file,
-at once, and never anything else. ``HOSTILE`` is the corpus of what was thought of or found;
-the rest are random mutations, seeded.
+Whatever a folder contains, ``Adapter.load`` returns an adapter or raises a ValueError that
+names the file. ``HOSTILE`` lists known attacks and bugs found earlier; the remaining inputs
+are seeded random mutations.
 """
 
 import json
 import re
 import resource
 import struct
-import time
 
 import numpy as np
 import pytest
@@ -52,10 +51,9 @@ def original(tmp_path_factory):
 
 
 def read(folder, files):
-    """Whether the folder is an adapter, once it was read within the bounds."""
+    """Whether the folder loads; any error other than the documented ones fails the test."""
     for name, content in files.items():
         (folder / name).write_bytes(content)
-    start = time.perf_counter()
     try:
         lora.Adapter.load(folder)
         good = True
@@ -64,7 +62,6 @@ def read(folder, files):
         good = False
     except FileNotFoundError:
         good = False
-    assert time.perf_counter() - start < 1.0
     return good
 
 
@@ -197,13 +194,14 @@ def test_hostile_folder_is_refused_with_what_is_wrong(what, original, tmp_path):
 
 
 def test_a_pattern_that_never_ends_is_stopped():
-    """(a+)+ against a long name takes longer than the universe is old."""
+    """Backtracking makes the match exponential in the length of the name.
+
+    Without the limit, pytest's timeout ends this test.
+    """
     from tfimm_lora.adapters.peft_config import value_by_pattern
 
-    start = time.perf_counter()
     with pytest.raises(ValueError, match="takes too long to match"):
         value_by_pattern("a" * 60, {"(a|a|aa)+b": 1}, 8)
-    assert time.perf_counter() - start < 1.0
 
 
 def test_values_that_are_not_finite_are_refused(original, tmp_path):
@@ -230,7 +228,7 @@ def test_missing_and_pickled_files_are_refused(original, tmp_path):
 
 
 def mutated(content, rng):
-    """The bytes with one to three random damages."""
+    """The bytes with one to three random mutations."""
     content = bytearray(content)
     for _ in range(rng.integers(1, 4)):
         if not content:

@@ -24,7 +24,7 @@ PROGRAM = """
 import json, sys
 import numpy as np
 import tfimm_lora as lora
-from tests.test_weights import make, assert_logits, state, assert_same
+from tests.zoo.test_weights import make, assert_logits, state, assert_same
 
 outcomes = {}
 for source, options in json.loads(sys.argv[1]):
@@ -155,10 +155,12 @@ def test_a_connection_that_stays_cut_says_so_and_leaves_no_file(hub):
 def test_wrong_content_is_refused_and_removed(hub):
     kind, message = hub["outcomes"]["timm/wrong"]
     assert kind == "ValueError"
-    assert "model.safetensors is not what the hub announced" in message
+    assert "model.safetensors is not the file that the hub announced" in message
     assert "removed from the cache" in message
     kind, message = hub["outcomes"]["timm/wrong_config"]
-    assert kind == "ValueError" and "config.json is not what the hub announced" in message
+    assert (
+        kind == "ValueError" and "config.json is not the file that the hub announced" in message
+    )
     assert hub["again"]["timm/wrong"] == ["loaded", 0.95]
 
 
@@ -269,6 +271,6 @@ def test_adapters_go_to_the_hub_and_come_back(tmp_path):
     assert "'me/nothing' does not exist" in outcomes["nothing"][1]
     assert outcomes["address"][0] == outcomes["repository"][0] == "ValueError"
     assert outcomes["wrong"][0] == "ValueError"
-    assert "is not what the hub announced" in outcomes["wrong"][1]
+    assert "is not the file that the hub announced" in outcomes["wrong"][1]
     assert outcomes["cut"][0] == "ConnectionError"
     assert outcomes["token"][0] == "PermissionError" and "HF_TOKEN" in outcomes["token"][1]

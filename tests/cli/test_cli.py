@@ -9,14 +9,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal
 from tests.helpers.tiny_models import functional
 from tfimm_lora.cli import commands, main
 from tfimm_lora.cli import inspect as inspect_module
-from tfimm_lora.cli.app import app, typer
+from tfimm_lora.cli.app import app
 from tfimm_lora.cli.models import known_models, sizes
+from tfimm_lora.model.merge import lora_layers
 
 #: The commands that are tested here.
 COMMANDS = ("models", "plan", "inspect", "combine", "diff")
@@ -86,6 +88,37 @@ def saved(tmp_path):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["no-such-command"],
+        *([name, "--help"] for name in commands.COMMANDS),
+        ["plan", "--no-such-option"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_usage_errors_need_no_framework(argv):
+    code = f"""
+import sys, runpy
+sys.argv[1:] = {argv}
+try:
+    runpy.run_module("tfimm_lora", run_name="__main__")
+except SystemExit as end:
+    code = end.code
+print()
+print(code, sorted({{"tensorflow", "keras", "tf_keras", "jax", "torch"}} & set(sys.modules)))
+"""
+    environ = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    expected = 2 if any("no-such" in word for word in argv) else 0
+    assert done.stdout.splitlines()[-1] == f"{expected} []"
 
 
 # -- the command line itself ----------------------------------------------------------------
@@ -171,14 +204,10 @@ def test_models_are_those_that_can_be_made(document):
 
 
 def test_sizes_are_those_of_built_models():
-    """All were counted by tools/make_architectures.py; some again here."""
+    """make_architectures.py counted all of them; some are counted again."""
     model = keras.applications.MobileNetV2(weights=None)
     expected = [model.count_params(), *model.input_shape[1:3]]
     assert sizes()["applications"]["MobileNetV2"] == expected
-    page = (Path(__file__).parents[2] / "docs" / "reference" / "architectures.md").read_text()
-    rows = [line.split("|") for line in page.splitlines() if line.startswith("| `")]
-    shown = {row[1].strip(" `"): row[2].strip() for row in rows}
-    assert shown == {n: f"{count / 1e6:.1f} M" for n, count in sizes()["tfimm"].items()}
     if LEGACY:
         import tfimm
 
@@ -278,7 +307,7 @@ def test_plan_with_other_classes_trains_the_classifier(model_file, document):
     )
     assert [x["path"] for x in found["layers"]] == ["fc"]
     assert (found["classifier"], found["biases"]) == (10 * 7 + 7, 4 + 10)
-    assert found["reasons"] == {"not among the targets": 1, "classifier, trained whole": 1}
+    assert found["reasons"] == {"not among the targets": 1, "classifier, fully trained": 1}
     closed = document("plan", model_file, "--classes", 7, "--no-train-classifier")
     assert (closed["classifier"], closed["classifier_total"]) == (0, 77)
     opened = document("plan", model_file, "--train-classifier")
@@ -396,7 +425,7 @@ def test_an_untrained_adapter_has_size_zero(saved, document, call, tmp_path):
     model = lora.inject_lora(functional(), lora_rank=2)
     lora.save_adapter(model, tmp_path / "zero")
     found = document("inspect", tmp_path / "zero")
-    assert len(found["layers"]) == len(lora.merge.lora_layers(model))
+    assert len(found["layers"]) == len(lora_layers(model))
     for x in found["layers"]:
         assert x["norm"] == x["largest"] == x["effective_rank"] == x["rank_of_90_percent"] == 0
     call("inspect", tmp_path / "zero", "--plot", tmp_path / "zero.png")
@@ -589,7 +618,7 @@ def test_adapters_that_do_not_fit_together_are_refused(saved, call, tmp_path):
     assert lora.Adapter.load(out).base_model == "timm/c"
     heads = [saved(f"head{i}", several(seed=i)) for i in range(2)]
     _, err = call("combine", *heads, "--out", tmp_path / "heads", expect=1)
-    assert "trained whole differ" in err
+    assert "fully trained weights differ" in err
 
 
 # -- diff -----------------------------------------------------------------------------------

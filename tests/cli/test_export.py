@@ -14,6 +14,7 @@ from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run
 from tfimm_lora.cli import export as export_module
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning.data.pictures import read_picture
+from tfimm_lora.model.merge import has_lora
 
 pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="fine-tuning is tf.data's")
 
@@ -77,7 +78,7 @@ def test_a_merged_run_is_an_ordinary_model_that_can_be_exported_on(finished, tmp
     out, err = call("merge", finished.path, "--out", path)
     assert str(path) in out and ("tf_keras" if LEGACY else "keras") in err
     model = keras.models.load_model(path)
-    assert not lora.merge.has_lora(model)
+    assert not has_lora(model)
     x = normal(2, SIDE, SIDE, 3)
     np.testing.assert_allclose(run(model, x), run(finished.model(), x), atol=1e-4)
     # Labels and preprocessing come from the description beside it.

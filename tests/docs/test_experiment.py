@@ -1,4 +1,4 @@
-"""The experiment of docs/explanation/variants.md: it runs, and the page shows what it gave."""
+"""The experiment that compares the variants of LoRA, in a short run."""
 
 import json
 import os
@@ -50,18 +50,6 @@ def test_the_experiment_runs(tmp_path):
     assert table.count("\n| ") == 6
     assert (tmp_path / "docs" / "images" / "variants.svg").read_text().startswith("<?xml")
     assert not (tmp_path / "work").exists()
-
-
-def test_the_page_shows_the_numbers(page):
-    results = json.loads((ROOT / "docs" / "variants.json").read_text())
-    assert page.table(results) in (ROOT / "docs" / "explanation" / "variants.md").read_text()
-
-
-def test_no_rate_lies_at_the_edge_of_those_that_were_tried():
-    results = json.loads((ROOT / "docs" / "variants.json").read_text())
-    for name, method in results["methods"].items():
-        tried = sorted(float(rate) for rate in method["validation"])
-        assert 1.001 * tried[0] < method["rate"] < 0.999 * tried[-1], name
 
 
 def test_a_table_is_put_between_its_marks(page, tmp_path):

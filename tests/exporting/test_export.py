@@ -15,6 +15,7 @@ from tests.helpers.tiny_models import MODELS, Subclassed
 from tfimm_lora.exporting import runners
 from tfimm_lora.exporting.comparison import relative_difference
 from tfimm_lora.exporting.export import export
+from tfimm_lora.model.merge import lora_layers
 
 layers = keras.layers
 NAMES = {"keras": "m.keras", "savedmodel": "m", "tflite": "m.tflite", "onnx": "m.onnx"}
@@ -103,7 +104,7 @@ def test_a_lora_model_in_each_format(tmp_path, format):
     assert told["inputs"] == [{"name": "inputs", "shape": [None, 8, 8, 3], "dtype": "float32"}]
     for now, then in zip(values(model.weights), before):
         np.testing.assert_array_equal(now, then)
-    assert not any(layer.merged for layer in lora.merge.lora_layers(model).values())
+    assert not any(layer.merged for layer in lora_layers(model).values())
 
 
 @pytest.mark.backends
@@ -125,7 +126,7 @@ def test_a_merged_model_stays_merged_and_gives_its_bits_back(tmp_path):
     lora.merge_lora_weights(model)
     done = export(model, tmp_path / "m.keras")
     assert_same("keras", done.path, model)
-    assert all(layer.merged for layer in lora.merge.lora_layers(model).values())
+    assert all(layer.merged for layer in lora_layers(model).values())
     lora.unmerge_lora_weights(model)
     for now, then in zip(values(model.weights), before):
         np.testing.assert_array_equal(now, then)

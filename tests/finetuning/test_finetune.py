@@ -18,6 +18,7 @@ from tests.helpers.kerases import array, keras, values
 from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints
 from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.training import finetune
+from tfimm_lora.utils.atomic_files import write_file
 
 ROOT = Path(__file__).parents[2]
 

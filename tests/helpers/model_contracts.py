@@ -5,6 +5,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, ids, keras, randomise, run, values
+from tfimm_lora.model.merge import lora_layers
 
 # Float32 through some ten layers.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -48,7 +49,7 @@ def starts_with_the_same_outputs_and_variables(spec, path):
     np.testing.assert_allclose(run(model, x), before, **CLOSE)
     assert ids(variables) < ids(model.weights)
     added = [v for v in model.weights if id(v) not in ids(variables)]
-    assert len(added) == 2 * len(list(lora.merge.lora_layers(model)))
+    assert len(added) == 2 * len(list(lora_layers(model)))
     randomise(model)
     changed = run(model, x)
     assert np.abs(changed - before).max() > 1e-3
@@ -210,7 +211,7 @@ def weight_files_load_and_train_on(spec, path):
             twin = lora.inject_lora(spec.make(), lora_rank=2)
             twin.load_weights(file)
             np.testing.assert_allclose(run(twin, x), output, **CLOSE, err_msg=name)
-            assert len(twin.trainable_weights) == 2 * len(lora.merge.lora_layers(model))
+            assert len(twin.trainable_weights) == 2 * len(lora_layers(model))
         before = values(twin.trainable_weights)
         compile_for(twin)
         twin.fit(x, spec.labels(), verbose=0)

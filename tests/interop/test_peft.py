@@ -13,6 +13,7 @@ import torch
 import tfimm_lora as lora
 from tests.helpers.kerases import keras, randomise, run
 from tests.interop import timm_models
+from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 #: tfimm's name, the size of the images, what PEFT adapts and what tfimm_lora adapts.
@@ -119,7 +120,7 @@ def test_adapters_from_here_give_the_same_logits_in_peft(name, theirs, ours, tmp
     wrapped = peft.PeftModel.from_pretrained(theirs(name), str(tmp_path)).eval()
     timm_models.assert_agree(run(model, x), logits_of(wrapped, name, x))
     count = sum("lora_A" in key for key in wrapped.state_dict())
-    assert count == len(lora.merge.lora_layers(model))
+    assert count == len(lora_layers(model))
 
 
 VIT = "vit_tiny_patch16_224"
@@ -249,7 +250,7 @@ def test_starts_from_the_kernel_go_both_ways(start, theirs, ours, tmp_path):
     mine = ours(VIT)
     lora.inject_lora(mine, lora_rank=3, lora_targets=["qkv"], lora_init=start)
     np.testing.assert_allclose(run(mine, x), plain, rtol=1e-3, atol=1e-3)
-    for layer in lora.merge.lora_layers(mine).values():
+    for layer in lora_layers(mine).values():
         for seed, name in enumerate(lora.LORA_WEIGHT_NAMES):
             variable = getattr(layer, name)
             noise = np.random.default_rng(seed).normal(size=tuple(variable.shape))
@@ -323,7 +324,7 @@ def test_what_is_not_supported_is_refused_by_name(config, words, theirs, ours, t
     model = ours(VIT)
     with pytest.raises(ValueError, match=words):
         lora.load_adapter(model, tmp_path)
-    assert not lora.merge.has_lora(model)
+    assert not has_lora(model)
 
 
 def test_peft_refuses_the_extension_by_name(theirs, tmp_path):

@@ -10,6 +10,7 @@ from tests.helpers import layer_contracts, tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, normal, run, sgd, values
 from tests.helpers.layer_cases import CASES
 from tests.helpers.layer_contracts import CLOSE, model_around
+from tfimm_lora.model.merge import lora_layers
 
 VARIANTS = {
     "dora": dict(lora_use_dora=True),
@@ -262,9 +263,9 @@ def keras_mean(kernel):
 
 def test_wrong_variants_are_refused():
     for arguments, words in (
-        (dict(lora_use_dora=True, lora_bias=True), "expected one of them"),
+        (dict(lora_use_dora=True, lora_bias=True), "expected at most one of them"),
         (dict(lora_init="pisa"), "pissa"),
-        (dict(lora_init="pissa", lora_initializer="zeros"), "both say how A starts"),
+        (dict(lora_init="pissa", lora_initializer="zeros"), "both say how A is initialized"),
         (dict(lora_init="orthogonal", lora_rank=3), "even rank"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -398,7 +399,7 @@ def test_tfimm_models_start_from_their_own_kernels(variant, tmp_path):
         options = dict(lora_rank=2, lora_train_classifier=False, **VARIANTS[variant])
         copy = lora.convert_to_lora_model(model, **options)
         np.testing.assert_allclose(run(copy, x), run(model, x), rtol=1e-4, atol=1e-4)
-        for path, layer in lora.merge.lora_layers(copy).items():
+        for path, layer in lora_layers(copy).items():
             if variant != "pissa":
                 continue
             kernel = layer.lora_values()["kernel"]
@@ -429,7 +430,7 @@ def test_magnitudes_of_combined_adapters_are_averaged():
         )
     model = lora.load_adapter(network(), both)
     assert model.get_layer("fc1").lora.use_dora
-    with pytest.raises(ValueError, match="magnitudes .DoRA. in some adapters only"):
+    with pytest.raises(ValueError, match="only some have a magnitude .DoRA."):
         lora.combine_adapters([one, lora.adapter_of(tuned("pissa"))], [0.5, 0.5])
     with pytest.raises(ValueError, match="add up to 0"):
         lora.combine_adapters([one, two], [1.0, -1.0])

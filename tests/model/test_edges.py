@@ -20,6 +20,7 @@ from tests.helpers.kerases import (
     run,
     values,
 )
+from tfimm_lora.model.merge import lora_layers
 
 layers = keras.layers
 
@@ -195,7 +196,7 @@ def test_every_head_of_a_model_with_several_is_a_classifier():
     x = layers.Dense(8, name="body")(entry)
     heads = [layers.Dense(n, name=f"task{n}")(x) for n in (2, 3)]
     model = lora.inject_lora(keras.Model(entry, heads))
-    assert list(lora.merge.lora_layers(model)) == ["body"]
+    assert list(lora_layers(model)) == ["body"]
 
 
 def test_training_a_classifier_that_is_not_there_is_an_error():
@@ -428,4 +429,4 @@ def test_no_targets_means_those_of_the_architecture():
         pytest.skip("tfimm needs legacy Keras")
     base = tiny_models.TFIMM[0].make()
     named = lora.convert_to_lora_model(base, lora_targets=None)
-    assert {p.rpartition("/")[2] for p in lora.merge.lora_layers(named)} == {"fc1", "fc2"}
+    assert {p.rpartition("/")[2] for p in lora_layers(named)} == {"fc1", "fc2"}

@@ -8,6 +8,7 @@ from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, keras, normal, run
 from tfimm_lora.layer_paths import matches
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.merge import lora_layers
 
 
 @pytest.mark.parametrize(
@@ -32,7 +33,7 @@ def test_matching(path, targets, expected):
 
 
 def adapted_paths(model):
-    return sorted(lora.merge.lora_layers(model))
+    return sorted(lora_layers(model))
 
 
 def test_default_is_every_supported_layer_but_the_classifier():

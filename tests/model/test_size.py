@@ -1,7 +1,7 @@
-"""What injection costs on an 86-million-parameter ViT."""
+"""How much memory injection takes on an 86-million-parameter ViT."""
 
+import math
 import os
-import time
 
 import pytest
 
@@ -33,22 +33,18 @@ def vit_base():
 @pytest.mark.long
 @pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="once is enough")
-def test_injection_adds_the_memory_of_the_factors_in_under_two_seconds():
+def test_injection_copies_no_kernel():
     warm = keras.Sequential([keras.Input((3,)), keras.layers.Dense(4), keras.layers.Dense(2)])
     lora.inject_lora(warm)
     model = vit_base()
     variables = {id(v) for v in model.weights}
     parameters = model.count_params()
     assert parameters > 85e6
-    before, start = resident_bytes(), time.perf_counter()
+    before = resident_bytes()
     lora.inject_lora(model, lora_rank=8)
-    seconds, added = time.perf_counter() - start, resident_bytes() - before
+    added = resident_bytes() - before
     assert variables < {id(v) for v in model.weights}
-    factors = sum(
-        v.shape[0] * v.shape[1] if len(v.shape) == 2 else v.shape[0] * v.shape[1] * v.shape[2]
-        for v in model.trainable_weights
-    )
-    # A copy of the kernels would be 340 MB; the factors are some 5 MB, and Python objects
-    # and the allocator's pages come on top.
+    factors = sum(math.prod(v.shape) for v in model.trainable_weights)
+    # The kernels take 340 MB and the factors about 5 MB. Python objects and the pages of
+    # the allocator take the rest.
     assert added < 4 * factors + 30e6, f"{added / 1e6:.0f} MB for {4 * factors / 1e6:.0f} MB"
-    assert seconds < 2, f"{seconds:.2f} s"

@@ -12,12 +12,13 @@ from tests.helpers.kerases import LEGACY, array, ids, keras, normal
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layer_paths import index_of
 from tfimm_lora.model.explain_targets import TargetTable, explain_targets
+from tfimm_lora.model.merge import has_lora, lora_layers
 
 layers = keras.layers
 
 
 def adapted_paths(model):
-    return sorted(lora.merge.lora_layers(model))
+    return sorted(lora_layers(model))
 
 
 # -- exclusion -----------------------------------------------------------------------------
@@ -69,7 +70,7 @@ def test_exclusions_that_mean_nothing_or_all_are_errors():
     for arguments, kind, words in WRONG_EXCLUSIONS:
         with pytest.raises(kind, match=words):
             lora.inject_lora(model, **arguments)
-        assert not lora.merge.has_lora(model)
+        assert not has_lora(model)
 
 
 # -- numbered blocks -----------------------------------------------------------------------
@@ -178,7 +179,7 @@ def test_numbers_that_no_layer_has_are_errors():
     for arguments, kind, words in WRONG_NUMBERS:
         with pytest.raises(kind, match=words):
             lora.inject_lora(model, **arguments)
-        assert not lora.merge.has_lora(model)
+        assert not has_lora(model)
 
 
 def test_config_keeps_plain_values_however_they_were_given():
@@ -246,7 +247,7 @@ def test_the_table_is_what_injection_does(spec):
             continue
         agreed += 1
         assert table.error is None
-        done = lora.merge.lora_layers(model)
+        done = lora_layers(model)
         assert sorted(table.adapted) == sorted(done)
         rows = {row.path: row for row in table if row.adapted}
         for path, layer in done.items():

@@ -10,6 +10,7 @@ from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, run, value
 from tests.helpers.tiny_models import IDS, MODELS, functional, nested, sequential, subclassed
 from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.activation_memory import activation_bytes
+from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.training.plan import OPTIMIZER_SLOTS, plan
 
 SETTINGS = [
@@ -44,7 +45,7 @@ def test_plan_is_what_is_then_trained_and_saved(tiny, arguments, tmp_path):
     assert (found.total, found.full) == (total, full)
 
     lora.inject_lora(model, **arguments)
-    adapted = lora.merge.lora_layers(model)
+    adapted = lora_layers(model)
     assert [x.path for x in found.layers] == list(adapted)
     for planned, layer in zip(found.layers, adapted.values()):
         factors = (layer.kernel_lora_a, layer.kernel_lora_b)
@@ -130,13 +131,13 @@ def test_reasons_for_leaving_layers_out():
         lora_train_classifier=True,
     )
     reasons = {x.path: (x.reason, x.trained) for x in whole.left_out}
-    assert reasons["pw"] == ("trained whole", 6 * 6 + 6)
-    assert reasons["out"] == ("classifier, trained whole", 10 * 3 + 3)
+    assert reasons["pw"] == ("fully trained", 6 * 6 + 6)
+    assert reasons["out"] == ("classifier, fully trained", 10 * 3 + 3)
     assert (whole.modules, whole.classifier, whole.classifier_total) == (42, 33, 33)
 
     own = {x.path: x.reason for x in plan(subclassed(), lora_qkv="v").left_out}
-    assert own[""] == "weights beside its layers"
-    assert own["block0/attention/query"] == "no part of lora_qkv='v'"
+    assert own[""] == "own weights of a layer with sublayers"
+    assert own["block0/attention/query"] == "not in lora_qkv='v'"
 
 
 @pytest.mark.skipif(not LEGACY, reason="of tfimm")
@@ -145,7 +146,7 @@ def test_targets_of_an_architecture_are_told_from_those_without_parts():
 
     model = ARCHITECTURES["pvt"].make()
     reasons = {x.path: x.reason for x in plan(model, lora_qkv="v").left_out}
-    assert reasons["block1/0/attn/q"] == "no part of lora_qkv='v'"
+    assert reasons["block1/0/attn/q"] == "not in lora_qkv='v'"
     assert reasons["patch_embed1/proj"] == "not among the targets"
 
 

@@ -302,7 +302,11 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     before = state(model)
     whole = path_of("convnext").read_bytes()
     cases = {
-        "cut.safetensors": (whole[: len(whole) // 2], ValueError, "cut off. Get it again"),
+        "cut.safetensors": (
+            whole[: len(whole) // 2],
+            ValueError,
+            "truncated. Get the file",
+        ),
         "text.safetensors": (
             b"not a checkpoint",
             ValueError,

@@ -10,7 +10,7 @@ from typing import Any
 
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.model.merge import lora_layers
-from tfimm_lora.model.replaced_weights import replaced, shelve, unshelve
+from tfimm_lora.model.state import model_state
 
 
 @contextlib.contextmanager
@@ -47,7 +47,8 @@ def disable_adapter(model: Any) -> Iterator[Any]:
     for layer in layers:
         layer._require_built("disable")
     is_outermost = not layers[0]._lora_state.disabled
-    originals = replaced(model) if is_outermost else {}
+    state = model_state(model)
+    originals = dict(state.replaced) if is_outermost else {}
     weights = [w for w in ModuleNames(model).weights if w.key in originals] if originals else []
     tuned = {weight.key: weight.value() for weight in weights}
     disabled = []
@@ -56,7 +57,7 @@ def disable_adapter(model: Any) -> Iterator[Any]:
             layer.disable()
             disabled.append(layer)
         if is_outermost:
-            shelve(model, tuned)
+            state.while_disabled = tuned
         for weight in weights:
             weight.variable.assign(originals[weight.key].before)
         yield model
@@ -66,7 +67,7 @@ def disable_adapter(model: Any) -> Iterator[Any]:
         for weight in weights:
             weight.assign(tuned[weight.key])
         if is_outermost:
-            unshelve(model)
+            state.while_disabled = {}
 
 
 def set_adapter_scale(model: Any, scale: float) -> Any:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 CONFIG, WEIGHTS, CARD = "adapter_config.json", "adapter_model.safetensors", "README.md"
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from types import ModuleType
 
 from tfimm_lora.adapters.file_format import CONFIG, WEIGHTS
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.zoo.weights.hub import Repository
 
 #: The start of an address on the hub.

@@ -30,7 +30,7 @@ from tfimm_lora.config import LoRAConfig
 from tfimm_lora.model.inject import adapt_model, inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_base_of
-from tfimm_lora.model.replaced_weights import Replaced, forget, remember, replaced
+from tfimm_lora.model.state import ReplacedWeight, config_of, model_state
 from tfimm_lora.model.targeting import require_built
 
 
@@ -113,11 +113,12 @@ def _replace_lora(model: Any, adapter: Adapter) -> LayerValues:
     If that fails, the former LoRA is injected again.
     """
     inject = _injection(model, adapter)
-    former, config = adapter_of(model), model.__dict__.get("_lora_config")
+    former, config = adapter_of(model), config_of(model)
     arguments = lora_arguments(model, adapter)
     former_arguments = config.arguments() if config else lora_arguments(model, former)
-    originals = replaced(model)
-    forget(model)  # `_replace_weights` decides which of them get their original values
+    originals = dict(model_state(model).replaced)
+    # `_replace_weights` decides which of them get their original values.
+    model_state(model).replaced = {}
     remove_lora(model, merge=False)
     try:
         inject(arguments)
@@ -130,7 +131,7 @@ def _replace_lora(model: Any, adapter: Adapter) -> LayerValues:
             layer.assign_update(factors)
         raise does_not_fit_error(model, adapter, [str(error)]) from error
     finally:
-        remember(model, originals)
+        model_state(model).replaced = originals
     return values
 
 
@@ -159,10 +160,10 @@ def _injection(model: Any, adapter: Adapter) -> Callable[[dict[str, Any]], Any]:
 
 def _replace_weights(model: Any, weights: WeightValues, unaffected: list[ModelWeight]) -> None:
     """Assign the adapter's weights, and restore those that only the last adapter replaced."""
-    originals, backend = replaced(model), backend_of(model)
+    originals, backend = model_state(model).replaced, backend_of(model)
     kept = {
         weight.key: originals.get(weight.key)
-        or Replaced(weight.variable, backend.to_numpy(weight.variable))
+        or ReplacedWeight(weight.variable, backend.to_numpy(weight.variable))
         for weight in (*(weight for weight, _ in weights), *unaffected)
     }
     for key, original in originals.items():
@@ -170,7 +171,7 @@ def _replace_weights(model: Any, weights: WeightValues, unaffected: list[ModelWe
             original.variable.assign(original.before)
     for weight, value in weights:
         weight.assign(value)
-    remember(model, kept)
+    model_state(model).replaced = kept
 
 
 def _require_enabled(names: ModuleNames) -> None:
@@ -187,7 +188,7 @@ def _unaffected_weights(names: ModuleNames, adapter: Adapter) -> list[ModelWeigh
     Warns if there are any.
     """
     model = names.model
-    known = {*adapter.weights, *replaced(model)}
+    known = {*adapter.weights, *model_state(model).replaced}
     found = [weight for weight in fully_trained(names)[1] if weight.key not in known]
     if found:
         listed = [weight.key for weight in found]

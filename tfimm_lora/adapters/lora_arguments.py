@@ -11,8 +11,9 @@ from tfimm_lora.adapters.fit import weight_values
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
-from tfimm_lora.adapters.torch_layout import moves_only_its_parts, positions
+from tfimm_lora.adapters.torch_layout import moves_only_its_blocks
 from tfimm_lora.config import LoRAConfig
+from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.qkv import layout_of
 from tfimm_lora.model.classifier import classifier_paths
 
@@ -90,7 +91,7 @@ def layers_of_module(names: ModuleNames, module: str) -> list[str]:
 def _lora_rank(layer: Any, update: LayerUpdate, qkv: str | None) -> int:
     """Return the ``lora_rank`` for an update, which files may store with a larger rank."""
     if update.kind == "batched":
-        return update.rank // positions(layer)
+        return update.rank // positions_of(layer)
     return update.rank // (len(update.qkv[0]) if qkv and update.qkv else 1)
 
 
@@ -101,7 +102,7 @@ def _common_qkv(updates: dict[str, LayerUpdate]) -> str | None:
     """
     layouts = {path: layout_of(path) or "" for path in updates}
     fused = {path: x.qkv for path, x in updates.items() if x.qkv}
-    if not fused or not all(moves_only_its_parts(updates[path]) for path in fused):
+    if not fused or not all(moves_only_its_blocks(updates[path]) for path in fused):
         return None
     single = [layout for layout in layouts.values() if len(layout) == 1]
     letters = "".join([*single, *(qkv[0] for qkv in fused.values())])

@@ -95,12 +95,14 @@ def keep_largest(array: np.ndarray, density: float) -> np.ndarray:
     """
     count = max(1, int(density * array.size))
     if count >= array.size:
-        return array.copy()
+        result: np.ndarray = array.copy()
+        return result
     flat = array.reshape(-1)
     chosen = np.argpartition(np.abs(flat), -count)[-count:]
-    kept: np.ndarray = np.zeros_like(flat)
+    kept: np.ndarray = np.zeros(flat.shape, flat.dtype)
     kept[chosen] = flat[chosen]
-    return kept.reshape(array.shape)
+    reshaped: np.ndarray = kept.reshape(array.shape)
+    return reshaped
 
 
 def keep_random(array: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:

@@ -18,20 +18,10 @@ from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import DoesNotFit, columns_for
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.mixed_batch import (
-    ATTACHED_NAMES,
-    Attached,
-    Route,
-    along,
-    attach,
-    current,
-    detach,
-)
+from tfimm_lora.layers.mixed_batch import Assignment, Attached, assigned, current
 from tfimm_lora.model.inject import inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
-
-#: Attribute of a model: whether ``attach_adapters`` injected its LoRA.
-_INJECTED = "_lora_injected_to_attach"
+from tfimm_lora.model.state import model_state
 
 
 def attach_adapters(
@@ -92,13 +82,11 @@ def attach_adapters(
         if injected:
             remove_lora(model, merge=False)
         raise
-    was_injected = model.__dict__.get(_INJECTED, False)
-    for _, layer in backend_of(model).walk(model):
-        detach(layer)
     for layer, columns in attached:
-        attach(layer, columns)
-    model.__dict__[_INJECTED] = injected or was_injected
-    model.__dict__[ATTACHED_NAMES] = tuple(loaded)
+        layer._lora_state.attached = columns
+    state = model_state(model)
+    state.injected_to_attach = injected or state.injected_to_attach
+    state.attached = tuple(loaded)
     model.__dict__["call"] = functools.partial(_checked_call, model)
     backend_of(model).reset_functions(model)
     return model
@@ -116,10 +104,15 @@ def detach_adapters(model: Any) -> Any:
     Returns:
         The same model.
     """
-    backend = backend_of(model)
-    if any([detach(layer) for _, layer in backend.walk(model)]):
-        backend.reset_functions(model)
-    if model.__dict__.pop(_INJECTED, False) and has_lora(model):
+    state = model_state(model)
+    if state.attached is None:
+        return model
+    state.attached = None
+    model.__dict__.pop("call", None)
+    for layer in lora_layers(model).values() if has_lora(model) else ():
+        layer._lora_state.attached = None
+    backend_of(model).reset_functions(model)
+    if state.injected_to_attach and has_lora(model):
         remove_lora(model, merge=False)
     return model
 
@@ -155,7 +148,7 @@ def use_adapters(names: Sequence[str | None]) -> Iterator[None]:
     listed = isinstance(names, Sequence) and not isinstance(names, str)
     if not listed or not all(name is None or isinstance(name, str) for name in names):
         raise TypeError(f"Received names={names!r}; expected a list of names and None.")
-    with along(Route(list(names))):
+    with assigned(Assignment(list(names))):
         yield
 
 
@@ -216,13 +209,13 @@ def adapter_ids(model: Any, names: Sequence[str | None]) -> np.ndarray:
     """
     if isinstance(names, str):
         raise TypeError(f"Received names={names!r}; expected a list of names and None.")
-    ids: np.ndarray = Route(list(names)).ids(_attached_names(model))
+    ids: np.ndarray = Assignment(list(names)).ids(_attached_names(model))
     return ids
 
 
 @functools.cache
 def _routed_class(base: type) -> type:
-    class RoutedModel(base):  # type: ignore[misc, valid-type]
+    class RoutedModel(base):  # type: ignore[misc]
         """A model whose input includes the adapter of each example."""
 
         def __init__(self, model: Any) -> None:
@@ -233,14 +226,14 @@ def _routed_class(base: type) -> type:
 
         def call(self, inputs: Any, training: Any = None) -> Any:
             _attached_names(self.model)
-            with along(Route(None, inputs["adapter"])):
+            with assigned(Assignment(None, inputs["adapter"])):
                 return self.model(inputs["inputs"])
 
     return RoutedModel
 
 
 def _attached_names(model: Any) -> tuple[str, ...]:
-    names: tuple[str, ...] | None = model.__dict__.get(ATTACHED_NAMES)
+    names = model_state(model).attached
     if names is None:
         raise ValueError(
             f"Received model '{model.name}', to which no adapters are attached. Call "
@@ -311,12 +304,12 @@ def _stacked_factors(
 
 def _checked_call(model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
     """Call the model, after checking that the batch has as many examples as names."""
-    route = current()
-    if route is not None:
+    assignment = current()
+    if assignment is not None:
         first = inputs
         while isinstance(first, (dict, list, tuple)):
             first = next(iter(first.values() if isinstance(first, dict) else first))
-        rows, batch = first.shape[0], route.batch
+        rows, batch = first.shape[0], assignment.batch
         if rows is not None and batch is not None and rows != batch:
             raise ValueError(
                 f"Received adapters for {batch} examples and a batch of {rows}; expected a "

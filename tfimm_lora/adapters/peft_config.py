@@ -10,7 +10,6 @@ from typing import Any
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.config import scale
 from tfimm_lora.layer_paths import without_counts
-from tfimm_lora.optional import require
 from tfimm_lora.peft.fields import (
     OWN_TYPE,
     PLAIN_FIELDS,
@@ -19,6 +18,7 @@ from tfimm_lora.peft.fields import (
     unsupported,
     whole,
 )
+from tfimm_lora.utils.optional_imports import require
 
 #: Longer regular expressions take too long to compile.
 _MAX_PATTERN = 1000

@@ -14,7 +14,7 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
-from tfimm_lora.model.replaced_weights import replaced, shelved
+from tfimm_lora.model.state import config_of, model_state
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 
@@ -52,8 +52,7 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
         bias = "none"
     else:
         bias = "lora_only" if len(of_lora_layers) == len(outside) else "all"
-    config = model.__dict__.get("_lora_config")
-    disabled_values = shelved(model)
+    config, disabled_values = config_of(model), model_state(model).while_disabled
     return Adapter(
         updates,
         {weight.key: _value(weight, disabled_values) for weight in weights},
@@ -103,7 +102,7 @@ def fully_trained(names: ModuleNames) -> tuple[tuple[str, ...], list[ModelWeight
     """Return the fully trained modules, and all weights that an adapter must hold."""
     model = names.model
     roots = _fully_trained_paths(names)
-    replaced_keys = replaced(model)
+    replaced_keys = model_state(model).replaced
     trainable = {id(v) for v in _trained_variables(model)}
     modules: set[str] = set()
     weights = []
@@ -141,7 +140,7 @@ def _is_trained(layer: Any, trainable: set[int]) -> bool:
 
 def _fully_trained_paths(names: ModuleNames) -> list[str]:
     """Return the paths of the layers that the config asks to train fully, shortest first."""
-    config = names.model.__dict__.get("_lora_config")
+    config = config_of(names.model)
     if config is None:
         return []
     wanted = getattr(config, "lora_train_modules", ())

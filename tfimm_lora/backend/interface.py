@@ -233,8 +233,8 @@ class Backend(ABC):
         trainable = {id(v) for v in self.trainable_own_variables(layer)}
         return {key: key in trainable for key in self.variable_flags(layer)}
 
-    def restore_flags(self, layer: Layer, flags: Mapping[int, bool]) -> None:
-        """Set the flags to what ``variable_flags`` returned earlier."""
+    def restore_flags(self, layer: Layer, flags: Mapping[int, bool]) -> None:  # noqa: B027
+        """Set the flags to what ``variable_flags`` returned earlier, if variables have them."""
 
     @abstractmethod
     def add_weight(

@@ -34,7 +34,8 @@ class _FilteredWeights:
 
     @property
     def trainable(self) -> bool:
-        return super().trainable  # type: ignore[misc]
+        result: bool = super().trainable  # type: ignore[misc]
+        return result
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -70,7 +71,8 @@ class Keras3Backend(Backend):
     VariableRates = Keras3VariableRates
 
     def framework(self) -> str:
-        return keras.backend.backend()
+        result: str = keras.backend.backend()
+        return result
 
     def distribution(self) -> Any:
         return distribution_lib.distribution()
@@ -287,7 +289,8 @@ class Keras3Backend(Backend):
             return None
 
     def dtype_of(self, x: Tensor) -> str:
-        return keras.backend.standardize_dtype(x.dtype)
+        result: str = keras.backend.standardize_dtype(x.dtype)
+        return result
 
     def store_value(self, value: Any) -> Any:
         """What ``save_own_variables`` puts into a store."""

@@ -76,11 +76,13 @@ class _FilteredWeights:
     @property
     def weights(self) -> list[Any]:
         if isinstance(self, tf_keras.Model):
-            return super().weights  # type: ignore[misc]
+            result: list[Any] = super().weights  # type: ignore[misc]
+            return result
         # Keras lists trainable ones first; the order must not change with the training.
         own = self._trainable_weights + self._non_trainable_weights  # type: ignore[attr-defined]
         inside = self._gather_children_attribute("variables")  # type: ignore[attr-defined]
-        return self._dedup_weights(own + inside)  # type: ignore[attr-defined]
+        result = self._dedup_weights(own + inside)  # type: ignore[attr-defined]
+        return result
 
     def _sync_trainability(self) -> None:
         """Nothing to do: both properties are computed on demand."""
@@ -124,7 +126,8 @@ class LegacyBackend(Backend):
         return base_op(inputs, kernel)
 
     def own_variables(self, layer: Layer) -> list[Variable]:
-        return layer._trainable_weights + layer._non_trainable_weights
+        result: list[Variable] = layer._trainable_weights + layer._non_trainable_weights
+        return result
 
     def trainable_own_variables(self, layer: Layer) -> list[Variable]:
         return list(layer._trainable_weights)
@@ -144,7 +147,8 @@ class LegacyBackend(Backend):
 
     def to_numpy(self, variable: Variable) -> np.ndarray:
         with autocast_variable.enable_auto_cast_variables(None):
-            return variable.numpy()
+            result: np.ndarray = variable.numpy()
+            return result
 
     def full_precision(self, variable: Variable) -> Tensor:
         with autocast_variable.enable_auto_cast_variables(None):
@@ -216,10 +220,12 @@ class LegacyBackend(Backend):
         return not isinstance(x, (tf.RaggedTensor, tf.SparseTensor))
 
     def rank_of(self, x: Tensor) -> int | None:
-        return x.shape.rank
+        result: int | None = x.shape.rank
+        return result
 
     def dtype_of(self, x: Tensor) -> str:
-        return x.dtype.base_dtype.name
+        result: str = x.dtype.base_dtype.name
+        return result
 
     def store_value(self, value: Any) -> Any:
         """What ``save_own_variables`` puts into a store."""

@@ -7,9 +7,9 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-from tfimm_lora.adapters.combine import combination_errors, combine_adapters
 import typer
 
+from tfimm_lora.adapters.combine import combination_errors, combine_adapters
 from tfimm_lora.adapters.combine_updates import COMBINATION_TYPES
 from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.inspect import open_adapter

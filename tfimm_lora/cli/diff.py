@@ -6,7 +6,6 @@ import math
 from typing import Annotated, Any
 
 import numpy as np
-
 import typer
 
 from tfimm_lora.adapters.adapter import Adapter

@@ -14,7 +14,6 @@ import typer
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_facts, show_table
-from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
 from tfimm_lora.finetuning.data.folders import in_csv, in_folder, natural_order, some
 from tfimm_lora.finetuning.data.pictures import check_pictures
@@ -23,6 +22,7 @@ from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report.formatting import percent, readable
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_mistakes
 from tfimm_lora.finetuning.run import SPLIT, Run
+from tfimm_lora.utils.atomic_files import write_file
 
 EXAMPLES = """Examples:
 
@@ -90,7 +90,7 @@ def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
-        ValueError: if there are no pictures, or a picture has a label that is not in ``labels``.
+        ValueError: if there are no pictures, or one has a label that is not in ``labels``.
     """
     if not data.exists():
         raise FileNotFoundError(

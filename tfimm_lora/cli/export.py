@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-
-from tfimm_lora.backend import default_backend
 import typer
 
+from tfimm_lora.backend import default_backend
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.predict import files_in
@@ -58,7 +57,7 @@ def export_command(
     ],
     format: Annotated[
         str | None,
-        typer.Option(help="keras, savedmodel, tflite or onnx. Default: by the suffix of --out."),
+        typer.Option(help="keras, savedmodel, tflite or onnx. Default: by suffix of --out."),
     ] = None,
     include_preprocessing: Annotated[
         bool,
@@ -77,7 +76,7 @@ def export_command(
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest allowed difference from the model, relative to its outputs."),
+        typer.Option(help="Largest allowed difference, relative to the outputs of the model."),
     ] = None,
     opset: Annotated[int | None, typer.Option(help="For onnx: 13 to 18. Default: 17.")] = None,
     overwrite: Overwrite = False,
@@ -157,8 +156,8 @@ def _load(path: Path) -> Any:
     is_model = path.is_file() or (path / "saved_model.pb").is_file()
     if not is_model:
         raise ValueError(
-            f"Received {path}; expected the folder of a finetune run (with {CONFIG}) or a saved "
-            "Keras model (.keras, .h5, or a SavedModel of legacy Keras)."
+            f"Received {path}; expected the folder of a finetune run (with {CONFIG}) or a "
+            "saved Keras model (.keras, .h5, or a SavedModel of legacy Keras)."
         )
     backend = default_backend()
     name = backend.keras.__name__
@@ -166,8 +165,8 @@ def _load(path: Path) -> Any:
         model = backend.keras.models.load_model(str(path), compile=False)
     except Exception as error:
         raise ValueError(
-            f"{path} cannot be loaded by {name}: {error}. If it was written by the other Keras, "
-            f"set TF_USE_LEGACY_KERAS={0 if name == 'tf_keras' else 1}."
+            f"{path} cannot be loaded by {name}: {error}. If the other Keras wrote it, set "
+            f"TF_USE_LEGACY_KERAS={0 if name == 'tf_keras' else 1}."
         ) from error
     if not isinstance(model, backend.keras.Model):
         raise ValueError(
@@ -193,8 +192,8 @@ def sample_pictures(
     """
     if preprocessing is None:
         raise ValueError(
-            "Received --samples for a model whose preprocessing is unknown; expected the folder "
-            "of a finetune run, or the file of a tfimm model."
+            "Received --samples for a model whose preprocessing is unknown; expected the "
+            "folder of a finetune run, or the file of a tfimm model."
         )
     if as_pictures:
         n = preprocessing.in_channels

@@ -54,8 +54,8 @@ def finetune(
     data: Annotated[
         Text,
         typer.Option(
-            help="A folder of class folders; or of train/ and val/ with class folders; or a CSV "
-            "file with path,label."
+            help="A folder of class folders; or of train/ and val/ with class folders; or a "
+            "CSV file with path,label."
         ),
     ] = None,
     pretrained: Annotated[
@@ -75,7 +75,7 @@ def finetune(
         Whole, _option(help="Rank of the updates. Default: 4.", panel=_LORA)
     ] = None,
     alpha: Annotated[
-        Number, _option(help="The updates are scaled by alpha / rank. Default: rank.", panel=_LORA)
+        Number, _option(help="Updates are scaled by alpha / rank. Default: rank.", panel=_LORA)
     ] = None,
     targets: Annotated[
         Text,
@@ -120,9 +120,7 @@ def finetune(
     batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
     learning_rate: Annotated[
         Number,
-        _option(
-            "--lr", "--learning-rate", help="Peak rate. Default: 0.001.", panel=_TRAINING
-        ),
+        _option("--lr", "--learning-rate", help="Peak rate. Default: 0.001.", panel=_TRAINING),
     ] = None,
     weight_decay: Annotated[Number, _option(help="Default: 0.01.", panel=_TRAINING)] = None,
     warmup: Annotated[
@@ -146,9 +144,7 @@ def finetune(
             panel=_TRAINING,
         ),
     ] = None,
-    seed: Annotated[
-        Whole, _option(help="Random seed. Default: 0.", panel=_TRAINING)
-    ] = None,
+    seed: Annotated[Whole, _option(help="Random seed. Default: 0.", panel=_TRAINING)] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model on labelled pictures; write an adapter and a report."""

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from tfimm_lora.adapters.load import load_adapter
 import typer
 
+from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.cli.app import Json, app
 from tfimm_lora.cli.export import checked_format, open_source, show_result
 from tfimm_lora.cli.outputs import Overwrite

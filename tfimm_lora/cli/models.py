@@ -10,9 +10,9 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Annotated, Any
 
-from tfimm_lora.backend import installed, uses_legacy_keras
 import typer
 
+from tfimm_lora.backend import installed, uses_legacy_keras
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.config import Targets
@@ -55,7 +55,7 @@ def models_command(
 
 
 def known_models() -> dict[str, Any]:
-    """All models that can be created in this process, each with a function that describes it."""
+    """The models that can be created in this process, each with a function to describe it."""
     models: dict[str, Any] = {}
     if installed("tfimm") and uses_legacy_keras():
         tfimm = import_tfimm()

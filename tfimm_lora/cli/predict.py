@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
-
 import typer
 
 from tfimm_lora.cli.app import FAILED, Json, app, emit, import_tensorflow, note

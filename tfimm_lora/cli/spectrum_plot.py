@@ -72,7 +72,7 @@ def draw(layers: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
 
 
 def _shares(layers: Sequence[dict[str, Any]]) -> np.ndarray:
-    """Singular values relative to the largest of a layer, (layers, rank), NaN beyond its rank."""
+    """Singular values over the largest of their layer, (layers, rank), padded with NaN."""
     longest = max(len(x["singular_values"]) for x in layers)
     shares = np.full((len(layers), longest), np.nan)
     for row, x in zip(shares, layers):

@@ -21,8 +21,8 @@ _SAMPLE_BATCH = 16
 #: Keras and SavedModel run the same operations, apart from the order in which an update is
 #: added. TFLite and ONNX have other kernels, with another order of summation; the differences
 #: measured with ViT, ConvNeXt, MobileNetV2 and EfficientNet were 1e-5. With weights in float16
-#: (11 bits) they were 0.01, with weights in int8 (255 values per channel) 0.1, and more only for
-#: an EfficientNet with random weights.
+#: (11 bits) they were 0.01, with weights in int8 (255 values per channel) 0.1, and larger only
+#: for an EfficientNet with random weights.
 TOLERANCES = {
     "keras": 1e-4,
     "savedmodel": 1e-4,

@@ -78,8 +78,8 @@ class ExportPlan:
         except Exception as error:
             shapes = ", ".join(str(array.shape) for array in arrays)
             raise ValueError(
-                f"Model '{model.name}' cannot be run on test inputs of shape {shapes}: {error}. "
-                "Pass check_inputs= with inputs that it takes."
+                f"Model '{model.name}' cannot be run on test inputs of shape {shapes}: "
+                f"{error}. Pass check_inputs= with inputs that it takes."
             ) from error
 
     def check_outputs(self, model: Any, outputs: Outputs) -> None:
@@ -93,8 +93,8 @@ class ExportPlan:
         if self.labels is not None and [s[1:] for s in shapes] != [(len(self.labels),)]:
             raise ValueError(
                 f"Received {len(self.labels)} labels for a model with outputs of shape "
-                f"{', '.join(str((None, *s[1:])) for s in shapes)}; expected one label for each "
-                "class."
+                f"{', '.join(str((None, *s[1:])) for s in shapes)}; expected one label for "
+                "each class."
             )
 
     def write(self, plain: Any, path: Path, samples: np.ndarray | None) -> tuple[str, ...]:
@@ -109,8 +109,6 @@ class ExportPlan:
         elif request.format == "tflite":
             writers.write_tflite(function, path, request.quantize, samples)
         else:
-            metadata = onnx_metadata(
-                self.labels, self.preprocessing, self.prepare is not None
-            )
+            metadata = onnx_metadata(self.labels, self.preprocessing, self.prepare is not None)
             writers.write_onnx(function, path, request.opset, metadata)
         return ()

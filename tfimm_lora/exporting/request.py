@@ -22,7 +22,7 @@ QUANTIZE = ("float16", "dynamic", "int8")
 OPSET = 17
 OPSETS = range(13, 19)
 
-#: The most bytes of weights in a TFLite or ONNX file, which is one flatbuffer or protobuf message.
+#: The most bytes of weights in a TFLite or ONNX file, a single flatbuffer or protobuf message.
 _MOST_BYTES = 2**31 - 2**24
 
 

@@ -39,8 +39,8 @@ def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
     problem = _loading_problem(model, path) if by_class else None
     if problem is not None and not _save_as_one_layer(model, inputs, path):
         raise ValueError(
-            f"Keras cannot load the class {type(model).__name__} from a file: {problem}. Export "
-            "to SavedModel, TFLite or ONNX, which do not need the class."
+            f"Keras cannot load the class {type(model).__name__} from a file: {problem}. "
+            "Export to SavedModel, TFLite or ONNX, which do not need the class."
         )
     with zipfile.ZipFile(path) as archive:
         config = json.loads(archive.read("config.json"))

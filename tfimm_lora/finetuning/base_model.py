@@ -152,9 +152,9 @@ def _with_checkpoint(tfimm: Any, name: str, weights: Any, requested: dict[str, A
     """Create a tfimm model with the weights of a timm checkpoint."""
     if not is_checkpoint(os.fspath(weights)):
         raise ValueError(
-            f"Received weights={os.fspath(weights)!r} for {name!r}; expected a timm checkpoint: "
-            "a .safetensors file, or a folder with one. Pass a saved Keras model as the model "
-            "itself."
+            f"Received weights={os.fspath(weights)!r} for {name!r}; expected a timm "
+            "checkpoint: a .safetensors file, or a folder with one. Pass a saved Keras model as "
+            "the model itself."
         )
     model = create_from_file(tfimm, name, weights)
     if all(getattr(model.cfg, key) == value for key, value in requested.items()):

@@ -16,7 +16,7 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of, default_backend, installed
 from tfimm_lora.backend.interface import Backend
-from tfimm_lora.config import LoRAConfig, check_keywords, lora_field_names
+from tfimm_lora.config import LoRAConfig, lora_field_names
 from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import PictureSet, Split, find_pictures
@@ -24,7 +24,6 @@ from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.distributed.strategy import check_name, check_strategy, open_strategy
-
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
@@ -37,7 +36,7 @@ from tfimm_lora.finetuning.run import (
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.eva import initialize_eva
-from tfimm_lora.validation import check_choice, check_integer, check_number
+from tfimm_lora.validation import check_choice, check_integer, check_keywords, check_number
 from tfimm_lora.version import __version__
 
 POLICIES = (None, "mixed_float16", "mixed_bfloat16")
@@ -281,9 +280,7 @@ def _begin(
     return run, split, base.model
 
 
-def _shared_settings(
-    recipe: Recipe, split: Split, facts: Mapping[str, Any]
-) -> dict[str, Any]:
+def _shared_settings(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that must be the same for all workers; their folders may differ."""
     shared = {**recipe.to_dict(), **facts}
     for part, pictures in (("train", split.train), ("val", split.val)):

@@ -13,7 +13,12 @@ import numpy as np
 from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend
-from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints, restore_values, values_of
+from tfimm_lora.finetuning.checkpoint import (
+    Progress,
+    TrainingCheckpoints,
+    restore_values,
+    values_of,
+)
 from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
 from tfimm_lora.finetuning.metrics_csv import write_metrics
 from tfimm_lora.finetuning.optimizer import create_optimizer
@@ -205,7 +210,8 @@ def _require_unmerged(model: Any) -> None:
     if merged:
         raise ValueError(
             f"Received model '{model.name}' with {len(merged)} merged layers: "
-            f"{', '.join(merged[:5])}; expected none. Call unmerge_lora_weights before training."
+            f"{', '.join(merged[:5])}; expected none. Call unmerge_lora_weights before "
+            "training."
         )
 
 

@@ -60,7 +60,7 @@ class LoRALayer(LoRAForward, Converted):
 
     #: Which variable is the kernel: a key of ``Backend.kernel_attributes``.
     _kernel_role = "kernel"
-    #: The class of Keras that the kind of layer is named after; set where LoRA classes are made.
+    #: The class of Keras that the kind of layer is named after; see ``conversion``.
     _keras_class: type
 
     built: bool

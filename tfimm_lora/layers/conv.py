@@ -141,7 +141,8 @@ class ConvUpdate(LoRALayer):
     data_format: str
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.merged or self.groups > 1 or not has_keras_call(type(self)):
+        known = has_keras_call(type(self)) and has_keras_call(type(self), "convolution_op")
+        if self.merged or self.groups > 1 or not known:
             return super().call(inputs, *args, **kwargs)
         # Keras' own call gives the kernel attribute to ``convolution_op`` and nothing else, so
         # W itself does as the sign that the adapted product is meant.
@@ -163,7 +164,7 @@ class ConvUpdate(LoRALayer):
         return super().convolution_op(inputs, kernel)  # type: ignore[misc]
 
     def _product(self, inputs: Tensor = None) -> ConvolutionProduct:
-        last = not self._channels_first
+        last = not self._has_channels_first
         pointwise = last and set((*self.kernel_size, *self.strides)) == {1}
         product = PointwiseProduct if pointwise else ConvolutionProduct
         return product(backend_of(self), self._convolve, len(self.kernel_size), last)
@@ -176,7 +177,7 @@ class ConvUpdate(LoRALayer):
 
     def _places(self, shape: tuple[int | None, ...]) -> int:
         """The number of positions of the output for inputs of a shape, approximately."""
-        space = shape[2:] if self._channels_first else shape[1:-1]
+        space = shape[2:] if self._has_channels_first else shape[1:-1]
         steps = zip(space, self.strides)
         return forms.places(shape[0], [size and -(-size // step) for size, step in steps])
 
@@ -187,7 +188,7 @@ class ConvUpdate(LoRALayer):
         window = zip(self.kernel_size, self.dilation_rate)
         space = [1 + (size - 1) * step for size, step in window]
         channels = self._kernel_variable.shape[-2] * self.groups
-        return (1, channels, *space) if self._channels_first else (1, *space, channels)
+        return (1, channels, *space) if self._has_channels_first else (1, *space, channels)
 
     @classmethod
     def _branch_refusal(cls, layer: Layer) -> str | None:
@@ -321,7 +322,8 @@ class DepthwiseConvUpdate(LoRALayer):
     @classmethod
     def kernel_to_torch(cls, layer: Layer, kernel: np.ndarray) -> np.ndarray:
         shape = cls.torch_kernel_shape(layer, kernel.shape)
-        return kernel.transpose(2, 3, 0, 1).reshape(shape)
+        result: np.ndarray = kernel.transpose(2, 3, 0, 1).reshape(shape)
+        return result
 
     @classmethod
     def update_kind(cls, layer: Layer) -> str | None:

@@ -166,8 +166,8 @@ class DenseUpdate(LoRALayer):
             return a.T, b.T
         if not qkv.moves_only(b.T, chosen, layout):
             raise ValueError(
-                f"changes more than the blocks {chosen!r} of {layout!r}, which the layer adapts "
-                "separately"
+                f"changes more than the blocks {chosen!r} of {layout!r}, which the layer "
+                "adapts separately"
             )
         return a.T, qkv.narrow(b.T, chosen, layout)
 

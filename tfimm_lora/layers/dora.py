@@ -5,8 +5,9 @@
 |.| is the norm over all axes that the product sums over, so there is one for each output. The
 variable d is the difference between the magnitude m = |W| + d and the norm of the frozen
 kernel. It is initialized to zero, whatever W is; its gradient is that of m; and weight decay
-pulls it towards the kernel instead of towards zero. The norm in the denominator is a constant for the
-gradient (section 4.3 of the paper), so the gradients of A and B are g times those of LoRA.
+pulls it towards the kernel instead of towards zero. The norm in the denominator is a constant
+for the gradient (section 4.3 of the paper), so the gradients of A and B are g times those of
+LoRA.
 
 Reference: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
 """

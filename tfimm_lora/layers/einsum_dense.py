@@ -31,7 +31,7 @@ class EinsumProduct:
     """
 
     def __init__(self, ops: Any, equation: str, input_rank: int | None = None) -> None:
-        self.ops = ops
+        self.ops, self.equation = ops, equation
         inputs, self.kernel, outputs = _parse(equation, input_rank)
         rank = next(c for c in string.ascii_letters if c not in equation + inputs)
         self.shared = "".join(c for c in self.kernel if c in inputs and c in outputs)
@@ -43,7 +43,8 @@ class EinsumProduct:
         self.h = "".join(c for c in outputs if c not in self.added) + rank
 
     def apply(self, x: Tensor, kernel: Tensor) -> Tensor:
-        return self._einsum(x, self.inputs, kernel, self.kernel, self.outputs)
+        # The equation as given: with "..." spelled out the rounding may differ.
+        return self.ops.einsum(self.equation, x, kernel)
 
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         return self._einsum(a, self.a, b, self.b, self.kernel)
@@ -267,25 +268,22 @@ class EinsumDenseUpdate(LoRALayer):
         product = EinsumProduct(np, layer.equation)
         axes = f"{product.kernel}->{product.added}{product.shared}{product.summed}"
         turned = np.einsum(axes, kernel)
-        return turned.reshape(cls.torch_kernel_shape(layer, kernel.shape))
+        result: np.ndarray = turned.reshape(cls.torch_kernel_shape(layer, kernel.shape))
+        return result
 
     @classmethod
     def update_kind(cls, layer: Layer) -> str | None:
         product = EinsumProduct(np, layer.equation)
         return "batched" if product.shared else "linear"
 
-    def positions(self) -> int:
-        """The number of kernels side by side, one for each position of the shared axes."""
-        return self._product().positions(tuple(self._kernel_variable.shape))
-
     def factors_to_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
-        count, rank = self.positions(), a.shape[-1]
+        count, rank = positions_of(self), a.shape[-1]
         blocks_a = a.reshape(count, -1, rank).transpose(0, 2, 1)
         blocks_b = b.reshape(count, rank, -1).transpose(0, 2, 1)
         return blocks_a.reshape(-1, blocks_a.shape[-1]), _block_diagonal(blocks_b)
 
     def factors_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
-        count = self.positions()
+        count = positions_of(self)
         blocks_a = a.reshape(count, a.shape[0] // count, -1)
         blocks = b.reshape(count, b.shape[0] // count, count, b.shape[1] // count)
         blocks_b = blocks[np.arange(count), :, np.arange(count)]
@@ -299,19 +297,28 @@ class EinsumDenseUpdate(LoRALayer):
 
     def outputs_to_torch(self, values: np.ndarray) -> np.ndarray:
         kept, ordered = self._output_axes()
-        return np.einsum(f"{kept}->{ordered}", values).reshape(-1)
+        result: np.ndarray = np.einsum(f"{kept}->{ordered}", values).reshape(-1)
+        return result
 
     def outputs_from_torch(self, values: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
         kept, ordered = self._output_axes()
         sizes = dict(zip(kept, shape))
         turned = values.reshape([sizes[c] for c in ordered])
-        return np.einsum(f"{ordered}->{kept}", turned)
+        result: np.ndarray = np.einsum(f"{ordered}->{kept}", turned)
+        return result
 
     def _output_axes(self) -> tuple[str, str]:
         """The axes of the kernel that are in the output: in its order, and in that of B."""
         product = self._product()
         ordered = product.shared + product.added
         return "".join(c for c in product.kernel if c in ordered), ordered
+
+
+def positions_of(layer: Layer) -> int:
+    """The number of kernels side by side in an einsum layer, adapted or not: one for each
+    position of the shared axes."""
+    shape = layer.__dict__[backend_of(layer).kernel_attributes["kernel"]].shape
+    return EinsumProduct(np, layer.equation).positions(tuple(shape))
 
 
 def _block_diagonal(blocks: np.ndarray) -> np.ndarray:

@@ -60,7 +60,7 @@ class LoRAForward(AdaptedValues):
     def _along_outputs(self, values: Tensor, rank: int) -> Tensor:
         """A value for each output, in a shape that broadcasts to outputs of a rank."""
         shape = [1] * rank
-        shape[1 if self._channels_first else -1] = -1
+        shape[1 if self._has_channels_first else -1] = -1
         return backend_of(self).ops.reshape(values, shape)
 
     def _input_rows(self) -> InputRows | None:
@@ -99,7 +99,8 @@ class LoRAForward(AdaptedValues):
     @classmethod
     def kernel_to_torch(cls, layer: Layer, kernel: np.ndarray) -> np.ndarray:
         """The kernel of a layer, adapted or not, in the order of axes of torch."""
-        return kernel.T
+        result: np.ndarray = kernel.T
+        return result
 
     @classmethod
     def update_kind(cls, layer: Layer) -> str | None:
@@ -134,7 +135,7 @@ class LoRAForward(AdaptedValues):
     # -- the formulas ------------------------------------------------------------------
 
     @property
-    def _channels_first(self) -> bool:
+    def _has_channels_first(self) -> bool:
         return getattr(self, "data_format", None) == "channels_first"
 
     def _initialized(self, matrix: np.ndarray, rng: np.random.Generator) -> Factors:
@@ -239,7 +240,7 @@ class LoRAForward(AdaptedValues):
             kernel,
             self._attached(),
             assignment,
-            self._channels_first,
+            self._has_channels_first,
         )
 
     def _attached(self) -> mixed_batch.Attached:

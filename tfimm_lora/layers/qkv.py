@@ -48,7 +48,8 @@ def narrow(wide: np.ndarray, chosen: str, layout: str) -> np.ndarray:
     """The reverse of ``widen``, for NumPy arrays; what is outside of the blocks is dropped."""
     blocks = wide.reshape(len(chosen), wide.shape[0] // len(chosen), len(layout), -1)
     kept = np.einsum("prnd,pn->prd", blocks, selection(chosen, layout))
-    return kept.reshape(wide.shape[0], -1)
+    result: np.ndarray = kept.reshape(wide.shape[0], -1)
+    return result
 
 
 def moves_only(wide: np.ndarray, chosen: str, layout: str) -> bool:

@@ -10,8 +10,8 @@ from tfimm_lora.validation import TRAIN_BIAS
 #: The peft_type of files that only this package reads. PEFT refuses it by name.
 OWN_TYPE = "TFIMM_LORA"
 
-#: PEFT's name for "all". In PEFT it means only linear layers: in most image models this includes
-#: the classifier, and no convolution.
+#: PEFT's name for "all". In PEFT it means linear layers only: in most image models these include
+#: the classifier and no convolution.
 ALL_LINEAR = "all-linear"
 
 #: The layers_pattern for any level before the number of a block.

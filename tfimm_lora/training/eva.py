@@ -12,7 +12,7 @@ from typing import Any
 
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.backend import backend_of
-from tfimm_lora.config import LORA_VARIABLE_NAMES, LoRAConfig
+from tfimm_lora.config import LORA_VARIABLE_NAMES, LayerSettings, LoRAConfig
 from tfimm_lora.initializers.covariance import (
     Covariance,
     Directions,
@@ -20,11 +20,12 @@ from tfimm_lora.initializers.covariance import (
     max_rank,
     redistribute_ranks,
 )
-from tfimm_lora.layers.base import LayerSettings, LoRALayer
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
-from tfimm_lora.layers.input_rows import Rows, rows_of
+from tfimm_lora.layers.input_rows import InputRows
 from tfimm_lora.model.inject import forget_traces
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.model.state import config_of, model_state
 
 
 def initialize_eva(
@@ -90,7 +91,7 @@ def initialize_eva(
     layers = lora_layers(model)
     for path, layer in layers.items():
         _check_fresh(path, layer)
-    readers = {path: rows_of(layer) for path, layer in layers.items()}
+    readers = {path: layer._input_rows() for path, layer in layers.items()}
     rows = {path: reader for path, reader in readers.items() if reader is not None}
     if not rows:
         raise ValueError(
@@ -158,7 +159,7 @@ def _collect(
     data: Iterable[Any],
     max_batches: int | None,
     layers: dict[str, LoRALayer],
-    rows: dict[str, Rows],
+    rows: dict[str, InputRows],
     covariances: dict[str, Covariance],
 ) -> None:
     """Run the model over the data and add what its layers are given to their covariances."""
@@ -186,7 +187,7 @@ def _batches(data: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _observed(layer: Any, reader: Rows, covariance: Covariance) -> Iterator[None]:
+def _observed(layer: Any, reader: InputRows, covariance: Covariance) -> Iterator[None]:
     """Within this block all that a layer multiplies with its kernel goes to ``covariance``."""
     backend, name = backend_of(layer), reader.method
     bound, held = getattr(layer, name), name in layer.__dict__
@@ -238,7 +239,7 @@ def _directions(path: str, covariance: Covariance, count: int) -> Directions:
 def _start(
     model: Any,
     layers: dict[str, LoRALayer],
-    rows: dict[str, Rows],
+    rows: dict[str, InputRows],
     found: dict[str, Directions],
     shared: dict[str, int],
 ) -> None:
@@ -267,10 +268,10 @@ def _start(
 def _with_rank(settings: LayerSettings, rank: int) -> LayerSettings:
     """A layer's settings with another rank and the same scale."""
     if settings.alpha is None or rank == settings.rank:
-        return dataclasses.replace(settings, rank=rank)
+        return dataclasses.replace(settings, lora_rank=rank)
     ratio = rank / settings.rank
     alpha = settings.alpha * (math.sqrt(ratio) if settings.use_rslora else ratio)
-    return dataclasses.replace(settings, rank=rank, alpha=alpha)
+    return dataclasses.replace(settings, lora_rank=rank, lora_alpha=alpha)
 
 
 def _resize(layer: Any, settings: LayerSettings) -> None:
@@ -287,7 +288,7 @@ def _resize(layer: Any, settings: LayerSettings) -> None:
 
 def _record(model: Any, layers: dict[str, LoRALayer]) -> None:
     """Tell the model's config, from which it is created again, of its layers' ranks."""
-    config = model.__dict__.get("_lora_config")
+    config = config_of(model)
     if config is None:  # layers were adapted by hand
         return
     ranks = {path: layer.lora.rank for path, layer in layers.items()}
@@ -299,7 +300,7 @@ def _record(model: Any, layers: dict[str, LoRALayer]) -> None:
     )
     if getattr(model, "cfg", None) is config:
         model.cfg = changed
-    model.__dict__["_lora_config"] = changed
+    model_state(model).config = changed
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:

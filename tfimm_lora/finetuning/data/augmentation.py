@@ -190,7 +190,7 @@ class Augmentation:
         crop = tf.clip_by_value(crop, 1.0, sides)
         # The minimum: in float32, a number below 1 times 1000 can be 1000.
         corner = tf.minimum(tf.floor(places * (sides - crop + 1)), sides - crop)
-        return tf.unstack(tf.cast(tf.concat([corner, crop], 0), tf.int32))
+        return list(tf.unstack(tf.cast(tf.concat([corner, crop], 0), tf.int32)))
 
     def _coloured(self, tf: Any, picture: Any, drawn: Any) -> Any:
         """Brightness b, contrast c, saturation s in one product, of pixels x of mean grey m.

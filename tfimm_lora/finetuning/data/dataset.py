@@ -15,7 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfimm_lora.finetuning.data.folders import Found, in_csv, in_folder, natural_order, some
+from tfimm_lora.finetuning.data.folders import (
+    FoundPicture,
+    in_csv,
+    in_folder,
+    natural_order,
+    some,
+)
 
 
 @dataclass(frozen=True)
@@ -140,12 +146,12 @@ def find_pictures(
     return Split(_numbered(train, labels), _numbered(val, labels), labels)
 
 
-def _numbered(part: Iterable[Found], labels: tuple[str, ...]) -> PictureSet:
+def _numbered(part: Iterable[FoundPicture], labels: tuple[str, ...]) -> PictureSet:
     number = {label: i for i, label in enumerate(labels)}
     return PictureSet(tuple(Picture(x.path, number[x.label]) for x in sorted(part)), labels)
 
 
-def _labels(found: Iterable[Found], path: Path) -> tuple[str, ...]:
+def _labels(found: Iterable[FoundPicture], path: Path) -> tuple[str, ...]:
     """The labels in order: at least two, with a warning where some hardly differ."""
     labels = tuple(sorted({x.label for x in found}, key=natural_order))
     if len(labels) < 2:
@@ -167,7 +173,7 @@ def _labels(found: Iterable[Found], path: Path) -> tuple[str, ...]:
     return labels
 
 
-def _check_once(found: Iterable[Found]) -> None:
+def _check_once(found: Iterable[FoundPicture]) -> None:
     """A file in both train and val would flatter; one with two labels would confuse."""
     seen: dict[str, str] = {}
     twice = []
@@ -183,7 +189,7 @@ def _check_once(found: Iterable[Found]) -> None:
         )
 
 
-def _check_given(train: list[Found], val: list[Found], path: Path) -> None:
+def _check_given(train: list[FoundPicture], val: list[FoundPicture], path: Path) -> None:
     for name, part in (("train", train), ("val", val)):
         if not part:
             raise ValueError(
@@ -200,21 +206,21 @@ def _check_given(train: list[Found], val: list[Found], path: Path) -> None:
 
 
 def _divided(
-    found: Iterable[Found], validation: float, seed: int
-) -> tuple[list[Found], list[Found]]:
+    found: Iterable[FoundPicture], validation: float, seed: int
+) -> tuple[list[FoundPicture], list[FoundPicture]]:
     """Each class in an order that hashes of the names make, its beginning to val."""
-    by_label: dict[str, list[Found]] = defaultdict(list)
+    by_label: dict[str, list[FoundPicture]] = defaultdict(list)
     for x in found:
         by_label[x.label].append(x)
 
-    def order(x: Found) -> tuple[bytes, Found]:
+    def order(x: FoundPicture) -> tuple[bytes, FoundPicture]:
         # The same name, whether a file system keeps accents as letters of their own or not.
         name = unicodedata.normalize("NFC", x.name)
         digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape"))
         return digest.digest(), x
 
-    train: list[Found] = []
-    val: list[Found] = []
+    train: list[FoundPicture] = []
+    val: list[FoundPicture] = []
     for pictures in by_label.values():
         n = len(pictures)
         share = math.floor(n * validation + 0.5)

@@ -25,7 +25,7 @@ _PARTS = {
 }
 
 
-class Found(NamedTuple):
+class FoundPicture(NamedTuple):
     """A picture before labels have numbers; ``name`` is what it is sorted and split by."""
 
     name: str
@@ -34,7 +34,7 @@ class Found(NamedTuple):
 
 
 #: Pictures by "train" and "val", or all by "" where nobody has split them.
-Parts = dict[str, list[Found]]
+Parts = dict[str, list[FoundPicture]]
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
@@ -91,7 +91,7 @@ def in_folder(folder: Path) -> Parts:
     return {"": _in_class_folders(folder)}
 
 
-def _in_class_folders(folder: Path) -> list[Found]:
+def _in_class_folders(folder: Path) -> list[FoundPicture]:
     labels, beside = _folders(folder), _pictures(folder)
     if not labels:
         raise ValueError(
@@ -110,7 +110,7 @@ def _in_class_folders(folder: Path) -> list[Found]:
         names = sorted(_walk(folder / label, label, above, ignored))
         if not names:
             empty.append(label)
-        found += [Found(name, str(folder / name), label) for name in names]
+        found += [FoundPicture(name, str(folder / name), label) for name in names]
     if empty:
         raise ValueError(
             f"{folder} has class folders without pictures: {some(empty)}; expected files that "
@@ -230,6 +230,6 @@ def _part(path: Path, line: int, row: dict[str, str]) -> str:
     return part
 
 
-def _listed(folder: Path, file: str, label: str) -> Found:
+def _listed(folder: Path, file: str, label: str) -> FoundPicture:
     path = os.path.normpath(folder / file)
-    return Found(Path(os.path.relpath(path, folder)).as_posix(), path, label)
+    return FoundPicture(Path(os.path.relpath(path, folder)).as_posix(), path, label)

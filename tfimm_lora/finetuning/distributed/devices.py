@@ -74,7 +74,7 @@ class Devices:
         """Keras callbacks for the training."""
         return []
 
-    def by_share(self, losses: Any) -> Any:
+    def scaled_losses(self, losses: Any) -> Any:
         """The losses of the pictures of one device, in the measure that they count."""
         return losses
 
@@ -102,7 +102,8 @@ class TensorFlowDevices(Devices):
             self.workers, self.worker = len(self.cluster.tasks), self.cluster.index
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        return self.strategy.scope()
+        scope: contextlib.AbstractContextManager[Any] = self.strategy.scope()
+        return scope
 
     def __str__(self) -> str:
         if self.cluster is None:
@@ -127,7 +128,7 @@ class TensorFlowDevices(Devices):
             return batches
         return filled(batches, self._whole)
 
-    def by_share(self, losses: Any) -> Any:
+    def scaled_losses(self, losses: Any) -> Any:
         """Losses (n,) as they are, whose gradients weigh by the share of this device.
 
         Keras takes the mean of the losses on each device, and the mean of those. Where the
@@ -196,7 +197,8 @@ class JaxDevices(Devices):
         self.divides_validation = True
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        return self.distribution.scope()
+        scope: contextlib.AbstractContextManager[Any] = self.distribution.scope()
+        return scope
 
     def check(self, backend: Any) -> None:
         if self.processes > 1:

@@ -78,7 +78,7 @@ def check_name(name: str) -> None:
         )
 
 
-def leads(name: str) -> bool:
+def is_chief(name: str) -> bool:
     """Whether this process is the one that writes and reports."""
     return name != "multiworker" or Cluster.from_environment().index == 0
 

@@ -6,7 +6,6 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
 from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report import sections
@@ -18,6 +17,7 @@ from tfimm_lora.finetuning.report.plots import (
     mistaken_files,
 )
 from tfimm_lora.finetuning.run import Run
+from tfimm_lora.utils.atomic_files import write_file
 
 REPORT, CURVES, CONFUSION = "report.html", "curves.png", "confusion.png"
 MISTAKES = "mistakes.png"

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 from tfimm_lora.backend import legacy_backend
+from tfimm_lora.layers.state import Converted
 from tfimm_lora.model.inject import adapt_model
+from tfimm_lora.model.state import config_of
 
 _backend = legacy_backend()
 
 
-class LoRAModel(_backend.FilteredWeights):  # type: ignore[name-defined]
+class LoRAModel(_backend.FilteredWeights, Converted):  # type: ignore[name-defined]
     """Mixin that builds the model and injects LoRA when it is created.
 
     A model that is created from its config has the same adapted layers and the same trained
@@ -26,6 +28,6 @@ class LoRAModel(_backend.FilteredWeights):  # type: ignore[name-defined]
 
     def _is_trained(self, variable: Any) -> bool:
         """Whether an own variable of the model (cls_token, pos_embed, ...) is not frozen."""
-        if "_lora_config" not in self.__dict__:
+        if config_of(self) is None:
             return True
         return self.cfg.lora_train_bias == "all" and bool(_backend.is_bias_like(variable))

@@ -42,9 +42,9 @@ class LoRAViT(LoRAModel, ViT):
 def attention(layer: Any, x: Any, training: bool = False, return_features: bool = False) -> Any:
     """Compute softmax(q k^T / sqrt(d)) v as tfimm does, but unstack q, k and v together.
 
-    If q, k and v are taken one by one, each gradient is as large as all three, mostly zeros, and
-    the three are summed: a fifth of a training step of ViT-Ti. Unstacked together, they have
-    one stacked gradient. The scale is applied to q, which is smaller than q k^T.
+    If q, k and v are sliced one by one, each gradient is as large as all three and mostly
+    zero, and the three are summed: a fifth of a training step of ViT-Ti. Unstacked together,
+    they have one stacked gradient. The scale is applied to q, which is smaller than q k^T.
     """
     batch, length = tf.unstack(tf.shape(x)[:2])
     qkv = tf.reshape(layer.qkv(x), (batch, length, 3, layer.nb_heads, -1))

@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.zoo.weights import hub
 
 WEIGHTS = "model.safetensors"
