@@ -39,8 +39,8 @@ def create_model(
         model_name: A name from ``list_models()``, for example "convnext_tiny".
         pretrained: Whether to load the weights that the name stands for: from tfimm's own
             cache, else from the hub by ``load_timm_weights``, without torch (see
-            docs/weights.md). Mean, std, crop and interpolation of the config are then the
-            checkpoint's.
+            docs/how-to/pretrained-weights.md). Mean, std, crop and interpolation of the
+            config are then the checkpoint's.
         model_path: A saved model (SavedModel or .keras) to take the weights from; it takes
             precedence over ``pretrained``. If that is a LoRA model, its factors are taken
             over too and its config is the starting point. Or a checkpoint of timm in a
