@@ -364,6 +364,7 @@ def test_a_batch_of_one_that_is_built_in_is_found(tmp_path):
         ("m.tflite", {"opset": 17}, ValueError, "Only the format 'onnx'"),
         ("m.onnx", {"opset": 99}, ValueError, "expected 13 to 18"),
         ("m.onnx", {"tolerance": 0}, ValueError, "expected a number above 0"),
+        ("m.onnx", {"tolerance": "1"}, TypeError, "expected a number above 0"),
         ("m.onnx", {"labels": ["a"]}, ValueError, "Received 1 labels for a model with outputs"),
         ("m.onnx", {"include_preprocessing": True}, ValueError, "is unknown. Pass preproc"),
         ("m.onnx", {"preprocessing": {"mean": [0.5]}}, TypeError, "without std; expected"),

@@ -234,6 +234,24 @@ def test_wrong_values_are_named(options, message):
         trained(net(), **{"epochs": 1, **options})
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"epochs": "3"},
+        {"epochs": True},
+        {"patience": 1.5},
+        {"steps_per_epoch": 2.0},
+        {"learning_rate": "1e-3"},
+        {"weight_decay": None},
+        {"warmup": "0.1"},
+    ],
+)
+def test_values_of_the_wrong_type_are_named(options):
+    ((name, value),) = options.items()
+    with pytest.raises(TypeError, match=f"Received {name}={value!r}; expected"):
+        trained(net(), **{"epochs": 1, **options})
+
+
 def test_models_and_data_that_cannot_be_trained_on(tmp_path):
     plain = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
     with pytest.raises(ValueError, match="no LoRA"):
@@ -295,7 +313,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     """kill -9 in the middle of an epoch, then another process."""
     code = textwrap.dedent("""
         import sys, time
-        from tests import test_finetune as t
+        from tests.finetuning import test_finetune as t
         t.keras.utils.set_random_seed(int(sys.argv[3]))
         slow = [t.keras.callbacks.LambdaCallback(
             on_epoch_end=lambda e, logs: print("epoch", e, flush=True),

@@ -288,6 +288,27 @@ def test_wrong_arguments_are_said_and_leave_nothing(folder, tmp_path, capsys, mo
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    "setting, said",
+    [
+        ("epochs: '3'", "epochs='3'; expected an integer"),
+        ("learning_rate: 1e-3", "learning_rate='1e-3'; expected a number"),  # a string in YAML
+        ("epochs: 0", "epochs=0; expected an integer"),
+        ("epoch: 3", "did you mean epochs?"),
+        ("lora: {lora_rnak: 2}", "did you mean lora_rank?"),
+    ],
+)
+def test_wrong_settings_in_a_config_are_named(setting, said, folder, tmp_path, capsys):
+    config = tmp_path / "config.yaml"
+    config.write_text(
+        f"model: {folder / 'model.keras'}\ndata: {folder / 'digits'}\n{setting}\n"
+    )
+    assert main(["finetune", "--config", str(config), "--out", str(tmp_path / "run")]) == 1
+    captured = capsys.readouterr()
+    assert said in captured.err and "Traceback" not in captured.err and not captured.out
+    assert not (tmp_path / "run").exists()
+
+
 def test_usage_errors_are_those_of_a_shell(tmp_path, capsys):
     assert main(["finetune"]) == 2
     assert main(["finetune", "--out", str(tmp_path), "--epochs", "many"]) == 2

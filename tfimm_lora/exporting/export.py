@@ -79,6 +79,7 @@ def export(
         An ``Exported`` with the properties of the file and the measured difference.
 
     Raises:
+        TypeError: for an argument of the wrong type.
         ValueError: for invalid arguments, a model that the format cannot represent, or a file
             whose outputs differ from those of the model.
         OSError: if ``path`` exists, or its parent folder does not.

@@ -65,6 +65,7 @@ def checked_request(
     """Check the arguments of ``export``.
 
     Raises:
+        TypeError: if ``tolerance`` is not a number.
         ValueError: for an unknown format, an option that the format does not have, or a model
             whose framework or size the format does not support.
         OSError: for a path that cannot be written.
@@ -98,7 +99,7 @@ def checked_request(
             f"Received opset={opset!r}; expected {OPSETS[0]} to {OPSETS[-1]}, which tf2onnx "
             f"supports. Leave it out for {OPSET}."
         )
-    if tolerance is not None:
+    if tolerance not in (None, math.inf):  # infinity accepts every difference
         check_number(tolerance, "tolerance", 0, exclusive=True)
     check_path(path, format, overwrite)
     _check_framework(model, format)

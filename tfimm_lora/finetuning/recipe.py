@@ -68,6 +68,10 @@ class Recipe:
             resumed.
         seed: The random seed of the split, the order, the augmentation, the factors A and
             dropout.
+
+    Raises:
+        TypeError: for a value of the wrong type, or an unknown field in ``lora``.
+        ValueError: for a value that is out of range or not one of the choices.
     """
 
     model: str
@@ -118,8 +122,8 @@ class Recipe:
         """Create a recipe from the result of ``to_dict``.
 
         Raises:
-            TypeError: for unknown names.
-            ValueError: if the model or the data are missing.
+            TypeError: for unknown names, and as ``Recipe``.
+            ValueError: if the model or the data are missing, and as ``Recipe``.
         """
         known = [f.name for f in dataclasses.fields(cls)]
         check_keywords(values, known, "a recipe")
