@@ -12,6 +12,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run, values
 from tests.helpers.tiny_models import MODELS, Subclassed
+from tfimm_lora.exporting import export as export_module
 from tfimm_lora.exporting import runners
 from tfimm_lora.exporting.comparison import relative_difference
 from tfimm_lora.exporting.export import export
@@ -182,7 +183,7 @@ def test_a_subclassed_model_converted(tmp_path, format):
 
 @on_tensorflow
 def test_a_file_that_would_need_this_package_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(export, "ordinary_model", lambda model, **_: nullcontext(model))
+    monkeypatch.setattr(export_module, "ordinary_model", lambda model, **_: nullcontext(model))
     with pytest.raises(ValueError, match="would need tfimm_lora"):
         export(adapted(), tmp_path / "m.keras")
     assert not os.listdir(tmp_path)
@@ -255,7 +256,7 @@ def test_a_model_of_unknown_inputs_takes_its_shape_from_check_inputs(tmp_path, m
     from tfimm_lora.exporting import serving
 
     monkeypatch.setattr(serving, "_structure_of", lambda model: None)
-    with pytest.raises(ValueError, match="Pass check_inputs"):
+    with pytest.raises(ValueError, match="pass check_inputs="):
         export(model, tmp_path / "m")
     export(model, tmp_path / "m", check_inputs=normal(2, 5, 6))
     assert_same("savedmodel", tmp_path / "m", model, (5, 6))
@@ -294,7 +295,7 @@ def _spoil(monkeypatch, change):
         run_file = whole(*arguments)
         return lambda arrays: {name: change(y) for name, y in run_file(arrays).items()}
 
-    monkeypatch.setattr(export, "runner_of", runner_of)
+    monkeypatch.setattr(export_module, "runner_of", runner_of)
 
 
 @pytest.mark.parametrize(
@@ -411,10 +412,10 @@ def test_what_is_there_is_replaced_only_on_request(tmp_path):
 def test_a_folder_with_other_things_in_it_is_never_replaced(tmp_path):
     (tmp_path / "home").mkdir()
     (tmp_path / "home" / "thesis.txt").write_text("years of work")
-    for name in ("home", "home.onnx"):
+    for name, match in (("home", "not a SavedModel"), ("home.onnx", "is a folder")):
         if name != "home":
             (tmp_path / "home").rename(tmp_path / name)
-        with pytest.raises(IsADirectoryError, match="is a folder"):
+        with pytest.raises(IsADirectoryError, match=match):
             export(small(), tmp_path / name, overwrite=True)
         assert (tmp_path / name / "thesis.txt").read_text() == "years of work"
     (tmp_path / "file").write_text("")
@@ -579,7 +580,7 @@ def traced(function, *shape):
 def test_sizes_that_do_not_depend_on_the_batch_become_numbers():
     import tensorflow as tf
 
-    from tfimm_lora.exporting.static_shapes import with_known_sizes
+    from tfimm_lora.exporting.static_shapes import with_static_shapes
 
     def windows(x):
         batch, height, width, channels = tf.unstack(tf.shape(x))
@@ -588,7 +589,7 @@ def test_sizes_that_do_not_depend_on_the_batch_become_numbers():
         return tf.roll(tf.reshape(x, (batch, height * width, -1)), [1, -2], [1, 2])
 
     before = traced(windows, None, 4, 6, 5)
-    after = traced(lambda x: with_known_sizes(before)(x)[0], None, 4, 6, 5)
+    after = traced(lambda x: with_static_shapes(before)(x)[0], None, 4, 6, 5)
     assert before.outputs[0].shape.as_list() == [None, 24, None]
     assert after.outputs[0].shape.as_list() == [None, 24, 5]
     assert "Roll" not in {op.type for op in after.graph.get_operations()}
@@ -602,12 +603,12 @@ def test_sizes_that_do_not_depend_on_the_batch_become_numbers():
 def test_a_graph_with_a_loop_is_left_as_it_is():
     import tensorflow as tf
 
-    from tfimm_lora.exporting.static_shapes import with_known_sizes
+    from tfimm_lora.exporting.static_shapes import with_static_shapes
 
     def looped(x):
         return tf.while_loop(lambda x: tf.reduce_sum(x) < 1.0, lambda x: (x + 1.0,), (x,))[0]
 
-    assert with_known_sizes(traced(looped, None, 2)) is None
+    assert with_static_shapes(traced(looped, None, 2)) is None
 
 
 @on_tensorflow

@@ -7,7 +7,6 @@ layer, a model or a layer class, so one process may hold models of both.
 
 from __future__ import annotations
 
-import importlib
 import importlib.util
 import os
 import sys
@@ -43,8 +42,10 @@ def uses_legacy_keras() -> bool:
 
 def legacy_backend() -> Backend:
     """The backend of legacy Keras."""
-    # First, because importing it may lead here again; see ``import_hook``.
-    importlib.import_module("tf_keras")
+    # First, because importing it may lead here again; see ``import_hook``. A statement, because
+    # layers call this function while AutoGraph converts them, which cannot convert importlib.
+    import tf_keras  # noqa: F401
+
     from tfimm_lora.backend.legacy import BACKEND
 
     return BACKEND
@@ -52,7 +53,8 @@ def legacy_backend() -> Backend:
 
 def keras3_backend() -> Backend:
     """The backend of Keras 3."""
-    importlib.import_module("keras")
+    import keras  # noqa: F401
+
     from tfimm_lora.backend.keras3 import BACKEND
 
     return BACKEND

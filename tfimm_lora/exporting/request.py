@@ -90,9 +90,8 @@ def checked_request(
     if include_preprocessing and format == "keras":
         raise ValueError(
             "Received include_preprocessing=True for the format 'keras'; expected False. A "
-            "Keras file contains the model itself, and the preprocessing is in the JSON file "
-            "beside it. For a single file that takes pictures, export to SavedModel, TFLite or "
-            "ONNX."
+            "Keras file contains only the model. The preprocessing is in the JSON file beside "
+            "it. For a single file that takes pictures, export to SavedModel, TFLite or ONNX."
         )
     if opset is not None and opset not in OPSETS:
         raise ValueError(

@@ -20,7 +20,9 @@ def activation_bytes(model: Any, input_shape: tuple[int, ...], batch_size: int) 
 
     These are the results of the forward pass that are used by the gradient of a trainable
     weight. They are counted in the graph of the step, which is traced but not run. Temporary
-    memory and the memory that libraries reserve are not included. LoRA saves less memory here
+    memory and the memory that libraries reserve are not included. Effective kernels W + s A B
+    that are kept for the backward pass are included; their size does not depend on the batch
+    size. LoRA saves less memory here
     than for gradients and optimizer, because the gradients of its factors need the input of
     every adapted layer.
 
