@@ -111,6 +111,7 @@ def test_interval_of_the_accuracy_is_wilsons(right, n):
     expected = binomtest(right, n).proportion_ci(method="wilson")
     found = Evaluation.of(logits, true).accuracy_interval()
     np.testing.assert_allclose(found, tuple(expected), atol=1e-7)
+    assert found[0] <= right / n <= found[1]
 
 
 def test_large_logits_do_not_overflow_and_single_precision_is_no_limit():

@@ -159,7 +159,8 @@ def show(evaluation: Evaluation) -> None:
         ("pictures", f"{pictures:,}"),
         (
             "accuracy",
-            f"{percent(evaluation.accuracy)} (95 %: {percent(low)} to {percent(high)})",
+            f"{percent(evaluation.accuracy)} (95 % interval: {percent(low)} to "
+            f"{percent(high)})",
         ),
         ("balanced accuracy", percent(evaluation.balanced_accuracy)),
         ("loss", f"{evaluation.loss:.4f}"),

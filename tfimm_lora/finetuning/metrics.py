@@ -170,7 +170,8 @@ class Evaluation:
         n, p, z = len(self.predictions), self.accuracy, 1.959964
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        return max(0.0, middle - half), min(1.0, middle + half)
+        # Exact at both ends, where rounding would leave an upper bound below the accuracy.
+        return 0.0 if p == 0 else middle - half, 1.0 if p == 1 else middle + half
 
     def to_dict(self) -> dict[str, Any]:
         """The metrics as plain values for JSON, without the individual predictions."""

@@ -124,10 +124,8 @@ def draw_confusion(evaluation: Evaluation, path: Target, *, dark: bool = False) 
         blue, orange = (_ramp(theme, colour) for colour in (theme.blue, theme.orange))
         axes.imshow(np.where(right, blue(shares), orange(shares)), interpolation="nearest")
         _write_counts(axes, theme, counts, shares, cell)
-        told = (
-            f"{percent(evaluation.accuracy)} of {len(evaluation.predictions):,} pictures right"
-        )
-        axes.set_title(told)
+        total = len(evaluation.predictions)
+        axes.set_title(f"{percent(evaluation.accuracy)} of {total:,} pictures correct")
         axes.set_xlabel("Predicted class")
         axes.set_ylabel("True class")
         shown = [names[i] for i in ticks]
@@ -140,7 +138,7 @@ def draw_confusion(evaluation: Evaluation, path: Target, *, dark: bool = False) 
             axes.set_yticks(np.arange(n + 1) - 0.5, minor=True)
             axes.grid(which="minor", linewidth=0.6)
             axes.tick_params(which="minor", length=0)
-        _draw_scales(axes, 0.3 / side, {"right": blue, "wrong": orange})
+        _draw_scales(axes, 0.3 / side, {"correct": blue, "wrong": orange})
 
 
 def _ramp(theme: Theme, colour: str) -> Any:

@@ -108,12 +108,13 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     targets = recipe["lora"].get("lora_targets") or "default of the architecture"
     named = targets if isinstance(targets, str) else ", ".join(targets)
     weights = "pretrained" if recipe["pretrained"] else recipe["weights"]
+    default = "weights of the file" if facts["base_sha256"] else "random weights"
     train, val = sum(facts["trained_on"].values()), sum(facts["validated_on"].values())
     share = percent(facts["trainable"] / facts["parameters"], 2)
     full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
     return [
-        ("Model", f"{recipe['model']} ({weights or 'own weights'})"),
+        ("Model", f"{recipe['model']} ({weights or default})"),
         ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{full}"),
         ("Targets", named),
         ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
@@ -122,7 +123,7 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ("Input", f"{size[0]} x {size[1]} pixels, {run.preprocessing.in_channels} channels"),
         ("Augmentation", recipe["augmentation"]),
         (
-            "Steps",
+            "Optimization",
             f"batches of {recipe['batch_size']}, peak learning rate "
             f"{recipe['learning_rate']:g}, seed {recipe['seed']}",
         ),
