@@ -143,17 +143,16 @@ def check_path(path: Path, format: str, overwrite: bool) -> None:
             f"Received the path {path}; expected an existing folder {path.parent}. Create it "
             "first."
         )
-    if path.is_dir() and any(path.iterdir()):
-        if format != "savedmodel" or not (path / "saved_model.pb").is_file():
-            raise IsADirectoryError(
-                f"Received the path {path}, a folder that is not a SavedModel; expected a new "
-                "name. Folders with other content are never replaced."
-            )
-    elif path.is_dir() and format != "savedmodel":
+    if path.is_dir() and format != "savedmodel":
         raise IsADirectoryError(
             f"Received the path {path}, which is a folder; expected the name of a file."
         )
-    elif format == "savedmodel" and path.is_file():
+    if path.is_dir() and any(path.iterdir()) and not (path / "saved_model.pb").is_file():
+        raise IsADirectoryError(
+            f"Received the path {path}, a folder that is not a SavedModel; expected a new "
+            "name. Folders with other content are never replaced."
+        )
+    if format == "savedmodel" and path.is_file():
         raise FileExistsError(
             f"Received the path {path}, which is a file; expected a new name. A SavedModel is "
             "a folder."
