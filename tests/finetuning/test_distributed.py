@@ -168,11 +168,11 @@ import json, os, sys
 import numpy as np
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning import training
-from tfimm_lora.finetuning.cluster import Cluster
-from tfimm_lora.finetuning.data import find_pictures
-from tfimm_lora.finetuning.pipeline import PictureBatches
+from tfimm_lora.finetuning.distributed.cluster import Cluster
+from tfimm_lora.finetuning.data.dataset import find_pictures
+from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
-from tfimm_lora.finetuning.strategy import open_strategy
+from tfimm_lora.finetuning.distributed.strategy import open_strategy
 
 plain, other, mine, shared = *map(json.loads, sys.argv[1:3]), *sys.argv[3:]
 worker = Cluster.from_environment().index
@@ -191,12 +191,12 @@ for batch in devices.strategy.experimental_distribute_dataset(epoch.take(3)):
 assert os.path.isdir(mine) == (worker == 0)
 np.savez(f"{shared}/seen-{worker}", *seen)
 
-begin = training._Keeper._begin
+begin = training._EpochRecorder._begin
 def die(self, epoch, logs=None):
     if worker == 1 and epoch == 1:
         os.kill(os.getpid(), 9)
     begin(self, epoch, logs)
-training._Keeper._begin = die
+training._EpochRecorder._begin = die
 arguments = ["finetune", "--config", f"{mine}/whole/config.yaml", "--out", f"{shared}/run"]
 if worker:
     arguments[2] = arguments[2].replace(mine, f"{shared}/0")
@@ -237,7 +237,7 @@ def test_two_workers_train_as_one_device_and_go_on_after_a_kill(folder, tmp_path
     assert killed[0] == -signal.SIGKILL, killed[2][-3000:]
     assert chief[0] == 1, chief[2][-3000:]
     last = chief[2].strip().splitlines()[-1]
-    assert last.startswith("error: Worker 0 of 2 cannot go on"), chief[2][-3000:]
+    assert last.startswith("error: Worker 0 of 2 cannot continue"), chief[2][-3000:]
     assert f"worker 1 ({addresses[1]}) has ended" in last and "--resume" in last
 
     # Each picture of an epoch was seen by one of them, in the batches of one device.
