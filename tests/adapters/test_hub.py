@@ -24,7 +24,7 @@ PROGRAM = """
 import json, sys
 import numpy as np
 import tfimm_lora as lora
-from tests.test_weights import make, assert_logits, state, assert_same
+from tests.zoo.test_weights import make, assert_logits, state, assert_same
 
 outcomes = {}
 for source, options in json.loads(sys.argv[1]):

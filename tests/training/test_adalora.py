@@ -553,7 +553,7 @@ import json, sys
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tests.test_rank_allocation import RankAllocator, X, Y, keras, two_layers
+from tests.training.test_adalora import RankAllocator, X, Y, keras, two_layers
 mirrored = sys.argv[1] == "mirrored"
 devices = ["CPU:0", "CPU:1"]
 strategy = tf.distribute.MirroredStrategy(devices) if mirrored else tf.distribute.get_strategy()

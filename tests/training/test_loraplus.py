@@ -312,7 +312,7 @@ import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
 import tfimm_lora as lora
-from tests.test_optimizers import LOSS, X, Y, keras, loraplus_optimizer, small
+from tests.training.test_loraplus import LOSS, X, Y, keras, loraplus_optimizer, small
 mirrored = sys.argv[1] == "mirrored"
 devices = ["CPU:0", "CPU:1"]
 strategy = tf.distribute.MirroredStrategy(devices) if mirrored else tf.distribute.get_strategy()
