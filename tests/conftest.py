@@ -21,7 +21,7 @@ def pytest_report_header():
 
 
 #: Keras 3 collects garbage in clear_session. A full collection over TensorFlow's modules and
-#: everything traced so far takes about a second, more than most tests; once per module is enough.
+#: all traced functions takes about a second, more than most tests; once per module is enough.
 CLEAR = {} if LEGACY else {"free_memory": False}
 
 

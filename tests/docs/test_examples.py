@@ -27,7 +27,13 @@ def python_blocks():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
         for number, code in enumerate(blocks):
-            yield pytest.param(code, id=f"{path.name}-{number}")
+            # Examples that run on both Kerases: on legacy Keras by `make test-long`.
+            marks = [pytest.mark.long] if LEGACY and not needs_tfimm(code) else []
+            yield pytest.param(code, id=f"{path.name}-{number}", marks=marks)
+
+
+def needs_tfimm(text):
+    return any(name in text for name in NEEDS_TFIMM)
 
 
 def run_program(code, folder):
@@ -56,7 +62,12 @@ def modules():
         if not LEGACY and "architectures" in module.name:
             continue
         if module.name.rpartition(".")[2] not in (*skipped, "__main__"):
-            yield module.name
+            marks = [pytest.mark.long] if LEGACY and not needs_tfimm(source_of(module)) else []
+            yield pytest.param(module.name, id=module.name, marks=marks)
+
+
+def source_of(module):
+    return Path(module.module_finder.find_spec(module.name, None).origin).read_text()
 
 
 @pytest.mark.parametrize("name", modules())

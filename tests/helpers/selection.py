@@ -12,7 +12,9 @@ def long_except(values, quick, name=lambda value: getattr(value, "name", value))
     """
     return [
         pytest.param(
-            value, id=str(name(value)), marks=[] if name(value) in quick else pytest.mark.long
+            *(value if isinstance(value, tuple) else (value,)),
+            id=str(name(value)),
+            marks=[] if name(value) in quick else pytest.mark.long,
         )
         for value in values
     ]
