@@ -59,7 +59,7 @@ benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and othe
 		--json docs/performance.json --picture docs/images/performance.svg
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/switch_adapters.py
 
-experiment: $(STAMP)  ## Compare the variants of LoRA on shifted digits, for docs/variants.md (15 minutes)
+experiment: $(STAMP)  ## Compare the variants of LoRA on shifted digits, for docs/explanation/variants.md (15 minutes)
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/variants.py
 
 docs: $(STAMP)  ## Build the site into site/

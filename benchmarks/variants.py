@@ -1,11 +1,12 @@
-"""Which variant of LoRA should I choose: accuracy of all of them on shifted digits.
+"""Compare the accuracy of the variants of LoRA on shifted digits.
 
     TF_USE_LEGACY_KERAS=1 python benchmarks/variants.py [--quick] [--out FOLDER]
 
-A small ViT that knows upright digits is adapted to turned, inverted, noisy ones, of which few
-are labelled. The rate of each method is chosen by validation on seeds of their own, by one
-rule for all; docs/variants.md tells what was done and is rewritten. A run that was ended goes
-on where it was: what is done lies in the folder of --work until all is done.
+A small ViT that was trained on upright digits is adapted to rotated, inverted, noisy digits, of
+which few are labelled. The rate of each method is selected by validation on separate seeds, by
+the same rule for all. docs/explanation/variants.md describes the method, and its table is
+rewritten. An interrupted run continues: finished parts are kept in the folder of --work until
+all are done.
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""What comes of ``variants.py``: docs/variants.json, the table of the page, the picture."""
+"""Write docs/variants.json, the table of docs/explanation/variants.md, and its figure."""
 
 import json
 
@@ -6,10 +6,11 @@ START, END = "<!-- table -->", "<!-- end of the table -->"
 
 
 def write(results, folder):
-    """All three; the page around the table stays as it is."""
+    """Write all three; the text of the page around the table does not change."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "variants.json").write_text(json.dumps(results, indent=1) + "\n")
-    page = folder / "variants.md"
+    page = folder / "explanation" / "variants.md"
+    page.parent.mkdir(parents=True, exist_ok=True)
     text = page.read_text() if page.exists() else f"{START}\n{END}\n"
     before, rest = text.split(START)
     page.write_text(f"{before}{START}\n{table(results)}\n{END}{rest.split(END)[1]}")

@@ -115,9 +115,52 @@ print("both")
 
 
 def test_every_public_name_has_a_docstring_and_is_listed():
-    public = [n for n in vars(tfimm_lora) if not n.startswith("_") and n != "annotations"]
-    modules = {p.stem for p in ROOT.glob("*.py")} | {p.name for p in ROOT.iterdir()}
-    listed = set(tfimm_lora.__all__) - {"__version__"}
-    assert {n for n in public if n not in modules} <= listed
-    for name in listed:
+    for name in set(tfimm_lora.__all__) - {"__version__"}:
         assert getattr(tfimm_lora, name).__doc__, name
+    assert set(dir(tfimm_lora)) == set(tfimm_lora.__all__)
+    with pytest.raises(AttributeError, match="no_such_name"):
+        _ = tfimm_lora.no_such_name
+
+
+def test_importing_the_package_loads_no_keras():
+    code = """
+import sys, tfimm_lora
+heavy = {"tensorflow", "keras", "tf_keras", "tfimm", "jax", "torch", "numpy"}
+print(sorted(heavy & set(sys.modules)))
+"""
+    assert run_python(code) == "[]"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("legacy", ["1", "0"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "import tensorflow as tf; tf.keras.layers",
+        "from tensorflow import keras",
+        "import {package}",
+        "lora.LoRADense",
+        "lora.load_adapter; import {package}",
+        "import tfimm",
+        "from tfimm_lora.zoo.families.vit import LoRAViT",
+    ],
+)
+def test_classes_are_registered_whatever_is_imported_first(first, legacy):
+    if legacy == "0" and first in (
+        "import tfimm",
+        "from tfimm_lora.zoo.families.vit import LoRAViT",
+    ):
+        pytest.skip("tfimm needs legacy Keras")
+    package = "tf_keras" if legacy == "1" else "keras"
+    code = f"""
+import tfimm_lora as lora
+{first.format(package=package)}
+import {package} as keras
+names = ["LoRADense", "LoRAConv2D", "FrozenConv2D", "FrozenStatisticsBatchNormalization"]
+known = keras.saving.get_custom_objects()
+from tfimm_lora.model import registry
+missing = [name for name in names if "tfimm_lora>" + name not in known]
+print(missing, len(registry._lora_classes))
+"""
+    expected = "[] 15" if legacy == "1" else "[] 0"
+    assert run_python(code, TF_USE_LEGACY_KERAS=legacy) == expected

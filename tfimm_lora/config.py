@@ -1,12 +1,19 @@
-"""``LoRAConfig``: what a model's adaptation is made of, validated when it is created."""
+"""The settings of LoRA: ``LayerSettings`` of a layer, ``LoRAConfig`` of a model.
+
+Every setting of a layer is a field of ``LayerSettings``, which has its default, its check and
+its documentation. Whatever else needs a list of settings derives it from these fields: the
+arguments of layers, their configs, ``LoRAConfig``, docstrings, and what is read from adapters.
+A setting has one name, from the keyword to where it is used.
+"""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
+import inspect
 import math
 import os
-from collections.abc import Iterable, Mapping, Sequence
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -16,13 +23,14 @@ from tfimm_lora.validation import (
     check_alpha,
     check_bool,
     check_dropout,
+    check_keywords,
     check_names,
     check_pattern,
     check_qkv,
+    check_qkv_layout,
     check_rank,
     check_targets,
     check_train_bias,
-    check_variant,
     indices_of,
     listed,
     patterns_of,
@@ -31,8 +39,9 @@ from tfimm_lora.validation import (
 #: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
 LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
 
-#: These and what only some layers have: DoRA's magnitude (as its difference from the norm of
-#: the frozen kernel), the bias of the branch, and the A and B of a start that is taken off.
+#: These, and what only some layers have: the DoRA magnitude (as its difference from the norm
+#: of the frozen kernel), the bias of the branch, and the initial A and B if their product is
+#: subtracted.
 LORA_VARIABLE_NAMES = (
     *LORA_WEIGHT_NAMES,
     "kernel_lora_magnitude",
@@ -48,66 +57,246 @@ Targets = str | Sequence[str] | None
 Presets = Mapping[str, Targets]
 
 
-@dataclass
-class LoRAConfig:
-    """The adaptation of a model. Config classes of LoRA architectures inherit from it.
-
-    The update of a kernel is ``(lora_alpha / lora_rank) * A B``, with rsLoRA
-    ``(lora_alpha / sqrt(lora_rank)) * A B``.
+def setting(
+    default: Any,
+    check: Callable[[Any, str], None] | None,
+    doc: str,
+    keras: str | None = None,
+) -> Any:
+    """A field of ``LayerSettings``.
 
     Args:
-        lora_rank: Rank r of the update, a positive integer. Default 4.
-        lora_alpha: Numerator of the scale; None (default) means ``lora_rank``, that is a
-            scale of 1.
-        lora_use_rslora: Whether lora_alpha is divided by the root of the rank instead, so
-            that the update does not shrink as the rank grows. Default False.
+        default: Its default.
+        check: Called with the value and the name of the setting; raises if it is not valid.
+            None for objects that Keras makes, and checks, itself.
+        doc: What it means, for docstrings.
+        keras: The module of Keras that makes objects from names and configs, if the value is
+            such an object: "initializers" or "regularizers".
+    """
+    metadata = {"check": check, "doc": inspect.cleandoc(doc), "keras": keras}
+    return field(default=default, metadata=metadata)
+
+
+@dataclass
+class SharedSettings:
+    """The settings of a layer that a ``LoRAConfig`` has, too, for all layers of a model."""
+
+    lora_rank: int = setting(4, check_rank, "Rank r of the update, a positive integer.")
+    lora_alpha: float | None = setting(
+        None, check_alpha, "Numerator of the scale s; None is the rank, for a scale of 1."
+    )
+    lora_use_rslora: bool = setting(
+        False,
+        check_bool,
+        """Whether s is lora_alpha / sqrt(lora_rank) (rsLoRA), so that the update does not
+        shrink as the rank grows, instead of lora_alpha / lora_rank.""",
+    )
+    lora_use_dora: bool = setting(
+        False,
+        check_bool,
+        """Whether the norm of each column of W + s A B is a variable m of its own (DoRA). The
+        kernel is m (W + s A B) / |W + s A B|; m is initialized to |W|.""",
+    )
+    lora_bias: bool = setting(
+        False, check_bool, "Whether the branch has a bias c, which is added as s c."
+    )
+    lora_dropout: float = setting(
+        0.0,
+        check_dropout,
+        "Rate in [0, 1) of the dropout on the input of the branch during training.",
+    )
+    lora_init: str = setting(
+        "default",
+        check_init,
+        """How A and B are initialized. "default": A by lora_initializer, B zero. "gaussian": A
+        normal with standard deviation 1/rank, B zero. "orthogonal": orthogonal rows,
+        A B = 0. "pissa" (or the faster "pissa_niter_4", a randomized decomposition with 4
+        iterations): the largest singular vectors of the kernel. "olora": its QR
+        decomposition. "eva": directions of the layers' inputs; call
+        ``initialize_eva(model, data)``. For "pissa" and "olora" the kernel is
+        W + s (A B - A0 B0) with the initial A0 and B0, so that W stays unchanged.""",
+    )
+    lora_freeze_a: bool = setting(
+        False,
+        check_bool,
+        """Whether A is frozen and only B is trained (LoRA-FA): about half the trained
+        parameters, and the inputs of adapted layers need not be kept for the gradient.""",
+    )
+    lora_initializer: Any = setting(
+        None,
+        None,
+        """Initializer of A: a name, a config or an object. None is uniform in
+        +-1/sqrt(fan_in).""",
+        keras="initializers",
+    )
+    lora_regularizer: Any = setting(
+        None, None, "Regularizer of A and of B.", keras="regularizers"
+    )
+    lora_qkv: str | None = setting(
+        None,
+        check_qkv,
+        """The blocks to adapt of the projections of attention, letters of "qkv", for example
+        "qv". In a fused layer ("qkv", "kv") each of these blocks has its own factors; of
+        separate layers ("q", "k", "v") only these are adapted. None adapts all of them, and
+        a fused kernel as a whole.""",
+    )
+
+    def __post_init__(self) -> None:
+        for each in dataclasses.fields(self):
+            check = each.metadata.get("check")
+            if check is not None:
+                check(getattr(self, each.name), each.name)
+        if self.lora_use_dora and self.lora_bias:
+            raise ValueError(
+                "Received lora_use_dora=True and lora_bias=True; expected at most one of "
+                "them: DoRA rescales the kernel together with its update, which leaves no "
+                "place for a bias of the branch. lora_train_bias='lora_only' trains the "
+                "layer's own bias."
+            )
+        if self.lora_init != "default" and self.lora_initializer is not None:
+            raise ValueError(
+                f"Received lora_init={self.lora_init!r} and "
+                f"lora_initializer={self.lora_initializer!r}; expected one of them: both say "
+                "how A is initialized."
+            )
+
+    @property
+    def lora_scale(self) -> float:
+        """The scale s of the update: alpha / rank, or alpha / sqrt(rank) with rsLoRA."""
+        return scale(self.lora_rank, self.lora_alpha, self.lora_use_rslora)
+
+
+@dataclass
+class LayerSettings(SharedSettings):
+    """The settings of one adapted layer. They cannot be changed; ``replace`` them.
+
+    A setting can be read without its prefix: ``settings.rank`` is ``settings.lora_rank``.
+    """
+
+    lora_train_bias: bool = setting(
+        False, check_bool, "Whether the layer's own bias is trained, too."
+    )
+    lora_qkv_layout: str = setting(
+        "qkv", check_qkv_layout, "The blocks of a fused kernel, in their order."
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.lora_qkv is not None and set(self.lora_qkv) - set(self.lora_qkv_layout):
+            raise ValueError(
+                f"Received lora_qkv={self.lora_qkv!r} for a kernel of the blocks "
+                f"{self.lora_qkv_layout!r}; expected some of these."
+            )
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith(("lora_", "_")):
+            raise AttributeError(name)
+        return getattr(self, f"lora_{name}")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in self.__dict__:
+            raise AttributeError(
+                f"Received {name}={value!r} for the settings of a layer, which cannot be "
+                "changed. Remove LoRA and inject it with other settings."
+            )
+        super().__setattr__(name, value)
+
+    @classmethod
+    def names(cls) -> tuple[str, ...]:
+        """The names of all settings."""
+        return tuple(each.name for each in dataclasses.fields(cls))
+
+    @classmethod
+    def from_arguments(cls, arguments: Mapping[str, Any], keras: Any) -> LayerSettings:
+        """Settings from lora_* keywords, with defaults for the others.
+
+        Args:
+            arguments: The keywords.
+            keras: The Keras that makes initializers and regularizers from names or configs.
+
+        Raises:
+            TypeError, ValueError: for an unknown keyword or a value that is not valid.
+        """
+        check_keywords(arguments, cls.names(), "a LoRA layer")
+        values = dict(arguments)
+        for each in _made_by_keras(cls):
+            values[each.name] = getattr(keras, each.metadata["keras"]).get(
+                values.get(each.name)
+            )
+        return cls(**values)
+
+    def to_config(self, keras: Any) -> dict[str, Any]:
+        """The keywords from which ``from_arguments`` makes the same settings, for files."""
+        values = {name: getattr(self, name) for name in self.names()}
+        for each in _made_by_keras(type(self)):
+            value = values[each.name]
+            if value is not None:
+                values[each.name] = getattr(keras, each.metadata["keras"]).serialize(value)
+        return values
+
+
+def _made_by_keras(cls: type) -> list[dataclasses.Field[Any]]:
+    return [each for each in dataclasses.fields(cls) if each.metadata.get("keras")]
+
+
+def settings_doc(*classes: type) -> str:
+    """The settings of some classes as entries of a docstring's Args section."""
+    entries: dict[str, str] = {}
+    for cls in classes:
+        for each in dataclasses.fields(cls):
+            if "doc" in each.metadata:
+                entries[each.name] = f"{each.metadata['doc']} Default {each.default!r}."
+    return "\n".join(
+        textwrap.fill(
+            f"{name}: {' '.join(text.split())}",
+            width=92,
+            initial_indent="    ",
+            subsequent_indent="        ",
+        )
+        for name, text in entries.items()
+    )
+
+
+def with_settings_doc(doc: str, *classes: type) -> str:
+    """A docstring with the line ``{settings}`` replaced by ``settings_doc(*classes)``."""
+    cleaned = inspect.cleandoc(doc)
+    return cleaned.replace("    {settings}", settings_doc(*classes))
+
+
+@dataclass
+class LoRAConfig(SharedSettings):
+    """The settings of LoRA in a model. Config classes of LoRA architectures inherit from it.
+
+    The update of a kernel is s A B with s = lora_alpha / lora_rank, or with rsLoRA
+    s = lora_alpha / sqrt(lora_rank).
+
+    Args:
+        {settings}
         lora_rank_pattern, lora_alpha_pattern: Other ranks and alphas for some layers: name
             or regular expression for the end of a path -> value. The first one that matches
             counts, as in PEFT. Default none.
-        lora_dropout: Rate in [0, 1) of the dropout on the input of the low-rank branch
-            while training. Default 0.
-        lora_use_dora: Whether the norm of each column of W + s A B is a variable of its own
-            (DoRA): the kernel is m (W + s A B) / |W + s A B|, m starts as |W|. Default False.
-        lora_bias: Whether the branch has a bias c, added as s c. Default False.
-        lora_init: How A and B start. "default": A as lora_initializer says, B zero.
-            "gaussian": A normal with a spread of one over the rank, B zero. "orthogonal": rows
-            that are orthogonal, A B = 0. "pissa" (or "pissa_niter_4", faster: a randomized
-            decomposition with 4 iterations): the largest singular vectors of the kernel.
-            "olora": its QR decomposition. "eva": of the layers' inputs; call
-            ``initialize_eva(model, data)``. For "pissa" and "olora" the kernel is
-            W + s (A B - A0 B0) with the start A0, B0, so that W itself stays as it is.
-        lora_freeze_a: Whether A stays as it was drawn and B alone is trained (LoRA-FA): about
-            half the trained parameters, and compiled functions need not keep the inputs of
-            adapted layers for the gradient. Default False.
-        lora_initializer: Initializer of A (B starts at zero): a name, a config or an
-            object. None (default) draws uniformly from +-1/sqrt(fan_in).
-        lora_regularizer: Regularizer of A and of B. Default none.
         lora_targets: The layers to adapt: a list of names, each the end of a layer's
             path; or a preset, "attention", "mlp" or "all" (every supported layer but the
             classifier); or a regular expression that matches a whole path; or None
             (default) for the targets of the architecture, elsewhere the same as "all".
             PEFT's "all-linear" is understood as "all".
-        lora_exclude: Layers that are not adapted though lora_targets means them, in the
-            same ways: names, a preset, an expression. Default none.
+        lora_exclude: Layers that are not adapted although lora_targets selects them, given
+            in the same ways: names, a preset, an expression. Default none.
         lora_layers: The numbers of the blocks to adapt, one or a list; others are not, nor
             are layers outside of blocks. A layer's number is the first level of its path
-            that is one: 3 in ``blocks/3/attn/qkv``. Where a model has stages it is that of
-            the stage, 2 in ``stages/2/blocks/0/mlp/fc1``. None (default) adapts all.
-        lora_layers_pattern: Which numbers lora_layers means: the name, or a regular
-            expression for it, of the level before the number. "blocks" makes it 0 in
+            that is a number: 3 in ``blocks/3/attn/qkv``. In a model with stages it is that
+            of the stage, 2 in ``stages/2/blocks/0/mlp/fc1``. None (default) adapts all.
+        lora_layers_pattern: Which numbers lora_layers means: the name of the level before
+            the number, or a regular expression for it. "blocks" makes it 0 in
             ``stages/2/blocks/0/mlp/fc1``. With a pattern the number may also end the name
             of a level, as it does in Keras: "block" is the pattern for ``block3/fc`` and
-            ``block_3/fc``. Of a list, the first that a path has counts.
-        lora_qkv: The parts of attention's projections to adapt, letters of "qkv", for
-            example "qv". In a fused layer ("qkv", "kv") each of these parts gets factors
-            of its own; of separate layers ("q", "k", "v") only these are adapted. None
-            (default) adapts all of them, a fused kernel as one.
-        lora_train_modules: Names of layers that are trained whole, each the end of a
-            path; what is inside them is trained too. Default none.
+            ``block_3/fc``. Of a list, the first pattern that occurs in a path counts.
+        lora_train_modules: Names of layers that are fully trained, with all layers inside
+            them, each the end of a path (PEFT's modules_to_save). Default none.
         lora_train_bias: "none" (default), "lora_only" (biases of adapted layers) or
             "all" (every bias-like variable of the model).
-        lora_train_classifier: Whether the classifier is trained whole. None (default)
-            trains it where it is new, that is, where the number of classes was changed.
+        lora_train_classifier: Whether the classifier is fully trained. None (default)
+            trains it if it is new, that is, if the number of classes was changed.
 
     Raises:
         ValueError: for a value out of its range.
@@ -126,29 +315,18 @@ class LoRAConfig:
     Initialization to Rule them All" (EVA), arXiv:2410.07170.
     """
 
-    lora_rank: int = 4
-    lora_alpha: float | None = None
-    lora_use_rslora: bool = False
     lora_rank_pattern: dict[str, int] = field(default_factory=dict)
     lora_alpha_pattern: dict[str, float] = field(default_factory=dict)
-    lora_use_dora: bool = False
-    lora_bias: bool = False
-    lora_dropout: float = 0.0
-    lora_init: str = "default"
-    lora_freeze_a: bool = False
-    lora_initializer: Any = None
-    lora_regularizer: Any = None
     lora_targets: Targets = None
     lora_exclude: Targets = None
     lora_layers: int | Sequence[int] | None = None
     lora_layers_pattern: str | Sequence[str] | None = None
-    lora_qkv: str | None = None
     lora_train_modules: Sequence[str] = ()
     lora_train_bias: str = "none"
     lora_train_classifier: bool | None = None
 
-    #: What the names of presets mean. Here, for models of any class, by the words that
-    #: people use in the names of layers; architectures have tables of their own.
+    #: The targets that presets mean, here for models of any class, by words that are common
+    #: in the names of layers. Architectures have tables of their own.
     lora_presets: ClassVar[Presets] = {
         "default": None,
         "attention": r"(.*/)?[^/]*(attn|attention)[^/]*/.*",
@@ -156,54 +334,30 @@ class LoRAConfig:
     }
 
     def __post_init__(self) -> None:
-        check_rank(self.lora_rank)
-        check_alpha(self.lora_alpha)
+        super().__post_init__()
         check_pattern(self.lora_rank_pattern, "lora_rank_pattern", check_rank)
         check_pattern(self.lora_alpha_pattern, "lora_alpha_pattern", check_alpha)
-        check_dropout(self.lora_dropout)
-        check_train_bias(self.lora_train_bias)
+        check_train_bias(self.lora_train_bias, "lora_train_bias")
         if not isinstance(self.lora_targets, (str, Sequence, type(None))):
             self.lora_targets = tuple(listed(self.lora_targets, "lora_targets"))
-        check_targets(self.lora_targets)
+        check_targets(self.lora_targets, "lora_targets")
         if not isinstance(self.lora_exclude, (str, type(None))):
             self.lora_exclude = tuple(listed(self.lora_exclude, "lora_exclude")) or None
         check_targets(self.lora_exclude, "lora_exclude")
         self.lora_layers = indices_of(self.lora_layers)
         self.lora_layers_pattern = patterns_of(self.lora_layers_pattern, self.lora_layers)
-        check_qkv(self.lora_qkv)
         check_names(self.lora_train_modules, "lora_train_modules")
         self.lora_train_modules = tuple(self.lora_train_modules)
-        check_bool(self.lora_use_rslora, "lora_use_rslora")
-        check_bool(self.lora_freeze_a, "lora_freeze_a")
-        check_bool(self.lora_use_dora, "lora_use_dora")
-        check_bool(self.lora_bias, "lora_bias")
-        check_variant(self.lora_use_dora, self.lora_bias)
-        check_start(self.lora_init, self.lora_initializer)
         if self.lora_train_classifier not in (None, True, False):
             raise TypeError(
                 f"Received lora_train_classifier={self.lora_train_classifier!r}; expected "
-                "True, False, or None to train the classifier only where it is new."
+                "True, False, or None to train the classifier only if it is new."
             )
 
-    @property
-    def lora_scale(self) -> float:
-        """The factor in front of the update: alpha / rank, or alpha / sqrt(rank)."""
-        return scale(self.lora_rank, self.lora_alpha, self.lora_use_rslora)
-
     def layer_arguments(self) -> dict[str, Any]:
-        """The arguments that a LoRA layer takes."""
-        return {
-            "lora_rank": self.lora_rank,
-            "lora_alpha": self.lora_alpha,
-            "lora_use_rslora": self.lora_use_rslora,
-            "lora_use_dora": self.lora_use_dora,
-            "lora_bias": self.lora_bias,
-            "lora_init": self.lora_init,
-            "lora_dropout": self.lora_dropout,
-            "lora_freeze_a": self.lora_freeze_a,
-            "lora_initializer": self.lora_initializer,
-            "lora_regularizer": self.lora_regularizer,
-        }
+        """The arguments of a LoRA layer that this config has the same for all layers."""
+        shared = (each.name for each in dataclasses.fields(SharedSettings))
+        return {name: getattr(self, name) for name in shared if name != "lora_qkv"}
 
     def arguments(self) -> dict[str, Any]:
         """The lora_* fields as keyword arguments: ``inject_lora(model, **x.arguments())``."""
@@ -285,19 +439,11 @@ class LoRAConfig:
         return {**table, "all": None}
 
 
-def check_start(init: Any, initializer: Any) -> None:
-    """Raise unless a way to start is known, and the only one given."""
-    check_init(init)
-    if init != "default" and initializer is not None:
-        raise ValueError(
-            f"Received lora_init={init!r} and lora_initializer={initializer!r}, which both say "
-            "how A starts; expected one of them."
-        )
+LoRAConfig.__doc__ = with_settings_doc(LoRAConfig.__doc__ or "", SharedSettings)
 
 
 def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:
-    """The factor in front of the update: alpha over the rank, or with rsLoRA over its
-    root; 1 where alpha is None."""
+    """The scale of an update: alpha / rank, with rsLoRA alpha / sqrt(rank); 1 without alpha."""
     if alpha is None:
         return 1.0
     return float(alpha) / (math.sqrt(rank) if use_rslora else rank)
@@ -306,19 +452,3 @@ def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:
 def lora_field_names() -> list[str]:
     """The names of all fields of ``LoRAConfig``."""
     return [field.name for field in dataclasses.fields(LoRAConfig)]
-
-
-def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> None:
-    """Raise a TypeError that names the nearest known keyword for each unknown one."""
-    known = list(known)
-    problems = []
-    for name in given:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            hint = f"; did you mean {near[0]}?" if near else ""
-            problems.append(f"{name}{hint}")
-    if problems:
-        raise TypeError(
-            f"Received unknown keywords for {what}: {', '.join(problems)} "
-            f"Known keywords: {', '.join(known)}."
-        )

@@ -7,7 +7,8 @@ import os
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.load import load_adapter, lora_arguments
+from tfimm_lora.adapters.load import load_adapter
+from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.backend import legacy_backend
 from tfimm_lora.model.classifier import classifier_names
 from tfimm_lora.model.convert import (
@@ -20,8 +21,8 @@ from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_architecture, lora_version_of
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
+from tfimm_lora.zoo.weights.checkpoint import is_checkpoint
 from tfimm_lora.zoo.weights.pretrained import create_from_file, create_pretrained
-from tfimm_lora.zoo.weights.source import is_checkpoint
 
 
 def create_model(
@@ -38,8 +39,8 @@ def create_model(
         model_name: A name from ``list_models()``, for example "convnext_tiny".
         pretrained: Whether to load the weights that the name stands for: from tfimm's own
             cache, else from the hub by ``load_timm_weights``, without torch (see
-            docs/weights.md). Mean, std, crop and interpolation of the config are then the
-            checkpoint's.
+            docs/how-to/pretrained-weights.md). Mean, std, crop and interpolation of the
+            config are then the checkpoint's.
         model_path: A saved model (SavedModel or .keras) to take the weights from; it takes
             precedence over ``pretrained``. If that is a LoRA model, its factors are taken
             over too and its config is the starting point. Or a checkpoint of timm in a

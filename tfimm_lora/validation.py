@@ -8,30 +8,32 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
+from tfimm_lora.utils.suggestions import did_you_mean
+
 #: Values of ``train_bias``: no bias, those of adapted layers, every one in the model.
 TRAIN_BIAS = ("none", "lora_only", "all")
 
 
-def check_rank(rank: Any) -> None:
+def check_rank(rank: Any, name: str = "lora_rank") -> None:
     """Raise unless ``rank`` is a positive integer."""
     whole = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
     if not whole or rank < 1:
         raise (ValueError if whole else TypeError)(
-            f"Received lora_rank={rank!r}; expected a positive integer. Pass for example "
+            f"Received {name}={rank!r}; expected a positive integer. Pass for example "
             "lora_rank=4, or leave the layer out of lora_targets."
         )
 
 
-def check_alpha(alpha: Any) -> None:
+def check_alpha(alpha: Any, name: str = "lora_alpha") -> None:
     """Raise unless ``alpha`` is None or a finite number."""
     if alpha is None:
         return
     if isinstance(alpha, bool) or not isinstance(alpha, numbers.Real):
         raise TypeError(
-            f"Received lora_alpha={alpha!r}; expected a number, or None for a scale of 1."
+            f"Received {name}={alpha!r}; expected a number, or None for a scale of 1."
         )
     if not math.isfinite(alpha):
-        raise ValueError(f"Received lora_alpha={alpha!r}; expected a finite number.")
+        raise ValueError(f"Received {name}={alpha!r}; expected a finite number.")
 
 
 def check_bool(value: Any, field: str) -> None:
@@ -40,7 +42,7 @@ def check_bool(value: Any, field: str) -> None:
         raise TypeError(f"Received {field}={value!r}; expected True or False.")
 
 
-def check_pattern(pattern: Any, name: str, check: Callable[[Any], None]) -> None:
+def check_pattern(pattern: Any, name: str, check: Callable[[Any, str], None]) -> None:
     """Raise unless ``pattern`` maps regular expressions to values that ``check`` takes."""
     if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):
         raise TypeError(
@@ -55,22 +57,22 @@ def check_pattern(pattern: Any, name: str, check: Callable[[Any], None]) -> None
                 f"Received {name} with the key {key!r}, which is no regular expression: "
                 f"{error}."
             ) from error
-        check(value)
+        check(value, f"{name}[{key!r}]")
 
 
-def check_dropout(rate: Any) -> None:
+def check_dropout(rate: Any, name: str = "lora_dropout") -> None:
     """Raise unless ``rate`` is a number in [0, 1)."""
     if isinstance(rate, bool) or not isinstance(rate, numbers.Real):
-        raise TypeError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
+        raise TypeError(f"Received {name}={rate!r}; expected a rate in [0, 1).")
     if not 0 <= float(rate) < 1:
-        raise ValueError(f"Received lora_dropout={rate!r}; expected a rate in [0, 1).")
+        raise ValueError(f"Received {name}={rate!r}; expected a rate in [0, 1).")
 
 
-def check_train_bias(train_bias: Any) -> None:
+def check_train_bias(train_bias: Any, name: str = "train_bias") -> None:
     """Raise unless ``train_bias`` is one of ``TRAIN_BIAS``."""
     if train_bias not in TRAIN_BIAS:
         raise ValueError(
-            f"Received train_bias={train_bias!r}; expected one of {', '.join(TRAIN_BIAS)}."
+            f"Received {name}={train_bias!r}; expected one of {', '.join(TRAIN_BIAS)}."
         )
 
 
@@ -149,24 +151,80 @@ def patterns_of(pattern: Any, layers: Any) -> tuple[str, ...] | None:
     return tuple(given)
 
 
-def check_qkv(parts: Any) -> None:
-    """Raise unless ``parts`` is None or consists of different letters of "qkv"."""
-    if parts is None:
+def check_qkv(blocks: Any, name: str = "lora_qkv") -> None:
+    """Raise unless ``blocks`` is None or consists of different letters of "qkv"."""
+    if blocks is None:
         return
-    if not isinstance(parts, str):
-        raise TypeError(f'Received lora_qkv={parts!r}; expected letters of "qkv", or None.')
-    if not parts or set(parts) - set("qkv") or len(set(parts)) < len(parts):
+    if not isinstance(blocks, str):
+        raise TypeError(f'Received {name}={blocks!r}; expected letters of "qkv", or None.')
+    if not blocks or set(blocks) - set("qkv") or len(set(blocks)) < len(blocks):
         raise ValueError(
-            f'Received lora_qkv={parts!r}; expected letters of "qkv", each at most once, '
+            f'Received {name}={blocks!r}; expected letters of "qkv", each at most once, '
             'for example "qv".'
         )
 
 
-def check_variant(use_dora: bool, bias: bool) -> None:
-    """Raise for DoRA with a bias of the branch."""
-    if use_dora and bias:
+def check_qkv_layout(layout: Any, name: str = "lora_qkv_layout") -> None:
+    """Raise unless ``layout`` consists of at least two different letters of "qkv"."""
+    letters = isinstance(layout, str) and set(layout) <= set("qkv")
+    if not letters or len(layout) < 2 or len(set(layout)) < len(layout):
         raise ValueError(
-            "Received lora_use_dora=True and lora_bias=True; expected one of them: DoRA scales "
-            "a kernel and its update together, and a bias of the branch has no part in that. "
-            "lora_train_bias='lora_only' trains the layer's own bias."
+            f'Received {name}={layout!r}; expected at least two letters of "qkv", each once, '
+            "in the order of the blocks in the kernel."
+        )
+
+
+def check_keywords(given: Iterable[str], known: Iterable[str], what: str) -> None:
+    """Raise a TypeError that names the nearest known keyword for each unknown one."""
+    known = list(known)
+    problems = [f"{name}{did_you_mean(name, known)}" for name in given if name not in known]
+    if problems:
+        listed = ", ".join(problems)
+        raise TypeError(
+            f"Received unknown keywords for {what}: {listed}{'' if listed[-1] == '?' else '.'} "
+            f"Known keywords: {', '.join(known)}."
+        )
+
+
+def check_integer(value: Any, field: str, least: int) -> None:
+    """Raise unless ``value`` is an integer of at least ``least``."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"Received {field}={value!r}; expected an integer of at least {least}.")
+    if value < least:
+        raise ValueError(
+            f"Received {field}={value!r}; expected an integer of at least {least}."
+        )
+
+
+def check_number(
+    value: Any, field: str, least: float, *, exclusive: bool = False, below: float = math.inf
+) -> None:
+    """Raise unless ``value`` is a finite number in the given range.
+
+    Args:
+        value: The value to check.
+        field: Its name, for the error message.
+        least: The smallest allowed number.
+        exclusive: Whether ``least`` itself is not allowed.
+        below: All numbers from this one on are not allowed.
+    """
+    lower = f"{'above' if exclusive else 'of at least'} {least:g}"
+    upper = "" if below == math.inf else f" and below {below:g}"
+    message = f"Received {field}={value!r}; expected a number {lower}{upper}."
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(message)
+    number = float(value)
+    in_range = least <= number < below and not (exclusive and number == least)
+    if not (math.isfinite(value) and in_range):
+        raise ValueError(message)
+
+
+def check_choice(value: Any, field: str, choices: Iterable[Any]) -> None:
+    """Raise unless ``value`` is one of ``choices``; suggest the most similar one."""
+    known = list(choices)
+    if value not in known:
+        names = [str(choice) for choice in known]
+        raise ValueError(
+            f"Received {field}={value!r}; expected one of {', '.join(names)}"
+            f"{did_you_mean(value, names) or '.'}"
         )

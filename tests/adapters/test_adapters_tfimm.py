@@ -136,6 +136,21 @@ def test_lora_class_takes_an_adapter_of_another_rank(tmp_path):
     assert len(model.trainable_weights) == len(wide.trainable_weights)
 
 
+@pytest.mark.parametrize("settings", [dict(lora_init="pissa"), dict(lora_freeze_a=True)])
+def test_lora_of_an_adapter_does_not_keep_other_settings_of_the_lora_class(settings):
+    """The new LoRA has defaults beside the adapter's settings, as with inject_lora."""
+    tiny = ARCHITECTURES["vit"]
+    base = tiny.make()
+    x = digits(2, tiny.size)[0]
+    tuned = lora.convert_to_lora_model(base, lora_rank=2)
+    randomise(tuned)
+    model = lora.convert_to_lora_model(base, lora_rank=4, **settings)
+    lora.load_adapter(model, lora.adapter_of(tuned))
+    assert (model.cfg.lora_init, model.cfg.lora_freeze_a) == ("default", False)
+    assert len(model.trainable_weights) == len(tuned.trainable_weights)
+    np.testing.assert_allclose(run(model, x), run(tuned, x), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", long_except(["swin", "convnext", "resnet"], ["convnext"]))
 def test_each_row_of_a_batch_has_its_own_adapter(name):
     tiny = ARCHITECTURES[name]

@@ -165,7 +165,7 @@ HOSTILE = {
     "rank that the tensors have not": (with_config(r=7, rank_pattern={}), "rank 7"),
     "alpha of text": (with_config(lora_alpha=[1]), r"lora_alpha=\[1\]"),
     "pattern of text": (with_config(alpha_pattern={"conv1": "x"}), "alpha_pattern"),
-    "pattern that is none": (with_config(alpha_pattern={"(": 1}), "no regular expression"),
+    "pattern that is none": (with_config(alpha_pattern={"(": 1}), "not a regular expression"),
     "modules of numbers": (with_config(modules_to_save=[1]), "expected names"),
     "modules that are not there": (with_config(modules_to_save=["tail"]), r"\['tail'\]"),
     "DoRA": (with_config(use_dora=True), "use_dora=True"),
@@ -210,7 +210,7 @@ def test_values_that_are_not_finite_are_refused(original, tmp_path):
 
 
 def test_missing_and_pickled_files_are_refused(original, tmp_path):
-    with pytest.raises(FileNotFoundError, match="no folder"):
+    with pytest.raises(FileNotFoundError, match="not a folder"):
         lora.Adapter.load(tmp_path / "nothing")
     (tmp_path / CONFIG).write_bytes(original[CONFIG])
     with pytest.raises(FileNotFoundError, match=WEIGHTS):

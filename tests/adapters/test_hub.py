@@ -147,7 +147,7 @@ def test_a_connection_that_is_cut_once_is_made_again(hub):
 def test_a_connection_that_stays_cut_says_so_and_leaves_no_file(hub):
     kind, message = hub["outcomes"]["timm/cut"]
     assert kind == "ConnectionError"
-    assert "'timm/cut': model.safetensors could not be downloaded whole" in message
+    assert "'timm/cut': model.safetensors could not be downloaded completely" in message
     assert "try again" in message
     assert hub["again"]["timm/cut"] == ["loaded", 0.95]
 
@@ -155,10 +155,12 @@ def test_a_connection_that_stays_cut_says_so_and_leaves_no_file(hub):
 def test_wrong_content_is_refused_and_removed(hub):
     kind, message = hub["outcomes"]["timm/wrong"]
     assert kind == "ValueError"
-    assert "model.safetensors is not what the hub announced" in message
+    assert "model.safetensors is not the file that the hub announced" in message
     assert "removed from the cache" in message
     kind, message = hub["outcomes"]["timm/wrong_config"]
-    assert kind == "ValueError" and "config.json is not what the hub announced" in message
+    assert (
+        kind == "ValueError" and "config.json is not the file that the hub announced" in message
+    )
     assert hub["again"]["timm/wrong"] == ["loaded", 0.95]
 
 
@@ -184,7 +186,7 @@ def test_what_is_not_there_says_so(hub):
 
 def test_a_file_that_was_uploaded_damaged_is_refused(hub):
     kind, message = hub["outcomes"]["timm/broken"]
-    assert kind == "ValueError" and "not a whole safetensors file" in message
+    assert kind == "ValueError" and "not a complete safetensors file" in message
 
 
 def test_offline_uses_the_cache_and_says_what_is_not_in_it(hub):
@@ -269,6 +271,6 @@ def test_adapters_go_to_the_hub_and_come_back(tmp_path):
     assert "'me/nothing' does not exist" in outcomes["nothing"][1]
     assert outcomes["address"][0] == outcomes["repository"][0] == "ValueError"
     assert outcomes["wrong"][0] == "ValueError"
-    assert "is not what the hub announced" in outcomes["wrong"][1]
+    assert "is not the file that the hub announced" in outcomes["wrong"][1]
     assert outcomes["cut"][0] == "ConnectionError"
     assert outcomes["token"][0] == "PermissionError" and "HF_TOKEN" in outcomes["token"][1]

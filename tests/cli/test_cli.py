@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import typer
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal
@@ -16,7 +17,7 @@ from tests.helpers.selection import LONG_ON_LEGACY
 from tests.helpers.tiny_models import functional
 from tfimm_lora.cli import commands, main
 from tfimm_lora.cli import inspect as inspect_module
-from tfimm_lora.cli.app import app, typer
+from tfimm_lora.cli.app import app
 from tfimm_lora.cli.models import known_models, sizes
 from tfimm_lora.model.merge import lora_layers
 
@@ -90,6 +91,37 @@ def saved(tmp_path):
 
 def contents(folder):
     return {path.name: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        ["--help"],
+        ["--version"],
+        ["no-such-command"],
+        *([name, "--help"] for name in commands.COMMANDS),
+        ["plan", "--no-such-option"],
+    ],
+    ids=" ".join,
+)
+def test_help_and_usage_errors_need_no_framework(argv):
+    code = f"""
+import sys, runpy
+sys.argv[1:] = {argv}
+try:
+    runpy.run_module("tfimm_lora", run_name="__main__")
+except SystemExit as end:
+    code = end.code
+print()
+print(code, sorted({{"tensorflow", "keras", "tf_keras", "jax", "torch"}} & set(sys.modules)))
+"""
+    environ = {k: v for k, v in os.environ.items() if k != "TF_CPP_MIN_LOG_LEVEL"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ
+    )
+    assert done.returncode == 0, done.stderr
+    expected = 2 if any("no-such" in word for word in argv) else 0
+    assert done.stdout.splitlines()[-1] == f"{expected} []"
 
 
 # -- the command line itself ----------------------------------------------------------------
@@ -196,14 +228,14 @@ def test_names_are_found_by_a_part_or_a_pattern_in_any_case(document):
 
 def test_names_that_match_nothing_are_answered_with_the_nearest(call):
     out, err = call("models", "ResNet5O", expect=1)
-    assert out == "" and "'ResNet5O'" in err and "Nearest: " in err and "esNet50" in err
+    assert out == "" and "'ResNet5O'" in err and "Most similar: " in err and "esNet50" in err
     _, err = call("models", "vit_*_999", expect=1)
     assert "TF_USE_LEGACY_KERAS" not in err
     if LEGACY:
         assert "vit_" in err
     else:
         _, err = call("models", "vit_*_224", expect=1)
-        assert "it needs TF_USE_LEGACY_KERAS=1" in err
+        assert "TF_USE_LEGACY_KERAS=1" in err
 
 
 def test_no_name_is_cut_where_stdout_is_no_terminal(call, monkeypatch):
@@ -278,7 +310,7 @@ def test_plan_with_other_classes_trains_the_classifier(model_file, document):
     )
     assert [x["path"] for x in found["layers"]] == ["fc"]
     assert (found["classifier"], found["biases"]) == (10 * 7 + 7, 4 + 10)
-    assert found["reasons"] == {"not among the targets": 1, "classifier, trained whole": 1}
+    assert found["reasons"] == {"not among the targets": 1, "classifier, fully trained": 1}
     closed = document("plan", model_file, "--classes", 7, "--no-train-classifier")
     assert (closed["classifier"], closed["classifier_total"]) == (0, 77)
     opened = document("plan", model_file, "--train-classifier")
@@ -411,10 +443,10 @@ def test_the_table_of_an_adapter_is_complete(saved, call, tmp_path):
     layers["attn.qkv"] = lora.LayerUpdate(qkv.a, qkv.b, 1.0, "linear", ("qv", "qkv"))
     out, err = call("inspect", saved("many", lora.Adapter(layers)))
     assert all(name in out for name in names) and err == ""
-    assert "qv of qkv" in out and "not named" in out
-    assert "in PEFT" in out and "yes" in out.splitlines()[-1]
+    assert "qv of qkv" in out and "unknown" in out
+    assert "PEFT format" in out and "yes" in out.splitlines()[-1]
     out, _ = call("inspect", saved("one", several()))
-    assert "no: 1 layers" in out and "head.weight" in out and "timm/tiny" in out
+    assert "cannot express 1 layers" in out and "head.weight" in out and "timm/tiny" in out
 
 
 def test_the_folder_of_a_run_is_as_good_as_that_of_its_adapter(saved, document, tmp_path):
@@ -589,7 +621,7 @@ def test_adapters_that_do_not_fit_together_are_refused(saved, call, tmp_path):
     assert lora.Adapter.load(out).base_model == "timm/c"
     heads = [saved(f"head{i}", several(seed=i)) for i in range(2)]
     _, err = call("combine", *heads, "--out", tmp_path / "heads", expect=1)
-    assert "trained whole differ" in err
+    assert "fully trained weights differ" in err
 
 
 # -- diff -----------------------------------------------------------------------------------

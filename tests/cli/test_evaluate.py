@@ -99,7 +99,7 @@ def test_evaluate_other_pictures_also_of_some_of_the_classes_only(run, tmp_path,
     counts = {x["label"]: x["count"] for x in found["classes"]}
     assert counts == {LABELS[0]: 0, LABELS[1]: 0, LABELS[2]: 3}
     assert [x["path"] for x in found["skipped"]] == [str(tmp_path / "3.png")]
-    assert f"left out {tmp_path / '3.png'}" in err
+    assert f"skipped {tmp_path / '3.png'}" in err
     code, out, _ = ask(capsys, "evaluate", run.path, "--data", data)
     assert code == 0
     lines = [line.split() for line in out.splitlines() if line.startswith(LABELS[0])]
@@ -115,7 +115,7 @@ def test_evaluate_takes_val_of_what_is_split_and_tells_of_what_was_trained_on(
     code, out, err = ask(capsys, "evaluate", run.path, "--data", data, "--json")
     found = json.loads(out)
     assert (code, found["pictures"], found["trained_on"]) == (0, 1, 1)
-    assert "1 of 1 pictures are among those that were trained on" in err
+    assert "1 of 1 pictures were used for training" in err
 
 
 def test_evaluate_names_classes_that_the_run_does_not_know(run, folder, tmp_path, capsys):
@@ -126,7 +126,7 @@ def test_evaluate_names_classes_that_the_run_does_not_know(run, folder, tmp_path
         capsys, "evaluate", run.path, "--data", tmp_path / "data", "--out", out
     )
     assert code == 1 and not printed and not out.exists()
-    assert "2 classes that the run does not know: bear, wolf" in err
+    assert "2 classes that the model was not trained on: bear, wolf" in err
     assert all(label in err for label in LABELS)
     assert "warning: " in err and "2 .txt" in err and "UserWarning" not in err
 
@@ -163,8 +163,8 @@ def test_evaluate_writes_pictures_and_predictions(run, model, tmp_path, capsys):
 @pytest.mark.parametrize(
     "arguments, code, message",
     [
-        (("evaluate", "no/such"), 1, "no run of finetune"),
-        (("predict", "no/such", "x.png"), 1, "no run of finetune"),
+        (("evaluate", "no/such"), 1, "not a finetune run"),
+        (("predict", "no/such", "x.png"), 1, "not a finetune run"),
         (("evaluate", "RUN", "--data", "no/such"), 1, "does not exist"),
         (("evaluate", "RUN", "--batch-size", "0"), 2, "--batch-size"),
         (("predict", "RUN"), 2, "pictures"),

@@ -89,7 +89,7 @@ def test_a_merged_run_is_an_ordinary_model_that_can_be_exported_on(finished, tmp
     expected = run(model, pictures / 255)
     np.testing.assert_allclose(predict_onnx(tmp_path / "m.onnx", pictures), expected, atol=1e-3)
     out, err = call("merge", path, "--out", tmp_path / "again.keras", expect=1)
-    assert "nothing to merge. Pass --adapter" in err and not out
+    assert "expected a LoRA model. Pass --adapter" in err and not out
 
 
 @pytest.mark.parametrize("as_pictures", [False, True])
@@ -149,14 +149,14 @@ def test_a_savedmodel_of_keras_is_opened_and_one_without_is_refused(tmp_path, ca
     ordinary().save(str(tmp_path / "of_keras"))
     call("export", tmp_path / "of_keras", "--out", tmp_path / "m", "--format", "savedmodel")
     err = call("export", tmp_path / "m", "--out", tmp_path / "m.onnx", expect=1)[1]
-    assert "a SavedModel without Keras in it" in err
+    assert "a SavedModel without a Keras model" in err
 
 
 @pytest.mark.parametrize(
     "source, words",
     [
-        ("nothing", "does not exist; expected the folder of a run"),
-        ("empty", "neither a run of finetune (it has no config.yaml) nor a saved Keras"),
+        ("nothing", "does not exist; expected the folder of a finetune run"),
+        ("empty", "expected the folder of a finetune run (with config.yaml) or a saved Keras"),
         ("text.keras", "If the other Keras wrote it, set TF_USE_LEGACY_KERAS="),
     ],
 )

@@ -25,11 +25,14 @@ NEEDS_TFIMM = ("create_model(", "list_models(")
 
 def python_blocks():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
-        blocks = re.findall(r"```python\n(.*?)```", path.read_text(), flags=re.S)
-        for number, code in enumerate(blocks):
+        for number, code in enumerate(blocks(path, "python")):
             # Examples that run on both Kerases: on legacy Keras by `make test-long`.
             marks = [pytest.mark.long] if LEGACY and not needs_tfimm(code) else []
-            yield pytest.param(code, id=f"{path.name}-{number}", marks=marks)
+            yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}", marks=marks)
+
+
+def blocks(path, language):
+    return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.S)
 
 
 def needs_tfimm(text):
@@ -37,23 +40,43 @@ def needs_tfimm(text):
 
 
 def run_program(code, folder):
+    # Figures are not shown but drawn.
     done = subprocess.run(
         [sys.executable, "-c", code],
         cwd=folder,
         capture_output=True,
         text=True,
-        env=dict(os.environ),
+        env={**os.environ, "MPLBACKEND": "Agg"},
     )
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("code", python_blocks())
+@pytest.mark.parametrize("code", list(python_blocks()))
 def test_example_in_documents(code, tmp_path, monkeypatch):
     """In this process: a new one would spend most of its time importing TensorFlow."""
     if not LEGACY and any(name in code for name in NEEDS_TFIMM):
         pytest.skip("needs tfimm")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
+
+
+@pytest.mark.long
+@pytest.mark.skipif(LEGACY, reason="once is enough")
+def test_tutorial_with_the_command_line(tmp_path):
+    tutorial = ROOT / "docs" / "tutorials" / "pictures-to-report.md"
+    (code,) = blocks(tutorial, "python")
+    run_program(code, tmp_path)
+    commands = "\n".join(blocks(tutorial, "bash"))
+    program = f"{sys.executable} -m tfimm_lora"
+    done = subprocess.run(
+        ["bash", "-ec", commands.replace("tfimm-lora", program)],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert (tmp_path / "run" / "report.html").exists() and (tmp_path / "model.onnx").exists()
 
 
 def modules():
@@ -70,7 +93,7 @@ def source_of(module):
     return Path(module.module_finder.find_spec(module.name, None).origin).read_text()
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
@@ -107,7 +130,7 @@ def test_notebook(path, tmp_path):
 
 @pytest.mark.skipif(not LEGACY, reason="independent of Keras")
 def test_the_site_is_built_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs_jupyter")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT,
@@ -116,8 +139,61 @@ def test_the_site_is_built_without_a_warning(tmp_path):
         env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
     )
     assert done.returncode == 0 and "WARNING" not in done.stderr, done.stderr[-3000:]
-    page = (tmp_path / "api" / "models" / "index.html").read_text()
-    assert "lora_rank" in page and "https://fonts" not in page
+    pages = {
+        name: (tmp_path / "reference" / "api" / name / "index.html").read_text()
+        for name in ("models", "layers", "adapters", "training", "tfimm")
+    }
+    assert "lora_rank" in pages["models"] and "https://fonts" not in pages["models"]
+    shown = re.findall(r'id="tfimm_lora\.(\w+)"', "".join(pages.values()))
+    assert set(lora_names()) <= set(shown)
+    assert "Rank r of the update" in pages["layers"]
+    home = (tmp_path / "index.html").read_text()
+    assert "notebooks/quickstart/" in home
+
+
+def lora_names():
+    return [name for name in tfimm_lora.__all__ if not name.startswith("__")]
+
+
+def test_every_public_name_is_on_an_api_page():
+    pages = sorted((ROOT / "docs" / "reference" / "api").glob("*.md"))
+    text = "".join(page.read_text() for page in pages)
+    named = re.findall(r"^::: tfimm_lora\.(\w+)$", text, flags=re.M)
+    assert len(named) == len(set(named))
+    if LEGACY:
+        assert set(named) == set(lora_names())
+    else:
+        assert set(named) >= set(lora_names())
+
+
+def test_notebooks_have_outputs():
+    for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
+        cells = json.loads(path.read_text())["cells"]
+        outputs = [o for c in cells if c["cell_type"] == "code" for o in c["outputs"]]
+        assert outputs and not any(o["output_type"] == "error" for o in outputs), path.name
+
+
+def test_the_readme_is_short():
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_files_named_in_the_documents_exist():
+    """Paths in backticks, as layers/dense.py, are files of the package or of the repository."""
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tfimm_lora").rglob("*.py")}
+    for name in ("explanation/design.md", "explanation/code-paths.md", "../CONTRIBUTING.md"):
+        for named in re.findall(r"`([\w/.]+\.py)`", (ROOT / "docs" / name).read_text()):
+            found = any(file.endswith(f"/{named}") for file in files) or (ROOT / named).exists()
+            assert found, (name, named)
+
+
+def test_links_in_the_documents_lead_somewhere():
+    for path in [*ROOT.glob("*.md"), *sorted((ROOT / "docs").rglob("*.md"))]:
+        for target in re.findall(r"\]\(([^)#\s]+)[^)]*\)", path.read_text()):
+            if not target.startswith(("http:", "https:")):
+                # The notebooks lie beside docs/ and are part of the site.
+                beside = ROOT / target.lstrip("./") if "notebooks/" in target else None
+                found = (path.parent / target).exists() or (beside and beside.exists())
+                assert found, (path.name, target)
 
 
 @pytest.mark.long

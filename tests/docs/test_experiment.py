@@ -46,7 +46,7 @@ def test_the_experiment_runs(tmp_path):
         assert len(method["accuracy"]) == 2 and 0 < method["mean"] < 1
         tried = [float(rate) for rate in method["validation"]]
         assert min(tried) < 1.001 * method["rate"] and max(tried) > 0.999 * method["rate"]
-    table = (tmp_path / "docs" / "variants.md").read_text()
+    table = (tmp_path / "docs" / "explanation" / "variants.md").read_text()
     assert table.count("\n| ") == 6
     assert (tmp_path / "docs" / "images" / "variants.svg").read_text().startswith("<?xml")
     assert not (tmp_path / "work").exists()
@@ -63,9 +63,11 @@ def test_a_table_is_put_between_its_marks(page, tmp_path):
         "step": {"median": 0.8},
     }
     results = {"reference": "LoRA, rank 8", "methods": {"a": method, "LoRA, rank 8": method}}
-    (tmp_path / "variants.md").write_text(f"before\n{page.START}\nold\n{page.END}\nafter\n")
+    written = tmp_path / "explanation" / "variants.md"
+    written.parent.mkdir()
+    written.write_text(f"before\n{page.START}\nold\n{page.END}\nafter\n")
     page.write(results, tmp_path)
-    text = (tmp_path / "variants.md").read_text()
+    text = written.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     others = "1,234 | 5.0 % | 0.01 | 0.80 |"
     assert f"| a | 90.0 ± 1.0 | **\N{MINUS SIGN}3.0 ± 1.0** | {others}" in text

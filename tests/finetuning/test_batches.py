@@ -13,7 +13,7 @@ from PIL import Image
 
 from tests.helpers.kerases import LEGACY, keras
 from tests.helpers.picture_folders import break_picture, photograph, write_digits
-from tfimm_lora.finetuning.data.augment import PRESETS, Augmentation
+from tfimm_lora.finetuning.data.augmentation import PRESETS, Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, find_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing

@@ -15,7 +15,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras
 from tests.helpers.picture_folders import write_digits
-from tfimm_lora.finetuning.metrics_file import read_metrics
+from tfimm_lora.finetuning.metrics_csv import read_metrics
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 
 ROOT = Path(__file__).parents[2]
@@ -256,7 +256,7 @@ def test_two_workers_train_as_one_device_and_go_on_after_a_kill(folder, tmp_path
     workers, _ = start_workers(resume, resume)
     for code, out, errors in ended(*workers):
         assert code == 0, errors[-3000:]
-        assert "going on with the run" in errors
+        assert "resuming the run" in errors
         assert ("accuracy" in json.loads(out)) == ("epoch 2/3" in errors)
     first, second = adapter_of(whole), adapter_of(run)
     for key in first:

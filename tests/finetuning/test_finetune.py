@@ -15,9 +15,10 @@ from safetensors.numpy import load_file
 
 import tfimm_lora as lora
 from tests.helpers.kerases import array, keras, values
-from tfimm_lora.finetuning.checkpoint import Checkpoints, Progress, write_whole
-from tfimm_lora.finetuning.schedule import create_optimizer
+from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints
+from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.training import finetune
+from tfimm_lora.utils.atomic_files import write_file
 
 ROOT = Path(__file__).parents[2]
 
@@ -263,7 +264,7 @@ def test_an_endless_dataset_with_its_number_of_steps():
 
 
 def test_only_the_last_and_the_best_state_are_kept(tmp_path):
-    kept = Checkpoints(tmp_path)
+    kept = TrainingCheckpoints(tmp_path)
     for epoch in range(5):
         kept.save(Progress(epoch + 1, [{}] * (epoch + 1), 1 if epoch else 0), {"x": np.ones(2)})
     assert sorted(p.name for p in tmp_path.iterdir()) == [
@@ -278,14 +279,14 @@ def test_only_the_last_and_the_best_state_are_kept(tmp_path):
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
-    write_whole(path, "before")
+    write_file(path, "before")
 
     def fail(*args):
         raise OSError("disk full")
 
     monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="disk full"):
-        write_whole(path, "after")
+        write_file(path, "after")
     assert path.read_text() == "before" and len(list(tmp_path.iterdir())) == 1
 
 

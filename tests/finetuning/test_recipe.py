@@ -17,9 +17,9 @@ from tests.helpers.kerases import LEGACY, array, keras, values
 from tests.helpers.picture_folders import break_picture, write_digits
 from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.cli import main
-from tfimm_lora.finetuning.checkpoint import Checkpoints
+from tfimm_lora.finetuning.base_model import applications, open_base_model
+from tfimm_lora.finetuning.checkpoint import TrainingCheckpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
-from tfimm_lora.finetuning.open_model import applications, open_base
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.run import Run
 
@@ -165,7 +165,7 @@ def test_a_killed_run_is_resumed_to_the_very_weights(folder, tmp_path):
     assert child.returncode == -signal.SIGKILL
     again = start(tmp_path / "run")
     _, errors = again.communicate()
-    assert again.returncode == 0 and "going on with the run" in errors, errors[-2000:]
+    assert again.returncode == 0 and "resuming the run" in errors, errors[-2000:]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
@@ -182,13 +182,13 @@ def test_variants_are_trained_resumed_and_opened(options, folder, tmp_path, monk
     """Stopped after its first epoch, by an error, and gone on with: the very run."""
     asked = recipe(folder, epochs=2, lora={"lora_rank": 2, **options})
     run = finetune_pictures(asked, tmp_path / "whole", verbose="none")
-    saved = Checkpoints.save
+    saved = TrainingCheckpoints.save
 
     def stop(self, progress, values):
         saved(self, progress, values)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(Checkpoints, "save", stop)
+    monkeypatch.setattr(TrainingCheckpoints, "save", stop)
     with pytest.raises(KeyboardInterrupt):
         finetune_pictures(asked, tmp_path / "run", verbose="none")
     monkeypatch.undo()
@@ -200,7 +200,7 @@ def test_variants_are_trained_resumed_and_opened(options, folder, tmp_path, monk
         np.testing.assert_array_equal(array(a), array(b))
     layer = one.get_layer("fc")
     assert layer.lora.use_dora == bool(options.get("lora_use_dora"))
-    start = open_base(str(folder / "model.keras"), classes=3, normalisation="unit").model
+    start = open_base_model(str(folder / "model.keras"), classes=3, normalisation="unit").model
     kernel = layer.lora_values()["kernel"]
     np.testing.assert_array_equal(kernel, array(start.get_layer("fc").kernel))
 
@@ -213,7 +213,7 @@ def test_a_start_from_data_is_for_one_device(folder):
 def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "mine.txt").write_text("mine")
-    with pytest.raises(FileExistsError, match="no run"):
+    with pytest.raises(FileExistsError, match="not a finetune run"):
         finetune_pictures(recipe(folder), tmp_path / "other", resume=True)
     finetune_pictures(recipe(folder, epochs=1), tmp_path / "run", verbose="none")
     with pytest.raises(FileExistsError, match="--resume"):
@@ -224,9 +224,9 @@ def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
     run = Run.open(tmp_path / "run")
     run.recipe["model"] = str(folder / "other.keras")
     save_model(folder / "other.keras", classes=5)
-    with pytest.raises(ValueError, match="another one"):
+    with pytest.raises(ValueError, match="has changed"):
         run.model()
-    with pytest.raises(FileNotFoundError, match="no run of finetune"):
+    with pytest.raises(FileNotFoundError, match="not a finetune run"):
         Run.open(tmp_path / "other")
 
 
@@ -303,7 +303,7 @@ def test_usage_errors_are_those_of_a_shell(tmp_path, capsys):
 @pytest.mark.parametrize("name", ["MobileNetV2", "ResNet50", "DenseNet121", "EfficientNetB0"])
 def test_preprocessing_of_applications_is_their_own(name):
     """Against ``preprocess_input``: scaled, centred with channels turned, standardised, raw."""
-    base = open_base(f"applications/{name}", classes=2, input_size=(32, 32))
+    base = open_base_model(f"applications/{name}", classes=2, input_size=(32, 32))
     prepare = sys.modules[applications()[name].__module__].preprocess_input
     x = np.random.default_rng(0).uniform(0, 255, (2, 4, 4, 3)).astype("float32")
     got = base.preprocessing.function()(x)
@@ -315,7 +315,7 @@ def test_weights_of_an_application_are_kept_for_another_number_of_classes(tmp_pa
     create = applications()["MobileNetV2"]
     source = create(weights=None, alpha=1.0)
     source.save_weights(tmp_path / "w.weights.h5")
-    base = open_base(
+    base = open_base_model(
         "applications/MobileNetV2",
         classes=4,
         weights=tmp_path / "w.weights.h5",
@@ -331,17 +331,17 @@ def test_weights_of_an_application_are_kept_for_another_number_of_classes(tmp_pa
 def test_a_model_from_a_file_gives_logits(tmp_path):
     saved = save_model(tmp_path / "m.keras")
     x = np.random.default_rng(0).uniform(size=(2, 16, 16, 3)).astype("float32")
-    base = open_base(tmp_path / "m.keras", normalisation="unit")
+    base = open_base_model(tmp_path / "m.keras", normalisation="unit")
     logits = array(base.model(x)).astype("float64")
     expected = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     np.testing.assert_allclose(array(saved(x)), expected, rtol=1e-5)
     assert not base.new_classifier
     with pytest.raises(ValueError, match="normalisation"):
-        open_base(tmp_path / "m.keras")
+        open_base_model(tmp_path / "m.keras")
     headless = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 3)])
     headless.save(tmp_path / "headless.keras")
     with pytest.raises(ValueError, match="classifier"):
-        open_base(tmp_path / "headless.keras", normalisation="unit", classes=2)
+        open_base_model(tmp_path / "headless.keras", normalisation="unit", classes=2)
 
 
 @pytest.mark.long

@@ -28,11 +28,11 @@ from tfimm_lora.finetuning.data.dataset import find_pictures
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import evaluate, evaluate_pictures, predict_pictures
+from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.page import evaluate_run, write_report
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_curves, draw_mistakes
 from tfimm_lora.finetuning.run import Run
-from tfimm_lora.finetuning.scores import Evaluation
 
 pytestmark = LONG_ON_LEGACY
 
@@ -238,13 +238,13 @@ class Fixed:
     [
         ([[0.0, 1], [2, 0]], [0, 2], None, "labels from 0 to 2 for a model with 2 outputs"),
         ([[0.0, 1], [2, 0]], [-1, 0], None, "labels from -1"),
-        ([[0.0, 1], [2, 0]], [0.0, 1.0], None, "type float64.*whole numbers"),
+        ([[0.0, 1], [2, 0]], [0.0, 1.0], None, "type float64.*integers"),
         ([[0.0, 1], [2, 0]], [[0, 1], [1, 0]], None, r"shape \(2, 2\)"),
-        ([[0.2, 0.8], [0.5, 0.5]], [0, 1], None, "gives probabilities; expected logits"),
-        ([[np.nan, 1], [2, 0]], [0, 1], None, "not finite for 1 of 2"),
+        ([[0.2, 0.8], [0.5, 0.5]], [0, 1], None, "returns probabilities; expected logits"),
+        ([[np.nan, 1], [2, 0]], [0, 1], None, "NaN or infinity for 1 of 2"),
         ([[0.0, 1], [2, 0]], [0, 1], ("a", "b", "c"), "3 labels"),
         ([[0.0, 1], [2, 0]], [0, 1], ("a", "a"), "1 of them different"),
-        ([[0.0], [2]], [0, 0], None, "two classes"),
+        ([[0.0], [2]], [0, 0], None, "two outputs"),
         ([0.0, 2], [0, 0], None, r"outputs of shape \(2,\) for 2 pictures"),
         ([[0.0, 1]], [0, 0], None, r"outputs of shape \(1, 2\) for 2 pictures"),
     ],
@@ -259,7 +259,7 @@ def test_datasets_without_pictures_and_without_end_are_refused():
         evaluate(Fixed([[0.0, 1]]), [])
     pictures, labels = np.zeros((1, 1)), np.zeros(1, int)
     endless = tf.data.Dataset.from_tensors((pictures, labels)).repeat()
-    with pytest.raises(ValueError, match="without end"):
+    with pytest.raises(ValueError, match="infinite dataset"):
         evaluate(Fixed([[0.0, 1]]), endless)
 
 
@@ -438,8 +438,8 @@ def assert_has_the_numbers(text, run, evaluation):
         percent(evaluation.calibration_error),
         f"{evaluation.loss:.3f}",
         f"{run.facts['trainable']:,} of {run.facts['parameters']:,} parameters",
-        "rank 2 in 2 layers; head trained whole",
-        f"{len(run.split.train)} to train on, {len(run.split.val)} to validate on",
+        "rank 2 in 2 layers; head fully trained",
+        f"{len(run.split.train)} for training, {len(run.split.val)} for validation",
         *(f"{scores.f1:.3f}" for scores in evaluation.classes),
         *LABELS,
     ):

@@ -12,7 +12,12 @@ from tests.helpers import tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, randomise, run, values
 from tests.helpers.layer_cases import CASES
 from tfimm_lora.config import lora_field_names
-from tfimm_lora.initializers.covariance import SketchedSpread, Spread, share_ranks, spread_of
+from tfimm_lora.initializers.covariance import (
+    Covariance,
+    SketchedCovariance,
+    covariance_for,
+    redistribute_ranks,
+)
 from tfimm_lora.layers.input_rows import rows_of
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.training import eva
@@ -54,7 +59,7 @@ def batches(x, size=8):
 @pytest.mark.parametrize("sizes", [[64], [1, 1, 62], [20, 0, 20, 24], [1] * 64])
 def test_directions_are_those_of_an_svd_of_all_rows(sizes, mean):
     rows = falling(64, 12, mean=mean).astype("float64")
-    spread, at = Spread(12), 0
+    spread, at = Covariance(12), 0
     for size in sizes:
         spread.add(rows[at : at + size])
         at += size
@@ -69,7 +74,7 @@ def test_directions_are_those_of_an_svd_of_all_rows(sizes, mean):
 @pytest.mark.parametrize("mean", [0.0, 30.0])
 def test_the_sketch_of_wide_rows_is_near(mean):
     rows = falling(600, 400, by=0.97, mean=mean)
-    spread = SketchedSpread(400, 8)
+    spread = SketchedCovariance(400, 8)
     for batch in batches(rows, 50):
         spread.add(batch)
     found = spread.directions(8)
@@ -81,14 +86,14 @@ def test_the_sketch_of_wide_rows_is_near(mean):
 
 
 def test_wide_rows_are_sketched_in_little_memory():
-    assert type(spread_of(1024, 8)) is Spread
-    wide = spread_of(50_000, 8)
+    assert type(covariance_for(1024, 8)) is Covariance
+    wide = covariance_for(50_000, 8)
     assert wide._products.size < 50_000 * 150
     wide.add(np.eye(3, 50_000))
     assert wide.directions(8).vectors.shape == (50_000, 2)
 
 
-@pytest.mark.parametrize("kind", [Spread, lambda width: SketchedSpread(width, 4)])
+@pytest.mark.parametrize("kind", [Covariance, lambda width: SketchedCovariance(width, 4)])
 def test_there_are_no_more_directions_than_rows_vary_in(kind):
     rng = np.random.default_rng(0)
     for rank, rows in [
@@ -108,7 +113,7 @@ def test_there_are_no_more_directions_than_rows_vary_in(kind):
 def test_scale_and_place_of_rows_do_not_matter():
     rows = falling(30, 5)
     for factor in (1e-12, 1e12):
-        spread = Spread(5)
+        spread = Covariance(5)
         spread.add(rows * factor)
         assert_same_columns(spread.directions(3).vectors, principal(rows)[0][:, :3])
 
@@ -139,7 +144,7 @@ def test_ranks_go_to_what_explains_most(seed, rho):
     for key, rank in ranks.items():
         share = np.sort(rng.exponential(size=int(rng.integers(rank, 20))) ** 3)[::-1]
         ratios[key] = share / share.sum()
-    found = share_ranks(ratios, ranks, rho)
+    found = redistribute_ranks(ratios, ranks, rho)
     assert found == shared_by_greed(ratios, ranks, rho)
     assert sum(found.values()) == sum(ranks.values())
     assert all(1 <= found[key] <= rho * ranks[key] for key in ranks)
@@ -148,7 +153,7 @@ def test_ranks_go_to_what_explains_most(seed, rho):
 
 def test_ranks_that_nobody_can_use_are_dropped():
     ratios = {"a": np.array([1.0]), "b": np.array([0.5, 0.5])}
-    assert share_ranks(ratios, {"a": 4, "b": 1}, 2.0) == {"a": 1, "b": 2}
+    assert redistribute_ranks(ratios, {"a": 4, "b": 1}, 2.0) == {"a": 1, "b": 2}
 
 
 # -- rows -----------------------------------------------------------------------------------

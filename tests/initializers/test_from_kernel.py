@@ -1,9 +1,14 @@
-"""How factors start, against NumPy written for the purpose."""
+"""Initialization of the factors, against NumPy code written for the purpose."""
 
 import numpy as np
 import pytest
 
-from tfimm_lora.initializers.from_kernel import KNOWN, Start, check_init, start
+from tfimm_lora.initializers.from_kernel import (
+    KNOWN,
+    InitialFactors,
+    check_init,
+    initial_factors,
+)
 from tfimm_lora.initializers.svd import randomized_svd
 
 pytestmark = pytest.mark.once
@@ -34,11 +39,11 @@ def tail(w, rank):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("method", ALL)
 def test_factors_have_their_shapes_and_type(method, shape):
-    found = start(method, rng(1).normal(size=shape), 4, 1.5, rng())
-    assert isinstance(found, Start)
+    found = initial_factors(method, rng(1).normal(size=shape), 4, 1.5, rng())
+    assert isinstance(found, InitialFactors)
     assert found.a.shape == (shape[0], 4) and found.b.shape == (4, shape[1])
     assert found.a.dtype == found.b.dtype == np.float32
-    assert found.moved is (method not in ("gaussian", "orthogonal"))
+    assert found.subtracted is (method not in ("gaussian", "orthogonal"))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -46,9 +51,9 @@ def test_factors_have_their_shapes_and_type(method, shape):
 @pytest.mark.parametrize("scale", [1.0, 0.25, 4.0])
 def test_pissa_leaves_the_error_of_the_best_approximation(shape, rank, scale):
     w = rng(5).normal(size=shape)
-    a, b, moved = start("pissa", w, rank, scale, rng())
+    a, b, subtracted = initial_factors("pissa", w, rank, scale, rng())
     left = np.linalg.norm(w - scale * a.astype("float64") @ b)
-    assert moved and left == pytest.approx(tail(w, rank), abs=2e-6)
+    assert subtracted and left == pytest.approx(tail(w, rank), abs=2e-6)
     # The magnitude is shared evenly: column i of A and row i of B have the norm sqrt(S_i / s).
     values = np.sqrt(np.linalg.eigvalsh(w @ w.T)[::-1][:rank])
     for norms in (np.linalg.norm(a, axis=0), np.linalg.norm(b, axis=1)):
@@ -60,8 +65,8 @@ def test_pissa_leaves_the_error_of_the_best_approximation(shape, rank, scale):
 @pytest.mark.parametrize("shape", [(60, 40), (40, 60)])
 def test_randomized_pissa_comes_close_where_values_fall_off(shape):
     w = kernel(*shape, decay=0.7)
-    exact = start("pissa", w, 4, 2.0, rng())
-    found = start("pissa_niter_3", w, 4, 2.0, rng(11))
+    exact = initial_factors("pissa", w, 4, 2.0, rng())
+    found = initial_factors("pissa_niter_3", w, 4, 2.0, rng(11))
     np.testing.assert_allclose(found.a, exact.a, atol=1e-5)
     np.testing.assert_allclose(found.b, exact.b, atol=1e-5)
 
@@ -70,7 +75,7 @@ def test_more_power_iterations_come_closer_on_a_flat_spectrum():
     w = rng(2).normal(size=(200, 160))
 
     def excess(method):
-        a, b, _ = start(method, w, 6, 1.0, rng(1))
+        a, b, _ = initial_factors(method, w, 6, 1.0, rng(1))
         return np.linalg.norm(w - a.astype("float64") @ b) - tail(w, 6)
 
     found = [excess(f"pissa_niter_{n}") for n in (0, 1, 2, 4, 8)]
@@ -91,8 +96,8 @@ def test_randomized_svd_is_exact_for_a_rank_that_it_looks_for():
 @pytest.mark.parametrize("rank", [1, 4, 7])
 def test_olora_is_the_beginning_of_a_qr_decomposition(shape, rank):
     w = rng(5).normal(size=shape)
-    a, b, moved = start("olora", w, rank, 0.5, rng())
-    assert moved
+    a, b, subtracted = initial_factors("olora", w, rank, 0.5, rng())
+    assert subtracted
     np.testing.assert_allclose(b @ b.T, np.eye(rank), atol=1e-6)
     # W b^T is A, as Q^T W^T is R; A is lower triangular, as R is upper.
     np.testing.assert_allclose(w @ b.T.astype("float64"), a, atol=1e-5)
@@ -111,14 +116,16 @@ def test_olora_is_the_beginning_of_a_qr_decomposition(shape, rank):
 
 def test_olora_does_not_depend_on_the_scale():
     w = rng(5).normal(size=(6, 8))
-    for one, other in zip(start("olora", w, 3, 0.5, rng()), start("olora", w, 3, 8.0, rng())):
+    for one, other in zip(
+        initial_factors("olora", w, 3, 0.5, rng()), initial_factors("olora", w, 3, 8.0, rng())
+    ):
         np.testing.assert_array_equal(one, other)
 
 
 @pytest.mark.parametrize("rank", [2, 8, 20])
 def test_orthogonal_factors_cancel(rank):
-    a, b, moved = start("orthogonal", np.zeros((40, 30)), rank, 1.0, rng(8))
-    assert not moved
+    a, b, subtracted = initial_factors("orthogonal", np.zeros((40, 30)), rank, 1.0, rng(8))
+    assert not subtracted
     lengths = np.linalg.norm(a) * np.linalg.norm(b)
     assert lengths > 0.1 and np.abs(a @ b).max() < 1e-6 * lengths
     for factor in (a, b):
@@ -129,15 +136,15 @@ def test_orthogonal_factors_cancel(rank):
 
 def test_orthogonal_factors_have_the_variance_of_peft():
     """An entry is the sum of r/2 products of a normal with a row of an orthogonal matrix."""
-    a, b, _ = start("orthogonal", np.zeros((600, 500)), 16, 1.0, rng(8))
+    a, b, _ = initial_factors("orthogonal", np.zeros((600, 500)), 16, 1.0, rng(8))
     for factor in (a, b):
         assert np.mean(factor**2) == pytest.approx(0.01 / 2, rel=0.1)
 
 
 @pytest.mark.parametrize("rank", [1, 2, 16])
 def test_gaussian_has_the_deviation_of_one_over_the_rank(rank):
-    a, b, moved = start("gaussian", np.zeros((20_000, 5)), rank, 3.0, rng(8))
-    assert not moved and not b.any()
+    a, b, subtracted = initial_factors("gaussian", np.zeros((20_000, 5)), rank, 3.0, rng(8))
+    assert not subtracted and not b.any()
     assert a.std() == pytest.approx(1 / rank, rel=0.03)
     assert abs(a.mean()) < 0.03 / rank
     # Of a normal distribution 68.3 % are within one deviation.
@@ -147,7 +154,7 @@ def test_gaussian_has_the_deviation_of_one_over_the_rank(rank):
 @pytest.mark.parametrize("method", ALL)
 def test_the_same_seed_gives_the_same_bits(method):
     w = rng(5).normal(size=(30, 24))
-    one, same, other = (start(method, w, 4, 1.0, rng(seed)) for seed in (1, 1, 2))
+    one, same, other = (initial_factors(method, w, 4, 1.0, rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.a, same.a)
     np.testing.assert_array_equal(one.b, same.b)
     differs = not np.array_equal(one.a, other.a)
@@ -157,7 +164,7 @@ def test_the_same_seed_gives_the_same_bits(method):
 @pytest.mark.parametrize("method", ["pissa", "pissa_niter_2", "olora"])
 def test_what_is_not_drawn_uses_no_random_numbers(method):
     generator = rng(1)
-    start(method, rng(5).normal(size=(9, 8)), 2, 1.0, generator)
+    initial_factors(method, rng(5).normal(size=(9, 8)), 2, 1.0, generator)
     untouched = generator.normal() == rng(1).normal()
     assert untouched is (method != "pissa_niter_2")
 
@@ -167,15 +174,15 @@ def test_what_is_not_drawn_uses_no_random_numbers(method):
 def test_kernels_of_other_types_are_taken_at_their_values(method, kind):
     ml_dtypes = pytest.importorskip("ml_dtypes")
     narrow = rng(5).normal(size=(9, 8)).astype(getattr(ml_dtypes, kind, kind))
-    found = start(method, narrow, 3, 1.0, rng())
-    expected = start(method, narrow.astype("float64"), 3, 1.0, rng())
+    found = initial_factors(method, narrow, 3, 1.0, rng())
+    expected = initial_factors(method, narrow.astype("float64"), 3, 1.0, rng())
     np.testing.assert_array_equal(found.a, expected.a)
 
 
 @pytest.mark.parametrize("method", ["pissa", "pissa_niter_2", "olora"])
 def test_a_kernel_of_zeros_or_of_low_rank_gives_finite_factors(method):
     for w in (np.zeros((6, 5)), np.ones((6, 5))):
-        a, b, _ = start(method, w, 4, 1.0, rng())
+        a, b, _ = initial_factors(method, w, 4, 1.0, rng())
         assert np.isfinite(a).all() and np.isfinite(b).all()
         np.testing.assert_allclose(a @ b, w, atol=1e-6)
 
@@ -184,7 +191,7 @@ def test_the_kernel_stays_as_it_is():
     w = rng(5).normal(size=(9, 8)).astype("float32")
     before = w.copy()
     for method in ALL:
-        start(method, w, 4, 2.0, rng())
+        initial_factors(method, w, 4, 2.0, rng())
     np.testing.assert_array_equal(w, before)
 
 
@@ -218,30 +225,30 @@ def test_unknown_names_are_told_the_nearest(name, nearest):
 
 @pytest.mark.parametrize("name", [None, True, 4, ["pissa"]])
 def test_names_are_strings(name):
-    with pytest.raises(TypeError, match="lora_init=.*expected the name of a start"):
+    with pytest.raises(TypeError, match="lora_init=.*expected the name of an initialization"):
         check_init(name)
     with pytest.raises(TypeError, match="lora_init"):
-        start(name, np.ones((4, 4)), 2, 1.0, rng())
+        initial_factors(name, np.ones((4, 4)), 2, 1.0, rng())
 
 
 @pytest.mark.parametrize("method", ["pissa", "pissa_niter_2", "olora"])
 def test_a_rank_above_the_kernels_is_refused(method):
     for shape in ((4, 9), (9, 4)):
         with pytest.raises(ValueError, match=r"lora_rank=5 .* Pass a rank of at most 4"):
-            start(method, np.ones(shape), 5, 1.0, rng())
+            initial_factors(method, np.ones(shape), 5, 1.0, rng())
     for method in ("gaussian", "orthogonal"):
-        assert start(method, np.ones((4, 9)), 6, 1.0, rng()).a.shape == (4, 6)
+        assert initial_factors(method, np.ones((4, 9)), 6, 1.0, rng()).a.shape == (4, 6)
 
 
 def test_orthogonal_needs_an_even_rank():
     with pytest.raises(ValueError, match=r"lora_rank=3 .*even rank.* lora_rank=4"):
-        start("orthogonal", np.ones((8, 8)), 3, 1.0, rng())
+        initial_factors("orthogonal", np.ones((8, 8)), 3, 1.0, rng())
 
 
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_pissa_needs_a_positive_scale(scale):
     with pytest.raises(ValueError, match="positive lora_alpha"):
-        start("pissa", np.ones((8, 8)), 2, scale, rng())
+        initial_factors("pissa", np.ones((8, 8)), 2, scale, rng())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
@@ -250,16 +257,16 @@ def test_values_that_are_not_finite_are_refused(method, value):
     w = np.ones((8, 8))
     w[3, 3] = value
     with pytest.raises(ValueError, match="not finite"):
-        start(method, w, 2, 1.0, rng())
-    assert np.isfinite(start("gaussian", w, 2, 1.0, rng()).a).all()
+        initial_factors(method, w, 2, 1.0, rng())
+    assert np.isfinite(initial_factors("gaussian", w, 2, 1.0, rng()).a).all()
 
 
 @pytest.mark.parametrize("method", ["default", "eva"])
 def test_what_does_not_come_from_the_kernel_is_not_computed(method):
-    with pytest.raises(ValueError, match="does not come from the kernel"):
-        start(method, np.ones((8, 8)), 2, 1.0, rng())
+    with pytest.raises(ValueError, match="not computed from the kernel"):
+        initial_factors(method, np.ones((8, 8)), 2, 1.0, rng())
 
 
 def test_a_kernel_that_is_no_matrix_is_refused():
     with pytest.raises(ValueError, match=r"shape \(3, 3, 4, 4\)"):
-        start("gaussian", np.ones((3, 3, 4, 4)), 2, 1.0, rng())
+        initial_factors("gaussian", np.ones((3, 3, 4, 4)), 2, 1.0, rng())

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 import tfimm_lora as lora
 from tests.helpers.kerases import run
 from tests.interop import timm_models
-from tfimm_lora.zoo.weights.names import CHECKPOINTS
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 from tfimm_lora.zoo.weights.pretrained import create_pretrained
 
 #: tfimm's name and the size of the images. Of every family the smallest variants that

@@ -7,14 +7,14 @@ import timm
 import torch
 from timm.models import _registry
 
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS, TORCH_FILES, WITHOUT_WEIGHTS, hub_id
+from tfimm_lora.zoo.weights.key_layouts import find_layout
 from tfimm_lora.zoo.weights.keys import (
+    checkpoint_variables,
     expected_shape,
     fits,
     is_ignored_in_checkpoint,
-    wanted_variables,
 )
-from tfimm_lora.zoo.weights.layouts import find_layout
-from tfimm_lora.zoo.weights.names import CHECKPOINTS, TORCH_FILES, WITHOUT_WEIGHTS, hub_id
 
 #: tfimm's input size is not the one that timm's weights were trained at: for the first in
 #: timm 0.6 neither, the two "lite" are mistakes of tfimm. All are fully convolutional.
@@ -117,7 +117,7 @@ def misfits(model, checkpoint):
     layout = find_layout(shapes)
     shapes = {(layout.rename(k) if layout else k): shape for k, shape in shapes.items()}
     problems, taken = [], set()
-    for wanted in wanted_variables(model):
+    for wanted in checkpoint_variables(model):
         key = next((key for key in wanted.keys if key in shapes), None)
         taken.add(key)
         if key is None or not fits(shapes[key], wanted):

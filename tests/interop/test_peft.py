@@ -14,7 +14,7 @@ import tfimm_lora as lora
 from tests.helpers.kerases import keras, randomise, run
 from tests.interop import timm_models
 from tfimm_lora.model.merge import has_lora, lora_layers
-from tfimm_lora.zoo.weights.names import CHECKPOINTS
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 #: tfimm's name, the size of the images, what PEFT adapts and what tfimm_lora adapts.
 MODELS = {

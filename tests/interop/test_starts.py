@@ -6,7 +6,7 @@ import peft
 import pytest
 import torch
 
-from tfimm_lora.initializers.from_kernel import start
+from tfimm_lora.initializers.from_kernel import initial_factors
 
 SHAPES = [(24, 10), (10, 24), (16, 16)]
 
@@ -46,8 +46,8 @@ def test_factors_and_what_is_left_of_the_base_are_pefts(method, shape, rank, alp
     w = kernel(*shape)
     theirs = adapted(w, method, rank, alpha)
     scale = alpha / rank
-    ours = start(method, w, rank, scale, np.random.default_rng(0))
-    assert ours.moved
+    ours = initial_factors(method, w, rank, scale, np.random.default_rng(0))
+    assert ours.subtracted
     assert_equal_up_to_signs(ours, theirs, 2e-5)
     np.testing.assert_allclose(w - scale * ours.a @ ours.b, theirs[2], atol=2e-6)
 
@@ -56,7 +56,7 @@ def test_factors_and_what_is_left_of_the_base_are_pefts(method, shape, rank, alp
 def test_randomized_pissa_is_pefts_where_values_fall_off(shape):
     w = kernel(*shape, decay=0.4)
     theirs = adapted(w, "pissa_niter_16", 3, 6)
-    ours = start("pissa_niter_16", w, 3, 2.0, np.random.default_rng(0))
+    ours = initial_factors("pissa_niter_16", w, 3, 2.0, np.random.default_rng(0))
     assert_equal_up_to_signs(ours, theirs, 1e-4)
     np.testing.assert_allclose(w - 2.0 * ours.a @ ours.b, theirs[2], atol=1e-5)
 
@@ -65,7 +65,7 @@ def test_randomized_pissa_is_no_farther_from_the_best_than_pefts():
     w = np.random.default_rng(0).normal(size=(120, 90)).astype("float32")
     best = np.linalg.norm(adapted(w, "pissa", 6, 6)[2])
     theirs = np.linalg.norm(adapted(w, "pissa_niter_4", 6, 6)[2])
-    a, b, _ = start("pissa_niter_4", w, 6, 1.0, np.random.default_rng(0))
+    a, b, _ = initial_factors("pissa_niter_4", w, 6, 1.0, np.random.default_rng(0))
     ours = np.linalg.norm(w - a @ b)
     assert best - 1e-4 < ours <= theirs + 1e-4
 
@@ -75,8 +75,8 @@ def test_randomized_pissa_is_no_farther_from_the_best_than_pefts():
 def test_drawn_factors_have_pefts_distribution(method, rank):
     w = np.random.default_rng(0).normal(size=(1200, 900)).astype("float32")
     theirs = adapted(w, method, rank, 2 * rank)
-    ours = start(method, w, rank, 2.0, np.random.default_rng(0))
-    assert not ours.moved
+    ours = initial_factors(method, w, rank, 2.0, np.random.default_rng(0))
+    assert not ours.subtracted
     np.testing.assert_array_equal(theirs[2], w)
     for mine, its in zip(ours[:2], theirs):
         values, expected = (np.linalg.svd(x, compute_uv=False) for x in (mine, its))
@@ -93,4 +93,4 @@ def test_both_refuse_an_odd_rank_for_orthogonal():
     with pytest.raises(ValueError, match="even"):
         adapted(w, "orthogonal", 3, 3)
     with pytest.raises(ValueError, match="even"):
-        start("orthogonal", w, 3, 1.0, np.random.default_rng(0))
+        initial_factors("orthogonal", w, 3, 1.0, np.random.default_rng(0))

@@ -129,7 +129,7 @@ def test_unknown_argument_names_the_nearest():
 
 def test_second_conversion_is_refused():
     layer = lora.LoRADense(4)
-    with pytest.raises(ValueError, match="adapted already"):
+    with pytest.raises(ValueError, match="already adapted"):
         lora.convert_to_lora_layer(layer)
 
 
@@ -160,7 +160,7 @@ def test_merging_twice_or_too_early_is_an_error():
     with pytest.raises(ValueError, match="is not merged"):
         layer.unmerge_weights()
     layer.merge_weights()
-    with pytest.raises(ValueError, match="merged already"):
+    with pytest.raises(ValueError, match="already merged"):
         layer.merge_weights()
 
 

@@ -277,9 +277,9 @@ def keras_mean(kernel):
 
 def test_wrong_variants_are_refused():
     for arguments, words in (
-        (dict(lora_use_dora=True, lora_bias=True), "expected one of them"),
+        (dict(lora_use_dora=True, lora_bias=True), "expected at most one of them"),
         (dict(lora_init="pisa"), "pissa"),
-        (dict(lora_init="pissa", lora_initializer="zeros"), "both say how A starts"),
+        (dict(lora_init="pissa", lora_initializer="zeros"), "both say how A is initialized"),
         (dict(lora_init="orthogonal", lora_rank=3), "even rank"),
     ):
         with pytest.raises(ValueError, match=words):
@@ -444,7 +444,7 @@ def test_magnitudes_of_combined_adapters_are_averaged():
         )
     model = lora.load_adapter(network(), both)
     assert model.get_layer("fc1").lora.use_dora
-    with pytest.raises(ValueError, match="magnitudes .DoRA. in some adapters only"):
+    with pytest.raises(ValueError, match="only some have a magnitude .DoRA."):
         lora.combine_adapters([one, lora.adapter_of(tuned("pissa"))], [0.5, 0.5])
     with pytest.raises(ValueError, match="add up to 0"):
         lora.combine_adapters([one, two], [1.0, -1.0])

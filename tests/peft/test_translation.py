@@ -15,7 +15,7 @@ import tfimm_lora as lora
 from tests import golden
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, keras, normal
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.model.merge import lora_layers
@@ -31,7 +31,7 @@ SAME_NAMES = [
 
 def adapted(model):
     """Module -> rank and scale, of every adapted layer."""
-    names = Names(model)
+    names = ModuleNames(model)
     return {
         names.modules[path]: (layer.lora.rank, pytest.approx(layer.lora.scale))
         for path, layer in lora_layers(model).items()
@@ -206,7 +206,7 @@ def test_files_folders_and_objects_are_read(tmp_path):
 
 REFUSED = [
     ("nowhere", FileNotFoundError, "nowhere.*adapter_config.json or its folder"),
-    (3, TypeError, "Received 3; expected a LoraConfig"),
+    (3, TypeError, "Received 3; expected a PEFT LoraConfig"),
     ({"peft_type": "IA3"}, ValueError, "peft_type='IA3', expected 'LORA'"),
     ({"r": 0}, ValueError, "r=0"),
     ({"r": "8"}, ValueError, "r='8'"),
@@ -223,10 +223,10 @@ REFUSED = [
     ({"modules_to_save": [1]}, ValueError, "modules_to_save"),
     ({"bias": "some"}, ValueError, "bias='some'"),
     ({"init_lora_weights": False}, ValueError, "init_lora_weights=False .B would not"),
-    ({"init_lora_weights": "loftq"}, ValueError, "'loftq' .not known here"),
+    ({"init_lora_weights": "loftq"}, ValueError, "'loftq' .not supported here"),
     ({"init_lora_weights": "pissa_niter_x"}, ValueError, "pissa_niter_x"),
     ({"use_dora": 1}, ValueError, "use_dora=1"),
-    ({"use_dora": True, "lora_bias": True}, ValueError, "expected one of them"),
+    ({"use_dora": True, "lora_bias": True}, ValueError, "expected at most one of them"),
     (
         {
             "use_bdlora": True,
@@ -250,7 +250,7 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
     path = tmp_path / "adapter_config.json"
     for text in ("{", "[" * 100_000):
         path.write_text(text)
-        with pytest.raises(ValueError, match="adapter_config.json is no JSON"):
+        with pytest.raises(ValueError, match="adapter_config.json is not JSON"):
             LoRAConfig.from_peft(tmp_path)
     path.write_text("[1]")
     with pytest.raises(ValueError, match="which holds a list, expected an object"):
@@ -260,8 +260,8 @@ def test_a_file_that_is_no_json_is_named(tmp_path):
 
 
 INEXPRESSIBLE = [
-    ({}, "lora_targets=None .which layers"),
-    (dict(lora_targets="all"), "lora_targets='all' .which layers"),
+    ({}, "lora_targets=None .its layers"),
+    (dict(lora_targets="all"), "lora_targets='all' .its layers"),
     (dict(lora_targets="attention", lora_exclude="mlp"), "'attention'.*lora_exclude='mlp'"),
     (dict(lora_targets=["a#2"]), "lora_targets with 'a#2'"),
     (dict(lora_targets="a.*", lora_layers=1), "lora_layers .with lora_targets"),

@@ -131,13 +131,13 @@ def test_reasons_for_leaving_layers_out():
         lora_train_classifier=True,
     )
     reasons = {x.path: (x.reason, x.trained) for x in whole.left_out}
-    assert reasons["pw"] == ("trained whole", 6 * 6 + 6)
-    assert reasons["out"] == ("classifier, trained whole", 10 * 3 + 3)
+    assert reasons["pw"] == ("fully trained", 6 * 6 + 6)
+    assert reasons["out"] == ("classifier, fully trained", 10 * 3 + 3)
     assert (whole.modules, whole.classifier, whole.classifier_total) == (42, 33, 33)
 
     own = {x.path: x.reason for x in plan(subclassed(), lora_qkv="v").left_out}
-    assert own[""] == "weights beside its layers"
-    assert own["block0/attention/query"] == "no part of lora_qkv='v'"
+    assert own[""] == "own weights of a layer with sublayers"
+    assert own["block0/attention/query"] == "not in lora_qkv='v'"
 
 
 @pytest.mark.skipif(not LEGACY, reason="of tfimm")
@@ -146,7 +146,7 @@ def test_targets_of_an_architecture_are_told_from_those_without_parts():
 
     model = ARCHITECTURES["pvt"].make()
     reasons = {x.path: x.reason for x in plan(model, lora_qkv="v").left_out}
-    assert reasons["block1/0/attn/q"] == "no part of lora_qkv='v'"
+    assert reasons["block1/0/attn/q"] == "not in lora_qkv='v'"
     assert reasons["patch_embed1/proj"] == "not among the targets"
 
 

@@ -28,9 +28,9 @@ import tfimm
 from safetensors.numpy import load_file, save_file
 
 from tests.helpers.tiny_architectures import ARCHITECTURES
-from tfimm_lora.zoo.weights import names, pretrained
-from tfimm_lora.zoo.weights.keys import wanted_variables
-from tfimm_lora.zoo.weights.layouts import LAYOUTS, find_layout
+from tfimm_lora.zoo.weights import hub_ids, pretrained
+from tfimm_lora.zoo.weights.key_layouts import LAYOUTS, find_layout
+from tfimm_lora.zoo.weights.keys import checkpoint_variables
 
 FOLDER = Path(golden.__file__).parent
 LOGITS = np.load(FOLDER / "timm_logits.npz")
@@ -168,7 +168,7 @@ def test_new_names_become_the_old_ones(name):
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_variable_of_every_family_has_a_key_of_its_own(name):
     """The embeddings of SAM's prompts are variables of one layer, all called "weight"."""
-    wanted = list(wanted_variables(ARCHITECTURES[name].make()))
+    wanted = list(checkpoint_variables(ARCHITECTURES[name].make()))
     keys = [w.keys[0] for w in wanted]
     assert len(set(keys)) == len(keys)
     assert not any("___" in key or "remove" in key or "/" in key for key in keys)
@@ -290,7 +290,7 @@ def test_checkpoint_in_several_files(tensors, tmp_path):
     lora.load_timm_weights(model, tmp_path)
     assert_logits(model, "convnext")
     (tmp_path / "model-2.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"not there: model-2.safetensors"):
+    with pytest.raises(FileNotFoundError, match=r"do not exist: model-2.safetensors"):
         lora.load_timm_weights(model, tmp_path)
     index.write_text(json.dumps({"weight_map": {"a": "../model-1.safetensors"}}))
     with pytest.raises(ValueError, match="weight_map to name safetensors files beside it"):
@@ -302,9 +302,17 @@ def test_what_is_no_checkpoint_says_so(tmp_path):
     before = state(model)
     whole = path_of("convnext").read_bytes()
     cases = {
-        "cut.safetensors": (whole[: len(whole) // 2], ValueError, "cut off. Get it again"),
-        "text.safetensors": (b"not a checkpoint", ValueError, "not a whole safetensors file"),
-        "empty.safetensors": (b"", ValueError, "not a whole safetensors file"),
+        "cut.safetensors": (
+            whole[: len(whole) // 2],
+            ValueError,
+            "truncated. Get the file",
+        ),
+        "text.safetensors": (
+            b"not a checkpoint",
+            ValueError,
+            "not a complete safetensors file",
+        ),
+        "empty.safetensors": (b"", ValueError, "not a complete safetensors file"),
         "model.pth": (whole, ValueError, "expected a safetensors file"),
     }
     for name, (content, kind, words) in cases.items():
@@ -458,7 +466,7 @@ def local_hub(monkeypatch, tmp_path):
     folder.mkdir(parents=True)
     shutil.copy(path_of("convnext"), folder / "model.safetensors")
     (folder / "config.json").write_text(json.dumps(CONFIG))
-    monkeypatch.setitem(names.CHECKPOINTS, "tiny_pretrained", "tiny.tag")
+    monkeypatch.setitem(hub_ids.CHECKPOINTS, "tiny_pretrained", "tiny.tag")
     monkeypatch.chdir(tmp_path)  # "timm/tiny.tag" is then also a folder
     return "tiny_pretrained"
 
@@ -507,7 +515,7 @@ def test_names_without_weights_say_why(name, words):
 
 
 def test_torch_files_ask_for_torch(monkeypatch):
-    monkeypatch.setattr(pretrained._keras, "installed", lambda package: package != "torch")
+    monkeypatch.setattr(pretrained, "installed", lambda package: package != "torch")
     with pytest.raises(ImportError, match="torch file only.*pip install torch"):
         pretrained.create_pretrained(tfimm, "pvt_tiny")
 
@@ -515,20 +523,18 @@ def test_torch_files_ask_for_torch(monkeypatch):
 def test_every_name_of_tfimm_is_in_a_table():
     import tfimm.architectures.segment_anything
 
-    tables = (names.CHECKPOINTS, names.WITHOUT_WEIGHTS, names.TORCH_FILES)
+    tables = (hub_ids.CHECKPOINTS, hub_ids.WITHOUT_WEIGHTS, hub_ids.TORCH_FILES)
     known = [name for table in tables for name in table]
     registered = [n for n in tfimm.list_models() if not n.startswith("tiny_")]
     assert sorted(known) == sorted(registered)
 
 
 def test_what_is_not_installed_is_asked_for(monkeypatch):
-    from tfimm_lora.zoo.weights import source
-
     model = make("convnext")
-    monkeypatch.setattr(source._keras, "installed", lambda p: p != "huggingface_hub")
-    with pytest.raises(ImportError, match="huggingface_hub.*pip install safetensors"):
+    monkeypatch.setitem(sys.modules, "huggingface_hub", None)
+    with pytest.raises(ImportError, match="needs huggingface_hub.*pip install huggingface_hub"):
         lora.load_timm_weights(model, "timm/convnext_tiny.fb_in1k")
-    monkeypatch.setattr(source._keras, "installed", lambda p: p != "safetensors")
+    monkeypatch.setitem(sys.modules, "safetensors", None)
     with pytest.raises(ImportError, match="needs safetensors.*pip install safetensors"):
         lora.load_timm_weights(model, path_of("convnext"))
 

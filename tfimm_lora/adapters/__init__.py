@@ -1,1 +1,1 @@
-"""Adapters: what LoRA learned as small files that PEFT reads, switched and combined."""
+"""Adapters: LoRA factors as small files that PEFT reads, loaded, switched and combined."""

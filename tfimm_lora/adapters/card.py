@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.version import __version__
 
-#: What tells a card that was written here from one that somebody wrote.
+#: Marks a card that this package wrote, which it may replace.
 MARK = "Written by tfimm_lora"
 
 
-def model_card(adapter: Adapter, fields: dict[str, Any]) -> str:
-    """The text of the card; its header is what the hub searches by."""
+def model_card(adapter: AdapterData, fields: dict[str, Any]) -> str:
+    """Return the text of the card. The hub indexes its header."""
     base = adapter.base_model
     lines = ["---", "library_name: peft"]
     if base:
@@ -26,9 +26,9 @@ def model_card(adapter: Adapter, fields: dict[str, Any]) -> str:
         f"{len(adapter.layers)} layers of rank {ranks}; {adapter.size:,} bytes of weights.",
     ]
     if adapter.modules:
-        lines.append(f"Trained whole: {', '.join(adapter.modules)}.")
+        lines.append(f"Fully trained: {', '.join(adapter.modules)}.")
     if adapter.bias != "none":
-        lines.append(f"Biases trained: {adapter.bias}.")
+        lines.append(f"Trained biases: {adapter.bias}.")
     lines += ["", "In Keras:", "", "```python", "import tfimm_lora as lora", ""]
     lines += ['lora.load_adapter(model, "path/of/this/folder")', "```", ""]
     if fields["peft_type"] == "LORA":
@@ -36,7 +36,7 @@ def model_card(adapter: Adapter, fields: dict[str, Any]) -> str:
         lines += ['PeftModel.from_pretrained(timm_model, "path/of/this/folder")', "```"]
     else:
         lines.append(
-            "PEFT cannot read it: it holds layers that PEFT cannot express "
+            "PEFT cannot read it, since it has layers that PEFT cannot express "
             f"({', '.join(sorted(adapter.not_in_peft()))})."
         )
     lines += ["", f"{MARK} {__version__}.", ""]

@@ -1,4 +1,4 @@
-"""``combine_adapters``: one adapter from several, and how far it is from their sum."""
+"""``combine_adapters``: combine several adapters into one, and measure the error."""
 
 from __future__ import annotations
 
@@ -12,8 +12,12 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.combine_method import Loss, Method, Term, norm_of_sum
-from tfimm_lora.adapters.combine_weights import combine_whole, different, listed
+from tfimm_lora.adapters.combine_trained_weights import (
+    combine_trained_weights,
+    different,
+    listed,
+)
+from tfimm_lora.adapters.combine_updates import CombinationMethod, Loss, Term, norm_of_sum
 from tfimm_lora.adapters.decompose import result_dtype
 
 #: ``combine_adapters`` warns if truncation loses more than this share of the norm.
@@ -31,72 +35,73 @@ def combine_adapters(
     seed: int = 0,
     trained_whole: int | str | None = None,
 ) -> Adapter:
-    """One adapter that does what several do together, each with a weight.
+    """Combine several adapters into one weighted sum.
 
-    The updates dW_i = s_i B_i A_i may differ in rank, scale (alpha, rsLoRA) and in which
-    layers they cover: where an adapter has no layer, its update is zero. The result has
-    scale 1 everywhere. With weights w_i:
+    The updates dW_i = s_i B_i A_i may differ in rank, scale (alpha, rsLoRA) and layers. An
+    adapter without a layer contributes zero there. The result has the scale 1 everywhere. With
+    weights w_i:
 
     ==================  ====================================================================
     combination_type    the update of a layer
     ==================  ====================================================================
-    cat                 sum w_i dW_i exactly: A = [w_i s_i A_i], B = [B_i]; the ranks add up
-    svd                 the nearest to sum w_i dW_i of a given rank
+    cat                 exactly sum w_i dW_i: A = [w_i s_i A_i], B = [B_i]; the ranks add up
+    svd                 the best approximation of sum w_i dW_i of a given rank
     linear              B A with A = sum sign(w_i s_i) sqrt|w_i s_i| A_i, B = sum
-                        sqrt|w_i s_i| B_i: PEFT's numbers, but with the products of one
-                        adapter's B and another's A in it, far from the sum
-    ties                of entries only the ``density`` largest stay; each entry's sign is
-                        elected, and what agrees with it averaged
-    dare_linear         entries stay with probability ``density`` and are divided by it, then
-                        are summed
-    dare_ties           the same, then signs are elected as in ties
-    magnitude_prune     only the largest entries stay, then are summed
-    ..._svd             ties, dare_linear, dare_ties and magnitude_prune on w_i dW_i, then
-                        the nearest update of a given rank; without _svd they are done on A
-                        and B, as linear is, which is quick and rough
+                        sqrt|w_i s_i| B_i. These are PEFT's numbers. They are far from the
+                        sum, since B A includes products of one adapter's B and another's A
+    ties                keeps the ``density`` largest entries, elects the sign of each entry,
+                        and averages the values of this sign
+    dare_linear         keeps entries with probability ``density``, divides them by it, and
+                        sums
+    dare_ties           prunes like dare_linear, then elects signs like ties
+    magnitude_prune     keeps the largest entries and sums
+    ..._svd             ties, dare_linear, dare_ties or magnitude_prune of w_i dW_i, then the
+                        best approximation of a given rank. Without _svd they work on A and B
+                        like linear, which is fast and imprecise
     ==================  ====================================================================
 
-    Of DoRA's updates these are the directions, and the magnitudes are averaged with the
-    weights: sum w_i m_i / sum w_i, which needs no base model. (No low-rank update is the sum of
-    two such adapters.) Biases of branches are summed, w_i s_i c_i.
+    With DoRA this combines the directions. The magnitudes are averaged, sum w_i m_i / sum w_i,
+    which needs no base model. (No low-rank update is the exact sum of two such adapters.)
+    Biases of the branches are summed, w_i s_i c_i.
 
-    "cat" is the default because it is what one expects of a sum, for every input; a larger
-    rank costs nothing once the adapter is merged. Pass "svd" and a rank for a smaller one.
+    "cat" is the default because it is exact for every input, and a larger rank costs nothing
+    once the adapter is merged. Pass "svd" and a rank for a smaller adapter.
 
     Args:
-        adapters: The adapters, all of one model.
-        weights: A number for each; negative ones subtract (task arithmetic). None (default)
-            means 1 for each, their sum; for the mean pass 1/n. A negative weight is the
-            same as the negated adapter with the positive weight, in every type.
+        adapters: The adapters, all of the same base model.
+        weights: One number for each adapter; negative numbers subtract (task arithmetic).
+            None (default) means 1 for each, which is their sum; for the mean pass 1/n. A
+            negative weight is the same as the negated adapter with the positive weight, in
+            every combination type.
         combination_type: One of the above.
-        rank: For svd and ..._svd, that of the result: at most this, as no layer gets more
-            than its shape (and for svd the sum of the ranks) calls for. None (default)
-            means the largest rank that an adapter has in the layer.
-        density: For ties, dare_... and magnitude_prune, the share of entries that stay, in
-            (0, 1]; 0.2 in the paper on TIES.
+        rank: For svd and ..._svd, the largest rank of the result. A layer never gets more than
+            its shape (and for svd the sum of the ranks) allows. None (default) means the
+            largest rank of the adapters in the layer.
+        density: For ties, dare_... and magnitude_prune, the fraction of entries to keep, in
+            (0, 1]; 0.2 in the TIES paper.
         majority_sign_method: For ties: a sign is elected by the sum of values ("total") or
             by counting adapters ("frequency").
-        seed: For dare: a layer's random numbers are those of
-            ``np.random.default_rng([seed, *path.encode()])``, so that they do not depend
-            on the other layers.
-        trained_whole: What becomes of weights that were trained whole, biases and
-            classifiers. Adapters hold their values and not how they changed, so there is
-            no sum. None (default) keeps them where all adapters have the same ones; an
-            index keeps those of that adapter; "average" takes the mean with ``weights``,
-            for adapters of one task.
+        seed: For dare: a layer uses the generator
+            ``np.random.default_rng([seed, *path.encode()])``, which does not depend on the
+            other layers.
+        trained_whole: How to combine fully trained weights: biases and classifiers. Adapters
+            hold their values and not their changes, so there is no sum. None (default)
+            requires that all adapters have equal ones; an index keeps the weights of this
+            adapter; "average" takes the mean with ``weights``, for adapters of one task.
 
     Returns:
-        A new adapter, in float32, or float64 where an adapter is. It keeps the adapters'
-        base_model, and dropout if they agree (else 0).
+        A new adapter, in float32, or in float64 if an adapter is. It keeps the base_model, and
+        the dropout if the adapters agree (else 0).
 
     Raises:
-        TypeError, ValueError: for arguments out of their range, adapters of different
-            models, layers that differ in shape or kind (or in rank, where A and B are
-            mixed), or weights trained whole that differ and no ``trained_whole``.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range; if the adapters are of different models, or
+            differ in the shape or kind of a layer (or in its rank, if A and B are mixed); if
+            fully trained weights differ and ``trained_whole`` is not given.
 
     Warns:
-        UserWarning: if truncation to the rank loses more than a tenth of the update's norm.
-            ``combination_errors`` tells the error of each layer.
+        UserWarning: If truncation to the rank loses more than a tenth of the update's norm.
+            ``combination_errors`` returns the error of each layer.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -112,18 +117,18 @@ def combine_adapters(
     ``add_weighted_adapter``.
     """
     adapters, weights = _check_adapters(adapters, weights)
-    how = Method(combination_type, rank, density, majority_sign_method, seed)
+    method = CombinationMethod(combination_type, rank, density, majority_sign_method, seed)
     terms = _terms(adapters, weights)
-    _check_layers(terms, how)
+    _check_layers(terms, method)
     _check_magnitudes(terms)
     base_model = _common_base_model(adapters)
-    values, modules, bias = combine_whole(adapters, weights, trained_whole)
+    values, modules, bias = combine_trained_weights(adapters, weights, trained_whole)
     _check_not_both(terms, values)
     layers, losses = {}, {}
     for path, own in terms.items():
-        update, losses[path] = how.combine(path, own)
+        update, losses[path] = method.combine(path, own)
         layers[path] = dataclasses.replace(update, **_vectors(own))
-    _warn_of_losses(losses, how)
+    _warn_of_losses(losses, method)
     dropouts = {adapter.dropout for adapter in adapters}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
     return Adapter(layers, values, modules, base_model, bias, dropout)
@@ -132,22 +137,22 @@ def combine_adapters(
 def combination_errors(
     combined: Adapter, adapters: Sequence[Adapter], weights: Sequence[float] | None = None
 ) -> dict[str, float]:
-    """How far each layer of a combined adapter is from the sum of the adapters.
+    """Compute the error of each layer of a combined adapter, relative to the exact sum.
 
-    |dW - sum w_i dW_i| / |sum w_i dW_i| in Frobenius norm, computed from the factors alone.
-    After "svd" that is the error of the truncation; after "linear" or "ties" it tells how
-    far these are from a sum. Any adapter can be compared, also with a single one.
+    The error is |dW - sum w_i dW_i| / |sum w_i dW_i| in Frobenius norm, computed from the
+    factors. After "svd" it is the error of the truncation; after "linear" or "ties" it is the
+    distance from the sum. Any adapters can be compared, also two single ones.
 
     Args:
-        combined: The adapter to judge.
+        combined: The combined adapter.
         adapters, weights: As in ``combine_adapters``.
 
     Returns:
-        Module path -> relative error. It is infinite where the sum is zero and the
-        combined adapter's update is not.
+        Module path -> relative error. It is infinite if the sum is zero and the update of
+        ``combined`` is not.
 
     Raises:
-        TypeError, ValueError: as in ``combine_adapters``.
+        TypeError, ValueError: As ``combine_adapters``.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -161,7 +166,7 @@ def combination_errors(
     _check_adapters([combined], None)
     expected = _terms(adapters, weights)
     differences = _terms([*adapters, combined], [*weights, -1.0])
-    _check_layers(differences, Method("cat"))
+    _check_layers(differences, CombinationMethod("cat"))
     errors = {}
     for path, difference in differences.items():
         error = norm_of_sum(difference)
@@ -171,7 +176,7 @@ def combination_errors(
 
 
 def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[Term]]:
-    """Module path -> the updates of the adapters that have it, with their weights."""
+    """Return module path -> the updates of this layer, each with its weight."""
     terms: dict[str, list[Term]] = {}
     for adapter, weight in zip(adapters, weights):
         for path, update in adapter.layers.items():
@@ -182,7 +187,7 @@ def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, l
 def _check_adapters(
     adapters: Iterable[Adapter], weights: Iterable[float] | None
 ) -> tuple[list[Adapter], list[float]]:
-    """Both as lists, with weights of 1 where there are none."""
+    """Check both arguments and return them as lists; the default weights are 1."""
     if isinstance(adapters, Adapter) or not isinstance(adapters, Iterable):
         raise TypeError(
             f"Received adapters={adapters!r}; expected a list, for example [one, two]."
@@ -193,9 +198,9 @@ def _check_adapters(
     for adapter in adapters:
         if not isinstance(adapter, Adapter):
             raise TypeError(
-                f"Received {adapter!r} among the adapters; expected values of the class "
-                "Adapter. Read one from a folder with Adapter.load(path), or take that of a "
-                "model with adapter_of(model)."
+                f"Received {adapter!r} in adapters; expected objects of the class Adapter. "
+                "Read one from a folder with Adapter.load(path), or get the adapter of a model "
+                "with adapter_of(model)."
             )
     weights = [1.0] * len(adapters) if weights is None else list(weights)
     if len(weights) != len(adapters):
@@ -213,7 +218,7 @@ def _check_adapters(
 
 
 def _vectors(terms: list[Term]) -> dict[str, Any]:
-    """The magnitude and the bias of a combined update, where there are any."""
+    """Return the magnitude and the bias of a combined update, if it has them."""
     found: dict[str, Any] = {}
     dtype = result_dtype(*(update.a for update, _ in terms))
     if terms[0][0].magnitude is not None:
@@ -227,23 +232,25 @@ def _vectors(terms: list[Term]) -> dict[str, Any]:
 
 
 def _check_magnitudes(terms: Mapping[str, list[Term]]) -> None:
-    """Raise unless the magnitudes of updates that belong together have a mean."""
+    """Raise unless the DoRA magnitudes of every layer have a weighted mean."""
     for path, own in terms.items():
         without = sum(update.magnitude is None for update, _ in own)
-        problem = None
         if 0 < without < len(own):
-            problem = "in some adapters only; expected all of them with DoRA, or none"
-        elif not without and sum(weight for _, weight in own) <= 0:
-            problem = "and weights that add up to 0 or less; expected a positive sum"
-        if problem:
             raise ValueError(
-                f"Received adapters of which '{path}' has magnitudes (DoRA) {problem}."
+                f"Received adapters of which only some have a magnitude (DoRA) in '{path}'; "
+                "expected DoRA in all of them or in none."
+            )
+        total = sum(weight for _, weight in own)
+        if not without and total <= 0:
+            raise ValueError(
+                f"Received weights with the sum {total:g} for the magnitudes (DoRA) of "
+                f"'{path}'; expected a positive sum."
             )
 
 
-def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
-    """Raise one error with every layer whose updates do not go together."""
-    problems, of_rank = [], False
+def _check_layers(terms: Mapping[str, list[Term]], method: CombinationMethod) -> None:
+    """Raise one error that names every layer whose updates cannot be combined."""
+    problems, ranks_differ = [], False
     for path, own in terms.items():
         updates = [update for update, _ in own]
         shapes = different(update.shape for update in updates)
@@ -253,25 +260,26 @@ def _check_layers(terms: Mapping[str, list[Term]], how: Method) -> None:
             problems.append(f"'{path}' has the shapes {listed(shapes)}")
         elif len(kinds) > 1:
             problems.append(f"'{path}' has the kinds {listed(kinds)}")
-        elif how.mixes_factors and len(ranks) > 1:
-            of_rank = True
+        elif method.mixes_factors and len(ranks) > 1:
+            ranks_differ = True
             problems.append(f"'{path}' has the ranks {listed(ranks)}")
-        elif how.truncates and kinds == ["batched"]:
+        elif method.truncates and kinds == ["batched"]:
             problems.append(
-                f"'{path}' is of the kind 'batched', whose positions have kernels of their "
-                "own and no decomposition together: pass 'cat', or one that mixes factors"
+                f"'{path}' is of the kind 'batched', which has a kernel for each position and "
+                "cannot be truncated: pass 'cat' or a type that mixes factors"
             )
     if not problems:
         return
     advice = ""
-    if of_rank:
-        name = "svd" if how.combination_type == "linear" else f"{how.combination_type}_svd"
+    if ranks_differ:
+        name = method.combination_type
+        truncating = "svd" if name == "linear" else f"{name}_svd"
         advice = (
-            f"\ncombination_type={how.combination_type!r} mixes A and B by themselves, which "
-            f"needs equal ranks. Pass {name!r} or 'cat', which take any."
+            f"\ncombination_type={name!r} combines A and B separately, which needs equal "
+            f"ranks. Pass {truncating!r} or 'cat', which accept any ranks."
         )
     raise ValueError(
-        "Received adapters that do not go together:\n" + "\n".join(problems) + advice
+        "Received adapters that cannot be combined:\n" + "\n".join(problems) + advice
     )
 
 
@@ -279,25 +287,25 @@ def _common_base_model(adapters: Sequence[Adapter]) -> str:
     names = different(adapter.base_model for adapter in adapters if adapter.base_model)
     if len(names) > 1:
         raise ValueError(
-            f"Received adapters of different models, {listed(names)}; expected one model, "
-            "as an update means nothing for other weights. If these are names of the same "
-            "one, say so: dataclasses.replace(adapter, base_model=...)."
+            f"Received adapters of different models, {listed(names)}; expected the same base "
+            "model. If these are names of one model, set one of them: "
+            "dataclasses.replace(adapter, base_model=...)."
         )
     return names[0] if names else ""
 
 
-def _warn_of_losses(losses: Mapping[str, Loss], how: Method) -> None:
-    """Warn if the norm of what was truncated, over all layers, is large."""
+def _warn_of_losses(losses: Mapping[str, Loss], method: CombinationMethod) -> None:
+    """Warn if truncation lost much of the norm over all layers."""
     size = math.hypot(*(loss.size for loss in losses.values()))
     lost = math.hypot(*(loss.lost for loss in losses.values()))
     if lost <= WARN_ABOVE * size:
         return
     share = {path: loss.lost / loss.size for path, loss in losses.items() if loss.size}
     worst = max(share, key=share.__getitem__)
-    exact = ", or combination_type='cat' for the exact sum" if not how.rule else ""
+    exact = ", or combination_type='cat' for the exact sum" if not method.rule else ""
     warnings.warn(
-        f"combination_type={how.combination_type!r} lost {lost / size:.0%} of the norm of the "
-        f"update when it was truncated to a rank, most in '{worst}' ({share[worst]:.0%}). "
+        f"combination_type={method.combination_type!r} lost {lost / size:.0%} of the norm of "
+        f"the update by truncation, most in '{worst}' ({share[worst]:.0%}). "
         f"Pass a larger rank{exact}.",
         stacklevel=3,
     )
@@ -307,8 +315,8 @@ def _check_not_both(terms: Mapping[str, Any], values: Mapping[str, Any]) -> None
     both = [path for path in terms if f"{path}.weight" in values]
     if both:
         raise ValueError(
-            f"Received adapters of which one trained {listed(both)} whole and another has "
-            "an update of the same; expected one or the other. Pass as trained_whole the "
-            "index of an adapter with the update, or leave the layer out: "
+            f"Received adapters of which one fully trained {listed(both)} and another has an "
+            "update of it; expected either in all. Pass the index of an adapter with the "
+            "update as trained_whole, or remove the layer: "
             "dataclasses.replace(adapter, layers=...)."
         )

@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate
 from tfimm_lora.model.merge import lora_layers
 
 _FIELDS = ("a", "b", "scale", "kind", "qkv")
@@ -54,9 +54,9 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
     Reference: Zhang et al., "AdaLoRA", arXiv:2303.10512, section 3.
     """
     adapter = adapter_of(model, base_model)
-    names, layers = Names(model), lora_layers(model)
+    names, layers = ModuleNames(model), lora_layers(model)
     alive = {names.modules[path]: live_components(layer) for path, layer in layers.items()}
-    whole = {names.modules[path] for path, layer in layers.items() if starts_apart(layer)}
+    whole = {names.modules[path] for path, layer in layers.items() if has_initial_update(layer)}
     if not whole and not any(kept.any() for kept in alive.values()):
         raise ValueError(
             f"Received model '{model.name}', in whose adapter every component is zero; "
@@ -71,16 +71,8 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
     return dataclasses.replace(adapter, layers=kept_layers)
 
 
-def rank_axis(layer: LoRALayer) -> int:
-    """The axis of B that goes over the components; in A it is the last."""
-    if isinstance(layer, EinsumDenseUpdate):
-        product = layer._product()
-        return product.b.index(product.a[-1])
-    return 0
-
-
-def starts_apart(layer: LoRALayer) -> bool:
-    """Whether a layer starts from its kernel: it adds A B less what A B was then."""
+def has_initial_update(layer: LoRALayer) -> bool:
+    """Whether a layer adds A B - A0 B0, less its initial update (PiSSA, OLoRA)."""
     return "kernel_lora_a0" in layer.__dict__
 
 
@@ -88,10 +80,11 @@ def live_components(layer: LoRALayer) -> np.ndarray:
     """Which components of a layer are not zero: (rank,), of fused parts (parts * rank,)."""
     values = layer.lora_values()
     a = values["kernel_lora_a"]
-    b = np.moveaxis(values["kernel_lora_b"], rank_axis(layer), -1)
-    return (a != 0).reshape(-1, a.shape[-1]).any(axis=0) & (b != 0).reshape(
+    b = np.moveaxis(values["kernel_lora_b"], layer._rank_axis_of_b(), -1)
+    result: np.ndarray = (a != 0).reshape(-1, a.shape[-1]).any(axis=0) & (b != 0).reshape(
         -1, b.shape[-1]
     ).any(axis=0)
+    return result
 
 
 def _has_more(update: LayerUpdate) -> bool:

@@ -1,4 +1,4 @@
-"""Low-rank approximation: of a matrix, of a product of factors, of a full fine-tuning."""
+"""Low-rank updates from the difference of two weights, by singular value decomposition."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import LayerUpdate
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.initializers.svd import nearest_factors
 
 
@@ -18,29 +18,30 @@ def extract_update(
     energy: float | None = None,
     kind: str | None = None,
 ) -> LayerUpdate:
-    """The low-rank update that best explains how a weight changed in full fine-tuning.
+    """Compute the best low-rank update for the change of a weight in full fine-tuning.
 
-    With the singular value decomposition dW = U S V^T, B = U_r sqrt(S_r) and
-    A = sqrt(S_r) V_r^T: no other update of rank r is nearer to dW in Frobenius norm
-    (Eckart and Young). The factors are of equal size, and the scale is 1.
+    With the singular value decomposition dW = U S V^T, the factors are B = U_r sqrt(S_r) and
+    A = sqrt(S_r) V_r^T. No other update of rank r is nearer to dW in Frobenius norm (Eckart
+    and Young). The factors have equal norms, and the scale is 1.
 
     Args:
-        difference: dW, the tuned weight minus that of the base, in torch's order of axes:
-            (out, in) or (out, in, *kernel_size); the latter is taken as the matrix
+        difference: dW, the tuned weight minus the base weight, in torch's order of axes:
+            (out, in) or (out, in, *kernel_size); the latter is decomposed as a matrix
             (out, in * kernel size).
-        rank: The rank r, at most the smaller side of the matrix. Give this or ``energy``.
-        energy: A share in (0, 1]: the rank is the smallest whose squared singular values
-            hold at least this share of the sum of all. The relative error
-            |dW - B A| / |dW| is then at most sqrt(1 - energy).
+        rank: The rank r, at most the smaller side of the matrix. Pass this or ``energy``.
+        energy: A fraction in (0, 1]. The rank is the smallest whose squared singular values
+            sum to at least this fraction of all. The relative error |dW - B A| / |dW| is then
+            at most sqrt(1 - energy).
         kind: As in ``LayerUpdate``. None (default) means "linear" for two axes and "conv"
             for more.
 
     Returns:
-        The update: in float32, or float64 where the difference is.
+        The update, in float32, or in float64 if the difference is.
 
     Raises:
-        ValueError: unless exactly one of rank and energy is given, each in its range; or
-            if the difference is no matrix or kernel of finite numbers.
+        TypeError: If rank or energy has the wrong type.
+        ValueError: If not exactly one of rank and energy is given, or it is out of range; or
+            if the difference is not a matrix or kernel of finite numbers.
 
     Example:
         >>> import numpy as np
@@ -65,18 +66,18 @@ def extract_updates(
     energy: float | None = None,
     kinds: Mapping[str, str] | None = None,
 ) -> dict[str, LayerUpdate]:
-    """``extract_update`` for many layers. Those that did not change at all are left out.
+    """Apply ``extract_update`` to many layers. Layers that did not change are left out.
 
     Args:
         differences: Module path -> dW, as in ``extract_update``.
-        rank, energy: As in ``extract_update``, for each layer by itself.
-        kinds: Module path -> kind, where it is not what the number of axes says.
+        rank, energy: As in ``extract_update``, for each layer.
+        kinds: Module path -> kind, if it does not follow from the number of axes.
 
     Returns:
         Module path -> update, in the order of ``differences``.
 
     Raises:
-        ValueError: as ``extract_update``, with every layer that is at fault.
+        TypeError, ValueError: As ``extract_update``. The message names every wrong difference.
 
     Example:
         >>> import numpy as np
@@ -103,9 +104,14 @@ def extract_updates(
 def make_update(
     b: np.ndarray, a: np.ndarray, shape: tuple[int, ...], kind: str, dtype: Any
 ) -> LayerUpdate:
-    """An update of scale 1 from matrices B (out, r) and A (r, all else).
+    """Create an update of scale 1 from matrices.
 
-    ``shape`` is that of the weight; B gets an axis of size 1 for each of a kernel's.
+    Args:
+        b: (out, r).
+        a: (r, in * kernel size).
+        shape: The shape of the weight. B gets an axis of size 1 for each axis of the kernel.
+        kind: As in ``LayerUpdate``.
+        dtype: The type of the factors.
     """
     rank = a.shape[0]
     return LayerUpdate(
@@ -116,7 +122,7 @@ def make_update(
 
 
 def result_dtype(*arrays: np.ndarray) -> np.dtype:
-    """float64 if an array is, else float32: in 16 bits not even a sum would be exact."""
+    """Return float64 if an array is, else float32; 16 bits are too few even for a sum."""
     return np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.kind not in "biu"))
 
 
@@ -130,11 +136,11 @@ def check_rank(rank: Any) -> None:
 
 
 def check_rank_or_energy(rank: Any, energy: Any) -> None:
-    """Raise unless exactly one of the two is given, and in its range."""
+    """Raise unless exactly one of the two is given and in its range."""
     if (rank is None) == (energy is None):
         raise ValueError(
             f"Received rank={rank!r} and energy={energy!r}; expected exactly one of them, "
-            "for example rank=8, or energy=0.95 to let each layer have the rank it needs."
+            "for example rank=8, or energy=0.95 for the rank that each layer needs."
         )
     if rank is not None:
         return check_rank(rank)
@@ -142,7 +148,7 @@ def check_rank_or_energy(rank: Any, energy: Any) -> None:
         raise TypeError(f"Received energy={energy!r}; expected a number in (0, 1].")
     if not 0 < float(energy) <= 1:
         raise ValueError(
-            f"Received energy={energy!r}; expected a share in (0, 1], for example 0.95."
+            f"Received energy={energy!r}; expected a fraction in (0, 1], for example 0.95."
         )
 
 
@@ -156,18 +162,18 @@ def _extract(
 
 
 def _problem(difference: Any, kind: str | None) -> str | None:
-    """What is wrong with a difference, to go on after its name; None if nothing is."""
+    """Return the problem of a difference, as the end of a sentence, or None."""
     array = np.asarray(difference)
     if array.ndim < 2 or 0 in array.shape:
         return (
             f"of shape {array.shape}; expected (out, in) or (out, in, *kernel_size). Vectors "
-            "such as biases have no low-rank update: keep them in Adapter.weights."
+            "such as biases have no low-rank update: store them in Adapter.weights."
         )
     if not np.isfinite(array.astype("float64")).all():
         return "with NaN or infinity; expected finite numbers. Check the tuned model."
     if kind == "batched":
         return (
-            "of the kind 'batched', whose positions have kernels of their own; extract "
-            "from each position's difference by itself."
+            "of the kind 'batched', which has a kernel for each position; extract an update "
+            "for each position separately."
         )
     return None

@@ -1,4 +1,4 @@
-"""Turning the adapter of a live model off and on, and making it weaker or stronger."""
+"""``disable_adapter`` and ``set_adapter_scale``: the strength of a live model's adapter."""
 
 from __future__ import annotations
 
@@ -8,21 +8,23 @@ import numbers
 from collections.abc import Iterator
 from typing import Any
 
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.model.merge import lora_layers
-from tfimm_lora.model.replaced_weights import replaced, shelve, unshelve
+from tfimm_lora.model.state import model_state
 
 
 @contextlib.contextmanager
 def disable_adapter(model: Any) -> Iterator[Any]:
-    """Within this block a LoRA model computes as without its adapter.
+    """Disable the adapter of a LoRA model within a ``with`` block.
 
     Only values change, so compiled functions keep working without a new trace. Blocks may be
-    nested; the adapter comes back bit for bit, also after an error. A merged model is merged
-    again. Weights that ``load_adapter`` replaced (a classifier, biases) are the model's own in
-    the block; weights that were trained in this model itself have no other value and stay.
-    ``save_adapter`` in the block saves the adapter; Keras' own weight files are better written
-    outside of it.
+    nested. At the end, also after an error, the adapter is restored exactly, and a merged model
+    is merged again.
+
+    Within the block, weights that ``load_adapter`` replaced (a classifier, biases) have the
+    model's original values. Weights that were trained in this model have no other value and
+    stay. ``save_adapter`` saves the disabled adapter. Write Keras weight files outside of the
+    block.
 
     Args:
         model: A built LoRA model.
@@ -31,7 +33,7 @@ def disable_adapter(model: Any) -> Iterator[Any]:
         The model.
 
     Raises:
-        ValueError: if the model has no LoRA layers.
+        ValueError: If the model has no LoRA layers or is not built.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -44,49 +46,51 @@ def disable_adapter(model: Any) -> Iterator[Any]:
     layers = list(lora_layers(model).values())
     for layer in layers:
         layer._require_built("disable")
-    outermost = not layers[0]._lora_state.disabled
-    base = replaced(model) if outermost else {}
-    weights = [w for w in Names(model).weights if w.key in base] if base else []
+    is_outermost = not layers[0]._lora_state.disabled
+    state = model_state(model)
+    originals = dict(state.replaced) if is_outermost else {}
+    weights = [w for w in ModuleNames(model).weights if w.key in originals] if originals else []
     tuned = {weight.key: weight.value() for weight in weights}
     disabled = []
     try:
         for layer in layers:
             layer.disable()
             disabled.append(layer)
-        if outermost:
-            shelve(model, tuned)
+        if is_outermost:
+            state.while_disabled = tuned
         for weight in weights:
-            weight.variable.assign(base[weight.key].before)
+            weight.variable.assign(originals[weight.key].before)
         yield model
     finally:
         for layer in disabled:
             layer.enable()
         for weight in weights:
             weight.assign(tuned[weight.key])
-        if outermost:
-            unshelve(model)
+        if is_outermost:
+            state.while_disabled = {}
 
 
 def set_adapter_scale(model: Any, scale: float) -> Any:
-    """Make the adapter of a LoRA model count ``scale`` times: y = x (W + scale * s A B).
+    """Multiply the update of a LoRA model by ``scale``: y = x (W + scale * s A B).
 
-    The scale is taken of the adapter as it was trained or loaded: 0.5 and then 1 gives back
-    every bit. Only values change, so compiled functions keep working without a new trace.
-    With DoRA the magnitude goes the same share of its way: |W| + scale * (m - |W|).
-    Saving the adapter saves it as it counts now. Weights that an adapter holds whole are not
-    scaled.
+    The factor is relative to the adapter as trained or loaded: 0.5 followed by 1 restores it
+    exactly. Only values change, so compiled functions keep working without a new trace. With
+    DoRA the magnitude m becomes |W| + scale * (m - |W|).
+
+    Saving the adapter saves the scaled values. Fully trained weights are not scaled.
 
     Args:
         model: A built LoRA model, merged or not.
-        scale: Any finite number; 0 is the model without its adapter, negative ones turn it
-            around.
+        scale: Any finite number. 0 is the model without its adapter, and a negative number
+            subtracts the update.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: if the model has no LoRA layers, or the scale is not finite.
-        TypeError: if the scale is no number.
+        ValueError: If the model has no LoRA layers or is not built, or the scale is not
+            finite.
+        TypeError: If the scale is not a number.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora

@@ -1,4 +1,4 @@
-"""``extract_adapter``: the adapter that best explains a model that was fine-tuned whole."""
+"""``extract_adapter``: the adapter that best approximates a full fine-tuning."""
 
 from __future__ import annotations
 
@@ -9,13 +9,17 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.decompose import check_rank_or_energy, extract_updates
-from tfimm_lora.adapters.names import Names, Weight
-from tfimm_lora.adapters.save import name_of
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
+from tfimm_lora.adapters.save import base_model_name
 from tfimm_lora.adapters.torch_layout import kernel_in_torch_order, kind_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.conversion import lora_class, supported
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
+
+#: Weights with other values than those of the base model, and these values.
+Changes = list[tuple[ModelWeight, np.ndarray]]
 
 
 def extract_adapter(
@@ -26,30 +30,32 @@ def extract_adapter(
     *,
     base_model: str | None = None,
 ) -> Adapter:
-    """The adapter of the smallest error for a model that was fine-tuned without LoRA.
+    """Extract the best low-rank adapter from a model that was fine-tuned without LoRA.
 
-    For the kernel of every layer that LoRA supports it takes the best approximation of
-    dW = W_tuned - W_base of a rank, by singular value decomposition. Everything else that
-    changed is held whole: the classifier, biases, the layers of norms.
+    For the kernel of every layer that LoRA supports, it takes the best low-rank approximation
+    of dW = W_tuned - W_base, by singular value decomposition. Everything else that changed is
+    stored in full: the classifier, biases, normalization layers.
 
     Args:
-        base: The model before, ordinary and built.
-        tuned: The model after; of the same architecture, also with other classes.
-        rank: The rank of every update, or ...
-        energy: ... the share of every update's squared norm to hold, in (0, 1]; each layer
-            gets the smallest rank that does. Just one of the two is given.
+        base: The model before fine-tuning: ordinary and built.
+        tuned: The model after fine-tuning, of the same architecture. It may have other
+            classes.
+        rank: The rank of every update. Pass either this or ``energy``.
+        energy: The fraction of each update's squared norm to keep, in (0, 1]. Each layer gets
+            the smallest rank that keeps it.
         base_model: As in ``adapter_of``.
 
     Returns:
-        The adapter. Layers that did not change are not in it.
+        The adapter, without the layers that did not change.
 
     Raises:
-        ValueError: if the models have other layers or shapes, or LoRA in them, if no kernel
-            changed, or unless just one of rank and energy is given, in its range.
+        TypeError: If rank or energy has the wrong type.
+        ValueError: If the models differ in layers or shapes, have LoRA, or have equal kernels;
+            if not exactly one of rank and energy is given, or it is out of range.
 
     Warns:
-        UserWarning: for changed weights that an adapter has no place for: a model's own
-            variables, such as position embeddings.
+        UserWarning: For changed weights that an adapter cannot hold: a model's own variables,
+            such as position embeddings.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -71,24 +77,28 @@ def extract_adapter(
         if has_lora(model):
             raise ValueError(
                 f"Received {role} with LoRA layers; expected an ordinary model. "
-                + ("adapter_of(tuned) is its adapter." if role == "tuned" else "")
+                + (
+                    "Use adapter_of(tuned) for its adapter."
+                    if role == "tuned"
+                    else "Call remove_lora(base, merge=False) first."
+                )
             )
-    names, others = Names(base), Names(tuned)
-    before = {w.key: w for w in names.weights}
-    after = {w.key: w for w in others.weights}
+    names = ModuleNames(base)
+    before = {weight.key: weight for weight in names.weights}
+    after = {weight.key: weight for weight in ModuleNames(tuned).weights}
     heads = classifier_paths(base)
-    _check_alike(before, after, [f"{names.modules[path]}." for path in heads])
+    _check_same_architecture(before, after, [f"{names.modules[path]}." for path in heads])
     kernels = {id(v): path for path, v in _kernels(names).items() if path not in heads}
     differences: dict[str, np.ndarray] = {}
     kinds: dict[str, str] = {}
-    whole: list[tuple[Weight, np.ndarray]] = []
+    others: Changes = []
     for key, weight in before.items():
-        mine, theirs = weight.value(), after[key].value()
-        if mine.shape == theirs.shape and np.array_equal(mine, theirs):
+        old, new = weight.value(), after[key].value()
+        if old.shape == new.shape and np.array_equal(old, new):
             continue
         path = kernels.get(id(weight.variable))
         if path is None:
-            whole.append((weight, theirs))
+            others.append((weight, new))
             continue
         layer, module = names.layers[path], names.modules[path]
         backend = backend_of(layer)
@@ -97,15 +107,15 @@ def extract_adapter(
         kinds[module] = kind_of(layer)
     if not differences:
         raise ValueError(
-            f"Received base '{base.name}' and tuned '{tuned.name}', whose kernels are the "
-            "same; there is nothing to explain by LoRA."
+            f"Received base '{base.name}' and tuned '{tuned.name}' with equal kernels; "
+            "expected a tuned model whose kernels changed."
         )
     layers = extract_updates(differences, rank, energy, kinds)
-    layers = {m: _single(update) for m, update in layers.items()}
-    modules, weights, lost = _held_whole(names, whole, set(layers))
+    layers = {module: _as_float32(update) for module, update in layers.items()}
+    modules, weights, lost = _full_weights(names, others, set(layers))
     if lost:
         warnings.warn(
-            f"{', '.join(lost)} changed, for which an adapter has no place: they are left out.",
+            f"{', '.join(lost)} changed, but an adapter cannot hold them. They are left out.",
             stacklevel=2,
         )
     outside = [key for key in weights if not any(key.startswith(f"{m}.") for m in modules)]
@@ -113,12 +123,15 @@ def extract_adapter(
         layers,
         weights,
         modules,
-        name_of(base) if base_model is None else base_model,
+        base_model_name(base) if base_model is None else base_model,
         "all" if outside else "none",
     )
 
 
-def _check_alike(before: dict[str, Weight], after: dict[str, Weight], heads: list[str]) -> None:
+def _check_same_architecture(
+    before: dict[str, ModelWeight], after: dict[str, ModelWeight], heads: list[str]
+) -> None:
+    """Raise unless both models have the same weights, but for the sizes of the classifier."""
     problems = [f"only one has {key}" for key in sorted(set(before) ^ set(after))]
     for key in set(before) & set(after):
         shapes = [tuple(w.variable.shape) for w in (before[key], after[key])]
@@ -126,12 +139,13 @@ def _check_alike(before: dict[str, Weight], after: dict[str, Weight], heads: lis
             problems.append(f"{key} has {shapes[0]} in base, {shapes[1]} in tuned")
     if problems:
         raise ValueError(
-            f"Received models that are not of one architecture: {'; '.join(problems[:20])}."
+            f"Received models of different architectures: {'; '.join(problems[:20])}. Expected "
+            "the same architecture, up to the number of classes."
         )
 
 
-def _kernels(names: Names) -> dict[str, Any]:
-    """The kernel variable of every layer that LoRA supports, by path."""
+def _kernels(names: ModuleNames) -> dict[str, Any]:
+    """Return the kernel variable of every layer that LoRA supports, by path."""
     found = {}
     for path, layer in names.layers.items():
         if supported(layer):
@@ -140,33 +154,29 @@ def _kernels(names: Names) -> dict[str, Any]:
     return found
 
 
-def _single(update: Any) -> Any:
-    """An update in float32, as the factors of models are."""
-    return type(update)(
+def _as_float32(update: LayerUpdate) -> LayerUpdate:
+    return LayerUpdate(
         update.a.astype("float32"), update.b.astype("float32"), update.scale, update.kind
     )
 
 
-def _held_whole(
-    names: Names, whole: list[tuple[Weight, np.ndarray]], adapted: set[str]
+def _full_weights(
+    names: ModuleNames, changes: Changes, adapted: set[str]
 ) -> tuple[tuple[str, ...], dict[str, np.ndarray], list[str]]:
-    """Modules and weights to hold whole, and the keys that have no place."""
-    by_layer: dict[str, list[tuple[Weight, np.ndarray]]] = {}
-    for weight, value in whole:
+    """Return the modules and weights to store in full, and the keys that cannot be stored."""
+    by_layer: dict[str, Changes] = {}
+    for weight, value in changes:
         by_layer.setdefault(weight.path, []).append((weight, value))
     modules, weights, lost = [], {}, []
     for path, changed in by_layer.items():
         module = names.modules.get(path)
-        biases = [pair for pair in changed if _is_bias(pair[0])]
-        inside = any(name == module or name.startswith(f"{module}.") for name in adapted)
-        if len(biases) < len(changed) and (module is None or inside):
-            lost += [weight.key for weight, _ in changed if not _is_bias(weight)]
-            changed = biases
-        elif len(biases) < len(changed):
-            modules.append(module)
+        biases = [pair for pair in changed if pair[0].is_bias()]
+        has_adapted = any(name == module or name.startswith(f"{module}.") for name in adapted)
+        if len(biases) < len(changed):
+            if module is None or has_adapted:
+                lost += [weight.key for weight, _ in changed if not weight.is_bias()]
+                changed = biases
+            else:
+                modules.append(module)
         weights.update({weight.key: value for weight, value in changed})
-    return tuple(sorted(m for m in modules if m is not None)), weights, lost
-
-
-def _is_bias(weight: Weight) -> bool:
-    return backend_of(weight.wanted.layer).is_bias_like(weight.variable)
+    return tuple(sorted(modules)), weights, lost

@@ -1,6 +1,6 @@
-"""Weighted sums of arrays in which some entries do not count: TIES, DARE and the like.
+"""Pruned and sign-elected weighted sums of arrays: TIES, DARE and magnitude pruning.
 
-Plain functions of arrays, which know nothing of adapters.
+Functions of NumPy arrays, independent of adapters.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ class Rule:
     """How arrays are mixed.
 
     Attributes:
-        prune: Which entries of each array stay: all (None), the "largest" or "random" ones.
-        elect: Whether each entry's sign is elected, and only those of that sign averaged;
-            else all are summed.
+        prune: The entries of each array to keep: all (None), the "largest" or "random" ones.
+        elect: Whether to elect the sign of each entry and average the values of this sign.
+            Otherwise all values are summed.
     """
 
     prune: str | None = None
     elect: bool = False
 
 
-#: The rules by the names that PEFT gave them.
+#: The rules by PEFT's names.
 RULES = {
     "linear": Rule(),
     "ties": Rule("largest", elect=True),
@@ -48,19 +48,19 @@ def mix(
 ) -> np.ndarray:
     """Prune each array, then sum them with weights, or elect signs and average.
 
-    A negative weight is the same as the negated array with the positive weight. (In PEFT
-    it is not where signs are elected: the array votes for the sign that it then opposes.)
+    A negative weight is the same as the negated array with the positive weight. (PEFT differs
+    where signs are elected: there the array votes with its sign before the negation.)
 
     Args:
-        arrays: Of one shape.
-        weights: One for each array.
-        rule: What is pruned and whether signs are elected.
-        density: The share of entries that stay, in (0, 1]; for rules that prune.
-        majority_sign_method: "total" or "frequency"; for rules that elect.
-        rng: The source of random numbers; for the rule that prunes randomly.
+        arrays: Arrays of the same shape.
+        weights: One weight for each array.
+        rule: How to prune, and whether to elect signs.
+        density: The fraction of entries to keep, in (0, 1]; for rules that prune.
+        majority_sign_method: "total" or "frequency"; for rules that elect signs.
+        rng: The source of random numbers; for rules that prune at random.
 
     Returns:
-        An array of that shape in float64.
+        An array of the same shape, in float64.
 
     Example:
         >>> import numpy as np
@@ -84,9 +84,9 @@ def mix(
 
 
 def keep_largest(array: np.ndarray, density: float) -> np.ndarray:
-    """The array with all but the ``density * size`` entries of largest magnitude set to 0.
+    """Set all entries but the ``density * size`` ones of largest magnitude to 0.
 
-    That number is rounded down, as PEFT does, but never to nothing at all.
+    This number is rounded down, as in PEFT, but is at least 1.
 
     Example:
         >>> import numpy as np
@@ -95,16 +95,18 @@ def keep_largest(array: np.ndarray, density: float) -> np.ndarray:
     """
     count = max(1, int(density * array.size))
     if count >= array.size:
-        return array.copy()
+        result: np.ndarray = array.copy()
+        return result
     flat = array.reshape(-1)
     chosen = np.argpartition(np.abs(flat), -count)[-count:]
-    kept = np.zeros_like(flat)
+    kept: np.ndarray = np.zeros(flat.shape, flat.dtype)
     kept[chosen] = flat[chosen]
-    return kept.reshape(array.shape)
+    reshaped: np.ndarray = kept.reshape(array.shape)
+    return reshaped
 
 
 def keep_random(array: np.ndarray, density: float, rng: np.random.Generator) -> np.ndarray:
-    """Each entry with probability ``density``, then divided by it; else 0.
+    """Keep each entry with probability ``density``, divided by it; else set it to 0.
 
     The expected value is the array.
     """
@@ -112,7 +114,10 @@ def keep_random(array: np.ndarray, density: float, rng: np.random.Generator) -> 
 
 
 def majority_sign(arrays: Sequence[np.ndarray], method: str = "total") -> np.ndarray:
-    """1 or -1 for each entry: the sign of the sum of values ("total") or of signs.
+    """Elect a sign for each entry: that of the sum of values ("total") or of signs.
+
+    Returns:
+        An array of 1 and -1.
 
     Example:
         >>> import numpy as np

@@ -1,4 +1,4 @@
-"""adapter_config.json: what PEFT's LoraConfig says, and what of it is understood here."""
+"""adapter_config.json: read and write PEFT's LoraConfig of an adapter."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.config import scale
 from tfimm_lora.layer_paths import without_counts
 from tfimm_lora.peft.fields import (
@@ -18,23 +18,27 @@ from tfimm_lora.peft.fields import (
     unsupported,
     whole,
 )
+from tfimm_lora.utils.optional_imports import require
 
-#: Longer expressions take long to compile alone.
-_LONGEST_PATTERN = 1000
+#: Longer regular expressions take too long to compile.
+_MAX_PATTERN = 1000
 
-#: Initialisers after which the base weights are those of the checkpoint.
-_KEEP_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+#: The seconds after which matching of an untrusted pattern is stopped.
+_MATCH_SECONDS = 0.5
+
+#: Values of init_lora_weights with which PEFT does not change the base weights.
+_BASE_UNCHANGED = (True, False, None, "gaussian", "eva", "orthogonal")
 
 
 class PeftConfig(PeftFields):
-    """The fields of an adapter_config.json, checked.
+    """The checked fields of an adapter_config.json.
 
     Args:
         fields: The parsed file.
 
     Raises:
-        ValueError: for a field of a wrong type, or for one that is not supported; all of
-            them are named.
+        ValueError: If a field has a wrong type or is not supported; the message names all
+            unsupported fields.
     """
 
     def __init__(self, fields: Any) -> None:
@@ -43,20 +47,24 @@ class PeftConfig(PeftFields):
         _refuse_unsupported(fields)
 
     def scale_of(self, module: str, rank: int) -> float:
-        """The scale of a module whose A has this rank.
+        """Return the scale of a module.
+
+        Args:
+            module: The module path.
+            rank: The rank of its tensors.
 
         Raises:
-            ValueError: if the config gives the module another rank.
+            ValueError: If the config has another rank for the module.
         """
-        said = value_by_pattern(module, self.rank_pattern, self.rank)
-        if said != rank:
-            raise ValueError(f"gives {module} the rank {said}, its tensors have {rank}")
+        expected = value_by_pattern(module, self.rank_pattern, self.rank)
+        if expected != rank:
+            raise ValueError(f"has the rank {expected} for {module}, its tensors have {rank}")
         alpha = value_by_pattern(module, self.alpha_pattern, self.alpha)
         return scale(rank, alpha, self.use_rslora)
 
 
 def value_by_pattern(module: str, pattern: Mapping[str, Any], default: Any) -> Any:
-    """The value of the first key that matches the end of a module path, as in PEFT."""
+    """Return the value of the first key that matches the end of a module path, as in PEFT."""
     for key, value in pattern.items():
         if _ends_with(module, key):
             return value
@@ -66,47 +74,62 @@ def value_by_pattern(module: str, pattern: Mapping[str, Any], default: Any) -> A
 def _ends_with(module: str, key: str) -> bool:
     literal = re.sub(r"\\(.)", r"\1", key)
     if re.escape(literal) == key or re.fullmatch(r"[\w.]*", key):
-        # A name. Without its backslashes a "." may stand for any character, as in PEFT.
-        tail = module[-len(literal) :] if literal else ""
-        same = len(tail) == len(literal) and all(
-            a == b or (b == "." and "\\" not in key) for a, b in zip(tail, literal)
-        )
-        before = module[: -len(literal)] if literal else module
-        return same and (not before or before.endswith("."))
-    # An expression of a stranger may take for ever, which the standard library cannot stop.
+        return _ends_with_name(module, literal, any_dot="\\" not in key)
+    return _matches_untrusted(module, key)
+
+
+def _ends_with_name(module: str, name: str, any_dot: bool) -> bool:
+    """Whether a module path ends in a name, from a level on.
+
+    With ``any_dot`` a "." in the name matches any character: in PEFT an unescaped name is a
+    regular expression too.
+    """
+    tail = module[-len(name) :] if name else ""
+    same = len(tail) == len(name) and all(
+        a == b or (b == "." and any_dot) for a, b in zip(tail, name)
+    )
+    before = module[: -len(name)] if name else module
+    return same and (not before or before.endswith("."))
+
+
+def _matches_untrusted(module: str, pattern: str) -> bool:
+    """Match an untrusted pattern, with a timeout, which the standard library lacks."""
+    regex: Any = require("regex", extra="weights", why="A regular expression in an adapter")
+    if len(pattern) > _MAX_PATTERN:
+        raise ValueError(f"has a pattern of {len(pattern)} characters ({pattern[:40]!r}...)")
     try:
-        import regex
-    except ImportError as error:
-        raise ImportError(
-            "Patterns in an adapter's config that are more than names need regex: pip "
-            "install regex"
-        ) from error
-    if len(key) > _LONGEST_PATTERN:
-        raise ValueError(f"has a pattern of {len(key)} characters ({key[:40]!r}...)")
-    try:
-        return regex.match(rf"(.*\.)?({key})$", module, timeout=0.5) is not None
+        found = regex.match(rf"(.*\.)?({pattern})$", module, timeout=_MATCH_SECONDS)
     except TimeoutError as error:
-        raise ValueError(f"has the pattern {key!r}, which takes too long to match") from error
+        raise ValueError(
+            f"has the pattern {pattern!r}, which takes too long to match"
+        ) from error
     except (regex.error, RecursionError) as error:
-        raise ValueError(f"has the pattern {key!r}, no regular expression: {error}") from error
+        raise ValueError(
+            f"has the pattern {pattern!r}, which is not a regular expression: {error}"
+        ) from error
+    return found is not None
 
 
 def _refuse_unsupported(fields: dict[str, Any]) -> None:
     problems = unsupported(fields)
-    start = fields.get("init_lora_weights", True)
-    if not any(is_same(start, value) for value in _KEEP_BASE):
+    initialization = fields.get("init_lora_weights", True)
+    if not any(is_same(initialization, value) for value in _BASE_UNCHANGED):
         problems.append(
-            f"init_lora_weights={start!r} (its factors are relative to changed base weights; "
-            "save it in PEFT with path_initial_model_for_weight_conversion)"
+            f"init_lora_weights={initialization!r} (its factors are relative to changed base "
+            "weights; save it in PEFT with path_initial_model_for_weight_conversion)"
         )
     if problems:
-        raise ValueError(f"asks for what is not supported: {', '.join(problems)}")
+        raise ValueError(f"uses unsupported features: {', '.join(problems)}")
 
 
-def config_fields(adapter: Adapter, own: bool) -> dict[str, Any]:
-    """The adapter_config.json of an adapter.
+def config_fields(adapter: AdapterData, own: bool) -> dict[str, Any]:
+    """Return the content of an adapter's adapter_config.json.
 
-    The commonest rank and alpha are r and lora_alpha; other layers are in the patterns.
+    The most common rank and alpha are r and lora_alpha. The others are in the patterns.
+
+    Args:
+        adapter: The adapter.
+        own: Whether to write this package's peft_type, which PEFT refuses.
     """
     rank = Counter(x.rank for x in adapter.layers.values()).most_common(1)[0][0]
     common = Counter(x.alpha for x in adapter.layers.values() if x.rank == rank)
@@ -133,24 +156,31 @@ def config_fields(adapter: Adapter, own: bool) -> dict[str, Any]:
 
 
 def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:
-    """The pattern that gives each module its value: an entry for every one that differs from
-    the default, and for those that one of these would catch."""
+    """Return a rank_pattern or alpha_pattern with which every module has its value.
+
+    It has an entry for every module whose value is not the default, and for every module that
+    one of these entries would match too.
+
+    Args:
+        values: Module path -> value.
+        default: The value without an entry.
+    """
     differing = {module for module, value in values.items() if value != default}
 
-    def caught(module: str) -> bool:
+    def matched(module: str) -> bool:
         levels = without_counts(module).split(".")
         return any(".".join(levels[i:]) in differing for i in range(len(levels)))
 
-    # Longer paths first: a pattern means every path that ends in it.
+    # Longer paths first, since a pattern matches every path that ends in it.
     ordered = sorted(values, key=lambda module: (-len(module), module))
-    return {re.escape(m): values[m] for m in ordered if m in differing or caught(m)}
+    return {re.escape(m): values[m] for m in ordered if m in differing or matched(m)}
 
 
 def target_modules(paths: Iterable[str]) -> list[str] | str:
-    """PEFT's target_modules for exactly these modules.
+    """Return PEFT's target_modules for exactly these modules.
 
-    PEFT takes a name in a list as the end of a path too. A name without a dot ("conv1") may
-    well be the end of others, so then it is one regular expression for whole paths.
+    In PEFT a name in a list also matches the end of a path. A name without a dot ("conv1") may
+    match others, so if there is one, the result is one regular expression for whole paths.
     """
     names = sorted(paths)
     if all("." in name for name in names):

@@ -1,11 +1,11 @@
-"""What a config of PEFT means in one model, also where timm calls its layers otherwise."""
+"""``lora_arguments_from_peft``: apply a PEFT config to a model by timm's module names."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora.adapters.load import exact_targets
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.lora_arguments import exact_targets
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layer_paths import index_of, is_suffix, matches, unmatched, value_for
@@ -16,21 +16,23 @@ from tfimm_lora.peft.fields import ALL_LINEAR
 
 
 def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:
-    """The lora_* arguments that adapt in a model what a config of PEFT adapts in timm's.
+    """Convert a PEFT config to the lora_* arguments for a model.
 
-    ``LoRAConfig.from_peft`` takes names as they are. In some families timm has other ones
-    than tfimm (Swin, PVTv2, PoolFormer): here they are looked up, as in loading an adapter.
+    The arguments adapt the layers that PEFT would adapt in timm's model. While
+    ``LoRAConfig.from_peft`` keeps names as they are, this function translates them, as
+    ``load_adapter`` does: in some families (Swin, PVTv2, PoolFormer) timm's names differ from
+    tfimm's.
 
     Args:
         model: A built model without LoRA.
-        source: As for ``LoRAConfig.from_peft``.
+        source: As in ``LoRAConfig.from_peft``.
 
     Returns:
         Arguments for ``inject_lora`` and ``convert_to_lora_model``, with exact targets.
 
     Raises:
-        FileNotFoundError, TypeError, ValueError: as ``LoRAConfig.from_peft``; also if no
-            layer of the model is adapted, or the model has LoRA or is not built.
+        FileNotFoundError, TypeError, ValueError: As ``LoRAConfig.from_peft``. Also ValueError
+            if the config matches no layer, or the model has LoRA or is not built.
 
     Example:
         >>> import tensorflow as tf
@@ -45,19 +47,19 @@ def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:
     """
     config = LoRAConfig.from_peft(source)
     check_ready(model)
-    names = Names(model)
+    names = ModuleNames(model)
     modules = {path: names.modules[path] for path, x in names.layers.items() if supported(x)}
     _check_names(config, modules, names)
-    whole = [p for p, module in names.modules.items() if _is_whole(config, module)]
+    full = [p for p, module in names.modules.items() if _is_fully_trained(config, module)]
     heads = classifier_paths(model)
     chosen = {
         path: module
         for path, module in modules.items()
-        if path not in whole and _is_meant(config, module, path in heads)
+        if path not in full and _is_target(config, module, path in heads)
     }
     if not chosen:
         raise ValueError(
-            f"Received a config of PEFT with target_modules={config.lora_targets!r}, which "
+            f"Received a PEFT config with target_modules={config.lora_targets!r}, which "
             f"with its other fields leaves no layer of model '{model.name}' to adapt. "
             f"{_known(modules)}"
         )
@@ -74,36 +76,32 @@ def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:
         "lora_exclude": None,
         "lora_layers": None,
         "lora_layers_pattern": None,
-        "lora_train_modules": [p for p in whole if p.rpartition("/")[0] not in whole],
+        "lora_train_modules": [p for p in full if p.rpartition("/")[0] not in full],
     }
 
 
-def _is_meant(config: LoRAConfig, module: str, is_head: bool) -> bool:
-    """Whether PEFT adapts a module that is not trained whole."""
-    targets, numbers, patterns = _selection_of(config)
-    if config.lora_exclude is not None and matches(module, config.lora_exclude):
-        return False
-    meant = not is_head if targets is None else matches(module, targets)
-    return meant and (numbers is None or index_of(module, patterns) in numbers)
-
-
-def _selection_of(config: LoRAConfig) -> tuple[Any, Any, Any]:
-    """Targets (None for every layer but the classifier), numbers of blocks and patterns."""
+def _is_target(config: LoRAConfig, module: str, is_head: bool) -> bool:
+    """Whether PEFT adapts a module that is not fully trained."""
     targets = config.lora_targets
     if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        targets = None
-    return targets, config.lora_layers, config.lora_layers_pattern
+        targets = None  # every layer but the classifier
+    blocks: Any = config.lora_layers
+    patterns: Any = config.lora_layers_pattern
+    if config.lora_exclude is not None and matches(module, config.lora_exclude):
+        return False
+    matched = not is_head if targets is None else matches(module, targets)
+    return matched and (blocks is None or index_of(module, patterns) in blocks)
 
 
-def _is_whole(config: LoRAConfig, module: str) -> bool:
-    """Whether a module, or one around it, is trained whole."""
+def _is_fully_trained(config: LoRAConfig, module: str) -> bool:
+    """Whether modules_to_save names a module or one around it."""
     levels = module.split(".")
     around = [".".join(levels[: i + 1]) for i in range(len(levels))]
     return any(is_suffix(m, name) for m in around for name in config.lora_train_modules)
 
 
-def _check_names(config: LoRAConfig, modules: dict[str, str], names: Names) -> None:
-    """Raise for names that mean no module, all of them in one message."""
+def _check_names(config: LoRAConfig, modules: dict[str, str], names: ModuleNames) -> None:
+    """Raise one ValueError for all names in the config that match no module."""
     adaptable, everything = list(modules.values()), list(names.modules.values())
     problems = [
         f"{name} with {entry!r}"
@@ -129,7 +127,7 @@ def _check_names(config: LoRAConfig, modules: dict[str, str], names: Names) -> N
         ]
     if problems:
         raise ValueError(
-            f"Received a config of PEFT that names what the model has not: "
+            f"Received a PEFT config with names that the model does not have: "
             f"{', '.join(problems)}. {_known(modules)}"
         )
 

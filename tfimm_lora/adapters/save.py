@@ -1,4 +1,4 @@
-"""From a live model to an adapter: ``adapter_of`` and ``save_adapter``."""
+"""``adapter_of`` and ``save_adapter``: from a live model to an adapter."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.names import Names, Weight, require_unique
+from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames, require_unique
 from tfimm_lora.adapters.torch_layout import update_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layer_paths import is_suffix
@@ -14,20 +14,23 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
-from tfimm_lora.model.replaced_weights import replaced, shelved
-from tfimm_lora.zoo.weights.names import CHECKPOINTS
+from tfimm_lora.model.state import config_of, model_state
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 
 def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
-    """The adapter that a LoRA model holds: its factors and the weights trained whole.
+    """Return the adapter of a LoRA model: its factors and its fully trained weights.
 
     Args:
-        model: A built LoRA model, merged or not. It stays as it is.
-        base_model: What the adapter is of, for its file. Default: for a tfimm model the hub
-            id of its weights in timm, or its name; else "".
+        model: A built LoRA model, merged or not. It is not changed.
+        base_model: The name of the base model, for the adapter's file. Default: for a tfimm
+            model the hub id of its weights in timm, or its name; otherwise "".
+
+    Returns:
+        The adapter.
 
     Raises:
-        ValueError: if the model has no LoRA layers or is not built.
+        ValueError: If the model has no LoRA layers or is not built.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -37,22 +40,24 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
         >>> lora.adapter_of(model)
         Adapter(1 layers of rank 2, base_model='')
     """
-    found = lora_layers(model)
-    for layer in found.values():
+    layers = lora_layers(model)
+    for layer in layers.values():
         layer._require_built("save")
-    names = Names(model)
-    layers = {names.modules[path]: update_of(layer) for path, layer in found.items()}
-    modules, weights = trained_whole(model, names)
-    outside = [w for w in weights if not any(_is_in(w.key, m) for m in modules)]
-    in_lora = {w.key for w in outside if isinstance(w.wanted.layer, LoRALayer)}
-    bias = "none" if not outside else "lora_only" if len(in_lora) == len(outside) else "all"
-    config = model.__dict__.get("_lora_config")
-    held = shelved(model)
+    names = ModuleNames(model)
+    updates = {names.modules[path]: update_of(layer) for path, layer in layers.items()}
+    modules, weights = fully_trained(names)
+    outside = [w for w in weights if not any(w.key.startswith(f"{m}.") for m in modules)]
+    of_lora_layers = [w for w in outside if isinstance(w.layer, LoRALayer)]
+    if not outside:
+        bias = "none"
+    else:
+        bias = "lora_only" if len(of_lora_layers) == len(outside) else "all"
+    config, disabled_values = config_of(model), model_state(model).while_disabled
     return Adapter(
-        layers,
-        {w.key: _value(w, held) for w in weights},
+        updates,
+        {weight.key: _value(weight, disabled_values) for weight in weights},
         modules,
-        name_of(model) if base_model is None else base_model,
+        base_model_name(model) if base_model is None else base_model,
         bias,
         float(getattr(config, "lora_dropout", 0.0)),
     )
@@ -65,19 +70,20 @@ def save_adapter(
     format: str | None = None,
     base_model: str | None = None,
 ) -> None:
-    """Write the adapter of a LoRA model to a folder that PEFT and this package read.
+    """Save the adapter of a LoRA model to a folder, in PEFT's format.
 
     Args:
         model: A built LoRA model, merged or not.
-        path: The folder; created if missing. An adapter in it is replaced, each file whole.
-        format: None (default), or "peft" to refuse what PEFT cannot express; see
+        path: The folder; created if missing. An adapter in it is replaced, each file
+            atomically.
+        format: None (default), or "peft" to refuse layers that PEFT cannot express; see
             ``Adapter.save``.
         base_model: As in ``adapter_of``.
 
     Raises:
-        ImportError: if safetensors is not installed.
-        ValueError: if the model has no LoRA layers or is not built; with format="peft", if
-            it has layers that PEFT cannot express. Nothing is written.
+        ImportError: If safetensors is not installed.
+        ValueError: If the model has no LoRA layers or is not built; with format="peft", if it
+            has layers that PEFT cannot express. Nothing is written.
 
     Example:
         >>> import tempfile, tensorflow as tf, tfimm_lora as lora
@@ -92,58 +98,60 @@ def save_adapter(
     adapter_of(model, base_model).save(path, format)
 
 
-def _value(weight: Weight, shelved: dict[str, Any]) -> Any:
-    """The value of a weight in the adapter, also while that is disabled; 16 bits as 32."""
-    value = shelved.get(weight.key)
+def fully_trained(names: ModuleNames) -> tuple[tuple[str, ...], list[ModelWeight]]:
+    """Return the fully trained modules, and all weights that an adapter must hold."""
+    model = names.model
+    roots = _fully_trained_paths(names)
+    replaced_keys = model_state(model).replaced
+    trainable = {id(v) for v in _trained_variables(model)}
+    modules: set[str] = set()
+    weights = []
+    for weight in names.weights:
+        path, layer = weight.path, weight.layer
+        inside = any(path == root or path.startswith(root + "/") for root in roots)
+        is_open = not isinstance(layer, (LoRALayer, FrozenLayer)) and layer is not model
+        trained = id(weight.variable) in trainable or weight.key in replaced_keys
+        if not (inside or trained or (is_open and _is_trained(layer, trainable))):
+            continue
+        if inside or is_open or not weight.is_bias():
+            modules.add(names.module_of(weight, roots))
+        weights.append(weight)
+    require_unique([(weight.target.name, weight.key) for weight in weights], "weights")
+    return tuple(sorted(modules)), weights
+
+
+def base_model_name(model: Any) -> str:
+    """Return the hub id of a model's weights in timm, or the model's name, or ""."""
+    name: str = getattr(getattr(model, "cfg", None), "name", "") or ""
+    return f"timm/{CHECKPOINTS[name]}" if name in CHECKPOINTS else name
+
+
+def _value(weight: ModelWeight, disabled_values: dict[str, Any]) -> Any:
+    """Return the value of a weight, also of a disabled adapter; 16 bits as float32."""
+    value = disabled_values.get(weight.key)
     value = weight.value() if value is None else value
     return value.astype("float32") if value.dtype.itemsize < 4 else value
 
 
-def trained_whole(model: Any, names: Names) -> tuple[tuple[str, ...], list[Weight]]:
-    """The modules trained whole, and all weights that an adapter must hold beside factors."""
-    roots = _roots(model, names)
-    known = replaced(model)
-    trainable = {id(v) for v in _trained_variables(model)}
-    modules: dict[str, None] = {}
-    weights = []
-    for weight in names.weights:
-        path = weight.path
-        layer = weight.wanted.layer
-        inside = any(path == r or path.startswith(r + "/") for r in roots)
-        is_open = not isinstance(layer, (LoRALayer, FrozenLayer)) and layer is not model
-        trained = id(weight.variable) in trainable or weight.key in known
-        if not (inside or trained or (is_open and _is_trained(layer, trainable))):
-            continue
-        if inside or is_open or not _is_bias(layer, weight):
-            modules[names.module_of(weight, roots)] = None
-        weights.append(weight)
-    require_unique([(weight.wanted.name, weight.key) for weight in weights], "weights")
-    return tuple(sorted(modules)), weights
-
-
 def _is_trained(layer: Any, trainable: set[int]) -> bool:
-    """Whether a layer is trained whole: then its statistics belong to what it learned."""
+    """Whether a layer trains variables. Its moving statistics then belong to the adapter."""
     return any(id(v) in trainable for v in backend_of(layer).own_variables(layer))
 
 
-def _is_bias(layer: Any, weight: Weight) -> bool:
-    return backend_of(layer).is_bias_like(weight.variable)
-
-
-def _roots(model: Any, names: Names) -> list[str]:
-    """The paths of the layers that were asked to be trained whole, or replaced as such."""
-    config = model.__dict__.get("_lora_config")
+def _fully_trained_paths(names: ModuleNames) -> list[str]:
+    """Return the paths of the layers that the config asks to train fully, shortest first."""
+    config = config_of(names.model)
     if config is None:
         return []
     wanted = getattr(config, "lora_train_modules", ())
-    roots = [path for path in names.layers if any(is_suffix(path, name) for name in wanted)]
+    paths = [path for path in names.layers if any(is_suffix(path, name) for name in wanted)]
     if getattr(config, "lora_train_classifier", None):
-        roots += classifier_paths(model)
-    return sorted(set(roots), key=len)
+        paths += classifier_paths(names.model)
+    return sorted(set(paths), key=len)
 
 
 def _trained_variables(model: Any) -> list[Any]:
-    """The variables that are trained, also of a model whose training is off at the moment."""
+    """Return the variables that are trained, also if ``model.trainable`` is off now."""
     backend = backend_of(model)
     found = []
     for _, layer in backend.walk(model):
@@ -152,13 +160,3 @@ def _trained_variables(model: Any) -> list[Any]:
             own = [v for v in own if layer._is_trained(v)]
         found += own
     return found
-
-
-def _is_in(key: str, module: str) -> bool:
-    return key.startswith(f"{module}.")
-
-
-def name_of(model: Any) -> str:
-    """What a model's adapters are of: the hub id of its weights in timm, its name, or ""."""
-    name = getattr(getattr(model, "cfg", None), "name", "") or ""
-    return f"timm/{CHECKPOINTS[name]}" if name in CHECKPOINTS else name

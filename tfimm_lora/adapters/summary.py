@@ -1,18 +1,20 @@
-"""``Adapter.summary``: an adapter as a table of text."""
+"""``Adapter.summary``: an adapter as a text table."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter import Adapter, effective_rank
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import weight_norm
+from tfimm_lora.utils.text_table import aligned_lines
 
 
-def summary(adapter: Adapter, model: Any = None) -> str:
-    """The table; see ``Adapter.summary``."""
+def summary(adapter: AdapterData, model: Any = None) -> str:
+    """Return the table; see ``Adapter.summary``."""
     norms = _weight_norms(adapter, model) if model is not None else {}
     header = ["layer", "rank", "scale", "norm", "effective rank", "parameters"]
     if norms:
@@ -27,31 +29,33 @@ def summary(adapter: Adapter, model: Any = None) -> str:
         row += [f"{effective_rank(values):.2f}", f"{update.size:,}"]
         rows.append(row)
     rows += [
-        [key, "whole", *[""] * (len(header) - 3), f"{value.size:,}"]
+        [key, "full", *[""] * (len(header) - 3), f"{value.size:,}"]
         for key, value in adapter.weights.items()
     ]
-    count = sum(array.size for array in adapter._arrays())
-    last = f"{len(adapter.layers)} layers, {count:,} parameters, {adapter.size:,} bytes"
-    return f"{_aligned([header, *rows])}\n{last}"
+    totals = (
+        f"{len(adapter.layers)} layers, {adapter.parameters:,} parameters, "
+        f"{adapter.size:,} bytes"
+    )
+    left = [index == 0 for index in range(len(header))]
+    return "\n".join([*aligned_lines([header, *rows], left), totals])
 
 
-def _weight_norms(adapter: Adapter, model: Any) -> dict[str, float]:
-    names = Names(model)
+def effective_rank(singular_values: np.ndarray) -> float:
+    """Return exp(-sum p log p), p being the singular values over their sum; 0 for zeros."""
+    total = singular_values.sum()
+    if not total:
+        return 0.0
+    share = singular_values / total
+    share = share[share > 0]
+    return math.exp(-float((share * np.log(share)).sum()))
+
+
+def _weight_norms(adapter: AdapterData, model: Any) -> dict[str, float]:
+    names = ModuleNames(model)
     missing = [module for module in adapter.layers if module not in names.paths]
     if missing:
         raise ValueError(
             f"Received model '{model.name}', which has no layers {', '.join(missing)}; "
-            "expected the model that the adapter is of."
+            "expected the base model of the adapter."
         )
     return {m: weight_norm(names.layers[names.paths[m]]) for m in adapter.layers}
-
-
-def _aligned(rows: list[list[str]]) -> str:
-    """Columns of text: the first to the left, the others to the right."""
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    return "\n".join(
-        "  ".join(
-            [row[0].ljust(widths[0]), *(v.rjust(w) for v, w in zip(row[1:], widths[1:]))]
-        ).rstrip()
-        for row in rows
-    )

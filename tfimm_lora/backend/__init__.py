@@ -1,9 +1,8 @@
-"""The backend between legacy Keras (``tf_keras``) and Keras 3.
+"""The differences between legacy Keras (``tf_keras``) and Keras 3.
 
 Nothing outside this package asks for a Keras version or touches a private attribute of
-Keras. Both sides offer the same methods (``Backend``), and the side is chosen per
-object: a layer, a model or a layer class knows which Keras it comes from. So one process
-may hold models of both.
+Keras. Both implement the same interface (``Backend``). ``backend_of`` returns that of a
+layer, a model or a layer class, so one process may hold models of both.
 """
 
 from __future__ import annotations
@@ -12,50 +11,24 @@ import importlib
 import importlib.util
 import os
 import sys
-import tempfile
-from functools import cache
+import weakref
 from typing import Any
+
+from tfimm_lora.backend.interface import Backend
 
 LEGACY_SWITCH = "TF_USE_LEGACY_KERAS"
 
 
 def prefer_legacy_for_tfimm(environ: Any = os.environ) -> None:
-    """Choose legacy Keras where only that can work and nobody has chosen yet.
+    """Select legacy Keras if tfimm is installed and nothing else was selected.
 
-    tfimm names layers ``blocks/0``, which Keras 3 refuses. TensorFlow reads the switch
-    once, when it is imported, so this runs before that or not at all.
+    tfimm names layers ``blocks/0``, which Keras 3 does not allow. TensorFlow reads the
+    environment variable when it is imported, so afterwards this has no effect.
     """
     undecided = LEGACY_SWITCH not in environ and "tensorflow" not in sys.modules
     other_backend = environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
     if undecided and not other_backend and installed("tfimm") and installed("tf_keras"):
         environ[LEGACY_SWITCH] = "1"
-
-
-def quiet_on_the_command_line(environ: Any = os.environ) -> None:
-    """Keep TensorFlow's greeting off the screen where the process is ``tfimm-lora``.
-
-    A library leaves the log as its user set it; a program speaks for itself. What TensorFlow
-    says while it is imported no setting silences, so it goes to a file meanwhile.
-    """
-    words = sys.orig_argv[:4]
-    is_program = any(os.path.basename(word) == "tfimm-lora" for word in words)
-    if not is_program and words[1:3] != ["-m", "tfimm_lora"]:
-        return
-    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in environ:
-        return
-    environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
-    screen = os.dup(2)
-    with tempfile.TemporaryFile() as said:
-        os.dup2(said.fileno(), 2)
-        try:
-            importlib.import_module("tensorflow")
-        except BaseException:
-            said.seek(0)
-            os.write(screen, said.read())
-            raise
-        finally:
-            os.dup2(screen, 2)
-            os.close(screen)
 
 
 def installed(package: str) -> bool:
@@ -68,39 +41,51 @@ def uses_legacy_keras() -> bool:
     return os.environ.get(LEGACY_SWITCH, "").lower() in ("1", "true")
 
 
-@cache
-def legacy_backend() -> Any:
-    """The backend to legacy Keras."""
-    from tfimm_lora.backend.legacy import LegacyBackend
+def legacy_backend() -> Backend:
+    """The backend of legacy Keras."""
+    # First, because importing it may lead here again; see ``import_hook``.
+    importlib.import_module("tf_keras")
+    from tfimm_lora.backend.legacy import BACKEND
 
-    return LegacyBackend()
-
-
-@cache
-def keras3_backend() -> Any:
-    """The backend to Keras 3."""
-    from tfimm_lora.backend.keras3 import Keras3Backend
-
-    return Keras3Backend()
+    return BACKEND
 
 
-def default_backend() -> Any:
-    """The backend to the Keras that this process uses unless told otherwise."""
+def keras3_backend() -> Backend:
+    """The backend of Keras 3."""
+    importlib.import_module("keras")
+    from tfimm_lora.backend.keras3 import BACKEND
+
+    return BACKEND
+
+
+def default_backend() -> Backend:
+    """The backend of the Keras that this process uses unless told otherwise."""
     return legacy_backend() if uses_legacy_keras() else keras3_backend()
 
 
-def backend_of(obj: Any) -> Any:
-    """The backend to the Keras of a layer, a model, or a class of either.
+#: Class -> its backend. Weak, so that classes defined in a notebook can be collected.
+_backends: weakref.WeakKeyDictionary[type, Backend] = weakref.WeakKeyDictionary()
+
+
+def backend_of(obj: Any) -> Backend:
+    """The backend of a layer, a model, or a class of either.
 
     Raises:
         TypeError: if ``obj`` belongs to neither Keras.
     """
     cls = obj if isinstance(obj, type) else type(obj)
+    found = _backends.get(cls)
+    if found is None:
+        found = _backends[cls] = _look_up(cls, obj)
+    return found
+
+
+def _look_up(cls: type, obj: Any) -> Backend:
     for base in cls.__mro__:
-        root = base.__module__.partition(".")[0]
-        if root == "tf_keras":
+        package = base.__module__.partition(".")[0]
+        if package == "tf_keras":
             return legacy_backend()
-        if root == "keras":
+        if package == "keras":
             return keras3_backend()
     raise TypeError(
         f"Received {obj!r} of type {cls.__module__}.{cls.__qualname__}; expected a Keras "

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import keras
@@ -13,19 +13,8 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.distribution import distribution_lib
 from keras.src.layers.convolutional.base_conv import BaseConv
 
-from tfimm_lora.backend.interface import Backend
+from tfimm_lora.backend.interface import Backend, Layer, Tensor, Variable
 from tfimm_lora.backend.learning_rates import Keras3VariableRates
-
-
-def _depthwise_convolution(layer: Any, inputs: Any, kernel: Any) -> Any:
-    return keras.ops.depthwise_conv(
-        inputs,
-        kernel,
-        strides=layer.strides,
-        padding=layer.padding,
-        dilation_rate=layer.dilation_rate,
-        data_format=layer.data_format,
-    )
 
 
 class _BuildHook:
@@ -45,7 +34,8 @@ class _FilteredWeights:
 
     @property
     def trainable(self) -> bool:
-        return super().trainable  # type: ignore[misc]
+        result: bool = super().trainable  # type: ignore[misc]
+        return result
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
@@ -80,26 +70,37 @@ class Keras3Backend(Backend):
     BuildHook = _BuildHook
     VariableRates = Keras3VariableRates
 
-    depthwise_convolution = staticmethod(_depthwise_convolution)
-
     def framework(self) -> str:
-        return keras.backend.backend()
+        result: str = keras.backend.backend()
+        return result
 
     def distribution(self) -> Any:
         return distribution_lib.distribution()
 
-    def copies(self, variable: Any) -> int:
+    def copies(self, variable: Variable) -> int:
         if keras.backend.backend() != "jax":
             return 1
         return len(variable.value.sharding.device_set)
 
-    def conv1d_call(self, layer: Any, inputs: Any, base_call: Any) -> Any:
+    def depthwise_convolution(self, layer: Layer, inputs: Tensor, kernel: Tensor) -> Tensor:
+        return keras.ops.depthwise_conv(
+            inputs,
+            kernel,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    def conv1d_call(self, layer: Layer, inputs: Tensor, base_call: Callable[..., Any]) -> Any:
         """Call a Conv1D so that it goes through ``convolution_op``."""
         if layer.padding == "causal":
             inputs = keras.ops.pad(inputs, layer._compute_causal_padding())
         return BaseConv.call(layer, inputs)
 
-    def conv1d_op(self, layer: Any, inputs: Any, kernel: Any, base_op: Any) -> Any:
+    def conv1d_op(
+        self, layer: Layer, inputs: Tensor, kernel: Tensor, base_op: Callable[..., Any]
+    ) -> Any:
         """The convolution of a Conv1D whose inputs are padded already if it is causal."""
         if layer.padding != "causal":
             return base_op(inputs, kernel)
@@ -112,13 +113,13 @@ class Keras3Backend(Backend):
             data_format=layer.data_format,
         )
 
-    def own_variables(self, layer: Any) -> list[Any]:
+    def own_variables(self, layer: Layer) -> list[Variable]:
         return _own_variables(layer)
 
-    def trainable_own_variables(self, layer: Any) -> list[Any]:
+    def trainable_own_variables(self, layer: Layer) -> list[Variable]:
         return list(layer._trainable_variables)
 
-    def random_states(self, layer: Any) -> list[Any]:
+    def random_states(self, layer: Layer) -> list[Variable]:
         return [generator.state for generator in layer._seed_generators]
 
     def restart_random_ops(self, seed: int) -> None:
@@ -128,7 +129,7 @@ class Keras3Backend(Backend):
 
             tf.random.set_seed(seed)
 
-    def optimizer_variables(self, optimizer: Any) -> list[Any]:
+    def optimizer_variables(self, optimizer: Any) -> list[Variable]:
         return list(optimizer.variables)
 
     def optimizer_rule(self, optimizer: Any) -> type:
@@ -139,11 +140,11 @@ class Keras3Backend(Backend):
     def is_built_optimizer(self, optimizer: Any) -> bool:
         return bool(optimizer.built)
 
-    def to_numpy(self, variable: Any) -> Any:
+    def to_numpy(self, variable: Variable) -> np.ndarray:
         with AutocastScope(None):
             return np.array(keras.ops.convert_to_numpy(variable))
 
-    def full_precision(self, variable: Any) -> Any:
+    def full_precision(self, variable: Variable) -> Tensor:
         with AutocastScope(None):
             tensor = keras.ops.convert_to_tensor(variable)
         if keras.backend.backend() == "tensorflow":
@@ -153,7 +154,7 @@ class Keras3Backend(Backend):
         return tensor
 
     def add_weight(
-        self, layer: Any, name: str, shape: tuple[int, ...], beside: Any, **options: Any
+        self, layer: Layer, name: str, shape: tuple[int, ...], beside: Variable, **options: Any
     ) -> None:
         # add_weight opens the layer's own scope, the last one of the kernel's path.
         with _unlocked(layer), _scopes(beside.path.split("/")[:-2]):
@@ -167,23 +168,23 @@ class Keras3Backend(Backend):
             )
             setattr(layer, name, variable)
 
-    def remove_weight(self, layer: Any, attribute: str) -> None:
+    def remove_weight(self, layer: Layer, attribute: str) -> None:
         layer._untrack_variable(getattr(layer, attribute))
         layer.__dict__.pop(attribute)
         _forget_tf_tracking(layer, attribute)
 
-    def add_sublayer(self, layer: Any, attribute: str, sublayer: Any) -> None:
+    def add_sublayer(self, layer: Layer, attribute: str, sublayer: Layer) -> None:
         with _unlocked(layer):
             setattr(layer, attribute, sublayer)
 
-    def remove_sublayer(self, layer: Any, attribute: str) -> None:
+    def remove_sublayer(self, layer: Layer, attribute: str) -> None:
         with _unlocked(layer):
             layer._tracker.untrack(getattr(layer, attribute))
         layer.__dict__.pop(attribute, None)
         getattr(layer, "_modules", {}).pop(attribute, None)  # torch
         _forget_tf_tracking(layer, attribute)
 
-    def reset_functions(self, model: Any) -> None:
+    def reset_functions(self, model: Layer) -> None:
         super().reset_functions(model)
         if keras.backend.backend() == "torch":
             # What torch calls the parameters of a model is remembered in every layer.
@@ -191,10 +192,10 @@ class Keras3Backend(Backend):
                 if hasattr(layer, "_torch_params"):
                     layer._track_variables()
 
-    def is_compiled(self, model: Any) -> bool:
+    def is_compiled(self, model: Layer) -> bool:
         return bool(getattr(model, "compiled", False))
 
-    def mark_uncompiled(self, model: Any) -> None:
+    def mark_uncompiled(self, model: Layer) -> None:
         model.compiled = False
 
     def custom_gradient(self, function: Callable[..., Any], *args: Any) -> Any:
@@ -217,7 +218,7 @@ class Keras3Backend(Backend):
 
         return keras.ops.custom_gradient(keras_function)(*args)
 
-    def vjp(self, function: Callable[[Any], Any], x: Any, dy: Any) -> Any:
+    def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
         framework = self.framework()
         if framework == "tensorflow":
             import tensorflow as tf
@@ -236,7 +237,9 @@ class Keras3Backend(Backend):
             leaf = x.detach().requires_grad_()
             return torch.autograd.grad(function(leaf), leaf, dy)[0]
 
-    def linear(self, function: Callable[[Any], Any], x: Any) -> tuple[Any, Callable[..., Any]]:
+    def linear(
+        self, function: Callable[[Any], Any], x: Tensor
+    ) -> tuple[Any, Callable[..., Any]]:
         if keras.backend.backend() != "torch":
             return super().linear(function, x)
         import torch
@@ -247,7 +250,7 @@ class Keras3Backend(Backend):
             y = function(leaf)
         return y.detach(), lambda dy: torch.autograd.grad(y, leaf, dy, retain_graph=True)[0]
 
-    def refusal(self, layer: Any) -> str | None:
+    def refusal(self, layer: Layer) -> str | None:
         if getattr(layer, "quantization_mode", None):
             return (
                 f"it is quantised ({layer.quantization_mode}); convert the layer before "
@@ -260,55 +263,56 @@ class Keras3Backend(Backend):
             )
         return None
 
-    def variable_scope(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
+    def variable_scope(self, variable: Variable) -> contextlib.AbstractContextManager[Any]:
         strategy = getattr(variable.value, "distribute_strategy", None)
         return strategy.scope() if strategy is not None else contextlib.nullcontext()
 
-    def variable_flags(self, layer: Any) -> dict[int, bool]:
+    def variable_flags(self, layer: Layer) -> dict[int, bool]:
         """Which of the layer's own variables are trainable, by id."""
         return {id(v): v.trainable for v in _own_variables(layer)}
 
-    def restore_flags(self, layer: Any, flags: dict[int, bool]) -> None:
+    def restore_flags(self, layer: Layer, flags: Mapping[int, bool]) -> None:
         """Set the flags back to what ``variable_flags`` read."""
         for variable in _own_variables(layer):
             trainable = flags.get(id(variable), variable.trainable)
             if variable.trainable != trainable:
                 variable.trainable = trainable
 
-    def is_dense_tensor(self, x: Any) -> bool:
+    def is_dense_tensor(self, x: Tensor) -> bool:
         return not (getattr(x, "ragged", False) or _is_tf_composite(x))
 
-    def rank_of(self, x: Any) -> int | None:
+    def rank_of(self, x: Tensor) -> int | None:
         shape = getattr(x, "shape", None)
         try:
             return len(shape)  # type: ignore[arg-type]
         except (TypeError, ValueError):
             return None
 
-    def dtype_of(self, x: Any) -> str:
-        return keras.backend.standardize_dtype(x.dtype)
+    def dtype_of(self, x: Tensor) -> str:
+        result: str = keras.backend.standardize_dtype(x.dtype)
+        return result
 
     def store_value(self, value: Any) -> Any:
         """What ``save_own_variables`` puts into a store."""
         return value
 
-    def is_rebuilt_with_layers(self, layer: Any) -> bool:
+    def is_rebuilt_with_layers(self, layer: Layer) -> bool:
         from keras.src.models.functional import Functional
 
         exact = (keras.Sequential, keras.Model, Functional)
         return type(layer) in exact or isinstance(layer, keras.layers.Wrapper)
 
-    def is_functional(self, layer: Any) -> bool:
+    def is_functional(self, layer: Layer) -> bool:
         from keras.src.models.functional import Functional
 
         return isinstance(layer, Functional)
 
-    def made_by(self, tensor: Any) -> tuple[Any, list[Any]]:
+    def made_by(self, tensor: Tensor) -> tuple[Any, list[Any]]:
         layer, index, _ = tensor._keras_history
         return layer, list(layer._inbound_nodes[index].input_tensors)
 
     @contextlib.contextmanager
-    def dtype_policy(self, name: Any) -> Any:
+    def dtype_policy(self, name: Any) -> Iterator[None]:
         policy = keras.config.dtype_policy()
         keras.config.set_dtype_policy(name or policy)
         try:
@@ -316,19 +320,14 @@ class Keras3Backend(Backend):
         finally:
             keras.config.set_dtype_policy(policy)
 
-    @contextlib.contextmanager
-    def created_like(self, model: Any) -> Any:
-        with self.dtype_policy(model.dtype_policy), self.variable_scope(model.weights[0]):
-            yield
-
-    def input_shapes(self, model: Any) -> Any:
+    def input_shapes(self, model: Layer) -> Any:
         """The shapes of the inputs that a model was built for, nested as they are."""
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         return next(iter(shapes.values())) if len(shapes) == 1 else None
 
 
 @contextlib.contextmanager
-def _unlocked(layer: Any) -> Any:
+def _unlocked(layer: Layer) -> Any:
     """Keras locks the state of a built layer; open it for a moment."""
     locked = layer._tracker.locked
     layer._tracker.unlock()
@@ -353,15 +352,18 @@ def _scopes(names: list[str]) -> Any:
         global_state.set_global_attribute("name_scope_stack", outer)
 
 
-def _forget_tf_tracking(layer: Any, attribute: str) -> None:
+def _forget_tf_tracking(layer: Layer, attribute: str) -> None:
     """On TensorFlow a layer is a trackable too, which remembers its attributes."""
     if hasattr(layer, "_delete_tracking"):
         layer._delete_tracking(attribute)
 
 
-def _is_tf_composite(x: Any) -> bool:
+def _is_tf_composite(x: Tensor) -> bool:
     kind = type(x)
     return kind.__module__.startswith("tensorflow.") and kind.__name__ in (
         "RaggedTensor",
         "SparseTensor",
     )
+
+
+BACKEND = Keras3Backend()

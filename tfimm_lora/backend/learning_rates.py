@@ -24,7 +24,8 @@ class _VariableRates:
         super().build(variables)  # type: ignore[misc]
 
     def _factor_of(self, variable: Any) -> float:
-        return self.__dict__[_FACTORS].get(self._var_key(variable), 1.0)  # type: ignore[attr-defined]
+        result: float = self.__dict__[_FACTORS].get(self._var_key(variable), 1.0)  # type: ignore[attr-defined]
+        return result
 
     @contextmanager
     def _rate_times(self, factor: float) -> Iterator[None]:

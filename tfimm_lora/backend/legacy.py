@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ClassVar
 
 import numpy as np
 import tensorflow as tf
@@ -13,22 +13,10 @@ import tf_keras
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
-from tfimm_lora.backend.interface import Backend
+from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
 
-
-def _depthwise_convolution(layer: Any, inputs: Any, kernel: Any) -> Any:
-    return tf_keras.backend.depthwise_conv2d(
-        inputs,
-        kernel,
-        strides=layer.strides,
-        padding=layer.padding,
-        dilation_rate=layer.dilation_rate,
-        data_format=layer.data_format,
-    )
-
-
-_OPS = types.SimpleNamespace(
+_OPS: Any = types.SimpleNamespace(
     matmul=tf.matmul,
     einsum=tf.einsum,
     reshape=tf.reshape,
@@ -71,7 +59,7 @@ class _FilteredWeights:
         listed = [v for v in super().trainable_weights if id(v) not in frozen]  # type: ignore[misc]
         own = {id(v) for v in self._trainable_weights}  # type: ignore[attr-defined]
         # Biases last among the layer's own, for the order of HDF5 files; see below.
-        return sorted(listed, key=lambda v: id(v) in own and _backend.is_bias_like(v))
+        return sorted(listed, key=lambda v: id(v) in own and BACKEND.is_bias_like(v))
 
     @property
     def non_trainable_weights(self) -> list[Any]:
@@ -81,18 +69,20 @@ class _FilteredWeights:
         own = [v for v in self._trainable_weights if id(v) in frozen | known]  # type: ignore[attr-defined]
         # HDF5 files list trainable weights, then the others. In this order of the others
         # (what might be trained first) the file is the same whatever is trained.
-        own.sort(key=lambda v: (not self._is_trained(v), not _backend.is_bias_like(v)))  # type: ignore[attr-defined]
+        own.sort(key=lambda v: (not self._is_trained(v), not BACKEND.is_bias_like(v)))  # type: ignore[attr-defined]
         chosen = {id(v) for v in own}
         return own + [v for v in listed if id(v) not in chosen]
 
     @property
     def weights(self) -> list[Any]:
         if isinstance(self, tf_keras.Model):
-            return super().weights  # type: ignore[misc]
+            result: list[Any] = super().weights  # type: ignore[misc]
+            return result
         # Keras lists trainable ones first; the order must not change with the training.
         own = self._trainable_weights + self._non_trainable_weights  # type: ignore[attr-defined]
         inside = self._gather_children_attribute("variables")  # type: ignore[attr-defined]
-        return self._dedup_weights(own + inside)  # type: ignore[attr-defined]
+        result = self._dedup_weights(own + inside)  # type: ignore[attr-defined]
+        return result
 
     def _sync_trainability(self) -> None:
         """Nothing to do: both properties are computed on demand."""
@@ -102,7 +92,7 @@ class LegacyBackend(Backend):
     """Legacy Keras, seen through the common interface."""
 
     keras = tf_keras
-    ops = _OPS
+    ops: ClassVar[Ops] = _OPS
     kernel_attributes = {
         "kernel": "kernel",
         "depthwise": "depthwise_kernel",
@@ -112,45 +102,60 @@ class LegacyBackend(Backend):
     BuildHook = _BuildHook
     VariableRates = LegacyVariableRates
 
-    depthwise_convolution = staticmethod(_depthwise_convolution)
+    def framework(self) -> str:
+        return "tensorflow"
 
-    def conv1d_call(self, layer: Any, inputs: Any, base_call: Any) -> Any:
+    def depthwise_convolution(self, layer: Layer, inputs: Tensor, kernel: Tensor) -> Tensor:
+        return tf_keras.backend.depthwise_conv2d(
+            inputs,
+            kernel,
+            strides=layer.strides,
+            padding=layer.padding,
+            dilation_rate=layer.dilation_rate,
+            data_format=layer.data_format,
+        )
+
+    def conv1d_call(self, layer: Layer, inputs: Tensor, base_call: Callable[..., Any]) -> Any:
         """Call a Conv1D so that it goes through ``convolution_op``: it does already."""
         return base_call(inputs)
 
-    def conv1d_op(self, layer: Any, inputs: Any, kernel: Any, base_op: Any) -> Any:
+    def conv1d_op(
+        self, layer: Layer, inputs: Tensor, kernel: Tensor, base_op: Callable[..., Any]
+    ) -> Any:
         """The convolution of a Conv1D whose inputs are padded already if it is causal."""
         return base_op(inputs, kernel)
 
-    def own_variables(self, layer: Any) -> list[Any]:
-        return layer._trainable_weights + layer._non_trainable_weights
+    def own_variables(self, layer: Layer) -> list[Variable]:
+        result: list[Variable] = layer._trainable_weights + layer._non_trainable_weights
+        return result
 
-    def trainable_own_variables(self, layer: Any) -> list[Any]:
+    def trainable_own_variables(self, layer: Layer) -> list[Variable]:
         return list(layer._trainable_weights)
 
-    def random_states(self, layer: Any) -> list[Any]:
+    def random_states(self, layer: Layer) -> list[Variable]:
         return []  # the state is in the kernels of TensorFlow's operations
 
     def restart_random_ops(self, seed: int) -> None:
         tf.random.set_seed(seed)
 
-    def optimizer_variables(self, optimizer: Any) -> list[Any]:
+    def optimizer_variables(self, optimizer: Any) -> list[Variable]:
         variables = optimizer.variables
         return list(variables() if callable(variables) else variables)
 
     def is_built_optimizer(self, optimizer: Any) -> bool:
         return bool(getattr(optimizer, "_built", False))
 
-    def to_numpy(self, variable: Any) -> Any:
+    def to_numpy(self, variable: Variable) -> np.ndarray:
         with autocast_variable.enable_auto_cast_variables(None):
-            return variable.numpy()
+            result: np.ndarray = variable.numpy()
+            return result
 
-    def full_precision(self, variable: Any) -> Any:
+    def full_precision(self, variable: Variable) -> Tensor:
         with autocast_variable.enable_auto_cast_variables(None):
             return tf.convert_to_tensor(variable)
 
     def add_weight(
-        self, layer: Any, name: str, shape: tuple[int, ...], beside: Any, **options: Any
+        self, layer: Layer, name: str, shape: tuple[int, ...], beside: Variable, **options: Any
     ) -> None:
         # The kernel's name is ".../fc1/kernel:0". A scope that ends in "/" is absolute,
         # so the new variable gets its full name wherever this runs.
@@ -166,7 +171,7 @@ class LegacyBackend(Backend):
             )
         setattr(layer, name, variable)
 
-    def remove_weight(self, layer: Any, attribute: str) -> None:
+    def remove_weight(self, layer: Layer, attribute: str) -> None:
         variable = layer.__dict__[attribute]
         for listed in (layer._trainable_weights, layer._non_trainable_weights):
             listed[:] = [v for v in listed if v is not variable]
@@ -177,69 +182,71 @@ class LegacyBackend(Backend):
         delattr(layer, attribute)
         layer._delete_tracking(attribute)
 
-    def add_sublayer(self, layer: Any, attribute: str, sublayer: Any) -> None:
+    def add_sublayer(self, layer: Layer, attribute: str, sublayer: Layer) -> None:
         setattr(layer, attribute, sublayer)
 
-    def remove_sublayer(self, layer: Any, attribute: str) -> None:
+    def remove_sublayer(self, layer: Layer, attribute: str) -> None:
         delattr(layer, attribute)
 
-    def is_compiled(self, model: Any) -> bool:
+    def is_compiled(self, model: Layer) -> bool:
         return bool(getattr(model, "_is_compiled", False))
 
-    def mark_uncompiled(self, model: Any) -> None:
+    def mark_uncompiled(self, model: Layer) -> None:
         model._is_compiled = False
 
     def custom_gradient(self, function: Callable[..., Any], *args: Any) -> Any:
         return tf.custom_gradient(function)(*args)
 
-    def frozen_gradient(self, layer: Any, call: Any, x: Any) -> Callable[..., Any] | None:
+    def frozen_gradient(self, layer: Layer, call: Any, x: Tensor) -> Callable[..., Any] | None:
         return frozen_gradient(layer, call, x)
 
     def has_frozen_gradient(self, cls: type) -> bool:
         return getattr(cls, "call", None) in CALLS
 
-    def gains_from_freezing(self, layer: Any) -> bool:
+    def gains_from_freezing(self, layer: Layer) -> bool:
         return is_gelu(layer)
 
-    def vjp(self, function: Callable[[Any], Any], x: Any, dy: Any) -> Any:
+    def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
         with tf.GradientTape(watch_accessed_variables=False) as tape:
             tape.watch(x)
             y = function(x)
         return tape.gradient(y, x, dy)
 
-    def variable_scope(self, variable: Any) -> contextlib.AbstractContextManager[Any]:
+    def variable_scope(self, variable: Variable) -> contextlib.AbstractContextManager[Any]:
         strategy = getattr(variable, "distribute_strategy", None)
         return strategy.scope() if strategy is not None else contextlib.nullcontext()
 
-    def is_dense_tensor(self, x: Any) -> bool:
+    def is_dense_tensor(self, x: Tensor) -> bool:
         return not isinstance(x, (tf.RaggedTensor, tf.SparseTensor))
 
-    def rank_of(self, x: Any) -> int | None:
-        return x.shape.rank
+    def rank_of(self, x: Tensor) -> int | None:
+        result: int | None = x.shape.rank
+        return result
 
-    def dtype_of(self, x: Any) -> str:
-        return x.dtype.base_dtype.name
+    def dtype_of(self, x: Tensor) -> str:
+        result: str = x.dtype.base_dtype.name
+        return result
 
     def store_value(self, value: Any) -> Any:
         """What ``save_own_variables`` puts into a store."""
         return value if isinstance(value, np.ndarray) else self.to_numpy(value)
 
-    def is_rebuilt_with_layers(self, layer: Any) -> bool:
+    def is_rebuilt_with_layers(self, layer: Layer) -> bool:
         from tf_keras.src.engine.functional import Functional
 
         exact = (tf_keras.Sequential, tf_keras.Model, Functional)
         return type(layer) in exact or isinstance(layer, tf_keras.layers.Wrapper)
 
-    def is_functional(self, layer: Any) -> bool:
+    def is_functional(self, layer: Layer) -> bool:
         return bool(getattr(layer, "_is_graph_network", False))
 
-    def made_by(self, tensor: Any) -> tuple[Any, list[Any]]:
+    def made_by(self, tensor: Tensor) -> tuple[Any, list[Any]]:
         node = tensor.node
         inputs = node.keras_inputs
         return node.layer, list(inputs)
 
     @contextlib.contextmanager
-    def dtype_policy(self, name: Any) -> Any:
+    def dtype_policy(self, name: Any) -> Iterator[None]:
         policy = tf_keras.mixed_precision.global_policy()
         tf_keras.mixed_precision.set_global_policy(name or policy)
         try:
@@ -247,17 +254,12 @@ class LegacyBackend(Backend):
         finally:
             tf_keras.mixed_precision.set_global_policy(policy)
 
-    @contextlib.contextmanager
-    def created_like(self, model: Any) -> Any:
-        with self.dtype_policy(model.dtype_policy), self.variable_scope(model.weights[0]):
-            yield
-
-    def input_shapes(self, model: Any) -> Any:
+    def input_shapes(self, model: Layer) -> Any:
         """The shapes of the inputs that a model was built for, nested as they are."""
         return model._build_input_shape
 
 
-def _closes_over(function: Any, variable: Any) -> bool:
+def _closes_over(function: Any, variable: Variable) -> bool:
     """Whether a loss function, maybe a partial of a partial, was given a variable."""
     held = getattr(function, "args", ())
     return any(
@@ -265,4 +267,4 @@ def _closes_over(function: Any, variable: Any) -> bool:
     )
 
 
-_backend = LegacyBackend()
+BACKEND = LegacyBackend()

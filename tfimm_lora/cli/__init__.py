@@ -1,4 +1,4 @@
-"""The command line ``tfimm-lora``: one file for each subcommand."""
+"""The command line ``tfimm-lora``: one module for each subcommand."""
 
 from tfimm_lora.cli.app import main
 

@@ -1,19 +1,28 @@
-"""``main``: from arguments to an exit code; and what the subcommands share."""
+"""The entry point ``main`` and what the subcommands share.
+
+Importing this package loads neither TensorFlow nor Keras, so ``--help``, ``--version`` and
+usage errors take no time. Commands call ``import_tensorflow`` before they open a model.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import json
+import os
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.version import __version__
 
-typer = require("typer", extra="cli", why="The command line")
+require("typer", extra="cli", why="The command line")
+
+import typer  # noqa: E402 - after the check, whose message says what to install
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
@@ -34,16 +43,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON document inst
 _debug = False
 
 
-def _show_version(wanted: bool) -> None:
-    if wanted:
+def _show_version(requested: bool) -> None:
+    if requested:
         print(__version__)
         raise typer.Exit()
 
 
 @app.callback()
-def common(
+def _common_options(
     debug: Annotated[
-        bool, typer.Option("--debug", help="Show where an error comes from.")
+        bool, typer.Option("--debug", help="Print the traceback of an error.")
     ] = False,
     version: Annotated[
         bool,
@@ -52,16 +61,40 @@ def common(
         ),
     ] = False,
 ) -> None:
-    """What comes before the subcommand."""
+    """Options before the subcommand."""
     global _debug
     _debug = debug
 
 
+def import_tensorflow() -> None:
+    """Import TensorFlow without its start-up messages on stderr.
+
+    No setting silences the messages that are printed during the import, so stderr goes to a
+    temporary file meanwhile. Does nothing if TensorFlow is already imported or the user has
+    set ``TF_CPP_MIN_LOG_LEVEL``.
+    """
+    if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        return
+    os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
+    stderr = os.dup(2)
+    with tempfile.TemporaryFile() as messages:
+        os.dup2(messages.fileno(), 2)
+        try:
+            importlib.import_module("tensorflow")
+        except BaseException:
+            messages.seek(0)
+            os.write(stderr, messages.read())
+            raise
+        finally:
+            os.dup2(stderr, 2)
+            os.close(stderr)
+
+
 def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
-    """Print a result on stdout: as one JSON document, or the way ``show`` does.
+    """Print a result on stdout, as one JSON document or with ``show``.
 
     Raises:
-        ValueError: for a number that JSON has no word for (NaN, infinity): give None.
+        ValueError: for NaN or infinity, which JSON does not have. Use None instead.
     """
     if as_json:
         print(json.dumps(data, indent=2, allow_nan=False))
@@ -70,19 +103,19 @@ def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
 
 
 def note(message: str) -> None:
-    """Tell on stderr what is not the result."""
+    """Print a message that is not part of the result on stderr."""
     print(message, file=sys.stderr, flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``tfimm-lora`` with these arguments.
+    """Run ``tfimm-lora`` with the given arguments.
 
     Args:
-        argv: The arguments after the program's name. Default: those of the process.
+        argv: The arguments after the program name. Default: those of the process.
 
     Returns:
-        The exit code: 0 done, 1 failed (the reason is on stderr), 2 wrong usage, 130
-        interrupted.
+        The exit code: 0 for success, 1 for a failure (the reason is on stderr), 2 for wrong
+        usage, 130 for an interruption.
 
     Example:
         >>> from tfimm_lora.cli import main
@@ -97,12 +130,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         with _warnings_as_notes():
             app(args=None if argv is None else list(argv), prog_name="tfimm-lora")
-    except SystemExit as end:  # typer ends so, also after wrong usage, which it explains
+    except SystemExit as end:  # typer exits this way, after wrong usage too
         return end.code if isinstance(end.code, int) else DONE
     except KeyboardInterrupt:
         note("interrupted")
         return INTERRUPTED
-    except Exception as error:  # noqa: BLE001 - the last place that can say it in one line
+    except Exception as error:  # noqa: BLE001 - users get one line, and all of it with --debug
         if _debug:
             traceback.print_exc()
         note(f"error: {_message(error)}")
@@ -112,13 +145,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 @contextlib.contextmanager
 def _warnings_as_notes() -> Iterator[None]:
-    """Say what is warned of without the place in the code, which is no user's business."""
+    """Print warnings without their place in the code, which does not help users."""
 
-    def show(message: Warning | str, *place: Any, **more: Any) -> None:
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
         note(f"warning: {message}")
 
     with warnings.catch_warnings():
-        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.showwarning = show
         yield
 
 

@@ -1,4 +1,4 @@
-"""``tfimm-lora combine``: one adapter from several."""
+"""``tfimm-lora combine``: combine several adapters into one."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
+import typer
+
 from tfimm_lora.adapters.combine import combination_errors, combine_adapters
-from tfimm_lora.adapters.combine_method import COMBINATION_TYPES
-from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.adapters.combine_updates import COMBINATION_TYPES
+from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.inspect import open_adapter
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
+from tfimm_lora.cli.parsing import parse_weights
 from tfimm_lora.cli.tables import byte_text, show_facts
 
 EXAMPLES = """Examples:
@@ -34,38 +37,39 @@ def combine_command(
     out: Annotated[Path, typer.Option(help="Folder for the new adapter.")],
     method: Annotated[str, typer.Option(help=", ".join(COMBINATION_TYPES))] = "cat",
     weights: Annotated[
-        str | None, typer.Option(help="A number for each, as 0.5,0.5; default 1 for each.")
+        str | None, typer.Option(help="A number for each, such as 0.5,0.5. Default: 1 each.")
     ] = None,
     rank: Annotated[int | None, typer.Option(help="Rank of the result, for svd.")] = None,
     density: Annotated[
-        float | None, typer.Option(help="Share of entries that stay, for ties and dare.")
+        float | None, typer.Option(help="Share of entries to keep, for ties and dare.")
     ] = None,
     majority_sign: Annotated[str, typer.Option(help="For ties: total or frequency.")] = "total",
-    seed: Annotated[int, typer.Option(help="For dare.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed, for dare.")] = 0,
     trained_whole: Annotated[
         str | None,
         typer.Option(
-            help="Classifier and biases: average, or the number of the adapter, 1 for the "
-            "first, that keeps its own. Needed where they differ."
+            help="For classifier and biases: average, or the number of the adapter whose "
+            "values to keep, counted from 1. Required if they differ."
         ),
     ] = None,
     base_model: Annotated[
-        str | None, typer.Option(help="Name of the model, where the adapters' names differ.")
+        str | None, typer.Option(help="Name of the model, if the adapters name different ones.")
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Make one adapter that does what several do together, each with a weight.
+    """Combine several adapters into one, as a weighted sum of their updates.
 
-    "cat" gives the sum exactly, at the sum of the ranks; "svd" the nearest to it
-    of a given --rank. The others prune and mix, as in TIES and DARE.
+    "cat" computes the exact sum; its rank is the sum of the ranks. "svd" computes
+    the best approximation of a given --rank. The others prune and merge the
+    updates as in TIES and DARE.
     """
     refuse_to_overwrite(out, overwrite)
     given = [open_adapter(address) for address in adapters]
     if base_model is not None:
         given = [dataclasses.replace(x, base_model=base_model) for x in given]
     numbers = None if weights is None else parse_weights(weights)
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         combined = combine_adapters(
             given,
@@ -75,9 +79,9 @@ def combine_command(
             density=density,
             majority_sign_method=majority_sign,
             seed=seed,
-            trained_whole=_choice(trained_whole, len(given)),
+            trained_whole=_adapter_index(trained_whole, len(given)),
         )
-    for warning in told:
+    for warning in caught:
         note(f"warning: {warning.message}")
     errors = combination_errors(combined, given, numbers)
     combined.save(out)
@@ -97,35 +101,20 @@ def combine_command(
     emit(data, as_json, lambda: show(data))
 
 
-def parse_weights(text: str) -> list[float]:
-    """The numbers in "0.5,-1".
-
-    Raises:
-        ValueError: for anything else.
-    """
-    try:
-        return [float(word) for word in text.split(",")]
-    except ValueError as error:
-        raise ValueError(
-            f"Received --weights {text!r}; expected numbers with commas between, one for each "
-            "adapter, as 0.5,-1."
-        ) from error
-
-
-def _choice(text: str | None, count: int) -> int | str | None:
-    """``trained_whole`` of ``combine_adapters``, which counts from 0."""
+def _adapter_index(text: str | None, count: int) -> int | str | None:
+    """Convert ``--trained-whole`` for ``combine_adapters``, which counts from 0."""
     if text is None or text == "average":
         return text
     if text.isdecimal() and 1 <= int(text) <= count:
         return int(text) - 1
     raise ValueError(
-        f"Received --trained-whole {text!r}; expected average, or the number of one of the "
-        f"adapters, 1 to {count}."
+        f"Received --trained-whole {text!r}; expected average, or the number of an adapter, "
+        f"1 to {count}."
     )
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print what was made."""
+    """Print the properties of the combined adapter."""
     error = data["largest_error"]
     show_facts(
         [
@@ -135,6 +124,6 @@ def show(data: dict[str, Any]) -> None:
             ("layers", str(data["layers"])),
             ("rank", ", ".join(map(str, data["ranks"]))),
             ("size", byte_text(data["bytes"])),
-            ("farthest layer from the sum", "-" if error is None else f"{100 * error:.2g} %"),
+            ("largest error of a layer", "-" if error is None else f"{100 * error:.2g} %"),
         ]
     )

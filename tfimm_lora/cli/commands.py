@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 
-#: Modules of this folder. Importing one registers its command.
+#: Modules of this package. Importing one registers its command.
 COMMANDS: tuple[str, ...] = (
     *("models", "plan", "finetune", "evaluate", "predict", "merge", "export"),
     *("inspect", "combine", "diff"),
@@ -12,6 +12,6 @@ COMMANDS: tuple[str, ...] = (
 
 
 def register() -> None:
-    """Make all subcommands known to ``app``."""
+    """Register all subcommands with ``app``."""
     for name in COMMANDS:
         importlib.import_module(f"tfimm_lora.cli.{name}")

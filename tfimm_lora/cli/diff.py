@@ -1,4 +1,4 @@
-"""``tfimm-lora diff``: what differs between two adapters."""
+"""``tfimm-lora diff``: compare two adapters."""
 
 from __future__ import annotations
 
@@ -6,10 +6,12 @@ import math
 from typing import Annotated, Any
 
 import numpy as np
+import typer
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate
-from tfimm_lora.adapters.combine_method import norm_of_sum
-from tfimm_lora.cli.app import Json, app, emit, typer
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.combine_updates import norm_of_sum
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.cli.app import Json, app, emit
 from tfimm_lora.cli.inspect import in_order, open_adapter
 from tfimm_lora.cli.tables import show_table
 
@@ -27,22 +29,22 @@ def diff_command(
     other: Annotated[str, typer.Argument(help="The one to compare it with.")],
     as_json: Json = False,
 ) -> None:
-    """Compare two adapters: their settings, their layers, the updates themselves.
+    """Compare the settings, layers and updates of two adapters.
 
-    "distance" is the norm of the difference of two updates over that of the
-    first, |dW1 - dW2| / |dW1|. "cosine" is that of the angle between them: 1 for
-    the same direction, 0 for nothing in common, -1 for opposite. The exit code is
-    0 whether they differ or not.
+    "distance" is the relative distance of two updates, |dW1 - dW2| / |dW1|.
+    "cosine" is their cosine similarity: 1 for the same direction, 0 for
+    orthogonal updates, -1 for opposite ones. The exit code is 0 whether the
+    adapters differ or not.
     """
     data = compare(open_adapter(one), open_adapter(other))
     emit({"one": one, "other": other, **data}, as_json, lambda: show(data, one, other))
 
 
 def compare(one: Adapter, other: Adapter) -> dict[str, Any]:
-    """What differs between two adapters, as plain values for JSON.
+    """The differences between two adapters, as plain values for JSON.
 
-    A distance or cosine that does not exist, of updates of different shapes or of zero, is
-    None.
+    A distance or cosine is None where it is undefined: for updates of different shapes, or
+    for a division by zero.
     """
     common = [path for path in in_order(one.layers) if path in other.layers]
     settings = {
@@ -56,17 +58,17 @@ def compare(one: Adapter, other: Adapter) -> dict[str, Any]:
         "only_in_one": in_order(set(one.layers) - set(other.layers)),
         "only_in_other": in_order(set(other.layers) - set(one.layers)),
         "layers": [
-            {"layer": path, **_difference(one.layers[path], other.layers[path])}
+            {"layer": path, **_layer_difference(one.layers[path], other.layers[path])}
             for path in common
         ],
         "whole": [
-            {"name": key, **_whole(one.weights.get(key), other.weights.get(key))}
+            {"name": key, **_array_difference(one.weights.get(key), other.weights.get(key))}
             for key in in_order({*one.weights, *other.weights})
         ],
     }
 
 
-def _difference(one: LayerUpdate, other: LayerUpdate) -> dict[str, Any]:
+def _layer_difference(one: LayerUpdate, other: LayerUpdate) -> dict[str, Any]:
     both = (one, other)
     changed = {
         name: [_plain(getattr(x, name)) for x in both]
@@ -76,14 +78,14 @@ def _difference(one: LayerUpdate, other: LayerUpdate) -> dict[str, Any]:
     distance = cosine = None
     if one.shape == other.shape:
         norms = [norm_of_sum([(x, 1.0)]) for x in both]
-        away = norm_of_sum([(one, 1.0), (other, -1.0)])
-        distance = _over(away, norms[0]) if away or norms[0] else 0.0
-        cosine = _over(_inner(one, other), norms[0] * norms[1])
+        difference = norm_of_sum([(one, 1.0), (other, -1.0)])
+        distance = _quotient(difference, norms[0]) if difference or norms[0] else 0.0
+        cosine = _quotient(_inner_product(one, other), norms[0] * norms[1])
     return {
         "identical": one == other,
         "changed": changed,
         "vectors": {
-            name: _whole(getattr(one, name), getattr(other, name))
+            name: _array_difference(getattr(one, name), getattr(other, name))
             for name in ("magnitude", "bias")
             if any(getattr(x, name) is not None for x in both)
         },
@@ -92,26 +94,26 @@ def _difference(one: LayerUpdate, other: LayerUpdate) -> dict[str, Any]:
     }
 
 
-def _inner(one: LayerUpdate, other: LayerUpdate) -> float:
-    """The sum of the products of entries of two updates, from the factors alone."""
+def _inner_product(one: LayerUpdate, other: LayerUpdate) -> float:
+    """The Frobenius inner product of two updates, computed from their factors."""
     (a, b), (c, d) = one.matrices(), other.matrices()
     return one.scale * other.scale * float(((b.T @ d) * (a @ c.T)).sum())
 
 
-def _whole(one: np.ndarray | None, other: np.ndarray | None) -> dict[str, Any]:
-    """How a weight that was trained whole differs."""
+def _array_difference(one: np.ndarray | None, other: np.ndarray | None) -> dict[str, Any]:
+    """The difference of a weight that is stored as an array, such as a fully trained one."""
     shapes = [None if x is None else list(x.shape) for x in (one, other)]
     if one is None or other is None or one.shape != other.shape:
         return {"identical": False, "shapes": shapes, "distance": None}
-    away = float(np.linalg.norm(one.astype("float64") - other))
-    size = float(np.linalg.norm(one.astype("float64")))
+    difference = float(np.linalg.norm(one.astype("float64") - other))
+    norm = float(np.linalg.norm(one.astype("float64")))
     same = one.dtype == other.dtype and np.array_equal(one, other)
-    distance = _over(away, size) if away or size else 0.0
+    distance = _quotient(difference, norm) if difference or norm else 0.0
     return {"identical": same, "shapes": shapes, "distance": distance}
 
 
-def _over(value: float, size: float) -> float | None:
-    return value / size if size and math.isfinite(value) else None
+def _quotient(value: float, divisor: float) -> float | None:
+    return value / divisor if divisor and math.isfinite(value) else None
 
 
 def _plain(value: Any) -> Any:
@@ -119,9 +121,9 @@ def _plain(value: Any) -> Any:
 
 
 def show(data: dict[str, Any], one: str, other: str) -> None:
-    """Print what ``compare`` gives."""
+    """Print the result of ``compare``."""
     if data["identical"]:
-        print(f"identical: {len(data['layers'])} layers, every bit")
+        print(f"identical: {len(data['layers'])} layers, all values equal")
         return
     if data["settings"]:
         rows = [[name, *map(_text, pair)] for name, pair in data["settings"].items()]
@@ -137,7 +139,7 @@ def show(data: dict[str, Any], one: str, other: str) -> None:
     if data["whole"]:
         print()
         rows = [[x["name"], _cells(x)[0], _presence(x)] for x in data["whole"]]
-        show_table(["stored whole", "distance", "differs in"], rows, left=("differs in",))
+        show_table(["full weight", "distance", "differs in"], rows, left=("differs in",))
 
 
 def _cells(entry: dict[str, Any]) -> list[str]:
@@ -148,14 +150,14 @@ def _cells(entry: dict[str, Any]) -> list[str]:
 
 
 def _changes(layer: dict[str, Any]) -> str:
-    told = [
+    changes = [
         f"{name} {_text(old)} -> {_text(new)}" for name, (old, new) in layer["changed"].items()
     ]
     for name, vector in layer["vectors"].items():
         where, distance = _presence(vector), vector["distance"]
         if where or not vector["identical"]:
-            told.append(f"{name} {where or f'by {distance:.4f}'}")
-    return ", ".join(told)
+            changes.append(f"{name} {where or f'by {distance:.4f}'}")
+    return ", ".join(changes)
 
 
 def _presence(weight: dict[str, Any]) -> str:

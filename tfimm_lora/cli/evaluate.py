@@ -1,4 +1,4 @@
-"""``tfimm-lora evaluate``: how good a fine-tuned model is on labelled pictures."""
+"""``tfimm-lora evaluate``: evaluate a fine-tuned model on labelled pictures."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-from tfimm_lora.cli.app import Json, app, emit, note, typer
+import typer
+
+from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_facts, show_table
-from tfimm_lora.finetuning.checkpoint import write_whole
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
 from tfimm_lora.finetuning.data.folders import in_csv, in_folder, natural_order, some
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
+from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report.formatting import percent, readable
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_mistakes
 from tfimm_lora.finetuning.run import SPLIT, Run
-from tfimm_lora.finetuning.scores import Evaluation
+from tfimm_lora.utils.atomic_files import write_file
 
 EXAMPLES = """Examples:
 
@@ -34,25 +36,25 @@ tfimm-lora evaluate runs/flowers --data labels.csv --json
 
 @app.command("evaluate", epilog=EXAMPLES)
 def evaluate_command(
-    run: Annotated[Path, typer.Argument(help="The folder that finetune made.")],
+    run: Annotated[Path, typer.Argument(help="The folder of a finetune run.")],
     data: Annotated[
         Path | None,
         typer.Option(
-            help="A folder of class folders, or a CSV file of path,label; of what is split, "
-            "val. Default: the pictures that the run validated on."
+            help="A folder of class folders, or a CSV file with path,label; if it is split, "
+            "its val part. Default: the validation pictures of the run."
         ),
     ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Folder for confusion.png, mistakes.png and predictions.csv."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per batch.")] = 32,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Evaluate a fine-tuned model on labelled pictures.
 
-    Pictures that cannot be read are named and left out.
+    Pictures that cannot be read are listed on stderr and skipped.
     """
     if out is not None:
         refuse_to_overwrite(out, overwrite)
@@ -60,10 +62,11 @@ def evaluate_command(
     found = opened.split.val if data is None else labelled_pictures(data, opened.labels)
     pictures, problems = check_pictures(found)
     for problem in problems:
-        note(f"left out {readable(problem.path)}: {readable(problem.reason)}")
+        note(f"skipped {readable(problem.path)}: {readable(problem.reason)}")
     seen = trained_on(opened, pictures)
     if seen:
-        note(f"{seen} of {len(pictures)} pictures are among those that were trained on")
+        note(f"{seen} of {len(pictures)} pictures were used for training")
+    import_tensorflow()
     evaluation = evaluate_pictures(
         opened.model(), pictures, opened.preprocessing, batch_size=batch_size
     )
@@ -81,32 +84,35 @@ def evaluate_command(
 
 
 def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
-    """The pictures in a folder or CSV file to evaluate a model of these labels on.
+    """Find the pictures in a folder or CSV file that a model with these labels is evaluated on.
 
-    All of them; where they are split into train and val, those of val.
+    These are the pictures of val if the data are split into train and val, else all pictures.
 
     Raises:
-        FileNotFoundError: if it is not there.
-        ValueError: if there are no pictures, or some of a class that is none of the labels.
+        FileNotFoundError: if ``data`` does not exist.
+        ValueError: if there are no pictures, or one has a label that is not in ``labels``.
     """
     if not data.exists():
         raise FileNotFoundError(
             f"Received --data {data}, which does not exist; expected a folder of class "
             "folders, or a CSV file with path,label."
         )
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always", UserWarning)
         parts = in_folder(data.absolute()) if data.is_dir() else in_csv(data.absolute())
-    for warning in told:
+    for warning in caught:
         note(f"warning: {warning.message}")
     found = parts["val"] if "val" in parts else parts.get("", [])
     if not found:
-        raise ValueError(f"Received --data {data}, which has no pictures to evaluate on.")
+        raise ValueError(
+            f"Received --data {data}, which has no pictures to evaluate on; expected at least "
+            "one."
+        )
     unknown = sorted({x.label for x in found} - set(labels), key=natural_order)
     if unknown:
         raise ValueError(
-            f"{data} has {len(unknown)} classes that the run does not know: {some(unknown)}; "
-            f"expected some of its own: {some(labels, 20)}."
+            f"{data} has {len(unknown)} classes that the model was not trained on: "
+            f"{some(unknown)}; expected only its classes: {some(labels, 20)}."
         )
     number = {label: i for i, label in enumerate(labels)}
     listed = tuple(Picture(x.path, number[x.label]) for x in sorted(found))
@@ -114,7 +120,7 @@ def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
 
 
 def trained_on(run: Run, pictures: PictureSet) -> int:
-    """The number of pictures that the run was trained on: they flatter the model."""
+    """The number of pictures that were used for training, which make the results too good."""
     with open(run.path / SPLIT, newline="", encoding="utf-8", errors="surrogateescape") as file:
         rows = [row for row in csv.DictReader(file) if row["split"] == "train"]
     known = {os.path.realpath(row["path"]) for row in rows}
@@ -122,7 +128,7 @@ def trained_on(run: Run, pictures: PictureSet) -> int:
 
 
 def write(evaluation: Evaluation, folder: Path) -> None:
-    """Write what ``--out`` promises."""
+    """Write the files of ``--out``."""
     folder.mkdir(parents=True, exist_ok=True)
     draw_confusion(evaluation, folder / "confusion.png")
     draw_mistakes(evaluation, folder / "mistakes.png")
@@ -133,13 +139,11 @@ def write(evaluation: Evaluation, folder: Path) -> None:
     for x in evaluation.predictions:
         numbers = (x.probability, x.probability_of_true, x.loss)
         table.writerow([x.path, x.true, x.predicted, *(f"{number:.6g}" for number in numbers)])
-    # Names of files need not be UTF-8; they keep their bytes.
-    content = text.getvalue().encode("utf-8", "surrogateescape")
-    write_whole(folder / "predictions.csv", content)
+    write_file(folder / "predictions.csv", text.getvalue())
 
 
 def show(evaluation: Evaluation) -> None:
-    """Print the numbers, and a table of the classes."""
+    """Print a table of the classes and the metrics over all pictures."""
     rows = [
         [
             readable(x.label),

@@ -1,4 +1,4 @@
-"""``tfimm-lora export``: a file for production from a run or a saved model."""
+"""``tfimm-lora export``: export a run or a saved model for production."""
 
 from __future__ import annotations
 
@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import typer
 
 from tfimm_lora.backend import default_backend
-from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.predict import files_in
 from tfimm_lora.cli.tables import byte_text, show_facts
+from tfimm_lora.exporting.description import read_description
 from tfimm_lora.exporting.export import export
-from tfimm_lora.exporting.request import check_place, format_of
-from tfimm_lora.exporting.result import Exported, TensorInfo, description_path
-from tfimm_lora.exporting.sidecar import read_description
+from tfimm_lora.exporting.exported import Exported, TensorInfo, description_path
+from tfimm_lora.exporting.request import check_path, format_of
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.run import CONFIG, Run
@@ -33,13 +34,13 @@ tfimm-lora export runs/flowers --out flowers.tflite --quantize int8 --samples pi
 tfimm-lora export model.keras --format savedmodel --out served/model/1 --json
 """
 
-#: So many samples show the ranges of activations well enough; more only take longer.
+#: The number of samples for quantization; more take longer and do not improve the ranges.
 _SAMPLES = 200
 
 
 @dataclass(frozen=True)
-class Opened:
-    """A model that the command line was given, and what is known of it."""
+class OpenedModel:
+    """A model with its labels and preprocessing, if they are known."""
 
     model: Any
     labels: list[str] | None
@@ -49,18 +50,20 @@ class Opened:
 @app.command("export", epilog=EXAMPLES)
 def export_command(
     source: Annotated[
-        Path, typer.Argument(help="The folder that finetune made, or a saved Keras model.")
+        Path, typer.Argument(help="The folder of a finetune run, or a saved Keras model.")
     ],
-    out: Annotated[Path, typer.Option(help="The file, or the folder of a SavedModel.")],
+    out: Annotated[
+        Path, typer.Option(help="The file to write, or the folder of a SavedModel.")
+    ],
     format: Annotated[
         str | None,
-        typer.Option(help="keras, savedmodel, tflite or onnx. Default: by the end of --out."),
+        typer.Option(help="keras, savedmodel, tflite or onnx. Default: by suffix of --out."),
     ] = None,
     include_preprocessing: Annotated[
         bool,
         typer.Option(
             "--include-preprocessing",
-            help="The file takes RGB pictures in 0..255 (float32) and normalises them itself.",
+            help="Add the preprocessing: the file takes RGB pictures in [0, 255] (float32).",
         ),
     ] = False,
     quantize: Annotated[
@@ -69,26 +72,27 @@ def export_command(
     ] = None,
     samples: Annotated[
         Path | None,
-        typer.Option(help=f"For int8: a folder of typical pictures; {_SAMPLES} are taken."),
+        typer.Option(help=f"For int8: a folder of typical pictures; {_SAMPLES} are used."),
     ] = None,
     tolerance: Annotated[
         float | None,
-        typer.Option(help="Largest difference from the model, relative to its outputs."),
+        typer.Option(help="Largest allowed difference, relative to the outputs of the model."),
     ] = None,
-    opset: Annotated[int | None, typer.Option(help="For onnx: 13 to 18; default 17.")] = None,
+    opset: Annotated[int | None, typer.Option(help="For onnx: 13 to 18. Default: 17.")] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write a model as a file that runs without this package.
+    """Export a model to a file that runs without this package.
 
-    The file is run and its outputs are compared with the model's; if they
-    differ nothing is written. Labels and preprocessing are written beside it.
+    The outputs of the file are compared with those of the model. If they differ,
+    nothing is written. Labels and preprocessing are written to a JSON file
+    beside it.
     """
-    format = checked_place(out, format, overwrite)
+    format = checked_format(out, format, overwrite)
     opened = open_source(source)
-    taken = None
+    inputs = None
     if samples is not None:
-        taken = sample_pictures(samples, opened.preprocessing, include_preprocessing)
+        inputs = sample_pictures(samples, opened.preprocessing, include_preprocessing)
     exported = export(
         opened.model,
         out,
@@ -97,62 +101,63 @@ def export_command(
         preprocessing=opened.preprocessing,
         include_preprocessing=include_preprocessing,
         quantize=quantize,
-        samples=taken,
+        samples=inputs,
         tolerance=tolerance,
         opset=opset,
         overwrite=overwrite,
     )
-    tell(source, exported, as_json)
+    show_result(source, exported, as_json)
 
 
-def checked_place(out: Path, format: str | None, overwrite: bool) -> str:
-    """The format of ``--out``, checked before the time that opening a model takes.
+def checked_format(out: Path, format: str | None, overwrite: bool) -> str:
+    """Determine the format of ``--out`` and check the path before the model is opened.
 
     Raises:
-        ValueError, OSError: if nothing can be written there.
+        ValueError, OSError: if the file cannot be written.
     """
     format = format_of(out, format)
     for path in (out, description_path(out)):
         refuse_to_overwrite(path, overwrite)
-    check_place(out.absolute(), format, overwrite)
+    check_path(out.absolute(), format, overwrite)
     return format
 
 
-def open_source(path: Path) -> Opened:
-    """The model of a run, or that of a file; labels and preprocessing where they are known.
+def open_source(path: Path) -> OpenedModel:
+    """Open the model of a run or of a file.
 
-    Beside a file that was exported they are in its description.
+    The labels and preprocessing of an exported file are read from its description.
 
     Raises:
-        FileNotFoundError: if there is neither.
-        ValueError: if what is there cannot be loaded.
+        FileNotFoundError: if ``path`` does not exist.
+        ValueError: if it cannot be loaded.
     """
+    import_tensorflow()
     if (path / CONFIG).is_file():
         run = Run.open(path)
-        return Opened(run.model(), run.labels, run.preprocessing)
+        return OpenedModel(run.model(), run.labels, run.preprocessing)
     model = _load(path)
-    told = read_description(path)
-    values = told.get("preprocessing")
+    description = read_description(path)
+    values = description.get("preprocessing")
     cfg = getattr(model, "cfg", None)
     preprocessing = None
     if values is not None:
         preprocessing = Preprocessing.from_dict(values)
     elif hasattr(cfg, "mean"):
         preprocessing = Preprocessing.of(cfg)
-    return Opened(model, told.get("labels"), preprocessing)
+    return OpenedModel(model, description.get("labels"), preprocessing)
 
 
 def _load(path: Path) -> Any:
     if not path.exists():
         raise FileNotFoundError(
-            f"{path} does not exist; expected the folder of a run of finetune, or a saved "
-            "Keras model."
+            f"{path} does not exist; expected the folder of a finetune run, or a saved Keras "
+            "model."
         )
     is_model = path.is_file() or (path / "saved_model.pb").is_file()
     if not is_model:
         raise ValueError(
-            f"{path} is neither a run of finetune (it has no {CONFIG}) nor a saved Keras model "
-            "(.keras, .h5, or the SavedModel of legacy Keras)."
+            f"Received {path}; expected the folder of a finetune run (with {CONFIG}) or a "
+            "saved Keras model (.keras, .h5, or a SavedModel of legacy Keras)."
         )
     backend = default_backend()
     name = backend.keras.__name__
@@ -165,8 +170,8 @@ def _load(path: Path) -> Any:
         ) from error
     if not isinstance(model, backend.keras.Model):
         raise ValueError(
-            f"{path} is a SavedModel without Keras in it, which cannot be changed to another "
-            "format. Export from the run or from a Keras file."
+            f"{path} is a SavedModel without a Keras model, which cannot be converted to "
+            "another format. Export from the run or from a Keras file."
         )
     return model
 
@@ -174,20 +179,21 @@ def _load(path: Path) -> Any:
 def sample_pictures(
     folder: Path, preprocessing: Preprocessing | None, as_pictures: bool
 ) -> np.ndarray:
-    """Pictures of a folder and of those in it, as inputs of a file.
+    """Read sample pictures as inputs of the exported file.
 
     Args:
-        folder: With pictures. If there are many, some are taken, evenly.
-        preprocessing: That of the model.
-        as_pictures: Whether the file takes pictures in 0..255; else they are normalised.
+        folder: A folder with pictures, also in subfolders. If there are too many, evenly
+            spaced ones are used.
+        preprocessing: The preprocessing of the model.
+        as_pictures: Whether the file takes pictures in [0, 255]; else they are normalized.
 
     Raises:
         ValueError: without preprocessing, or if no picture can be read.
     """
     if preprocessing is None:
         raise ValueError(
-            "Received --samples for a model whose preprocessing is unknown, so pictures cannot "
-            "be made its inputs. Give a run of finetune, or the file of a tfimm model."
+            "Received --samples for a model whose preprocessing is unknown; expected the "
+            "folder of a finetune run, or the file of a tfimm model."
         )
     if as_pictures:
         n = preprocessing.in_channels
@@ -206,13 +212,16 @@ def sample_pictures(
         else:
             found.append(np.asarray(prepare(picture), "float32"))
     if not found:
-        raise ValueError(f"None of the pictures in {folder} can be read.")
+        raise ValueError(
+            f"Received --samples {folder}, in which no picture can be read; expected typical "
+            "pictures."
+        )
     note(f"samples: {len(found)} of {len(paths)} pictures in {folder}")
     return np.stack(found)
 
 
-def tell(source: Path, exported: Exported, as_json: bool) -> None:
-    """Print what was written."""
+def show_result(source: Path, exported: Exported, as_json: bool) -> None:
+    """Print the properties of the exported file."""
     data = {
         "source": str(source),
         **exported.to_dict(),
@@ -220,7 +229,7 @@ def tell(source: Path, exported: Exported, as_json: bool) -> None:
     }
     emit(data, as_json, lambda: _show(exported))
     if exported.needs and not as_json:
-        note(f"Loading it takes {' and '.join(exported.needs)}.")
+        note(f"Loading the file requires {' and '.join(exported.needs)}.")
 
 
 def _show(exported: Exported) -> None:
@@ -228,9 +237,9 @@ def _show(exported: Exported) -> None:
         ("file", str(exported.path)),
         ("format", " ".join(filter(None, (exported.format, exported.quantize)))),
         ("size", byte_text(exported.bytes)),
-        ("takes", ", ".join(map(_text, exported.inputs))),
-        ("gives", ", ".join(map(_text, exported.outputs))),
-        ("farthest from the model", f"{exported.difference:.2g} of the largest output"),
+        ("inputs", ", ".join(map(_text, exported.inputs))),
+        ("outputs", ", ".join(map(_text, exported.outputs))),
+        ("largest difference", f"{exported.difference:.2g} of the largest output"),
         ("labels and preprocessing", str(exported.description)),
     ]
     if exported.agreement is not None:

@@ -1,14 +1,20 @@
-"""``tfimm-lora finetune``: from a folder of pictures to a fine-tuned model and a report."""
+"""``tfimm-lora finetune``: fine-tune a model on labelled pictures and write a report."""
 
 from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
-from tfimm_lora.cli.app import Json, app, emit, note, typer
-from tfimm_lora.cli.parse_values import parse_targets
-from tfimm_lora.optional import require
+import typer
+
+from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
+from tfimm_lora.cli.parsing import parse_lora_fields, parse_size, parse_targets
+from tfimm_lora.finetuning.distributed.strategy import is_chief
+from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+from tfimm_lora.finetuning.report.page import evaluate_run
+from tfimm_lora.finetuning.run import CONFIG, RECIPE, Run, read_yaml
 
 EXAMPLES = """Examples:
 
@@ -37,45 +43,45 @@ def _option(*names: str, help: str, panel: str) -> Any:
 
 @app.command(epilog=EXAMPLES)
 def finetune(
-    out: Annotated[str, typer.Option(help="The folder for all that comes of it.")],
+    out: Annotated[str, typer.Option(help="The folder for the run and all its results.")],
     model: Annotated[
         Text,
         typer.Option(
-            help="A name of tfimm (see tfimm-lora models), applications/NAME of Keras, or a "
-            "saved Keras model."
+            help="The name of a tfimm model (see tfimm-lora models), applications/NAME for "
+            "Keras Applications, or a saved Keras model."
         ),
     ] = None,
     data: Annotated[
         Text,
         typer.Option(
-            help="A folder of class folders, or of train/ and val/ with such; or a CSV file of "
-            "path,label."
+            help="A folder of class folders; or of train/ and val/ with class folders; or a "
+            "CSV file with path,label."
         ),
     ] = None,
     pretrained: Annotated[
-        Flag, typer.Option(help="Load the weights that the name stands for.")
+        Flag, typer.Option(help="Load the pretrained weights of the named model.")
     ] = None,
     weights: Annotated[
-        Text, typer.Option(help="Load weights from this file (timm's safetensors, Keras').")
+        Text, typer.Option(help="Load weights from this file (timm safetensors, or Keras).")
     ] = None,
     config: Annotated[
         Text,
-        typer.Option(help="Take what is not given here from this YAML: config.yaml of a run."),
+        typer.Option(help="A YAML file with defaults, such as the config.yaml of a run."),
     ] = None,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with the run in --out, if there is one.")
+        bool, typer.Option("--resume", help="Resume the run in --out, if there is one.")
     ] = False,
     rank: Annotated[
         Whole, _option(help="Rank of the updates. Default: 4.", panel=_LORA)
     ] = None,
     alpha: Annotated[
-        Number, _option(help="Their scale is alpha / rank. Default: rank.", panel=_LORA)
+        Number, _option(help="Updates are scaled by alpha / rank. Default: rank.", panel=_LORA)
     ] = None,
     targets: Annotated[
         Text,
         _option(
-            help='A preset ("attention", "mlp", "all"), names with commas, or a regular '
-            "expression. Default: those of the architecture.",
+            help='A preset ("attention", "mlp", "all"), layer names separated by commas, or a '
+            "regular expression. Default: depends on the architecture.",
             panel=_LORA,
         ),
     ] = None,
@@ -99,7 +105,7 @@ def finetune(
         ),
     ] = None,
     validation: Annotated[
-        Number, _option(help="Share kept to validate on. Default: 0.2.", panel=_DATA)
+        Number, _option(help="Share of pictures for validation. Default: 0.2.", panel=_DATA)
     ] = None,
     on_error: Annotated[
         Text, _option(help="Unreadable pictures: skip or refuse. Default: skip.", panel=_DATA)
@@ -108,22 +114,20 @@ def finetune(
         Text, _option(help="none, light or default. Default: default.", panel=_DATA)
     ] = None,
     balanced: Annotated[
-        Flag, _option(help="Let all classes weigh the same in the loss.", panel=_DATA)
+        Flag, _option(help="Give all classes the same weight in the loss.", panel=_DATA)
     ] = None,
     epochs: Annotated[Whole, _option(help="Default: 10.", panel=_TRAINING)] = None,
     batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
     learning_rate: Annotated[
         Number,
-        _option(
-            "--lr", "--learning-rate", help="Highest rate. Default: 0.001.", panel=_TRAINING
-        ),
+        _option("--lr", "--learning-rate", help="Peak rate. Default: 0.001.", panel=_TRAINING),
     ] = None,
     weight_decay: Annotated[Number, _option(help="Default: 0.01.", panel=_TRAINING)] = None,
     warmup: Annotated[
-        Number, _option(help="Share of the steps to warm up in. Default: 0.1.", panel=_TRAINING)
+        Number, _option(help="Share of the steps for warm-up. Default: 0.1.", panel=_TRAINING)
     ] = None,
     patience: Annotated[
-        Whole, _option(help="End after so many epochs without a better one.", panel=_TRAINING)
+        Whole, _option(help="Stop after this many epochs without improvement.", panel=_TRAINING)
     ] = None,
     monitor: Annotated[
         Text, _option(help="val_loss or val_accuracy. Default: val_loss.", panel=_TRAINING)
@@ -140,38 +144,33 @@ def finetune(
             panel=_TRAINING,
         ),
     ] = None,
-    seed: Annotated[
-        Whole, _option(help="Of all that is random. Default: 0.", panel=_TRAINING)
-    ] = None,
+    seed: Annotated[Whole, _option(help="Random seed. Default: 0.", panel=_TRAINING)] = None,
     as_json: Json = False,
 ) -> None:
-    """Fine-tune a model on labelled pictures: an adapter, and a report to look at."""
-    from tfimm_lora.finetuning.distributed.strategy import leads
-    from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
-    from tfimm_lora.finetuning.report.page import evaluate_run
-
+    """Fine-tune a model on labelled pictures; write an adapter and a report."""
     names = {f.name for f in dataclasses.fields(Recipe)}
     given = {k: v for k, v in locals().items() if k in names and v is not None and k != "lora"}
     if "input_size" in given:
-        given["input_size"] = _size(given["input_size"])
-    asked = {
+        given["input_size"] = parse_size(given["input_size"])
+    lora_fields = {
         "rank": rank,
         "alpha": alpha,
         "targets": parse_targets(targets),
-        **_pairs(lora or []),
+        **parse_lora_fields(lora or []),
     }
-    fields = {f"lora_{name}": value for name, value in asked.items() if value is not None}
-    before = _before(out, config, resume)
-    settings = {**before, **given, "lora": {**before.get("lora", {}), **fields}}
+    fields = {f"lora_{name}": value for name, value in lora_fields.items() if value is not None}
+    defaults = _default_settings(out, config, resume)
+    settings = {**defaults, **given, "lora": {**defaults.get("lora", {}), **fields}}
     recipe = Recipe.from_dict(settings)
+    import_tensorflow()
     bar = sys.stderr.isatty() and not as_json
     run = finetune_pictures(
         recipe, out, resume=resume, verbose="bar" if bar else "lines", say=note
     )
-    told = ("best_epoch", "trainable", "parameters")
-    result = {"out": str(run.path), **{name: run.facts[name] for name in told}}
-    if not leads(recipe.strategy):
-        emit(result, as_json, lambda: print("trained; the chief writes the report"))
+    facts = ("best_epoch", "trainable", "parameters")
+    result = {"out": str(run.path), **{name: run.facts[name] for name in facts}}
+    if not is_chief(recipe.strategy):
+        emit(result, as_json, lambda: print("trained; the chief worker writes the report"))
         return
     evaluation = evaluate_run(run)
     result["accuracy"], result["loss"] = evaluation.accuracy, evaluation.loss
@@ -180,45 +179,19 @@ def finetune(
     def show() -> None:
         share = result["trainable"] / result["parameters"]
         print(
-            f"accuracy {evaluation.accuracy:.1%} on {len(evaluation.predictions)} pictures "
-            f"that were not trained on (epoch {result['best_epoch']}), with {share:.2%} of the "
-            f"parameters trained\nadapter: {run.adapter}\nreport:  {result['report']}"
+            f"accuracy {evaluation.accuracy:.1%} on {len(evaluation.predictions)} validation "
+            f"pictures (epoch {result['best_epoch']}), with {share:.2%} of the parameters "
+            f"trained\nadapter: {run.adapter}\nreport:  {result['report']}"
         )
 
     emit(result, as_json, show)
 
 
-def _before(out: str, config: str | None, resume: bool) -> dict[str, Any]:
-    """The recipe that options are added to."""
-    from pathlib import Path
-
-    from tfimm_lora.finetuning.run import CONFIG, RECIPE, Run, read_yaml
-
+def _default_settings(out: str, config: str | None, resume: bool) -> dict[str, Any]:
+    """The settings that the options of the command line override."""
     if config is not None:
         read = read_yaml(config)
         return dict(read.get(RECIPE, read))
     if resume and (Path(out) / CONFIG).is_file():
         return dict(Run.open(out).recipe)
     return {}
-
-
-def _size(text: str) -> tuple[int, int]:
-    sides = text.lower().split("x")
-    if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
-        raise ValueError(f"Received --input-size {text}; expected 224, or 224x288.")
-    return int(sides[0]), int(sides[-1])
-
-
-def _pairs(texts: list[str]) -> dict[str, Any]:
-    """NAME=VALUE with values in YAML; the prefix lora_ may be left out."""
-    yaml = require("yaml", extra="cli", why="--lora")
-    pairs = {}
-    for text in texts:
-        name, equals, value = text.partition("=")
-        if not equals:
-            raise ValueError(f"Received --lora {text}; expected NAME=VALUE.")
-        try:
-            pairs[name.strip().removeprefix("lora_")] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
-            raise ValueError(f"Received --lora {text}, whose value is no YAML.") from error
-    return pairs

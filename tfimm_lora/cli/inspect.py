@@ -1,4 +1,4 @@
-"""``tfimm-lora inspect``: what is in an adapter."""
+"""``tfimm-lora inspect``: show the layers and spectra of an adapter."""
 
 from __future__ import annotations
 
@@ -8,9 +8,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import typer
 
-from tfimm_lora.adapters.adapter import Adapter, LayerUpdate, effective_rank
-from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.summary import effective_rank
+from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table
 
@@ -23,8 +26,7 @@ tfimm-lora inspect hf://user/repo --plot adapter.png
 tfimm-lora inspect runs/flowers --json
 """
 
-#: The share of an update's energy, the sum of its squared singular values, that counts as
-#: nearly all of it.
+#: A share of the energy of an update, which is the sum of its squared singular values.
 ENERGY = 0.9
 
 
@@ -35,20 +37,21 @@ def inspect_command(
     ],
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw sizes and spectra of all layers to this .png, .svg or .pdf."),
+        typer.Option(help="Draw norms and spectra of all layers to this .png, .svg or .pdf."),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Show the layers of an adapter, with the size and spectrum of each update.
+    """Show the layers of an adapter, with the norm and spectrum of each update.
 
     The update of a layer is dW = scale * B A. "norm" is its Frobenius norm,
-    "largest" its largest singular value. Two numbers say how much of the rank
-    is used: "eff. rank", the effective rank, is the exponential of the entropy
-    of the singular values; "90 %" how many of them hold nine tenths of the energy.
+    "largest" its largest singular value. Two numbers measure how much of the
+    rank is used: "eff. rank", the effective rank, is the exponential of the
+    entropy of the singular values; "90 %" is the number of singular values that
+    make up 90 % of the energy.
     """
     if overwrite and plot is None:
-        raise typer.BadParameter("--overwrite goes with --plot.")
+        raise typer.BadParameter("--overwrite needs --plot.")
     value = open_adapter(adapter)
     data = describe(value)
     if plot is not None:
@@ -62,7 +65,7 @@ def inspect_command(
 
 
 def open_adapter(address: str) -> Adapter:
-    """The adapter in a folder, of a run (its folder "adapter"), or on the hub.
+    """Load the adapter in a folder, in the folder of a run, or on the Hugging Face Hub.
 
     Raises:
         FileNotFoundError, ValueError, ImportError: as ``Adapter.load``.
@@ -73,7 +76,7 @@ def open_adapter(address: str) -> Adapter:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """Names sorted as people do it, by the numbers in them; files sort them by letters.
+    """Sort names naturally, with the numbers in them compared by value.
 
     Example:
         >>> in_order(["blocks.10.fc", "blocks.2.fc"])
@@ -87,7 +90,7 @@ def in_order(names: Iterable[str]) -> list[str]:
 
 
 def describe(adapter: Adapter) -> dict[str, Any]:
-    """An adapter as plain values, for JSON."""
+    """The properties of an adapter as plain values, for JSON."""
     paths, keys = in_order(adapter.layers), in_order(adapter.weights)
     layers = [{"layer": path, **_numbers(adapter.layers[path])} for path in paths]
     whole = [
@@ -115,7 +118,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
 
 
 def _numbers(update: LayerUpdate) -> dict[str, Any]:
-    # From the factors alone: the update itself may be as large as the layer.
+    # Computed from the factors, since the update itself is as large as the kernel.
     values = update.singular_values()
     energy = np.cumsum(values**2)
     return {
@@ -137,7 +140,7 @@ def _numbers(update: LayerUpdate) -> dict[str, Any]:
 
 
 def show(data: dict[str, Any]) -> None:
-    """Print what ``describe`` gives."""
+    """Print the result of ``describe``."""
     totals = data["totals"]
     rows = [
         [
@@ -162,22 +165,25 @@ def show(data: dict[str, Any]) -> None:
             [x["name"], "x".join(map(str, x["shape"])), f"{x['parameters']:,}"]
             for x in data["whole"]
         ]
-        show_table(["stored whole", "shape", "parameters"], stored)
+        show_table(["full weight", "shape", "parameters"], stored)
     print()
-    refused = len(data["not_in_peft"])
+    not_in_peft = len(data["not_in_peft"])
     show_facts(
         [
-            ("base model", data["base_model"] or "not named"),
+            ("base model", data["base_model"] or "unknown"),
             ("layers", str(totals["layers"])),
             ("parameters of the factors", f"{totals['factors']:,}"),
-            ("parameters stored whole", f"{totals['whole']:,}"),
-            ("bytes of all arrays", f"{totals['bytes']:,} ({byte_text(totals['bytes'])})"),
+            ("parameters of full weights", f"{totals['whole']:,}"),
+            ("size of all arrays", f"{totals['bytes']:,} bytes ({byte_text(totals['bytes'])})"),
             ("norm of all updates", f"{totals['norm']:.4g}"),
-            ("modules trained whole", ", ".join(data["modules"]) or "none"),
-            ("biases trained", data["bias"]),
+            ("fully trained modules", ", ".join(data["modules"]) or "none"),
+            ("trained biases", data["bias"]),
             ("dropout", f"{data['dropout']:g}"),
-            ("magnitudes (DoRA)", "yes" if data["use_dora"] else "no"),
-            ("biases of branches", "yes" if data["lora_bias"] else "no"),
-            ("in PEFT", f"no: {refused} layers that it cannot express" if refused else "yes"),
+            ("DoRA", "yes" if data["use_dora"] else "no"),
+            ("bias of the branches", "yes" if data["lora_bias"] else "no"),
+            (
+                "PEFT format",
+                f"no: PEFT cannot express {not_in_peft} layers" if not_in_peft else "yes",
+            ),
         ]
     )

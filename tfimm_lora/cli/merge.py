@@ -1,13 +1,15 @@
-"""``tfimm-lora merge``: the ordinary model that a LoRA model stands for."""
+"""``tfimm-lora merge``: merge a LoRA model into an ordinary model."""
 
 from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
 
+import typer
+
 from tfimm_lora.adapters.load import load_adapter
-from tfimm_lora.cli.app import Json, app, typer
-from tfimm_lora.cli.export import checked_place, open_source, tell
+from tfimm_lora.cli.app import Json, app
+from tfimm_lora.cli.export import checked_format, open_source, show_result
 from tfimm_lora.cli.outputs import Overwrite
 from tfimm_lora.exporting.export import export
 from tfimm_lora.model.merge import has_lora
@@ -25,33 +27,33 @@ tfimm-lora merge base.keras --adapter adapters/cats --out cats.keras --json
 @app.command("merge", epilog=EXAMPLES)
 def merge_command(
     source: Annotated[
-        Path, typer.Argument(help="The folder that finetune made, or a saved Keras model.")
+        Path, typer.Argument(help="The folder of a finetune run, or a saved Keras model.")
     ],
-    out: Annotated[Path, typer.Option(help="The new file; it ends in .keras.")],
+    out: Annotated[Path, typer.Option(help="The file to write, with the suffix .keras.")],
     adapter: Annotated[
         str | None,
         typer.Option(
-            help="Put this adapter into the model first: a folder, or hf://user/repo."
+            help="Load this adapter into the model first: a folder, or hf://user/repo."
         ),
     ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Write the ordinary model, with what LoRA learned added to its weights.
+    """Merge the LoRA updates into the weights and write the ordinary model.
 
-    It has ordinary layers, costs what the base model costs, and loads without
-    this package; a tfimm model needs tfimm and tf-keras.
+    It has ordinary layers, is as large and fast as the base model, and loads
+    without this package. A tfimm model needs tfimm and tf-keras.
     """
-    checked_place(out, "keras", overwrite)
+    checked_format(out, "keras", overwrite)
     opened = open_source(source)
     model, labels = opened.model, opened.labels
     if adapter is not None:
         model = load_adapter(model, adapter)
-        labels = None  # an adapter may bring a classifier of other classes
+        labels = None  # the adapter may contain a classifier with other classes
     elif not has_lora(model):
         raise ValueError(
-            f"{source} has no LoRA layers, so there is nothing to merge. Pass --adapter with "
-            "the folder of one, or write the model in another format with tfimm-lora export."
+            f"{source} has no LoRA layers; expected a LoRA model. Pass --adapter with the "
+            "folder of an adapter, or use tfimm-lora export for another format."
         )
     exported = export(
         model,
@@ -61,4 +63,4 @@ def merge_command(
         preprocessing=opened.preprocessing,
         overwrite=overwrite,
     )
-    tell(source, exported, as_json)
+    show_result(source, exported, as_json)

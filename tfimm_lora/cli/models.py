@@ -1,8 +1,7 @@
-"""``tfimm-lora models``: the models that have a name."""
+"""``tfimm-lora models``: list the models that can be created by name."""
 
 from __future__ import annotations
 
-import difflib
 import fnmatch
 import functools
 import inspect
@@ -11,13 +10,16 @@ from collections.abc import Iterable
 from importlib import resources
 from typing import Annotated, Any
 
+import typer
+
 from tfimm_lora.backend import installed, uses_legacy_keras
-from tfimm_lora.cli.app import Json, app, emit, note, typer
+from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.config import Targets
 from tfimm_lora.create import list_models
-from tfimm_lora.finetuning.open_model import APPLICATIONS, applications
+from tfimm_lora.finetuning.base_model import APPLICATIONS, applications
 from tfimm_lora.model.registry import lora_config
+from tfimm_lora.utils.suggestions import close_names
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 
 EXAMPLES = """Examples:
@@ -33,16 +35,17 @@ tfimm-lora models "vit_*_224" --json
 @app.command("models", epilog=EXAMPLES)
 def models_command(
     pattern: Annotated[
-        str, typer.Argument(help="Part of a name, or a whole name with * and ?.")
+        str, typer.Argument(help="Part of a name, or a pattern with * and ?.")
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """List the models that have a name: those of tfimm and of keras.applications.
+    """List the models of tfimm and Keras Applications.
 
-    Each with its family, its parameters, the size of its pictures and the layers
-    that LoRA adapts by default. The models of tfimm are there on legacy Keras
-    only (TF_USE_LEGACY_KERAS=1).
+    For each model: its family, number of parameters, input size and the layers
+    that LoRA adapts by default. The models of tfimm need legacy Keras
+    (TF_USE_LEGACY_KERAS=1).
     """
+    import_tensorflow()
     known = known_models()
     found = matching(pattern, list(known))
     data = [{"name": name, **known[name]()} for name in found]
@@ -52,7 +55,7 @@ def models_command(
 
 
 def known_models() -> dict[str, Any]:
-    """Name -> a function that tells more, for all models that this process can make."""
+    """The models that can be created in this process, each with a function to describe it."""
     models: dict[str, Any] = {}
     if installed("tfimm") and uses_legacy_keras():
         tfimm = import_tfimm()
@@ -63,51 +66,53 @@ def known_models() -> dict[str, Any]:
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
-    """The names that a pattern means, without regard to the case of letters.
+    """The names that match a pattern, ignoring case.
 
     Raises:
-        ValueError: if there are none; the nearest are named.
+        ValueError: if there are none. The message lists the most similar names.
 
     Example:
         >>> matching("net50", ["resnet50", "vit_tiny"]), matching("vit_?iny", ["vit_tiny"])
         (['resnet50'], ['vit_tiny'])
     """
-    found = _found(pattern, names)
+    found = _matches(pattern, names)
     if found:
         return found
     plain = pattern.lower().strip("*").replace("*", "_")
     lowered = {name.lower().removeprefix(APPLICATIONS): name for name in names}
-    near = difflib.get_close_matches(plain.removeprefix(APPLICATIONS), lowered, n=5, cutoff=0.3)
+    near = close_names(plain.removeprefix(APPLICATIONS), lowered, similarity=0.3)
     raise ValueError(
-        f"Received PATTERN {pattern!r}, which matches none of {len(names)} names. "
-        + (f"Nearest: {', '.join(lowered[n] for n in near)}. " if near else "")
-        + _elsewhere(pattern)
-        + "Part of a name will do; without PATTERN all are listed."
+        f"Received PATTERN {pattern!r}, which matches none of {len(names)} names; expected "
+        "part of a name, or a pattern with * and ?. "
+        + (f"Most similar: {', '.join(lowered[n] for n in near)}. " if near else "")
+        + _legacy_hint(pattern)
+        + "Leave PATTERN out to list all models."
     )
 
 
-def _found(pattern: str, names: Iterable[str]) -> list[str]:
-    wanted = pattern.lower()
-    if any(sign in pattern for sign in "*?["):
-        return [name for name in names if fnmatch.fnmatchcase(name.lower(), wanted)]
-    return [name for name in names if wanted in name.lower()]
+def _matches(pattern: str, names: Iterable[str]) -> list[str]:
+    lowered = pattern.lower()
+    if any(character in pattern for character in "*?["):
+        return [name for name in names if fnmatch.fnmatchcase(name.lower(), lowered)]
+    return [name for name in names if lowered in name.lower()]
 
 
-def _elsewhere(pattern: str) -> str:
-    """What to do for models that only another process could make."""
-    if uses_legacy_keras() or not _found(pattern, sizes()["tfimm"]):
+def _legacy_hint(pattern: str) -> str:
+    """A hint for names that exist in tfimm, if this process uses Keras 3."""
+    if uses_legacy_keras() or not _matches(pattern, sizes()["tfimm"]):
         return ""
-    return "tfimm has such names: it needs TF_USE_LEGACY_KERAS=1, where it is installed. "
+    return "tfimm has such models; they need tfimm and TF_USE_LEGACY_KERAS=1. "
 
 
 @functools.cache
 def sizes() -> dict[str, Any]:
-    """Parameters by name, counted on built models by docs/make_architectures.py.
+    """Numbers of parameters by name, counted by tools/make_architectures.py.
 
-    All 285 models of tfimm take forty minutes to build, so they are not built for a list.
+    They are stored because building all 285 models of tfimm takes forty minutes.
     """
     text = resources.files("tfimm_lora.cli").joinpath("sizes.json").read_text()
-    return json.loads(text)
+    read: dict[str, Any] = json.loads(text)
+    return read
 
 
 def _of_tfimm(tfimm: Any, name: str) -> dict[str, Any]:
@@ -123,7 +128,7 @@ def _of_tfimm(tfimm: Any, name: str) -> dict[str, Any]:
 
 
 def _of_applications(name: str, create: Any) -> dict[str, Any]:
-    # A function of Keras, whose module is called after the family.
+    # The module of a function of Keras Applications is named after the family.
     family = inspect.unwrap(create).__module__.rpartition(".")[2]
     parameters, *size = sizes()["applications"].get(name, [None, None, None])
     return {
@@ -147,11 +152,11 @@ def show(models: list[dict[str, Any]]) -> None:
         ]
         for x in models
     ]
-    headers = ["name", "family", "parameters", "pictures", "adapted by default"]
+    headers = ["name", "family", "parameters", "input size", "adapted by default"]
     show_table(headers, rows, left=("family", "adapted by default"))
 
 
 def _targets_text(targets: Targets) -> str:
     if targets is None:
-        return "all layers but the classifier"
+        return "all layers except the classifier"
     return targets if isinstance(targets, str) else " ".join(targets)

@@ -1,14 +1,16 @@
-"""``tfimm-lora plan``: what LoRA will train in a model, and what it costs."""
+"""``tfimm-lora plan``: show what LoRA would train in a model, and its cost."""
 
 from __future__ import annotations
 
 from typing import Annotated, Any
 
-from tfimm_lora.cli.app import Json, app, emit, note, typer
-from tfimm_lora.cli.parse_values import parse_targets
+import typer
+
+from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
+from tfimm_lora.cli.parsing import parse_targets
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table
 from tfimm_lora.finetuning.activation_memory import activation_bytes
-from tfimm_lora.finetuning.open_model import open_base
+from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.plan import Plan, plan
 
@@ -28,45 +30,48 @@ tfimm-lora plan my_model.keras --rank 4 --json
 def plan_command(
     model: Annotated[
         str,
-        typer.Argument(help="A name of tfimm, applications/NAME of Keras, or a saved model."),
+        typer.Argument(help="The name of a tfimm model, applications/NAME, or a saved model."),
     ],
     rank: Annotated[int, typer.Option(help="Rank of the updates.")] = 8,
     alpha: Annotated[
-        float | None, typer.Option(help="The update is scaled by alpha / rank; default 1.")
+        float | None, typer.Option(help="Updates are scaled by alpha / rank. Default: rank.")
     ] = None,
     targets: Annotated[
         str | None,
         typer.Option(
-            help="Layers to adapt: a preset (attention, mlp, all), names with commas between "
+            help="Layers to adapt: a preset (attention, mlp, all), names separated by commas "
             "(fc1,fc2), or a regular expression for whole paths."
         ),
     ] = None,
     qkv: Annotated[
-        str | None, typer.Option(help="Parts of attention's projections to adapt, as qv.")
+        str | None,
+        typer.Option(help="Blocks of the fused attention projection to adapt, such as qv."),
     ] = None,
     classes: Annotated[
-        int | None, typer.Option(help="A new classifier of so many classes, trained whole.")
+        int | None,
+        typer.Option(help="Replace the classifier by one with this many classes; train it."),
     ] = None,
     train_bias: Annotated[str, typer.Option(help="none, lora_only or all.")] = "none",
     train_classifier: Annotated[
-        bool | None, typer.Option(help="Default: where it is new, with --classes.")
+        bool | None, typer.Option(help="Default: if --classes replaces the classifier.")
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, lion, rmsprop, sgd.")] = "adamw",
     batch_size: Annotated[
-        int | None, typer.Option(help="Count activations too, for so many pictures.", min=1)
+        int | None, typer.Option(help="Include activations for this batch size.", min=1)
     ] = None,
     show_all: Annotated[
-        bool, typer.Option("--all", help="List every layer that is left out.")
+        bool, typer.Option("--all", help="List every layer that is not adapted.")
     ] = False,
     as_json: Json = False,
 ) -> None:
-    """Tell what LoRA will train in a model and what it costs, before any training.
+    """Show what LoRA would train in a model, and its memory, before any training.
 
-    Nothing is trained and no weights are downloaded. The adapter's size is that
-    of the files that would be written. Bytes of memory are those of float32.
+    Nothing is trained and no weights are downloaded. The size of the adapter is
+    the size of its files. Memory is given for float32.
     """
-    # How pictures become input, which a file does not tell, has no part in a plan.
-    opened = open_base(model, classes=classes, normalisation="unit")
+    import_tensorflow()
+    # A model file does not store the normalization. The plan does not depend on it.
+    opened = open_base_model(model, classes=classes, normalisation="unit")
     base, preprocessing = opened.model, opened.preprocessing
     new = opened.new_classifier if train_classifier is None else train_classifier
     arguments = {
@@ -77,19 +82,19 @@ def plan_command(
         "lora_train_bias": train_bias,
         "lora_train_classifier": new,
     }
-    found = plan(base, **arguments)
-    memory = found.memory(optimizer)
+    result = plan(base, **arguments)
+    memory = result.memory(optimizer)
     if batch_size is not None:
         shape = (*preprocessing.input_size, preprocessing.in_channels)
         _add_activations(memory, base, arguments, shape, batch_size)
     data = {
         "model": model,
-        **found.to_dict(),
+        **result.to_dict(),
         "optimizer": optimizer,
         "batch_size": batch_size,
         "memory": memory,
     }
-    emit(data, as_json, lambda: show(found, data, show_all))
+    emit(data, as_json, lambda: show(result, data, show_all))
 
 
 def _add_activations(
@@ -99,19 +104,19 @@ def _add_activations(
     shape: tuple[int, ...],
     batch_size: int,
 ) -> None:
-    """Count activations of both ways of training. The model is a LoRA model afterwards."""
+    """Add the activations of LoRA and of full fine-tuning. Injects LoRA into the model."""
     counts = {"full": activation_bytes(base, shape, batch_size)}
     inject_lora(base, **arguments)
     counts["lora"] = activation_bytes(base, shape, batch_size)
-    for way, count in counts.items():
+    for method, count in counts.items():
         if count is None:
             note("activations are counted on TensorFlow only: set KERAS_BACKEND=tensorflow")
             return
-        memory[way]["activations"] = count
-        memory[way]["together"] += count
+        memory[method]["activations"] = count
+        memory[method]["together"] += count
 
 
-def show(found: Plan, data: dict[str, Any], show_all: bool) -> None:
+def show(result: Plan, data: dict[str, Any], show_all: bool) -> None:
     """Print a plan."""
     rows = [
         [
@@ -122,55 +127,55 @@ def show(found: Plan, data: dict[str, Any], show_all: bool) -> None:
             f"{x.parameters:,}",
             f"{100 * x.parameters / x.kernel:.1f} %",
         ]
-        for x in found.layers
+        for x in result.layers
     ]
     headers = ["adapted layer", "kind", "kernel", "rank", "parameters", "of the kernel"]
     show_table(headers, rows, left=("kind",))
     print()
-    _show_left_out(found, show_all)
+    _show_left_out(result, show_all)
     print()
-    _show_numbers(found)
+    _show_numbers(result)
     print()
     _show_memory(data)
-    large = [x.path for x in found.layers if x.parameters >= x.kernel]
+    large = [x.path for x in result.layers if x.parameters >= x.kernel]
     if large:
         note(
-            f"layers whose factors are as large as the kernel: {len(large)} ({large[0]}"
-            f"{', ...' if large[1:] else ''}); a smaller --rank or other --targets cost less"
+            f"{len(large)} layers have factors as large as their kernel ({large[0]}"
+            f"{', ...' if large[1:] else ''}); use a smaller --rank or other --targets"
         )
 
 
-def _show_left_out(found: Plan, show_all: bool) -> None:
+def _show_left_out(result: Plan, show_all: bool) -> None:
     if show_all:
         rows = [
             [x.path or "(the model)", x.type, f"{x.parameters:,}", x.reason]
-            for x in found.left_out
+            for x in result.left_out
         ]
-        headers = ["layer left out", "type", "parameters", "why"]
-        show_table(headers, rows, left=("type", "why"))
+        headers = ["layer not adapted", "type", "parameters", "reason"]
+        show_table(headers, rows, left=("type", "reason"))
         return
-    sizes = dict.fromkeys(found.reasons, 0)
-    for x in found.left_out:
+    sizes = dict.fromkeys(result.reasons, 0)
+    for x in result.left_out:
         sizes[x.reason] += x.parameters
-    rows = [[why, str(count), f"{sizes[why]:,}"] for why, count in found.reasons.items()]
-    show_table(["layers left out, because", "layers", "parameters"], rows)
+    rows = [[why, str(count), f"{sizes[why]:,}"] for why, count in result.reasons.items()]
+    show_table(["reason for not adapting", "layers", "parameters"], rows)
 
 
-def _show_numbers(found: Plan) -> None:
-    parts = {
-        "factors": found.factors,
-        "classifier": found.classifier,
-        "biases": found.biases,
-        "modules": found.modules,
+def _show_numbers(result: Plan) -> None:
+    counts = {
+        "factors": result.factors,
+        "classifier": result.classifier,
+        "biases": result.biases,
+        "modules": result.modules,
     }
-    made_of = ", ".join(f"{name} {count:,}" for name, count in parts.items() if count)
+    listed = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
     show_facts(
         [
-            ("parameters", f"{found.total:,}"),
-            ("trained", f"{found.trainable:,} ({made_of})"),
-            ("share", f"{100 * found.share:.2f} %"),
-            ("classifier", f"{found.classifier_total:,}"),
-            ("adapter", f"{found.adapter_bytes:,} bytes ({byte_text(found.adapter_bytes)})"),
+            ("parameters", f"{result.total:,}"),
+            ("trained", f"{result.trainable:,} ({listed})"),
+            ("share", f"{100 * result.share:.2f} %"),
+            ("classifier", f"{result.classifier_total:,}"),
+            ("adapter", f"{result.adapter_bytes:,} bytes ({byte_text(result.adapter_bytes)})"),
         ]
     )
 
@@ -180,8 +185,8 @@ def _show_memory(data: dict[str, Any]) -> None:
         "weights": "weights",
         "gradients": "gradients",
         "optimizer": f"optimizer ({data['optimizer']})",
-        "activations": f"activations, about (batch of {data['batch_size']})",
-        "together": "together",
+        "activations": f"activations, approximately (batch of {data['batch_size']})",
+        "together": "total",
     }
     lora, full = data["memory"]["lora"], data["memory"]["full"]
     rows = [

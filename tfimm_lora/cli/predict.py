@@ -1,4 +1,4 @@
-"""``tfimm-lora predict``: what is on pictures, says a fine-tuned model."""
+"""``tfimm-lora predict``: predict the labels of pictures."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
+import typer
 
-from tfimm_lora.cli.app import FAILED, Json, app, emit, note, typer
+from tfimm_lora.cli.app import FAILED, Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.finetuning.data.folders import EXTENSIONS, natural_order
@@ -31,28 +32,29 @@ tfimm-lora predict runs/flowers picture.jpg --json
 
 @app.command("predict", epilog=EXAMPLES)
 def predict_command(
-    run: Annotated[Path, typer.Argument(help="The folder that finetune made.")],
-    pictures: Annotated[
-        list[Path], typer.Argument(help="Files, and folders with pictures in them.")
-    ],
-    top: Annotated[int, typer.Option(min=1, help="So many of the likeliest labels.")] = 5,
+    run: Annotated[Path, typer.Argument(help="The folder of a finetune run.")],
+    pictures: Annotated[list[Path], typer.Argument(help="Picture files, and folders of them.")],
+    top: Annotated[
+        int, typer.Option(min=1, help="The number of labels to print for a picture.")
+    ] = 5,
     csv_file: Annotated[
         Path | None,
         typer.Option("--csv", help="Write the predictions to this file too."),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at once.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures per batch.")] = 32,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
-    """Print the likeliest labels of pictures, and how likely the model finds them.
+    """Print the most probable labels of pictures, with their probabilities.
 
-    Files that cannot be read are named on stderr; the others are predicted, and
-    the exit code is 1.
+    Files that cannot be read are listed on stderr. The others are predicted
+    nevertheless, and the exit code is 1.
     """
     if csv_file is not None:
         refuse_to_overwrite(csv_file, overwrite)
     opened = Run.open(run)
     paths = files_in(pictures)
+    import_tensorflow()
     labels, predictions, unreadable = opened.labels, [], []
     preprocessing, model = opened.preprocessing, opened.model()
     for path, result in predict_pictures(model, paths, preprocessing, batch_size=batch_size):
@@ -72,18 +74,18 @@ def predict_command(
 
 
 def files_in(given: list[Path]) -> list[str]:
-    """Files as they are, and of folders the pictures in them and in their folders.
+    """The given files, and all pictures in the given folders and their subfolders.
 
     Raises:
-        FileNotFoundError: if there is no file at all.
+        FileNotFoundError: if there are none.
     """
     found: list[str] = []
     for path in given:
         found += _pictures_below(path) if path.is_dir() else [str(path)]
     if not found:
         raise FileNotFoundError(
-            f"There are no pictures in {', '.join(map(str, given))}; expected files that end "
-            f"in {', '.join(EXTENSIONS)}."
+            f"There are no pictures in {', '.join(map(str, given))}; expected files with the "
+            f"suffix {', '.join(EXTENSIONS)}."
         )
     return list(dict.fromkeys(found))
 
@@ -103,19 +105,19 @@ def _pictures_below(folder: Path) -> list[str]:
 def _prediction(
     path: str, probabilities: np.ndarray, labels: list[str], top: int
 ) -> dict[str, Any]:
-    likeliest = np.argsort(-probabilities, kind="stable")[:top]
-    ranked = [{"label": labels[i], "probability": float(probabilities[i])} for i in likeliest]
+    best = np.argsort(-probabilities, kind="stable")[:top]
+    ranked = [{"label": labels[i], "probability": float(probabilities[i])} for i in best]
     return {"path": path, **ranked[0], "top": ranked}
 
 
 def write(predictions: list[dict[str, Any]], path: Path, overwrite: bool) -> None:
-    """Write a line for each picture: path, label, probability, label_2, probability_2, ..."""
+    """Write a CSV file with a row for each picture: path, label, probability, label_2, ..."""
     width = max((len(x["top"]) for x in predictions), default=1)
     names = ["path", "label", "probability"]
     names += [f"{name}_{i}" for i in range(2, width + 1) for name in ("label", "probability")]
     with (
         new_file(path, overwrite) as temporary,
-        # Names of files need not be UTF-8; they keep their bytes.
+        # File names that are not UTF-8 keep their bytes.
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
         table = csv.writer(file, lineterminator="\n")
@@ -139,4 +141,5 @@ def show(predictions: list[dict[str, Any]]) -> None:
         for x in predictions
     ]
     if rows:
-        show_table(["picture", "label", "probability", "then"], rows, left=("label", "then"))
+        headers = ["picture", "label", "probability", "next"]
+        show_table(headers, rows, left=("label", "next"))

@@ -1,4 +1,4 @@
-"""A picture of an adapter: the size of every layer's update, and its singular values."""
+"""A plot of an adapter: the norm and the singular values of the update of each layer."""
 
 from __future__ import annotations
 
@@ -8,29 +8,29 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 SUFFIXES = (".png", ".svg", ".pdf")
 
-#: Height of a row in inches: that of a line of small text.
+#: Height of a row in inches, which fits a line of small text.
 _ROW = 0.16
 
 
 def require_suffix(path: Path) -> None:
-    """Raise a ValueError unless a picture can be drawn to a file of this name."""
+    """Raise a ValueError unless the suffix of ``path`` is one of ``SUFFIXES``."""
     if path.suffix.lower() not in SUFFIXES:
         raise ValueError(
-            f"Received --plot {path}; expected a name that ends with {', '.join(SUFFIXES)}."
+            f"Received --plot {path}; expected a file with the suffix {', '.join(SUFFIXES)}."
         )
 
 
 def draw(layers: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
-    """Draw the layers of an adapter, one a row, to a file.
+    """Draw the layers of an adapter to a file, one per row.
 
     Args:
-        layers: As ``describe`` of ``tfimm-lora inspect`` gives them.
-        path: The file.
-        title: Stands above.
+        layers: The layers, as ``inspect.describe`` returns them.
+        path: The file to write.
+        title: The title of the figure.
 
     Raises:
         ImportError: if matplotlib is not installed.
@@ -52,7 +52,7 @@ def draw(layers: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
     sizes.set_axisbelow(True)
 
     shares = _shares(layers)
-    spectra.set_facecolor("#eeeeee")  # beyond a layer's rank, where nothing is drawn
+    spectra.set_facecolor("#eeeeee")  # shown beyond the rank of a layer
     image = spectra.imshow(shares, aspect="auto", cmap="viridis", vmin=0, vmax=1)
     columns = shares.shape[1]
     effective = [x["effective_rank"] - 0.5 for x in layers]
@@ -72,7 +72,7 @@ def draw(layers: Sequence[dict[str, Any]], path: Path, title: str = "") -> None:
 
 
 def _shares(layers: Sequence[dict[str, Any]]) -> np.ndarray:
-    """(layers, largest rank): singular values over the layer's largest, NaN beyond its rank."""
+    """Singular values over the largest of their layer, (layers, rank), padded with NaN."""
     longest = max(len(x["singular_values"]) for x in layers)
     shares = np.full((len(layers), longest), np.nan)
     for row, x in zip(shares, layers):

@@ -1,46 +1,46 @@
-"""Tables on stdout: drawn by rich on a terminal, plain and complete in a pipe or file."""
+"""Tables on stdout: with rich on a terminal, as plain text in a pipe or file."""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Collection, Sequence
 
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.utils.text_table import aligned_lines
 
-#: A column of text is not made narrower than that.
-_NARROWEST = 20
+#: The smallest width of a column of text.
+_LEAST_WIDTH = 20
 
 
 def show_table(
     headers: Sequence[str], rows: Sequence[Sequence[str]], left: Collection[str] = ()
 ) -> None:
-    """Print rows under headers.
+    """Print a table.
 
-    Nothing is ever cut. On a terminal long texts are broken over several lines; elsewhere
-    every row is one line, whatever its length.
+    Nothing is truncated. On a terminal long texts are wrapped; elsewhere every row is one line.
 
     Args:
         headers: The names of the columns.
-        rows: The cells as text, printed as they are: "[...]" is no markup.
-        left: The columns that go to the left beside the first, which always does: those of
-            text. The others, of numbers, go to the right.
+        rows: The cells, printed literally: "[...]" is not markup.
+        left: The columns of text, which are left-aligned like the first column. The others,
+            of numbers, are right-aligned.
     """
-    to_left = [i == 0 or header in left for i, header in enumerate(headers)]
+    is_left = [i == 0 or header in left for i, header in enumerate(headers)]
     if sys.stdout.isatty():
-        _show_with_rich(headers, rows, to_left)
+        _show_with_rich(headers, rows, is_left)
     else:
-        for line in _aligned([headers, *rows], to_left):
+        for line in aligned_lines([headers, *rows], is_left):
             print(line)
 
 
 def show_facts(facts: Sequence[tuple[str, str]]) -> None:
-    """Print names and what is so, one a line."""
-    for line in _aligned(facts, [True, True]):
+    """Print names and values, one pair per line."""
+    for line in aligned_lines(facts, [True, True]):
         print(line)
 
 
 def byte_text(count: int) -> str:
-    """A number of bytes for people: "1.2 MB".
+    """A number of bytes in a readable unit.
 
     Example:
         >>> byte_text(999), byte_text(1_240_000)
@@ -55,35 +55,24 @@ def byte_text(count: int) -> str:
 
 
 def _show_with_rich(
-    headers: Sequence[str], rows: Sequence[Sequence[str]], to_left: Sequence[bool]
+    headers: Sequence[str], rows: Sequence[Sequence[str]], is_left: Sequence[bool]
 ) -> None:
     library = require("rich.table", extra="cli")
     text = require("rich.text", extra="cli").Text
-    measured = require("rich.measure", extra="cli").Measurement
+    measurement = require("rich.measure", extra="cli").Measurement
     console = require("rich.console", extra="cli").Console()
     table = library.Table(
         box=require("rich.box", extra="cli").SIMPLE_HEAD, padding=(0, 1, 0, 0)
     )
-    for i, (header, column, is_left) in enumerate(zip(headers, zip(*rows), to_left)):
-        # Only texts are broken, and a name is none.
+    for i, (header, column, to_left) in enumerate(zip(headers, zip(*rows), is_left)):
+        # Only columns of text are wrapped; the first column has names, which stay whole.
         width = max(map(len, (header, *column)))
-        least = min(width, _NARROWEST) if i and is_left else width
-        justify = "left" if is_left else "right"
+        least = min(width, _LEAST_WIDTH) if i and to_left else width
+        justify = "left" if to_left else "right"
         table.add_column(header, justify=justify, overflow="fold", min_width=least)
     for row in rows:
         table.add_row(*map(text, row))
-    # Where that is still too wide the terminal breaks the lines.
+    # If the table is still too wide, the terminal wraps its lines.
     unlimited = console.options.update(max_width=1 << 20)
-    console.width = max(console.width, measured.get(console, unlimited, table).minimum)
+    console.width = max(console.width, measurement.get(console, unlimited, table).minimum)
     console.print(table)
-
-
-def _aligned(rows: Sequence[Sequence[str]], to_left: Sequence[bool]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(
-            cell.ljust(width) if is_left else cell.rjust(width)
-            for cell, width, is_left in zip(row, widths, to_left)
-        ).rstrip()
-        for row in rows
-    ]

@@ -1,6 +1,1 @@
-"""Export of a model for production: Keras, SavedModel, TFLite, ONNX."""
-
-from tfimm_lora.exporting.export import export
-from tfimm_lora.exporting.result import Exported, TensorInfo
-
-__all__ = ["Exported", "TensorInfo", "export"]
+"""Export of a model for production: Keras, SavedModel, TFLite and ONNX files."""

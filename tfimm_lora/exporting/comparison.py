@@ -1,4 +1,4 @@
-"""Whether a file gives what the model gives."""
+"""Comparison of the outputs of an exported file with those of the model."""
 
 from __future__ import annotations
 
@@ -6,23 +6,23 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from tfimm_lora.exporting.result import TensorInfo
+from tfimm_lora.exporting.exported import TensorInfo
 
-#: What a model gives, by name.
+#: The outputs of a model by name.
 Outputs = dict[str, np.ndarray]
 
-#: Sizes of the batches that a file is run with.
+#: The batch sizes that a file is run with.
 BATCHES = (1, 3)
 
-#: How many samples are run at a time to count top classes.
-_AT_ONCE = 16
+#: The batch size for comparing the top classes of samples.
+_SAMPLE_BATCH = 16
 
-#: The largest difference that is taken for rounding, relative to the largest output, by format
-#: and way of quantising. Keras and SavedModel run the same operations, up to the order in which
-#: an update is added; TFLite and ONNX other kernels, with other orders of sums: 1e-5 was seen
-#: with whole networks (ViT, ConvNeXt, MobileNetV2, EfficientNet). Weights in float16 have 11
-#: bits, those in int8 one of 255 values a channel; it was 0.01 and, but for an EfficientNet of
-#: random weights, 0.1.
+#: The largest allowed difference, relative to the largest output, by format or quantization.
+#: Keras and SavedModel run the same operations, apart from the order in which an update is
+#: added. TFLite and ONNX have other kernels, with another order of summation; the differences
+#: measured with ViT, ConvNeXt, MobileNetV2 and EfficientNet were 1e-5. With weights in float16
+#: (11 bits) they were 0.01, with weights in int8 (255 values per channel) 0.1, and larger only
+#: for an EfficientNet with random weights.
 TOLERANCES = {
     "keras": 1e-4,
     "savedmodel": 1e-4,
@@ -33,16 +33,22 @@ TOLERANCES = {
     "int8": 0.5,
 }
 
-#: How far a model of 16 bits may be from itself in float32, before anything is written.
+#: The largest allowed difference between a 16-bit model and its copy in float32.
 SIXTEEN_BIT = {"float16": 0.05, "bfloat16": 0.25}
 
-#: The share of samples whose top class an int8 file must share with the model.
+#: The share of samples for which an int8 file must have the same top class as the model.
 AGREEMENT = 0.9
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """What was seen when a file was run."""
+    """The result of a comparison.
+
+    Attributes:
+        difference: The largest difference, relative to the largest output.
+        agreement: The share of samples with the same top class; None without samples.
+        outputs: The names, shapes and dtypes of the outputs of the file.
+    """
 
     difference: float
     agreement: float | None
@@ -50,9 +56,9 @@ class Comparison:
 
 
 def relative_difference(outputs: Outputs, expected: Outputs) -> float:
-    """The largest difference of two dicts of arrays, relative to the largest number expected.
+    """The largest difference of two dicts of arrays, relative to the largest expected value.
 
-    Infinite where shapes differ or a number is not finite, and one of them only.
+    It is infinite if shapes differ, or if a value is finite in only one of the two.
 
     Example:
         >>> import numpy as np
@@ -77,24 +83,24 @@ def _difference(y: np.ndarray, expected: np.ndarray) -> float:
     return float(np.abs(y - expected)[finite].max() / scale)
 
 
-def batches_of(arrays: list[np.ndarray], all_of_them: bool) -> list[list[np.ndarray]]:
-    """The batches that model and file are run on: one input, three, and if wanted all.
+def batches_of(arrays: list[np.ndarray], all_samples: bool) -> list[list[np.ndarray]]:
+    """The batches that the model and the file are run on: one for each size in ``BATCHES``.
 
     Args:
-        arrays: Inputs; repeated if there are too few.
-        all_of_them: Whether there are to be batches with all inputs, too.
+        arrays: The inputs, repeated if there are too few.
+        all_samples: Whether to add batches that together contain all inputs.
     """
     few = [np.resize(array, (max(BATCHES), *array.shape[1:])) for array in arrays]
-    found = [[array[:n] for array in few] for n in BATCHES]
-    starts = range(0, len(arrays[0]), _AT_ONCE) if all_of_them else ()
-    return found + [[array[i : i + _AT_ONCE] for array in arrays] for i in starts]
+    batches = [[array[:n] for array in few] for n in BATCHES]
+    starts = range(0, len(arrays[0]), _SAMPLE_BATCH) if all_samples else ()
+    return batches + [[array[i : i + _SAMPLE_BATCH] for array in arrays] for i in starts]
 
 
 def compare(outputs: list[Outputs], expected: list[Outputs]) -> Comparison:
-    """Compare what a file gives with what the model gives, for the batches of ``batches_of``.
+    """Compare the outputs of a file with those of the model, for the batches of ``batches_of``.
 
-    The difference is that of the first batches, the agreement in top classes that of the
-    others, if there are any and an output is one of scores, (n, classes).
+    The difference is computed from the first batches. The agreement of top classes is computed
+    from the others, if there are any and an output has the shape (n, classes).
     """
     few = len(BATCHES)
     differences = [relative_difference(y, e) for y, e in zip(outputs[:few], expected)]
@@ -103,7 +109,7 @@ def compare(outputs: list[Outputs], expected: list[Outputs]) -> Comparison:
         TensorInfo(name, _common(y.shape, second[name].shape), str(y.dtype))
         for name, y in first.items()
     )
-    same = [_same_tops(y, e) for y, e in zip(outputs[few:], expected[few:])]
+    same = [_same_top_class(y, e) for y, e in zip(outputs[few:], expected[few:])]
     agreement = float(np.concatenate(same).mean()) if same and same[0].size else None
     return Comparison(max(differences), agreement, infos)
 
@@ -112,8 +118,8 @@ def _common(one: tuple[int, ...], other: tuple[int, ...]) -> tuple[int | None, .
     return tuple(m if m == n else None for m, n in zip(one, other))
 
 
-def _same_tops(outputs: Outputs, expected: Outputs) -> np.ndarray:
-    """For each input whether all top classes are the same."""
+def _same_top_class(outputs: Outputs, expected: Outputs) -> np.ndarray:
+    """Whether the top classes of all outputs are the same, for each input."""
     scores = [name for name, y in expected.items() if y.ndim == 2 and y.shape[1] > 1]
-    tops = [outputs[name].argmax(1) == expected[name].argmax(1) for name in scores]
-    return np.all(tops, axis=0) if tops else np.zeros(0)
+    same = [outputs[name].argmax(1) == expected[name].argmax(1) for name in scores]
+    return np.all(same, axis=0) if same else np.zeros(0)

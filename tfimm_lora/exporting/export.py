@@ -1,4 +1,4 @@
-"""``export``: a model as a file for production, compared before it is said to be done."""
+"""``export``: write a model to a file for production and verify the file."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.exporting import comparison
-from tfimm_lora.exporting.atomic_output import draft_of, put, size_of
 from tfimm_lora.exporting.comparison import Outputs
+from tfimm_lora.exporting.description import describe
+from tfimm_lora.exporting.export_plan import ExportPlan
+from tfimm_lora.exporting.exported import Exported, description_path
 from tfimm_lora.exporting.pictures import sample_array
 from tfimm_lora.exporting.plain_model import ordinary_model, sixteen_bit_type
-from tfimm_lora.exporting.plan import Plan
-from tfimm_lora.exporting.request import Request, checked_request
-from tfimm_lora.exporting.result import Exported, description_path
+from tfimm_lora.exporting.request import ExportRequest, checked_request
 from tfimm_lora.exporting.runners import runner_of
-from tfimm_lora.exporting.sidecar import described
+from tfimm_lora.utils.atomic_files import move_into_place, temporary_path
 
 
 def export(
@@ -38,58 +38,60 @@ def export(
     opset: int | None = None,
     overwrite: bool = False,
 ) -> Exported:
-    """Write a model as a file that needs this package no more, and compare the two.
+    """Export a model to a file that does not need this package, and verify the file.
 
-    Updates are merged in a copy: the model is the same before and after, bit for bit. All
-    formats take a batch of any size. A model that computes in 16 bits is written in float32.
-    The file is run on seeded inputs in batches of one and three; if its outputs are not the
-    model's, that is an error and nothing is left at ``path``. Beside the file ``<name>.json``
-    says what it takes and gives, with labels and preprocessing.
+    LoRA updates are merged in a copy; the model itself does not change. All formats take a
+    batch of any size. A model that computes in 16 bits is exported in float32.
+
+    The file is run on seeded inputs, in batches of one and three. If its outputs differ from
+    those of the model, an error is raised and nothing is written to ``path``. The JSON file
+    ``<name>.json`` beside the file describes its inputs and outputs, labels and preprocessing.
 
     Args:
         model: A built model of either Keras, with LoRA (merged or not) or without.
-        path: The file, or the folder of a SavedModel, in a folder that exists.
+        path: The file, or the folder of a SavedModel. Its parent folder must exist.
         format: "keras" (ordinary layers; a tfimm model needs tfimm and tf-keras to load),
-            "savedmodel" (needs TensorFlow alone), "tflite" or "onnx" (needs tf2onnx and
-            onnxruntime to be made). Default: from the path's suffix, .keras, .tflite, .onnx or
-            none. All but "keras" need a model on TensorFlow.
-        labels: Names of the classes, in the order of the outputs.
-        preprocessing: How pictures become inputs: that of a run, or anything with mean, std
-            and input_size. Default: that of a tfimm model's config, else none.
-        include_preprocessing: Whether the file does it itself. It then takes RGB pictures in
-            0..255, as float32, of the input size. Not for "keras".
-        quantize: For "tflite": "float16" (weights in half the bytes), "dynamic" (weights in
-            int8, a quarter of the bytes) or "int8" (activations, too: for processors without
-            floating point; inputs and outputs stay float32). int8 suits convolutional
-            networks; attention and layer normalisation lose much, which the comparison finds.
-        samples: For "int8": some hundred typical inputs, as the file takes them; an array, a
-            list, or a ``tf.data.Dataset``.
-        tolerance: The largest difference from the model's outputs, relative to the largest of
-            them. Default: 1e-4 for "keras" and "savedmodel", 1e-3 for "tflite" and "onnx",
-            0.05 for "float16", 0.25 for "dynamic". For "int8" 0.5, and of the samples nine in
-            ten must have the same top class.
-        check_inputs: Inputs to compare with, as the file takes them. Default: ``samples``, or
-            seeded pictures that went through the preprocessing.
-        opset: For "onnx": the version of its operators, 13 to 18. Default: 17.
-        overwrite: Whether a file at ``path`` may be replaced.
+            "savedmodel" (needs TensorFlow only), "tflite", or "onnx" (the export needs tf2onnx
+            and onnxruntime). All formats except "keras" need a model on TensorFlow. Default: by
+            the suffix of the path, .keras, .tflite, .onnx or none.
+        labels: The names of the classes, in the order of the outputs.
+        preprocessing: How pictures become inputs: the preprocessing of a run, or an object with
+            mean, std and input_size. Default: the config of a tfimm model, else none.
+        include_preprocessing: Whether to add the preprocessing to the file. It then takes RGB
+            pictures in [0, 255], as float32, of the input size. Not for "keras".
+        quantize: For "tflite": "float16" (weights take half of the bytes), "dynamic" (weights
+            in int8, a quarter of the bytes) or "int8" (weights and activations in int8, for
+            processors without floating point; inputs and outputs stay float32). int8 is suited
+            to convolutional networks; attention and layer normalization lose much accuracy,
+            which the comparison detects.
+        samples: For "int8": a few hundred typical inputs of the file, as an array, a list or a
+            ``tf.data.Dataset``.
+        tolerance: The largest allowed difference between the outputs of the file and of the
+            model, relative to the largest output. Default: 1e-4 for "keras" and "savedmodel",
+            1e-3 for "tflite" and "onnx", 0.05 for "float16", 0.25 for "dynamic", 0.5 for
+            "int8". For "int8", nine of ten samples must also have the same top class.
+        check_inputs: The inputs of the file to compare on. Default: ``samples``, or seeded
+            pictures to which the preprocessing was applied.
+        opset: For "onnx": the operator set version, 13 to 18. Default: 17.
+        overwrite: Whether to replace an existing file at ``path``.
 
     Returns:
-        What was written, and the difference that was seen.
+        An ``Exported`` with the properties of the file and the measured difference.
 
     Raises:
-        ValueError: for arguments that do not fit, a model that the format cannot hold, or
-            outputs that are not the model's.
-        OSError: if ``path`` is taken, or its folder does not exist.
+        ValueError: for invalid arguments, a model that the format cannot represent, or a file
+            whose outputs differ from those of the model.
+        OSError: if ``path`` exists, or its parent folder does not.
         ImportError: if a package is missing.
 
     Example:
         >>> import tempfile, tensorflow as tf, tfimm_lora as lora
-        >>> from tfimm_lora.exporting import export
         >>> model = tf.keras.Sequential([
         ...     tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
         >>> _ = lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
-        >>> done = export(model, tempfile.mkdtemp() + "/model.keras", labels=["a", "b", "c"])
-        >>> done.format, done.difference < 1e-4, done.description.name
+        >>> path = tempfile.mkdtemp() + "/model.keras"
+        >>> exported = lora.export(model, path, labels=["a", "b", "c"])
+        >>> exported.format, exported.difference < 1e-4, exported.description.name
         ('keras', True, 'model.keras.json')
     """
     request = checked_request(
@@ -103,10 +105,12 @@ def export(
         tolerance=tolerance,
         overwrite=overwrite,
     )
-    plan = Plan.of(model, request, labels, preprocessing, include_preprocessing, check_inputs)
-    sampled = None if samples is None else sample_array(samples, plan.takes)
+    plan = ExportPlan.of(
+        model, request, labels, preprocessing, include_preprocessing, check_inputs
+    )
+    sampled = None if samples is None else sample_array(samples, plan.file_inputs)
     batches = comparison.batches_of(plan.arrays(check_inputs, sampled), sampled is not None)
-    with _exact_products(), draft_of(request.path) as draft:
+    with _without_tensor_float_32(), temporary_path(request.path) as temporary:
         expected = [plan.outputs_of(model, batch) for batch in batches]
         plan.check_outputs(model, expected[0])
         with ordinary_model(model, always_copy=request.format == "keras") as plain:
@@ -114,86 +118,94 @@ def export(
                 in_float32 = [plan.outputs_of(plain, batch) for batch in batches]
                 _check_float32(model, in_float32, expected)
                 expected = in_float32
-            needs, outputs = _written_and_run(plan, plain, draft, sampled, batches)
-        found = comparison.compare(outputs, expected)
-        _check(request, model, found)
+            needs, outputs = _write_and_run(plan, plain, temporary, sampled, batches)
+        result = comparison.compare(outputs, expected)
+        _check(request, model, result)
         exported = Exported(
             request.path,
             request.format,
-            size_of(draft),
-            found.difference,
-            plan.takes.tensors,
-            found.outputs,
+            _size_of(temporary),
+            result.difference,
+            plan.file_inputs.tensors,
+            result.outputs,
             request.quantize,
-            found.agreement,
+            result.agreement,
             needs,
         )
-        values = described(exported, plan.labels, plan.preprocessing, include_preprocessing)
-        beside = description_path(draft)
-        beside.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-        put(beside, exported.description)
-        put(draft, request.path)
+        values = describe(exported, plan.labels, plan.preprocessing, include_preprocessing)
+        description = description_path(temporary)
+        description.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+        move_into_place(description, exported.description)
+        move_into_place(temporary, request.path)
     return exported
 
 
-def _written_and_run(
-    plan: Plan, plain: Any, draft: Path, samples: Any, batches: list[list[np.ndarray]]
+def _write_and_run(
+    plan: ExportPlan, plain: Any, path: Path, samples: Any, batches: list[list[np.ndarray]]
 ) -> tuple[tuple[str, ...], list[Outputs]]:
-    """Write the draft and run it; errors of converters and runtimes say which file it is."""
+    """Write the file and run it on the batches."""
     format = plan.request.format
     try:
-        needs = plan.write(plain, draft, samples)
-        run = runner_of(format, draft, plan.takes, plain)
+        needs = plan.write(plain, path, samples)
+        run = runner_of(format, path, plan.file_inputs, plain)
         return needs, [run(batch) for batch in batches]
     except OSError:
         raise
-    except Exception as error:
+    except Exception as error:  # converters and runtimes raise anything
         raise ValueError(
-            f"Model '{plain.name}' cannot be written in the format {format!r}: {error}"
+            f"Model '{plain.name}' cannot be exported to the format {format!r}: {error}"
         ) from error
 
 
+def _size_of(path: Path) -> int:
+    """The size of a file, or of all files in a folder, in bytes."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def _check_float32(model: Any, in_float32: list[Outputs], expected: list[Outputs]) -> None:
-    """Raise unless a model of 16 bits is itself when it computes in float32."""
+    """Raise unless the outputs of a 16-bit model are close to those of its float32 copy."""
     name = str(sixteen_bit_type(model))
     bound = comparison.SIXTEEN_BIT[name.removeprefix("mixed_")]
     difference = comparison.compare(in_float32, expected).difference
     if not difference <= bound:
         raise ValueError(
-            f"Model '{model.name}', which computes in {name}, differs from itself in float32, "
-            f"in which files are written, by {difference:.2g} of its largest output; expected "
-            f"{bound:g} at most. Nothing was written. Its 16 bits may overflow: give it "
-            "float32 and look at its outputs."
+            f"Model '{model.name}' computes in {name}. Its outputs differ from those in "
+            f"float32, the dtype of exported files, by {difference:.2g} of the largest output; "
+            f"expected at most {bound:g}. Nothing was written. The model may overflow in 16 "
+            "bits: check its outputs in float32."
         )
 
 
-def _check(request: Request, model: Any, found: comparison.Comparison) -> None:
-    """Raise unless the file is the model, up to what its format is allowed."""
+def _check(request: ExportRequest, model: Any, result: comparison.Comparison) -> None:
+    """Raise unless the differences are within the tolerance of the format."""
     bound = request.tolerance or comparison.TOLERANCES[request.kind]
     remedies = {
-        "int8": "Pass more and typical samples, or use quantize='dynamic' or 'float16'",
+        "int8": "Pass more typical samples, or use quantize='dynamic' or 'float16'",
         "dynamic": "Use quantize='float16'",
         "float16": "Leave quantize out",
-        "keras": "Keras may make one of its classes otherwise than it was: try another format",
+        "keras": "Keras may not restore one of its classes correctly: try another format",
     }
     remedy = remedies.get(request.kind, "Try another format")
-    if not found.difference <= bound:
+    if not result.difference <= bound:
         raise ValueError(
-            f"The outputs of model '{model.name}' as {request.kind} differ from its own by "
-            f"{found.difference:.2g} of the largest; expected {bound:g} at most. Nothing was "
-            f"written to {request.path}. {remedy}, or pass tolerance= if that much will do."
+            f"The outputs of model '{model.name}' exported as {request.kind} differ from those "
+            f"of the model by {result.difference:.2g} of the largest output; expected at most "
+            f"{bound:g}. Nothing was written to {request.path}. {remedy}, or pass a larger "
+            "tolerance= if this accuracy is sufficient."
         )
-    if found.agreement is not None and found.agreement < comparison.AGREEMENT:
+    if result.agreement is not None and result.agreement < comparison.AGREEMENT:
         raise ValueError(
-            f"Model '{model.name}' as {request.kind} has its own top class for only "
-            f"{found.agreement:.0%} of the samples; expected {comparison.AGREEMENT:.0%}. "
-            f"Nothing was written to {request.path}. {remedy}."
+            f"Model '{model.name}' exported as {request.kind} has the same top class as the "
+            f"model for only {result.agreement:.0%} of the samples; expected at least "
+            f"{comparison.AGREEMENT:.0%}. Nothing was written to {request.path}. {remedy}."
         )
 
 
 @contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    """Within this block TensorFlow on a GPU multiplies in float32, not in TF32 of 10 bits."""
+def _without_tensor_float_32() -> Iterator[None]:
+    """Disable TensorFloat-32, whose products on a GPU have only 10 bits of mantissa."""
     import tensorflow as tf
 
     before = tf.config.experimental.tensor_float_32_execution_enabled()

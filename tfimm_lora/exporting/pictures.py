@@ -1,4 +1,4 @@
-"""Pictures as inputs: preprocessing as part of a file, and what is checked with."""
+"""Pictures as inputs of an exported file: preprocessing, test inputs and samples."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.exporting.result import TensorInfo
+from tfimm_lora.exporting.exported import TensorInfo
 from tfimm_lora.exporting.serving import PICTURES, Inputs
 from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
 
@@ -17,12 +17,13 @@ _FIELDS = ("input_size", "mean", "std", "in_channels", "interpolation", "crop_pc
 
 
 def preprocessing_values(preprocessing: Any, model: Any) -> dict[str, Any] | None:
-    """Preprocessing as plain values for JSON, or None if there is none.
+    """The preprocessing as plain values for JSON, or None if it is unknown.
 
     Args:
-        preprocessing: A value with ``to_dict`` (as that of a run), a mapping, anything with
-            mean, std and input_size (as a config of tfimm), or None for the model's own.
-        model: Asked for its config if ``preprocessing`` is None.
+        preprocessing: An object with ``to_dict`` (such as the preprocessing of a run), a
+            mapping, an object with mean, std and input_size (such as a tfimm config), or None
+            for the config of the model.
+        model: The model.
 
     Raises:
         TypeError: for anything else.
@@ -40,9 +41,9 @@ def preprocessing_values(preprocessing: Any, model: Any) -> dict[str, Any] | Non
     missing = [name for name in ("mean", "std") if values.get(name) is None]
     if missing:
         raise TypeError(
-            f"Received preprocessing={preprocessing!r}, which has no "
-            f"{' and no '.join(missing)}; expected a Preprocessing, a config of tfimm, or a "
-            'mapping such as {"input_size": (224, 224), "mean": (0.5,) * 3, "std": (0.5,) * 3}.'
+            f"Received preprocessing={preprocessing!r} without {' and '.join(missing)}; "
+            "expected a Preprocessing, a tfimm config, or a mapping such as "
+            '{"input_size": (224, 224), "mean": (0.5,) * 3, "std": (0.5,) * 3}.'
         )
     return {
         name: list(value) if isinstance(value, (tuple, list)) else value
@@ -52,10 +53,10 @@ def preprocessing_values(preprocessing: Any, model: Any) -> dict[str, Any] | Non
 
 
 def preprocessing_function(values: Mapping[str, Any]) -> Callable[[Any], Any]:
-    """From pictures in 0..255, of the input size, to the input of a model.
+    """A function from pictures in [0, 255], of the input size, to the input of a model.
 
     Args:
-        values: As ``preprocessing_values`` gives them.
+        values: The result of ``preprocessing_values``.
     """
     channels = values.get("in_channels") or len(values["mean"])
     cfg = types.SimpleNamespace(mean=values["mean"], std=values["std"], in_channels=channels)
@@ -65,41 +66,41 @@ def preprocessing_function(values: Mapping[str, Any]) -> Callable[[Any], Any]:
     return lambda pictures: prepare(pictures[..., ::-1])
 
 
-def pictures_in_place_of(inputs: Inputs, values: Mapping[str, Any] | None) -> Inputs:
-    """The inputs of a file that does the preprocessing itself.
+def picture_inputs(inputs: Inputs, values: Mapping[str, Any] | None) -> Inputs:
+    """The inputs of a file that includes the preprocessing.
 
     Raises:
-        ValueError: if the preprocessing is unknown, or the model does not take one batch of
-            pictures of that many channels.
+        ValueError: if the preprocessing is unknown, or the input of the model is not one batch
+            of pictures with this number of channels.
     """
     if values is None:
         raise ValueError(
             "Received include_preprocessing=True for a model whose preprocessing is unknown. "
-            "Pass preprocessing=, with mean and std for pictures in 0..1."
+            "Pass preprocessing=, with mean and std for pictures in [0, 1]."
         )
     channels = values.get("in_channels") or len(values["mean"])
     shapes = [t.shape for t in inputs.tensors]
     if len(shapes) != 1 or len(shapes[0]) != 4 or shapes[0][-1] not in (None, channels):
         raise ValueError(
-            f"Received include_preprocessing=True for a model of inputs of shape "
+            "Received include_preprocessing=True for a model with inputs of shape "
             f"{', '.join(map(str, shapes))}; expected pictures, (batch, height, width, "
-            f"{channels})."
+            f"{channels}). Leave include_preprocessing out."
         )
     pictures = dataclasses.replace(inputs.tensors[0], name=PICTURES, dtype="float32")
     return Inputs((pictures,), inputs.structure)
 
 
 def seeded_arrays(inputs: Inputs, values: Mapping[str, Any] | None, n: int) -> list[np.ndarray]:
-    """Inputs to compare with, the same every time.
+    """Seeded inputs to compare on.
 
-    Pictures are patches of colours with noise: unlike noise alone, no two of them look the
-    same to a model that takes means over all positions. They go through the preprocessing, if
-    it is known. Other numbers are normal ones, or 0 and 1.
+    Pictures consist of coloured patches with noise. Pure noise would not do: after pooling
+    over all positions, two pictures of noise look the same to a model. The preprocessing is
+    applied if it is known. Other float inputs are normally distributed; integers are 0 or 1.
 
     Args:
-        inputs: What the file takes.
+        inputs: The inputs of the file.
         values: The preprocessing, or None.
-        n: Size of the batch.
+        n: The batch size.
     """
     rng = np.random.default_rng(0)
     is_prepared = inputs.tensors[0].name != PICTURES
@@ -123,9 +124,9 @@ def seeded_arrays(inputs: Inputs, values: Mapping[str, Any] | None, n: int) -> l
 
 
 def _with_sizes(shape: tuple[int | None, ...], sides: tuple[int, int]) -> list[int]:
-    """A shape with numbers for what may be any size; those of pictures are their sides."""
-    anything = [*sides, 3] if len(shape) == 3 else [8] * len(shape)
-    return [size or other for size, other in zip(shape, anything)]
+    """The shape with sizes filled in where it is None."""
+    defaults = [*sides, 3] if len(shape) == 3 else [8] * len(shape)
+    return [size or default for size, default in zip(shape, defaults)]
 
 
 def _patches(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -138,24 +139,31 @@ def _patches(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def given_arrays(given: Any, inputs: Inputs, name: str) -> list[np.ndarray]:
-    """Arrays of the caller's, in the order and of the types of the inputs.
+    """The arrays of the caller, in the order and with the dtypes of the inputs.
+
+    Args:
+        given: The arrays, in any structure that TensorFlow can flatten.
+        inputs: The inputs of the file.
+        name: The name of the argument, for error messages.
 
     Raises:
-        ValueError: if they are not what the file takes; ``name`` says which argument.
+        ValueError: if the arrays do not fit the inputs or are not finite.
     """
     import tensorflow as tf
 
     arrays = [np.asarray(array) for array in tf.nest.flatten(given)]
-    wanted = ", ".join(str(t.shape) for t in inputs.tensors)
+    expected = ", ".join(str(t.shape) for t in inputs.tensors)
     shapes = ", ".join(str(a.shape) for a in arrays) or "nothing"
     if len(arrays) != len(inputs.tensors) or not all(map(_fits, arrays, inputs.tensors)):
         raise ValueError(
-            f"Received {name} of shape {shapes}; expected {wanted}, at least one, as the file "
-            "takes them."
+            f"Received {name} of shape {shapes}; expected at least one input of the file, of "
+            f"shape {expected}."
         )
     arrays = [a.astype(t.dtype) for a, t in zip(arrays, inputs.tensors)]
     if not all(np.isfinite(a).all() for a in arrays if a.dtype.kind == "f"):
-        raise ValueError(f"Received {name} with numbers that are not finite; expected others.")
+        raise ValueError(
+            f"Received {name} with NaN or infinite values; expected finite values only."
+        )
     return arrays
 
 
@@ -165,15 +173,19 @@ def _fits(array: np.ndarray, tensor: TensorInfo) -> bool:
 
 
 def sample_array(samples: Any, inputs: Inputs) -> np.ndarray:
-    """Samples for quantisation as one array: of arrays, lists, datasets with labels or not.
+    """The samples for quantization as one array.
+
+    Args:
+        samples: An array, or an iterable of inputs or batches, with labels or without.
+        inputs: The inputs of the file.
 
     Raises:
-        ValueError: if they are not what the file takes, or there are none.
+        ValueError: if they do not fit the inputs, or there are none.
     """
     if len(inputs.tensors) != 1:
         raise ValueError(
-            f"Received quantize='int8' for a model of {len(inputs.tensors)} inputs; "
-            "expected one."
+            f"Received quantize='int8' for a model with {len(inputs.tensors)} inputs; "
+            "expected a model with one input."
         )
     if not hasattr(samples, "shape") and isinstance(samples, Iterable):
         rank = len(inputs.tensors[0].shape)
@@ -184,7 +196,7 @@ def sample_array(samples: Any, inputs: Inputs) -> np.ndarray:
         if len(shapes) != 1:
             raise ValueError(
                 f"Received samples of shapes {', '.join(map(str, shapes)) or 'none'}; expected "
-                "at least one, all of one shape."
+                "at least one sample, all of the same shape."
             )
         samples = np.concatenate(batches)
     return given_arrays(samples, inputs, "samples")[0]

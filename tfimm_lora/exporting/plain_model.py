@@ -1,4 +1,4 @@
-"""The model that is written: ordinary layers, updates merged, arithmetic in float32."""
+"""The model that is exported: ordinary layers, merged updates, float32."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend
 from tfimm_lora.model.convert import _kernels_merged, convert_to_regular_model
 from tfimm_lora.model.copy import build_like, plain_copy
 from tfimm_lora.model.merge import has_lora, lora_layers
@@ -18,12 +19,12 @@ _SIXTEEN_BIT = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 
 @contextlib.contextmanager
 def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
-    """The model to write; the argument is the same before and after, bit for bit.
+    """The model to export. The argument itself is unchanged after the block.
 
     Args:
         model: Any built model.
-        always_copy: Whether it must have ordinary classes, as in a Keras file. If not, a
-            LoRA model that cannot be copied is merged within the block.
+        always_copy: Whether the result must have ordinary classes, as in a Keras file. If not,
+            a LoRA model that cannot be copied is merged during the block.
 
     Raises:
         ValueError: if a copy is needed and the model cannot be copied; within a
@@ -33,16 +34,16 @@ def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
     for layer in lora_layers(model).values() if adapted else ():
         layer._require_enabled("exported")
         layer._require_built("export")
-    low = sixteen_bit_type(model) is not None
-    if not (adapted or low or always_copy):
+    is_16_bit = sixteen_bit_type(model) is not None
+    if not (adapted or is_16_bit or always_copy):
         yield model
         return
     try:
         copy = convert_to_regular_model(model) if adapted else plain_copy(model)
-        copy = in_float32(copy) if low else copy
-        _forget_training(copy)
+        copy = in_float32(copy) if is_16_bit else copy
+        _remove_optimizers(copy)
     except ValueError:
-        if low or always_copy:
+        if is_16_bit or always_copy:
             raise
     else:
         yield copy
@@ -51,8 +52,8 @@ def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
         yield model
 
 
-def _forget_training(model: Any) -> None:
-    """Drop optimizers, which Keras 3 copies, too: no file is to hold their variables."""
+def _remove_optimizers(model: Any) -> None:
+    """Remove the optimizers, which Keras 3 copies too, so that no file contains their state."""
     backend = backend_of(model)
     for _, layer in backend.walk(model):
         if backend.is_model(layer) and backend.is_compiled(layer):
@@ -61,17 +62,17 @@ def _forget_training(model: Any) -> None:
 
 
 def sixteen_bit_type(model: Any) -> str | None:
-    """The type of 16 bits in which a layer of a model computes, or None."""
+    """The 16-bit compute dtype of a layer in the model, or None if there is none."""
     backend = backend_of(model)
     types = {backend.compute_dtype(layer) for _, layer in backend.walk(model)}
     return next((name for name in _SIXTEEN_BIT if name in types), None)
 
 
 def in_float32(model: Any) -> Any:
-    """A new model of the same values that computes in float32.
+    """Copy a model to float32.
 
     Raises:
-        ValueError: if a model from its config does not.
+        ValueError: if a model that is created from its config does not compute in float32.
     """
     backend = backend_of(model)
     classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(model)}
@@ -83,17 +84,17 @@ def in_float32(model: Any) -> Any:
     if left is not None or [v.shape for v in values] != [tuple(w.shape) for w in copy.weights]:
         raise ValueError(
             f"Model '{model.name}' ({type(model).__name__}) computes in "
-            f"{left or sixteen_bit_type(model)}, and a model from its config cannot be given "
-            "float32, in which files are written. Build the model under the policy float32 and "
-            "give it the same weights."
+            f"{left or sixteen_bit_type(model)} and cannot be recreated from its config in "
+            "float32, the dtype of exported files. Create the model under the policy float32 "
+            "and set the same weights."
         )
     copy.set_weights(values)
     return copy
 
 
 @contextlib.contextmanager
-def float32_policy(backend: Any) -> Iterator[None]:
-    """Within this block layers are created in float32, unless they say otherwise."""
+def float32_policy(backend: Backend) -> Iterator[None]:
+    """Create layers with the dtype policy float32 during the block."""
     policies = backend.keras.mixed_precision
     read = getattr(policies, "global_policy", None) or policies.dtype_policy
     before = read()
@@ -105,7 +106,7 @@ def float32_policy(backend: Any) -> Iterator[None]:
 
 
 def _with_float32(config: Any, key: str = "") -> Any:
-    """A config with float32 where types and policies of 16 bits are named."""
+    """Replace the 16-bit dtypes and policies in a config by float32."""
     if isinstance(config, dict):
         return {k: _with_float32(value, k) for k, value in config.items()}
     if isinstance(config, (list, tuple)):

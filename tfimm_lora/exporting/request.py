@@ -1,33 +1,42 @@
-"""What was asked for: checked before anything is done."""
+"""``ExportRequest``: the arguments of an export, checked before anything is written."""
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.exporting.result import description_path
-from tfimm_lora.layer_paths import nearest
-from tfimm_lora.optional import require
+from tfimm_lora.exporting.exported import description_path
+from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.validation import check_choice, check_number
 
-#: Formats, and how the names of their files end.
+#: The formats, and the suffixes of their files.
 FORMATS = {"keras": ".keras", "savedmodel": "", "tflite": ".tflite", "onnx": ".onnx"}
 QUANTIZE = ("float16", "dynamic", "int8")
 
-#: The newest opset that tf2onnx 1.17 is tested with is 18. 17 has all that image models need,
-#: and is read by onnxruntime from 1.12 (2022) on.
+#: 18 is the newest opset that tf2onnx 1.17 is tested with. 17 has all operators of image models
+#: and is supported by onnxruntime 1.12 (2022) and newer.
 OPSET = 17
 OPSETS = range(13, 19)
 
-#: Both formats put all weights into one message of protobuf or flatbuffers.
-_LARGEST = 2**31 - 2**24
+#: The most bytes of weights in a TFLite or ONNX file, a single flatbuffer or protobuf message.
+_MOST_BYTES = 2**31 - 2**24
 
 
 @dataclass(frozen=True)
-class Request:
-    """A checked request."""
+class ExportRequest:
+    """The checked arguments of an export.
+
+    Attributes:
+        path: The absolute path of the file.
+        format: A name in ``FORMATS``.
+        quantize: A name in ``QUANTIZE``, or None.
+        opset: The ONNX operator set.
+        tolerance: The tolerance, or None for the default.
+    """
 
     path: Path
     format: str
@@ -37,7 +46,7 @@ class Request:
 
     @property
     def kind(self) -> str:
-        """The way of quantising, or else the format: what a tolerance depends on."""
+        """The quantization or, without one, the format. The default tolerance depends on it."""
         return self.quantize or self.format
 
 
@@ -52,151 +61,133 @@ def checked_request(
     opset: int | None,
     tolerance: float | None,
     overwrite: bool,
-) -> Request:
-    """The request as a value.
+) -> ExportRequest:
+    """Check the arguments of ``export``.
 
     Raises:
-        ValueError: for an unknown format, for options that the format does not have, for a
-            backend or a size that it cannot be made from.
+        ValueError: for an unknown format, an option that the format does not have, or a model
+            whose framework or size the format does not support.
         OSError: for a path that cannot be written.
         ImportError: if a package is missing.
     """
     path = Path(os.path.abspath(path))
     format = format_of(path, format)
-    if quantize is not None and quantize not in QUANTIZE:
-        raise ValueError(
-            f"Received quantize={quantize!r}; expected None or one of "
-            f"{', '.join(map(repr, nearest([str(quantize)], list(QUANTIZE))))}."
-        )
+    if quantize is not None:
+        check_choice(quantize, "quantize", QUANTIZE)
     for name, value, owner in (("quantize", quantize, "tflite"), ("opset", opset, "onnx")):
         if value is not None and format != owner:
             raise ValueError(
-                f"Received {name}={value!r} for the format {format!r}; expected None, since "
-                f"only {owner!r} has it."
+                f"Received {name}={value!r} for the format {format!r}; expected None. Only the "
+                f"format {owner!r} has this option."
             )
     if has_samples != (quantize == "int8"):
         raise ValueError(
             f"Received quantize={quantize!r} {'with' if has_samples else 'without'} samples; "
-            "expected samples for 'int8', which shows the ranges of activations, and only "
-            "there: some hundred typical inputs."
+            "expected samples for 'int8' only. Pass a few hundred typical inputs, from which "
+            "the ranges of the activations are measured."
         )
     if include_preprocessing and format == "keras":
         raise ValueError(
-            "Received include_preprocessing=True for the format 'keras'; expected False, since "
-            "a Keras file holds the model that it was made from, to be trained on or built "
-            "upon. The preprocessing is in the JSON file beside it. For one file that takes "
-            "pictures export to a SavedModel, TFLite or ONNX."
+            "Received include_preprocessing=True for the format 'keras'; expected False. A "
+            "Keras file contains the model itself, and the preprocessing is in the JSON file "
+            "beside it. For a single file that takes pictures, export to SavedModel, TFLite or "
+            "ONNX."
         )
     if opset is not None and opset not in OPSETS:
         raise ValueError(
             f"Received opset={opset!r}; expected {OPSETS[0]} to {OPSETS[-1]}, which tf2onnx "
-            f"can write. Leave it out for {OPSET}."
+            f"supports. Leave it out for {OPSET}."
         )
-    if tolerance is not None and not tolerance > 0:
-        raise ValueError(
-            f"Received tolerance={tolerance!r}; expected a number above 0, the largest "
-            "difference from the model's outputs relative to the largest output."
-        )
-    check_place(path, format, overwrite)
-    _check_backend(model, format)
+    if tolerance is not None:
+        check_number(tolerance, "tolerance", 0, exclusive=True)
+    check_path(path, format, overwrite)
+    _check_framework(model, format)
     _check_size(model, format, quantize)
     if format == "onnx":
         for module in ("tf2onnx", "onnxruntime"):
             require(module, extra="onnx", why="Export to ONNX")
-    return Request(path, format, quantize, opset or OPSET, tolerance)
+    return ExportRequest(path, format, quantize, opset or OPSET, tolerance)
 
 
 def format_of(path: Path, format: str | None) -> str:
-    """The format that is meant.
+    """The format of a file: as given, or by the suffix of its path.
 
     Raises:
-        ValueError: if it is unknown, or its files end in something else than ``path``.
+        ValueError: if the format is unknown or does not match the suffix.
     """
-    of_suffix = {suffix: name for name, suffix in FORMATS.items()}
-    if format is not None and format not in FORMATS:
-        raise ValueError(
-            f"Received format={format!r}; expected one of "
-            f"{', '.join(map(repr, nearest([str(format)], list(FORMATS))))}."
-        )
-    meant = of_suffix.get(path.suffix.lower())
+    if format is not None:
+        check_choice(format, "format", FORMATS)
+    by_suffix = {suffix: name for name, suffix in FORMATS.items()}.get(path.suffix.lower())
     if format is None:
-        if meant is None:
+        if by_suffix is None:
             raise ValueError(
-                f"Received the path {path.name!r} without a format; expected one that ends in "
-                ".keras, .tflite or .onnx, or in nothing for the folder of a SavedModel. Or "
-                f"pass format=, one of {', '.join(map(repr, FORMATS))}."
+                f"Received the path {path.name!r} without a format; expected the suffix "
+                ".keras, .tflite or .onnx, or none for the folder of a SavedModel. Or pass "
+                f"format=, one of {', '.join(FORMATS)}."
             )
-        return meant
-    of_another = meant not in (None, format, "savedmodel")
-    if of_another or (format == "keras" and meant != "keras"):
+        return by_suffix
+    is_other = by_suffix not in (None, format, "savedmodel")
+    if is_other or (format == "keras" and by_suffix != "keras"):
+        suffix = f"the suffix {FORMATS[format]}" if FORMATS[format] else "no suffix"
         raise ValueError(
-            f"Received the path {path.name!r} for the format {format!r}; expected a name that "
-            f"ends in {FORMATS[format] or 'no suffix'!r}."
+            f"Received the path {path.name!r} for the format {format!r}; expected a name with "
+            f"{suffix}."
         )
     return format
 
 
-def check_place(path: Path, format: str, overwrite: bool) -> None:
-    """Raise an OSError unless a file of a format may be written to a path."""
+def check_path(path: Path, format: str, overwrite: bool) -> None:
+    """Raise an OSError unless a file of this format may be written to ``path``."""
     if not path.parent.is_dir():
         raise FileNotFoundError(
-            f"Received the path {path}, whose folder {path.parent} does not exist; expected "
-            "one that does. Make it first."
+            f"Received the path {path}; expected an existing folder {path.parent}. Create it "
+            "first."
         )
     if path.is_dir() and any(path.iterdir()):
         if format != "savedmodel" or not (path / "saved_model.pb").is_file():
             raise IsADirectoryError(
-                f"Received the path {path}, which is a folder and not of a SavedModel; "
-                "expected a new name. A folder with other things in it is never replaced."
+                f"Received the path {path}, a folder that is not a SavedModel; expected a new "
+                "name. Folders with other content are never replaced."
             )
     elif path.is_dir() and format != "savedmodel":
         raise IsADirectoryError(
-            f"Received the path {path}, which is a folder; expected a file."
+            f"Received the path {path}, which is a folder; expected the name of a file."
         )
     elif format == "savedmodel" and path.is_file():
         raise FileExistsError(
-            f"Received the path {path}, which is a file; expected a new name, since a "
-            "SavedModel is a folder."
+            f"Received the path {path}, which is a file; expected a new name. A SavedModel is "
+            "a folder."
         )
     if description_path(path).is_dir():
         raise IsADirectoryError(
-            f"{description_path(path)} is a folder, where the description of {path.name} is to "
-            "be; expected another path."
+            f"Received the path {path}, whose description would be written to "
+            f"{description_path(path)}, which is a folder; expected another path."
         )
-    for there in (path, description_path(path)):
-        empty = there.is_dir() and not any(there.iterdir())
-        if (there.exists() or there.is_symlink()) and not empty and not overwrite:
+    for output in (path, description_path(path)):
+        empty = output.is_dir() and not any(output.iterdir())
+        if (output.exists() or output.is_symlink()) and not empty and not overwrite:
             raise FileExistsError(
-                f"{there} is there already; expected a new name. Pass overwrite=True to "
-                "replace it."
+                f"{output} already exists; expected a new name. Pass overwrite=True to replace "
+                "it."
             )
 
 
-def _check_backend(model: Any, format: str) -> None:
+def _check_framework(model: Any, format: str) -> None:
     framework = backend_of(model).framework()
     if format != "keras" and framework != "tensorflow":
         raise ValueError(
             f"Received the format {format!r} for a model of Keras 3 on {framework}; expected "
-            "'keras', the format that every backend can write. For the others export to "
-            "model.keras, and in a process with KERAS_BACKEND=tensorflow load that file and "
-            "export it."
+            "'keras'. For the other formats, export to a .keras file first, then load and "
+            "export it in a process with KERAS_BACKEND=tensorflow."
         )
 
 
 def _check_size(model: Any, format: str, quantize: str | None) -> None:
     if format not in ("tflite", "onnx") or quantize is not None:
         return
-    numbers = sum(_count(weight.shape) for weight in model.weights)
-    if 4 * numbers > _LARGEST:
+    count = sum(math.prod(int(size) for size in weight.shape) for weight in model.weights)
+    if 4 * count > _MOST_BYTES:
         raise ValueError(
-            f"Received the format {format!r} for a model of {4 * numbers / 2**30:.1f} GiB; "
-            "expected one below 2 GiB, the most that one such file holds. Export to a "
-            "SavedModel."
+            f"Received the format {format!r} for a model of {4 * count / 2**30:.1f} GiB; "
+            "expected less than 2 GiB, the limit of the format. Export to a SavedModel."
         )
-
-
-def _count(shape: Any) -> int:
-    total = 1
-    for size in shape:
-        total *= int(size)
-    return total

@@ -1,4 +1,4 @@
-"""Every format run from its file, the way that somebody without this package would."""
+"""Running an exported file, in the way that users without this package run it."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 
 from tfimm_lora.exporting.serving import Inputs, outputs_for
 from tfimm_lora.exporting.writers import SIGNATURE, load_keras, quiet
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
-#: From arrays, in the order of the inputs, to outputs by name.
+#: A function from arrays, in the order of the inputs, to the outputs by name.
 Runner = Callable[[list[np.ndarray]], dict[str, np.ndarray]]
 
 
 def runner_of(format: str, path: Path, inputs: Inputs, like: Any) -> Runner:
-    """What runs a file.
+    """A function that runs a file.
 
     Args:
-        format: The name of its format.
-        path: The file.
-        inputs: What it takes.
-        like: The model that it was made from, for the classes that a Keras file asks for.
+        format: The format of the file.
+        path: The path of the file.
+        inputs: The inputs of the file.
+        like: The exported model, for the classes that a Keras file refers to.
     """
     names = [t.name for t in inputs.tensors]
     if format == "keras":
@@ -53,7 +53,7 @@ def _savedmodel_runner(path: Path) -> Callable[[dict[str, np.ndarray]], dict[str
 def _tflite_runner(path: Path) -> Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]:
     import tensorflow as tf
 
-    with quiet():  # TensorFlow says that its interpreter moves to another package
+    with quiet():  # TensorFlow warns that its interpreter moves to another package
         run = tf.lite.Interpreter(str(path)).get_signature_runner(SIGNATURE)
     return lambda given: run(**given)
 

@@ -1,4 +1,4 @@
-"""A model as a function of named tensors: what goes in, what comes out, how it is traced."""
+"""A model as a function of named tensors: its inputs, its outputs, and tracing."""
 
 from __future__ import annotations
 
@@ -11,56 +11,56 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.exporting.result import TensorInfo
+from tfimm_lora.exporting.exported import TensorInfo
 
-#: Names of the one input and the one output that most models have.
+#: The names of the input and output of a model that has only one.
 INPUT, PICTURES, OUTPUT = "inputs", "pictures", "outputs"
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a model takes: tensors in order, and the structure that it wants them in."""
+    """The inputs of a model: the flat list of tensors, and the structure it takes them in."""
 
     tensors: tuple[TensorInfo, ...]
     structure: Any
 
     def pack(self, tensors: list[Any]) -> Any:
-        """The structure with these tensors in it."""
+        """Pack a flat list of tensors into the structure."""
         import tensorflow as tf
 
         return tf.nest.pack_sequence_as(self.structure, tensors)
 
 
 def inputs_of(model: Any, check_inputs: Any) -> Inputs:
-    """What a model takes, with a batch of any size.
+    """The inputs of a model, with any batch size.
 
     Args:
         model: A built model.
-        check_inputs: Arrays that it takes, or None.
+        check_inputs: Example inputs, or None.
 
     Raises:
-        ValueError: if that is known neither from the model nor from arrays.
+        ValueError: if neither the model nor ``check_inputs`` defines the shapes.
     """
     import tensorflow as tf
 
-    found = _structure_of(model)
-    if found is None:
-        found = check_inputs
-    if found is None:
+    structure = _structure_of(model)
+    if structure is None:
+        structure = check_inputs
+    if structure is None:
         raise ValueError(
-            f"The shape of the inputs of model '{model.name}' is unknown. Pass check_inputs= "
-            "with an array of a few of them, or call the model on one first."
+            f"The input shape of model '{model.name}' is unknown; expected a model that was "
+            "called. Call it on an input, or pass check_inputs= with an array of inputs."
         )
-    names = _names(found, INPUT, getattr(model, "input_names", None))
+    names = _names(structure, INPUT, getattr(model, "input_names", None))
     tensors = [
         TensorInfo(name, (None, *tuple(t.shape)[1:]), _dtype_name(t.dtype))
-        for name, t in zip(names, tf.nest.flatten(found))
+        for name, t in zip(names, tf.nest.flatten(structure))
     ]
-    return Inputs(tuple(tensors), found)
+    return Inputs(tuple(tensors), structure)
 
 
 def _structure_of(model: Any) -> Any:
-    """The inputs as anything that has shapes and types, nested as the model wants them."""
+    """The inputs as objects with shape and dtype, in the structure that the model takes."""
     import tensorflow as tf
 
     backend = backend_of(model)
@@ -70,7 +70,7 @@ def _structure_of(model: Any) -> Any:
         return model.inputs[0]
     if hasattr(model, "dummy_inputs"):  # tfimm
         return model.dummy_inputs
-    spec = model.save_spec() if hasattr(model, "save_spec") else None  # legacy, called once
+    spec = model.save_spec() if hasattr(model, "save_spec") else None  # legacy, after a call
     if spec is not None:
         return spec[0][0]
     shapes = backend.input_shapes(model)
@@ -80,7 +80,7 @@ def _structure_of(model: Any) -> Any:
 
 
 def output_names(model: Any, outputs: Any) -> list[str]:
-    """Names of what a model gives: those that it has, or "outputs" if it is one."""
+    """The names of the outputs of a model, or "outputs" if there is only one."""
     return _names(outputs, OUTPUT, getattr(model, "output_names", None))
 
 
@@ -91,7 +91,7 @@ def _names(structure: Any, one: str, of_model: list[str] | None) -> list[str]:
     if len(flat) == 1:
         return [one]
     if isinstance(structure, dict) and len(structure) == len(flat):
-        names = sorted(structure)  # as tf.nest takes them
+        names = sorted(structure)  # the order of tf.nest
     elif of_model and len(of_model) == len(flat):
         names = list(of_model)
     else:
@@ -105,7 +105,7 @@ def _dtype_name(dtype: Any) -> str:
 
 
 def outputs_for(model: Any, inputs: Inputs, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
-    """What a model gives for arrays, by name, as it stands in this process."""
+    """Run a model on arrays and return its outputs by name."""
     import tensorflow as tf
 
     given = inputs.pack([_tensor(model, array) for array in arrays])
@@ -125,19 +125,19 @@ def _tensor(model: Any, array: np.ndarray) -> Any:
 def traced(
     model: Any,
     inputs: Inputs,
-    takes: Inputs,
+    function_inputs: Inputs,
     prepare: Callable[[Any], Any] | None,
     inline: bool,
 ) -> Any:
-    """A concrete function of named inputs that gives the outputs by name.
+    """Trace a model to a concrete function from named inputs to named outputs.
 
     Args:
         model: An ordinary model on TensorFlow.
-        inputs: What it takes.
-        takes: What the function takes.
-        prepare: What makes the one of the other, or None where they are the same.
-        inline: Whether functions that the model compiles in itself (grouped convolutions of
-            Keras, for XLA) become part of the graph, which converters want.
+        inputs: The inputs of the model.
+        function_inputs: The inputs of the function.
+        prepare: The function from one to the other, or None if they are the same.
+        inline: Whether to inline the functions that the model compiles itself, such as the
+            grouped convolutions of Keras for XLA. Converters require it.
     """
     import tensorflow as tf
 
@@ -146,7 +146,7 @@ def traced(
         outputs = model(inputs.pack(given), training=False)
         return dict(zip(output_names(model, outputs), tf.nest.flatten(outputs)))
 
-    specs = [tf.TensorSpec(t.shape, t.dtype, t.name) for t in takes.tensors]
+    specs = [tf.TensorSpec(t.shape, t.dtype, t.name) for t in function_inputs.tensors]
     function = tf.function(serve, input_signature=specs)
     if not inline:
         return function.get_concrete_function()
@@ -154,13 +154,13 @@ def traced(
         with _functions_inlined(tf):
             return function.get_concrete_function()
     except tf.errors.OperatorNotAllowedInGraphError:
-        # A function of the model's own needs to be compiled, for its loops.
+        # A function of the model must be compiled, since it has loops.
         return tf.function(serve, input_signature=specs).get_concrete_function()
 
 
 @contextlib.contextmanager
 def _functions_inlined(tf: Any) -> Iterator[None]:
-    """Within this block a call of a tf.function is a call of the Python function in it."""
+    """Run the Python function of a tf.function, instead of its graph, during the block."""
     before = tf.config.functions_run_eagerly()
     tf.config.run_functions_eagerly(True)
     try:

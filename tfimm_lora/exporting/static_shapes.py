@@ -1,10 +1,10 @@
-"""Sizes that do not depend on the batch, written into a graph as numbers.
+"""Static shapes in a graph, for all sizes that do not depend on the batch size.
 
-Models ask for sizes while they run (``tf.shape``), so that with a batch of any size a graph
-knows little about the other sides either. TFLite then finds a convolution of unknown channels,
-which it does not have, and tf2onnx writes reshapes that onnxruntime refuses. Here the graph is
-built again, operation by operation, with sizes that are the same for two different batches as
-numbers. Operations that TFLite lacks and that are a few others are written as those.
+Models compute sizes at run time (``tf.shape``). If the batch size is unknown, the graph then
+has other unknown sizes too: TFLite finds convolutions with an unknown number of channels, which
+it does not support, and tf2onnx writes reshapes that onnxruntime rejects. This module rebuilds
+the graph, operation by operation, with the sizes that are equal for two different batch sizes
+as constants. It also replaces operations that TFLite lacks by equivalent ones.
 """
 
 from __future__ import annotations
@@ -12,33 +12,32 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-#: Sizes of batches to compare. Halves and doubles of the two are different, too.
+#: The batch sizes to compare. Their halves and doubles differ too.
 _BATCHES = (5, 7)
 
 #: The operations that read a variable.
 _READS = ("ReadVariableOp", "ResourceGather")
 
 
-def with_known_sizes(traced: Any) -> Callable[..., list[Any]] | None:
-    """The same computation with known sizes.
+def with_static_shapes(traced: Any) -> Callable[..., list[Any]] | None:
+    """Rebuild a function with static shapes.
 
     Args:
-        traced: A concrete function of tensors whose first side is the batch.
+        traced: A concrete function of tensors whose first dimension is the batch.
 
     Returns:
-        A function to be traced, from tensors to the list of the outputs; None if the graph
-        holds what cannot be built again so: functions (as loops have) and resources that are
-        not variables.
+        A function to be traced, from tensors to the list of outputs. None if the graph cannot
+        be rebuilt, because it has functions (such as loops) or resources other than variables.
     """
     sources = _sources(traced)
     operations = traced.graph.get_operations()
     if sources is None or any(_calls_functions(op) for op in operations):
         return None
-    sizes = _agreeing(*(_sizes_at(traced, sources, batch) for batch in _BATCHES))
+    shapes = _common_shapes(*(_shapes_for(traced, sources, batch) for batch in _BATCHES))
 
     def run(*inputs: Any) -> list[Any]:
-        made = dict(zip((t.name for t in _arguments(traced)), inputs))
-        return _build(traced, {**sources, **made}, sizes)
+        arguments = dict(zip((t.name for t in _arguments(traced)), inputs))
+        return _build(traced, {**sources, **arguments}, shapes)
 
     return run
 
@@ -49,7 +48,7 @@ def _arguments(traced: Any) -> list[Any]:
 
 
 def _sources(traced: Any) -> dict[str, Any] | None:
-    """What comes into a graph from outside by the name it has there: variables, constants."""
+    """The variables and constants that a graph captures, by their names in the graph."""
     variables = {id(v.handle): v for v in traced.graph.variables}
     sources = {}
     for outside, inside in traced.graph.captures:
@@ -66,25 +65,27 @@ def _calls_functions(op: Any) -> bool:
     return any(attr.HasField("func") or attr.list.func for attr in op.node_def.attr.values())
 
 
-def _sizes_at(traced: Any, sources: dict[str, Any], batch: int) -> dict[str, Any]:
-    """The shapes of all tensors for one size of the batch; nothing is computed."""
+def _shapes_for(traced: Any, sources: dict[str, Any], batch: int) -> dict[str, Any]:
+    """The shapes of all tensors for one batch size, without running the graph."""
     import tensorflow as tf
 
-    def stand_in(value: Any) -> Any:
+    def placeholder(value: Any) -> Any:
         if value.dtype.is_integer and not isinstance(value, tf.Variable):
-            return tf.constant(value.numpy())  # may say what a size is
+            return tf.constant(value.numpy())  # may determine a shape
         return tf.compat.v1.placeholder(value.dtype, value.shape)
 
     with tf.Graph().as_default():
-        made = {name: stand_in(value) for name, value in sources.items()}
+        tensors = {name: placeholder(value) for name, value in sources.items()}
         for t in _arguments(traced):
-            made[t.name] = tf.compat.v1.placeholder(t.dtype, [batch, *t.shape[1:]])
-        _build(traced, made, None)
-        return {name: tensor.shape for name, tensor in made.items()}
+            tensors[t.name] = tf.compat.v1.placeholder(t.dtype, [batch, *t.shape[1:]])
+        _build(traced, tensors, None)
+        return {name: tensor.shape for name, tensor in tensors.items()}
 
 
-def _agreeing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[int | None] | None]:
-    """The shapes of tensors by name, None for sides that depend on the batch."""
+def _common_shapes(
+    one: dict[str, Any], other: dict[str, Any]
+) -> dict[str, list[int | None] | None]:
+    """The shapes of tensors by name, with None for sizes that depend on the batch size."""
 
     def common(a: Any, b: Any) -> list[int | None] | None:
         if a.rank is None or a.rank != b.rank:
@@ -94,13 +95,13 @@ def _agreeing(one: dict[str, Any], other: dict[str, Any]) -> dict[str, list[int 
     return {name: common(one[name], other[name]) for name in one}
 
 
-def _build(traced: Any, made: dict[str, Any], sizes: dict[str, Any] | None) -> list[Any]:
-    """Build all operations in the graph of now, and give the outputs.
+def _build(traced: Any, tensors: dict[str, Any], shapes: dict[str, Any] | None) -> list[Any]:
+    """Build all operations in the current graph and return the outputs.
 
     Args:
-        traced: The concrete function to follow.
-        made: Tensors and variables by the names that they have there. The others are added.
-        sizes: What is known of the shapes of its tensors; None where that is to be found out.
+        traced: The concrete function to rebuild.
+        tensors: Inputs and variables by their names in ``traced``. All other tensors are added.
+        shapes: The known shapes of the tensors, or None if they are not known yet.
     """
     import tensorflow as tf
 
@@ -108,20 +109,20 @@ def _build(traced: Any, made: dict[str, Any], sizes: dict[str, Any] | None) -> l
     for op in traced.graph.get_operations():
         if op.type == "Placeholder":
             continue
-        inputs = [made[t.name] for t in op.inputs]
+        inputs = [tensors[t.name] for t in op.inputs]
         rule = _RULES.get(op.type)
         outputs = None
         if rule is not None:
-            outputs = rule(tf, op, inputs, sizes and sizes.get(op.outputs[0].name))
+            outputs = rule(tf, op, inputs, shapes and shapes.get(op.outputs[0].name))
         if outputs is None:
             attrs = {k: v for k, v in op.node_def.attr.items() if not k.startswith("_")}
             dtypes = [t.dtype for t in op.outputs]
             built = graph.create_op(op.type, inputs, dtypes, None, op.name, attrs, op.op_def)
             outputs = built.outputs
-        for before, now in zip(op.outputs, outputs):
-            now.set_shape(before.shape)
-            made[before.name] = now
-    return [made[t.name] for t in traced.outputs]
+        for old, new in zip(op.outputs, outputs):
+            new.set_shape(old.shape)
+            tensors[old.name] = new
+    return [tensors[t.name] for t in traced.outputs]
 
 
 def _read(tf: Any, op: Any, inputs: list[Any], shape: Any) -> list[Any]:
@@ -141,7 +142,7 @@ def _reshape(tf: Any, op: Any, inputs: list[Any], shape: Any) -> list[Any] | Non
 
 
 def _roll(tf: Any, op: Any, inputs: list[Any], shape: Any) -> list[Any] | None:
-    """As slices put together: windows that are shifted, in Swin."""
+    """A roll as a concatenation of slices, for the shifted windows of Swin."""
     x, *numbers = inputs
     shifts, axes = (tf.get_static_value(number) for number in numbers)
     if shape is None or shifts is None or axes is None:
@@ -149,10 +150,10 @@ def _roll(tf: Any, op: Any, inputs: list[Any], shape: Any) -> list[Any] | None:
     for shift, axis in zip(shifts.ravel().tolist(), axes.ravel().tolist()):
         if shape[axis] is None:
             return None
-        back = shift % shape[axis]
-        if back:
-            parts = tf.split(x, [shape[axis] - back, back], axis)
-            x = tf.concat(parts[::-1], axis)
+        tail = shift % shape[axis]
+        if tail:
+            slices = tf.split(x, [shape[axis] - tail, tail], axis)
+            x = tf.concat(slices[::-1], axis)
     return [x]
 
 

@@ -1,4 +1,4 @@
-"""One writer a format, from an ordinary model in float32 on."""
+"""One writer for each format. The input is an ordinary model in float32."""
 
 from __future__ import annotations
 
@@ -17,48 +17,52 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.exporting.plain_model import float32_policy
 from tfimm_lora.exporting.serving import Inputs
-from tfimm_lora.exporting.static_shapes import with_known_sizes
-from tfimm_lora.optional import require
+from tfimm_lora.exporting.static_shapes import with_static_shapes
+from tfimm_lora.utils.optional_imports import require
 
-#: The name under which SavedModel and TFLite offer the model.
+#: The name of the signature in SavedModel and TFLite files.
 SIGNATURE = "serving_default"
 
 
 def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
-    """Write a Keras file, and give the packages that loading it takes.
+    """Write a Keras file and return the packages that are needed to load it.
 
-    A class that makes layers when it is called comes back from a Keras file without their
-    weights (tfimm's ViT with an error, others without). Such a model is written as the one
-    layer of a functional model, which calls it before the weights are read.
+    A model class that creates layers when it is called is loaded from a Keras file without the
+    weights of these layers (the ViT of tfimm raises an error, others do not). Such a model is
+    saved as the only layer of a functional model, which calls it before the weights are read.
 
     Raises:
-        ValueError: if it would need this package, or Keras cannot load it.
+        ValueError: if the file would need this package, or Keras cannot load it.
     """
     model.save(path)
     by_class = not backend_of(model).is_rebuilt_with_layers(model)
-    problem = _problem_of_loading(model, path) if by_class else None
-    if problem is not None and not _saved_as_one_layer(model, inputs, path):
+    problem = _loading_problem(model, path) if by_class else None
+    if problem is not None and not _save_as_one_layer(model, inputs, path):
         raise ValueError(
-            f"Keras cannot load its class {type(model).__name__} again: {problem}. Export to a "
-            "SavedModel, TFLite or ONNX, which do not need the class."
+            f"Keras cannot load the class {type(model).__name__} from a file: {problem}. "
+            "Export to SavedModel, TFLite or ONNX, which do not need the class."
         )
     with zipfile.ZipFile(path) as archive:
         config = json.loads(archive.read("config.json"))
     needed = {*_packages(config), backend_of(model).keras.__name__} - {"builtins"}
     if "tfimm_lora" in needed:
         raise ValueError(
-            f"The file of model '{model.name}' would need tfimm_lora to be loaded, since it "
-            "has layers of this package in its own code. Export to a SavedModel."
+            f"Loading the file of model '{model.name}' would need tfimm_lora, because the code "
+            "of the model uses layers of this package. Export to a SavedModel."
         )
     if "tf_keras" in needed:
-        needed.discard("keras")  # as legacy Keras calls itself in files
+        needed.discard("keras")  # the name of legacy Keras in its files
     return tuple(sorted(needed))
 
 
 def load_keras(path: Path, like: Any) -> Any:
-    """Load a Keras file, which may ask for the classes of a model.
+    """Load a Keras file in float32.
 
-    In float32: classes of tfimm take the policy of the process.
+    The policy is set because the classes of tfimm take the global one.
+
+    Args:
+        path: The file.
+        like: A model with the classes that the file may refer to.
     """
     backend = backend_of(like)
     classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(like)}
@@ -67,40 +71,40 @@ def load_keras(path: Path, like: Any) -> Any:
         return backend.keras.models.load_model(path, compile=False)
 
 
-def _problem_of_loading(model: Any, path: Path) -> str | None:
-    """Why Keras does not load a file with all the weights of a model, or None if it does."""
+def _loading_problem(model: Any, path: Path) -> str | None:
+    """Why Keras cannot load a file with all weights of the model; None if it can."""
     try:
-        found = load_keras(path, model).get_weights()
-    except Exception as error:  # noqa: BLE001 - whatever the code of a class raises
+        loaded = load_keras(path, model).get_weights()
+    except Exception as error:  # noqa: BLE001 - the code of a class may raise anything
         return f"{type(error).__name__} {str(error).partition(chr(10))[0]}".strip()
     weights = model.get_weights()
-    if len(found) == len(weights) and all(map(np.array_equal, found, weights)):
+    if len(loaded) == len(weights) and all(map(np.array_equal, loaded, weights)):
         return None
-    return "it comes back without its weights"
+    return "its weights are not restored"
 
 
-def _saved_as_one_layer(model: Any, inputs: Inputs, path: Path) -> bool:
-    """Save a functional model around a model, and tell whether that one can be loaded.
+def _save_as_one_layer(model: Any, inputs: Inputs, path: Path) -> bool:
+    """Save a functional model around the model; return whether it can be loaded.
 
-    Its batch of one is for the shapes that layers ask for when they are built, and binds
-    nobody: tfimm's Transformers know too little with a batch of any size.
+    The batch size of one only serves to build the layers: the Transformers of tfimm need a
+    known one for it. The loaded model takes any batch size.
     """
     keras = backend_of(model).keras
-    entries = inputs.pack(
+    symbolic = inputs.pack(
         [
             keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)
             for t in inputs.tensors
         ]
     )
     try:
-        keras.Model(entries, model(entries)).save(path)
-    except Exception:  # noqa: BLE001 - some classes need numbers, and say so in their own way
+        keras.Model(symbolic, model(symbolic)).save(path)
+    except Exception:  # noqa: BLE001 - classes that need concrete values raise anything
         return False
-    return _problem_of_loading(model, path) is None
+    return _loading_problem(model, path) is None
 
 
 def _packages(config: Any) -> Iterator[str]:
-    """The packages of all classes in the config of a file."""
+    """The packages of all classes in the config of a Keras file."""
     if isinstance(config, dict):
         module = config.get("module")
         if isinstance(module, str):
@@ -116,9 +120,9 @@ def _packages(config: Any) -> Iterator[str]:
 
 
 def write_savedmodel(traced: Any, path: Path) -> None:
-    """Write a concrete function as the one signature of a SavedModel.
+    """Write a concrete function as the only signature of a SavedModel.
 
-    It holds variables and the graph, and no layers: TensorFlow alone loads it.
+    It contains variables and the graph but no layers, so it can be loaded without Keras.
     """
     import tensorflow as tf
 
@@ -134,13 +138,13 @@ def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) ->
 
     Args:
         traced: The function.
-        path: The file. A folder beside it is used, too.
+        path: The file. A SavedModel is written to a folder beside it.
         quantize: None, "float16" (weights), "dynamic" (weights in int8) or "int8" (weights
-            and activations; what goes in and out stays float32).
-        samples: Inputs that show the ranges of activations, for "int8".
+            and activations; inputs and outputs stay float32).
+        samples: Inputs to measure the ranges of the activations, for "int8".
 
     Raises:
-        ValueError: if TFLite lacks an operation.
+        ValueError: if TFLite does not support an operation.
     """
     import tensorflow as tf
 
@@ -161,10 +165,11 @@ def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) ->
         with quiet("tensorflow", "absl"):
             content = converter.convert()
     except Exception as error:
-        lacking = set(re.findall(r"'tf\.(\w+)' op is neither", str(error)))
-        if not lacking:
-            raise ValueError(f"TensorFlow cannot make a TFLite file of it: {error}") from error
-        raise ValueError(_lacking("TFLite", lacking, "a SavedModel or to ONNX")) from error
+        unsupported = set(re.findall(r"'tf\.(\w+)' op is neither", str(error)))
+        if not unsupported:
+            raise ValueError(f"TensorFlow cannot convert it to TFLite: {error}") from error
+        message = _unsupported_message("TFLite", unsupported, "SavedModel or ONNX")
+        raise ValueError(message) from error
     path.write_bytes(content)
 
 
@@ -174,11 +179,11 @@ def write_onnx(traced: Any, path: Path, opset: int, properties: dict[str, str]) 
     Args:
         traced: The function.
         path: The file.
-        opset: The version of ONNX' operators.
-        properties: Texts to keep in the file by name.
+        opset: The version of the ONNX operator set.
+        properties: The metadata of the file.
 
     Raises:
-        ValueError: if ONNX lacks an operation, or tf2onnx does not know it.
+        ValueError: if ONNX or tf2onnx does not support an operation.
     """
     tf2onnx = require("tf2onnx", extra="onnx", why="Export to ONNX")
     onnx = require("onnx", extra="onnx", why="Export to ONNX")
@@ -190,10 +195,12 @@ def write_onnx(traced: Any, path: Path, opset: int, properties: dict[str, str]) 
             opset=opset,
             custom_op_handlers={"Erfc": (_write_erfc, [])},
         )
-    lacking = {x.op_type for x in proto.graph.node if not onnx.defs.has(x.op_type, x.domain)}
-    if lacking:
+    unsupported = {
+        x.op_type for x in proto.graph.node if not onnx.defs.has(x.op_type, x.domain)
+    }
+    if unsupported:
         raise ValueError(
-            _lacking("ONNX (through tf2onnx)", lacking, "a SavedModel or to TFLite")
+            _unsupported_message("ONNX (with tf2onnx)", unsupported, "SavedModel or TFLite")
         )
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim[:1]:
@@ -203,20 +210,20 @@ def write_onnx(traced: Any, path: Path, opset: int, properties: dict[str, str]) 
     path.write_bytes(proto.SerializeToString())
 
 
-def _lacking(format: str, operations: set[str], others: str) -> str:
+def _unsupported_message(format: str, operations: set[str], others: str) -> str:
     return (
-        f"{format} has no operation for {', '.join(sorted(operations))}, which this model "
-        f"uses. Export to {others}."
+        f"{format} does not support {', '.join(sorted(operations))}, which the model uses. "
+        f"Export to {others}."
     )
 
 
 def _for_converters(traced: Any) -> Any:
-    """The same function, with sizes as numbers where that can be done."""
+    """The same function with static shapes, if possible."""
     import tensorflow as tf
 
     specs = traced.structured_input_signature[0]
     names = sorted(traced.structured_outputs)
-    run = with_known_sizes(traced)
+    run = with_static_shapes(traced)
 
     def serve(*tensors: Any) -> dict[str, Any]:
         return traced(*tensors) if run is None else dict(zip(names, run(*tensors)))
@@ -225,7 +232,7 @@ def _for_converters(traced: Any) -> Any:
 
 
 def _write_erfc(ctx: Any, node: Any, name: str, args: Any) -> None:
-    """erfc(x) as 1 - erf(x): tf2onnx lacks it, and it is in TensorFlow's GELU."""
+    """Write erfc(x), which the GELU of TensorFlow uses and tf2onnx lacks, as 1 - erf(x)."""
     (x,), (y,) = node.input, node.output
     shape, dtype = [ctx.get_shape(y)], [ctx.get_dtype(y)]
     one = ctx.make_const(f"{name}_one", np.array(1, "float32")).output[0]
@@ -236,19 +243,19 @@ def _write_erfc(ctx: Any, node: Any, name: str, args: Any) -> None:
 
 @contextlib.contextmanager
 def quiet(*loggers: str) -> Iterator[None]:
-    """Within this block these loggers and Python's warnings say nothing but errors.
+    """Silence the given loggers, up to critical errors, and Python warnings during the block.
 
-    Converters warn of what is no concern of the caller's: layouts, their own deprecations.
-    What is wrong with a file is found out by running it.
+    Converters warn about layouts and their own deprecations, which do not concern the caller.
+    Problems of a file are found by running it.
     """
-    found = [logging.getLogger(name) for name in loggers]
-    levels = [logger.level for logger in found]
-    for logger in found:
+    silenced = [logging.getLogger(name) for name in loggers]
+    levels = [logger.level for logger in silenced]
+    for logger in silenced:
         logger.setLevel("CRITICAL")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(found, levels):
+        for logger, level in zip(silenced, levels):
             logger.setLevel(level)

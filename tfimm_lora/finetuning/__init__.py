@@ -1,1 +1,1 @@
-"""Fine-tuning on labelled pictures: data, training, evaluation, report."""
+"""Fine-tuning on labelled pictures: data, training, evaluation and report."""

@@ -1,4 +1,4 @@
-"""``activation_bytes``: what a training step keeps of its forward pass."""
+"""``activation_bytes``: the memory of the activations in a training step."""
 
 from __future__ import annotations
 
@@ -6,30 +6,31 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of
 
-#: Operations whose output is the memory of their input.
+#: Operations whose output shares the memory of their input.
 _ALIASES = frozenset(
     ("Identity", "IdentityN", "Reshape", "Squeeze", "ExpandDims", "StopGradient")
 )
 
-#: Operations whose output is there without the forward pass: weights and inputs.
+#: Operations whose output exists without the forward pass: weights and inputs.
 _FREE = frozenset(("ReadVariableOp", "VarHandleOp", "Const", "Placeholder"))
 
 
 def activation_bytes(model: Any, input_shape: tuple[int, ...], batch_size: int) -> int | None:
-    """The bytes of the activations that the backward pass of one step needs.
+    """Count the bytes of the activations that the backward pass of one step needs.
 
-    Counted in the graph of the step, which is traced and not run: the results of the forward
-    pass that are used again for a gradient of a trainable weight. What is needed for a short
-    time only, and what libraries reserve, comes on top. LoRA saves less here than elsewhere:
-    gradients of its factors need the input of every adapted layer.
+    These are the results of the forward pass that are used by the gradient of a trainable
+    weight. They are counted in the graph of the step, which is traced but not run. Temporary
+    memory and the memory that libraries reserve are not included. LoRA saves less memory here
+    than for gradients and optimizer, because the gradients of its factors need the input of
+    every adapted layer.
 
     Args:
-        model: A built model; its trainable weights are those that are trained.
+        model: A built model, with the trainable weights of the training.
         input_shape: The shape of one input, for example (224, 224, 3).
         batch_size: The number of inputs in a step, a positive integer.
 
     Returns:
-        The bytes; None where Keras 3 does not run on TensorFlow, as there is no such graph.
+        The number of bytes; None on JAX and torch, where there is no such graph.
 
     Raises:
         ValueError: for a batch size that is not positive.
@@ -75,7 +76,7 @@ def activation_bytes(model: Any, input_shape: tuple[int, ...], batch_size: int) 
 
 
 def _needed_for(tensors: Any) -> set[str]:
-    """The names of the operations that tensors come from: others are never run."""
+    """The names of the operations that are needed to compute the tensors."""
     needed: set[str] = set()
     waiting = [tensor.op for tensor in tensors]
     while waiting:
@@ -87,13 +88,13 @@ def _needed_for(tensors: Any) -> set[str]:
 
 
 def _source(tensor: Any) -> Any:
-    """The tensor whose memory a tensor is."""
+    """The tensor that owns the memory of a tensor."""
     while tensor.op.type in _ALIASES:
         tensor = tensor.op.inputs[tensor.value_index if tensor.op.type == "IdentityN" else 0]
     return tensor
 
 
 def _bytes(tensor: Any) -> int:
-    """Those of a tensor; 0 where its shape is not known before it is run (of shapes)."""
+    """The size of a tensor in bytes; 0 if its shape is unknown, as for tensors of shapes."""
     count = tensor.shape.num_elements()
     return 0 if count is None or not tensor.dtype.size else count * tensor.dtype.size

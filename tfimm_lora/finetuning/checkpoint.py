@@ -1,8 +1,7 @@
-"""The state of a training between two epochs, in files that survive a kill at any time."""
+"""Checkpoints of a training after each epoch, written atomically."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import re
@@ -13,9 +12,11 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
-from tfimm_lora.optional import require
+from tfimm_lora.utils.atomic_files import write_file
+from tfimm_lora.utils.optional_imports import require
 
 _NAME = "epoch-{:05d}.safetensors"
 _PATTERN = re.compile(r"epoch-(\d{5})\.safetensors")
@@ -23,13 +24,13 @@ _PATTERN = re.compile(r"epoch-(\d{5})\.safetensors")
 
 @dataclass
 class Progress:
-    """What is known after an epoch, besides values: plain data.
+    """The progress of a training, as plain data.
 
     Attributes:
-        epoch: How many epochs are done.
-        history: One dictionary of numbers for each.
-        best: The number, from 0, of the epoch with the best value; None before one.
-        fingerprint: What must be the same when the training goes on.
+        epoch: The number of completed epochs.
+        history: The metrics of each epoch.
+        best: The index of the best epoch, from 0; None before the first epoch.
+        fingerprint: The settings that must not change when the training is resumed.
     """
 
     epoch: int = 0
@@ -39,11 +40,14 @@ class Progress:
 
 
 def changing_variables(model: Any) -> dict[str, Any]:
-    """The variables that training can change, by name: trained ones, statistics of layers
-    that are trained whole, and the states of random generators. And those that LoRA added,
-    which come from chance or data before the first step."""
+    """The variables that training can change, by name.
+
+    These are the trained variables, the statistics of fully trained layers and the states of
+    random generators. All variables that LoRA added are included, since their initial values
+    are random or depend on data.
+    """
     backend = backend_of(model)
-    found: dict[str, Any] = {}
+    named: dict[str, Any] = {}
     for path, layer in backend.walk(model):
         variables = backend.own_variables(layer)
         if isinstance(layer, (LoRALayer, FrozenLayer)):
@@ -52,25 +56,25 @@ def changing_variables(model: Any) -> dict[str, Any]:
             variables = [v for v in variables if id(v) in kept or layer._is_trained(v)]
         for variable in [*variables, *backend.random_states(layer)]:
             name = f"{path}/{backend.variable_name(variable)}"
-            while name in found:
+            while name in named:
                 name += "+"
-            found[name] = variable
-    return found
+            named[name] = variable
+    return named
 
 
 def values_of(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
-    """The values of everything that a step of training changes."""
+    """The values of all variables of model and optimizer that a training step changes."""
     backend = backend_of(model)
     named = {f"model/{k}": v for k, v in changing_variables(model).items()}
     named.update(_numbered(backend, optimizer))
     return {name: np.asarray(backend.to_numpy(v)) for name, v in named.items()}
 
 
-def give_values(model: Any, optimizer: Any, values: dict[str, np.ndarray]) -> None:
-    """The reverse of ``values_of``; without an optimizer only the model's.
+def restore_values(model: Any, optimizer: Any, values: dict[str, np.ndarray]) -> None:
+    """Restore the result of ``values_of``; without an optimizer, only the model.
 
     Raises:
-        ValueError: if they are not those of such a model and optimizer.
+        ValueError: if the values do not fit the model and optimizer.
     """
     backend = backend_of(model)
     named = {f"model/{k}": v for k, v in changing_variables(model).items()}
@@ -83,44 +87,44 @@ def give_values(model: Any, optimizer: Any, values: dict[str, np.ndarray]) -> No
     ]
     if wrong:
         raise ValueError(
-            f"The state does not fit the model: {len(wrong)} values are missing or have "
-            f"another shape, {', '.join(wrong[:5])}. Go on with the model, the lora_* "
-            "arguments and the optimizer that the training was started with."
+            f"The checkpoint does not fit the model: {len(wrong)} values are missing or have "
+            f"another shape, {', '.join(wrong[:5])}. Resume with the same model, lora_* "
+            "arguments and optimizer as before."
         )
     for name, variable in named.items():
         variable.assign(values[name])
 
 
-def _numbered(backend: Any, optimizer: Any) -> dict[str, Any]:
+def _numbered(backend: Backend, optimizer: Any) -> dict[str, Any]:
     return {f"optimizer/{i}": v for i, v in enumerate(backend.optimizer_variables(optimizer))}
 
 
-class Checkpoints:
-    """The folder with the state after the last epoch and after the best one.
+class TrainingCheckpoints:
+    """A folder with the checkpoints of the last epoch and of the best epoch.
 
-    Each state is one file, renamed into place when it is whole. So the last whole one is
-    always there, and it names the best, which was written before it.
+    Each checkpoint is one file that is written atomically. So the last one is always complete;
+    it contains the index of the best epoch, whose checkpoint was written before it.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
-        require("safetensors.numpy", extra="cli", why="Saving the state of a training")
+        require("safetensors.numpy", extra="cli", why="Saving checkpoints")
 
     def save(self, progress: Progress, values: dict[str, np.ndarray]) -> None:
-        """Write the state after an epoch and drop those that nobody needs any more."""
+        """Write the checkpoint of an epoch and delete those that are no longer needed."""
         from safetensors.numpy import save
 
         self.folder.mkdir(parents=True, exist_ok=True)
-        told = {"progress": json.dumps(vars(progress))}
+        metadata = {"progress": json.dumps(vars(progress))}
         contiguous = {k: np.asarray(v, order="C") for k, v in values.items()}
         path = self.path(progress.epoch - 1)
-        write_whole(path, save(contiguous, metadata=told))
+        write_file(path, save(contiguous, metadata=metadata))
         for epoch, old in self._files().items():
             if epoch not in (progress.epoch - 1, progress.best):
                 old.unlink(missing_ok=True)
 
     def last(self) -> Progress | None:
-        """What is known of the last whole state; None where there is none."""
+        """The progress of the last checkpoint; None if there is no checkpoint."""
         from safetensors import safe_open
 
         files = self._files()
@@ -132,18 +136,18 @@ class Checkpoints:
                 return Progress(**json.loads(opened.metadata()["progress"]))
         except Exception as error:
             raise ValueError(
-                f"{path} cannot be read as the state of a training: {error}. Delete it to go "
-                "on from the state before it, if there is one, or start anew."
+                f"{path} cannot be read as a checkpoint: {error}. Delete it to resume from the "
+                "previous checkpoint, if there is one, or start again in another folder."
             ) from error
 
     def values(self, epoch: int) -> dict[str, np.ndarray]:
-        """The values after an epoch, numbered from 0."""
+        """The values after the epoch with this index, from 0."""
         from safetensors.numpy import load_file
 
         return load_file(self.path(epoch))
 
     def path(self, epoch: int) -> Path:
-        """The file of the state after an epoch."""
+        """The checkpoint file of the epoch with this index."""
         return self.folder / _NAME.format(epoch)
 
     def _files(self) -> dict[int, Path]:
@@ -151,21 +155,3 @@ class Checkpoints:
             return {}
         named = ((_PATTERN.fullmatch(p.name), p) for p in self.folder.iterdir())
         return {int(match[1]): path for match, path in named if match}
-
-
-def write_whole(path: Path, content: bytes | str) -> None:
-    """Write a file so that it is there whole or as it was before, whenever that ends."""
-    # Names of files may be no UTF-8; Python gives their bytes as surrogates.
-    if isinstance(content, str):
-        content = content.encode("utf-8", "surrogateescape")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(unfinished, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
-        raise

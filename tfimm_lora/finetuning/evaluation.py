@@ -1,4 +1,4 @@
-"""``evaluate``: a model on labelled pictures, and ``predict_pictures`` on any."""
+"""``evaluate`` for labelled pictures, and ``predict_pictures`` for any pictures."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import PictureSet
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
-from tfimm_lora.finetuning.scores import Evaluation, log_softmax
+from tfimm_lora.finetuning.metrics import Evaluation, log_softmax
 
 
 def evaluate(
     model: Any, dataset: Iterable[Any], labels: Sequence[str] | None = None
 ) -> Evaluation:
-    """Evaluate a model on batches (pictures, numbers of labels).
+    """Evaluate a model on batches of pictures and class indices.
 
     Args:
-        model: A model that gives logits (n, classes).
-        dataset: A ``tf.data.Dataset`` with an end, or any iterable, of pairs of batches: the
-            model's inputs, and whole numbers (n,) as labels.
+        model: A model that returns logits of shape (n, classes).
+        dataset: A finite ``tf.data.Dataset``, or any iterable, of pairs of batches: inputs of
+            the model, and class indices (n,) as integers.
         labels: The names of the classes. Default: "0", "1", ...
 
     Returns:
         An ``Evaluation``.
 
     Raises:
-        ValueError: if there are no pictures, the dataset has no end, a label is none of the
-            model's classes, or the model gives probabilities, or numbers that are not finite.
+        ValueError: if there are no pictures, the dataset is infinite, a label is not a class of
+            the model, or the model returns probabilities, NaN or infinity.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -55,23 +55,23 @@ def evaluate_pictures(
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
 ) -> Evaluation:
-    """Evaluate a model on labelled files.
+    """Evaluate a model on labelled picture files.
 
     Args:
-        model: A model that gives logits, one for each label of the pictures.
+        model: A model that returns logits, one for each label of the pictures.
         pictures: The pictures, checked by ``check_pictures``.
-        preprocessing: That of the model.
-        batch_size: Number of pictures that are predicted at once. Default 32.
+        preprocessing: The preprocessing of the model.
+        batch_size: The number of pictures in a batch. Default: 32.
         progress: Called as ``progress(done, total)`` after each batch.
 
     Returns:
-        An ``Evaluation`` whose predictions have the paths of the files.
+        An ``Evaluation`` whose predictions contain the paths of the files.
 
     Raises:
         ValueError: as ``evaluate``, and for an empty set.
     """
 
-    def told(batches: Iterable[Any]) -> Iterator[Any]:
+    def with_progress(batches: Iterable[Any]) -> Iterator[Any]:
         done = 0
         for x, y in batches:
             yield x, y
@@ -81,7 +81,7 @@ def evaluate_pictures(
 
     batches = PictureBatches(pictures, preprocessing, batch_size).in_order()
     paths = [picture.path for picture in pictures.pictures]
-    return Evaluation.of(*_outputs(model, told(batches)), pictures.labels, paths)
+    return Evaluation.of(*_outputs(model, with_progress(batches)), pictures.labels, paths)
 
 
 def predict_pictures(
@@ -91,16 +91,17 @@ def predict_pictures(
     *,
     batch_size: int = 32,
 ) -> Iterator[tuple[str, np.ndarray | UnreadablePicture]]:
-    """The probabilities of the classes for files, one after the other.
+    """Predict the class probabilities of picture files, one after the other.
 
     Args:
-        model: A model that gives logits.
+        model: A model that returns logits.
         paths: The files.
-        preprocessing: That of the model.
-        batch_size: Number of pictures that are predicted at once. Default 32.
+        preprocessing: The preprocessing of the model.
+        batch_size: The number of pictures in a batch. Default: 32.
 
     Yields:
-        The path of a file, with its probabilities (classes,), or with what is wrong with it.
+        The path of a file, with the probabilities (classes,), or with the exception if the file
+        cannot be read.
     """
     prepare = preprocessing.function(resize=True)
 
@@ -119,41 +120,44 @@ def predict_pictures(
     names = [os.fspath(path) for path in paths]
     starts = range(0, len(names), batch_size)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        coming = pool.map(load, names[:batch_size])
+        upcoming = pool.map(load, names[:batch_size])
         for start in starts:
-            # The next batch is read while the model works on this one.
-            batch, end = list(coming), start + batch_size
-            coming = pool.map(load, names[end : end + batch_size])
+            # The next batch is read while the model processes this one.
+            batch, end = list(upcoming), start + batch_size
+            upcoming = pool.map(load, names[end : end + batch_size])
             yield from zip(names[start:end], predicted(batch))
 
 
 def _outputs(model: Any, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Logits and labels of all batches."""
+    """The logits and labels of all batches."""
     if getattr(batches, "cardinality", lambda: 0)() == -1:  # tf.data.INFINITE_CARDINALITY
-        raise ValueError("Received a dataset without end; expected each picture once.")
+        raise ValueError(
+            "Received an infinite dataset; expected one with each picture once. Leave out "
+            "repeat()."
+        )
     pairs = [(_logits(model, x), np.asarray(y)) for x, y in batches]
     if not pairs:
         raise ValueError("Received a dataset without batches; expected at least one picture.")
     logits, labels = (np.concatenate(parts) for parts in zip(*pairs))
-    # Logits of zeros and ones alone can be anything's; those of a softmax hardly are.
-    like_shares = (logits >= 0).all() and np.allclose(logits.sum(1), 1, rtol=0, atol=1e-3)
-    if like_shares and not np.isin(logits, (0, 1)).all():
+    # Zeros and ones only may also be logits. A softmax hardly ever returns them.
+    like_softmax = (logits >= 0).all() and np.allclose(logits.sum(1), 1, rtol=0, atol=1e-3)
+    if like_softmax and not np.isin(logits, (0, 1)).all():
         raise ValueError(
-            f"The model '{model.name}' gives probabilities; expected logits. Leave the softmax "
-            "at its end out, or open it with open_base, which does that."
+            f"The model '{model.name}' returns probabilities; expected logits. Remove the "
+            "softmax from its end, or open it with open_base_model, which removes it."
         )
     return logits, labels
 
 
 def _logits(model: Any, pictures: Any) -> np.ndarray:
-    """The model's outputs for a batch, in float64."""
+    """The outputs of the model for a batch, in float64."""
     x = np.asarray(pictures)
     outputs = model.predict_on_batch(x)
     shape = getattr(outputs, "shape", None)
     if shape is None or len(shape) != 2 or len(outputs) < len(x):
         raise ValueError(
-            f"The model '{model.name}' gives outputs of shape {shape} for {len(x)} pictures; "
+            f"The model '{model.name}' returns outputs of shape {shape} for {len(x)} pictures; "
             "expected logits, (pictures, classes)."
         )
-    # Under a strategy Keras 3 hands out the batch once for each device.
+    # Under a strategy, Keras 3 returns the outputs once for each device.
     return np.asarray(outputs, np.float64)[: len(x)]

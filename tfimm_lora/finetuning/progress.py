@@ -1,4 +1,4 @@
-"""What a training says while it runs: a bar, lines, or nothing; always on stderr."""
+"""Progress messages of a training on stderr: a bar, lines, or nothing."""
 
 from __future__ import annotations
 
@@ -6,27 +6,28 @@ import sys
 import time
 from typing import Any
 
-from tfimm_lora.optional import require
+from tfimm_lora.backend.interface import Backend
+from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.validation import check_choice
 
 KINDS = ("bar", "lines", "none")
 
 
 class Reporter:
-    """Says how far a training is."""
+    """Reports the progress of a training."""
 
     def __init__(self, kind: str, epochs: int, steps: int) -> None:
-        if kind not in KINDS:
-            raise ValueError(f"Received verbose={kind!r}; expected one of {', '.join(KINDS)}.")
+        check_choice(kind, "verbose", KINDS)
         self.kind, self.epochs, self.steps = kind, epochs, steps
         self.started = 0.0
         self.bar: Any = None
 
-    def callbacks(self, backend: Any) -> list[Any]:
-        """Keras callbacks that do it."""
+    def callbacks(self, backend: Backend) -> list[Any]:
+        """The Keras callbacks that report."""
         if self.kind == "none":
             return []
         if self.kind == "bar":
-            self._make_bar()
+            self._create_bar()
         hooks: dict[str, Any] = {
             "on_epoch_begin": self._begin,
             "on_epoch_end": self._end,
@@ -36,7 +37,7 @@ class Reporter:
             hooks["on_train_batch_end"] = self._batch
         return [backend.keras.callbacks.LambdaCallback(**hooks)]
 
-    def _make_bar(self) -> None:
+    def _create_bar(self) -> None:
         progress = require("rich.progress", extra="cli", why="A progress bar")
         console = require("rich.console", extra="cli", why="A progress bar")
         self.bar = progress.Progress(
@@ -59,11 +60,11 @@ class Reporter:
             self.bar.reset(self.task, epoch=epoch + 1)
 
     def _batch(self, batch: int, logs: Any = None) -> None:
-        self.bar.update(self.task, completed=batch + 1, numbers=_told(logs))
+        self.bar.update(self.task, completed=batch + 1, numbers=_metrics_text(logs))
 
     def _end(self, epoch: int, logs: Any = None) -> None:
         seconds = time.monotonic() - self.started
-        line = f"epoch {epoch + 1}/{self.epochs}  {_told(logs)}  {seconds:.1f} s"
+        line = f"epoch {epoch + 1}/{self.epochs}  {_metrics_text(logs)}  {seconds:.1f} s"
         if self.bar:
             self.bar.console.print(line, highlight=False, soft_wrap=True)
         else:
@@ -74,5 +75,5 @@ class Reporter:
             self.bar.stop()
 
 
-def _told(logs: Any) -> str:
+def _metrics_text(logs: Any) -> str:
     return "  ".join(f"{name} {float(value):.4f}" for name, value in (logs or {}).items())

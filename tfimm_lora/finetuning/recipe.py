@@ -1,8 +1,9 @@
-"""``finetune_pictures``: from a folder of pictures to a run, by a ``Recipe``."""
+"""``finetune_pictures``: fine-tune a model on picture files as a ``Recipe`` specifies."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import platform
 import sys
@@ -14,8 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.backend import backend_of, default_backend, installed
-from tfimm_lora.config import LoRAConfig, check_keywords, lora_field_names
-from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.backend.interface import Backend
+from tfimm_lora.config import LoRAConfig, lora_field_names
+from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import PictureSet, Split, find_pictures
 from tfimm_lora.finetuning.data.pictures import check_pictures
@@ -31,10 +33,10 @@ from tfimm_lora.finetuning.run import (
     base_hash,
     open_recipe_base,
 )
-from tfimm_lora.finetuning.schedule import check_number, check_whole
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.eva import initialize_eva
+from tfimm_lora.validation import check_choice, check_integer, check_keywords, check_number
 from tfimm_lora.version import __version__
 
 POLICIES = (None, "mixed_float16", "mixed_bfloat16")
@@ -42,27 +44,30 @@ POLICIES = (None, "mixed_float16", "mixed_bfloat16")
 
 @dataclass
 class Recipe:
-    """Everything that decides a fine-tuning; ``config.yaml`` of a run holds it.
+    """All settings of a fine-tuning run, which ``config.yaml`` of the run contains.
 
     Args:
-        model: What to fine-tune, as ``open_base`` takes it.
-        data: Class folders, or a CSV file of path and label; see ``find_pictures``.
-        pretrained: Whether to load the weights that the model's name stands for.
-        weights: A file with weights instead.
-        input_size: Height and width of the input. Default: the model's.
-        normalisation: Where the model does not tell; see ``open_base``.
-        validation: Share of each class that is kept to validate on, where the data are not
-            split already. Default 0.2.
+        model: The model to fine-tune: a name or path, as for ``open_base_model``.
+        data: Class folders, or a CSV file with path and label; see ``find_pictures``.
+        pretrained: Whether to load the pretrained weights of the named model.
+        weights: A weight file instead.
+        input_size: The height and width of the input. Default: those of the model.
+        normalisation: The normalization, required for a saved model; see ``open_base_model``.
+        validation: The share of each class for validation, if the data are not split already.
+            Default: 0.2.
         on_error: What to do with pictures that cannot be read: "skip" (default) or "refuse".
         augmentation: "none", "light" or "default".
-        lora: Fields of ``LoRAConfig``, with their prefix. Default: its defaults.
-        epochs, learning_rate, weight_decay, warmup, monitor, patience: Of ``finetune``.
-        batch_size: Pictures in a step, over all devices. Default 32.
-        balanced: Whether rare classes weigh more in the loss, so that all weigh the same.
+        lora: Fields of ``LoRAConfig``, with the prefix "lora_". Default: its defaults.
+        epochs, learning_rate, weight_decay, warmup, monitor, patience: As for ``finetune``.
+        batch_size: The number of pictures in a step, over all devices. Default: 32.
+        balanced: Whether all classes have the same weight in the loss, however many pictures
+            they have.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
         strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu"
-            or "data-parallel"; see docs/scaling.md. A run may go on with another one.
-        seed: Of everything that is random: split, order, augmentation, A, dropout.
+            or "data-parallel"; see docs/how-to/several-devices.md. It may change when a run is
+            resumed.
+        seed: The random seed of the split, the order, the augmentation, the factors A and
+            dropout.
     """
 
     model: str
@@ -95,16 +100,12 @@ class Recipe:
         if self.lora.get("lora_init") == "eva" and self.strategy != "none":
             raise ValueError(
                 f"Received lora_init='eva' with strategy={self.strategy!r}; expected "
-                "strategy='none': every device would start at what it found by itself."
+                "strategy='none'. Each device would compute another initialization."
             )
-        check_whole("epochs", self.epochs, 1)
-        check_whole("batch_size", self.batch_size, 1)
-        check_number("learning_rate", self.learning_rate, 0, above=True)
-        if self.mixed_precision not in POLICIES:
-            raise ValueError(
-                f"Received mixed_precision={self.mixed_precision!r}; expected mixed_float16, "
-                "mixed_bfloat16, or None for float32."
-            )
+        check_integer(self.epochs, "epochs", 1)
+        check_integer(self.batch_size, "batch_size", 1)
+        check_number(self.learning_rate, "learning_rate", 0, exclusive=True)
+        check_choice(self.mixed_precision, "mixed_precision", POLICIES)
         for name in ("data", "weights", "model"):
             value = getattr(self, name)
             if value is not None and os.path.exists(value):
@@ -114,16 +115,24 @@ class Recipe:
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
-        """The reverse of ``to_dict``; unknown names are refused."""
+        """Create a recipe from the result of ``to_dict``.
+
+        Raises:
+            TypeError: for unknown names.
+            ValueError: if the model or the data are missing.
+        """
         known = [f.name for f in dataclasses.fields(cls)]
         check_keywords(values, known, "a recipe")
         missing = [name for name in ("model", "data") if not values.get(name)]
         if missing:
-            raise ValueError(f"The recipe does not say {' and '.join(missing)}.")
+            raise ValueError(
+                f"Received a recipe without {' and '.join(missing)}; expected both model and "
+                "data."
+            )
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values for YAML."""
+        """The settings as plain values, for YAML."""
         values = dataclasses.asdict(self)
         size = values["input_size"]
         return {**values, "input_size": list(size) if size else None}
@@ -137,28 +146,27 @@ def finetune_pictures(
     verbose: str = "lines",
     say: Callable[[str], None] = lambda message: None,
 ) -> Run:
-    """Fine-tune a model on pictures in files, and leave all that came of it in a folder.
+    """Fine-tune a model on picture files and write all results to a folder.
 
-    The pictures are read once before anything else, so that a damaged one does not end the
-    training after an hour.
+    All pictures are read once before training, so that a damaged one does not stop the training
+    later.
 
     Args:
-        recipe: What to do.
-        out: The folder for the run. It must not be there, be empty, or hold the interrupted
-            run to go on with.
-        resume: Whether to go on with the run in ``out``, which was started by the same
-            recipe. The weights are then, on a CPU, the same to the last bit as those of a run
-            that was never interrupted. Without a run there it begins one.
-        verbose: As in ``finetune``.
-        say: Called with a line about each step.
+        recipe: The settings.
+        out: The folder for the run. It must be new or empty, or contain the run to resume.
+        resume: Whether to resume the run in ``out``, which must have the same recipe. On a CPU,
+            the weights are then bitwise identical to those of a run without interruption. If
+            there is no run in ``out``, a new one is started.
+        verbose: As for ``finetune``.
+        say: A function that is called with a message about each step.
 
     Returns:
-        The run: ``run.model()`` is the model of the best epoch.
+        The run. ``run.model()`` is the model of the best epoch.
 
     Raises:
-        FileExistsError: if something else is in ``out``.
-        ValueError, OSError, ImportError, RuntimeError: as the steps, of which
-            nothing but the run's own folder is changed.
+        FileExistsError: if ``out`` contains something else.
+        TypeError, ValueError, OSError, ImportError, RuntimeError: as raised by the individual
+            steps. Nothing outside the folder of the run is changed.
     """
     folder = Path(out)
     check_strategy(recipe.strategy)
@@ -171,9 +179,9 @@ def finetune_pictures(
         if run is None:
             run, split, model = _begin(backend, recipe, folder, devices, say)
         else:
-            say(f"going on with the run in {folder}")
+            say(f"resuming the run in {folder}")
             split = run.split
-            # For weights that are not kept: a new classifier, if no epoch was finished.
+            # For a new classifier, which is not stored before the first epoch is complete.
             backend.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
             _inject(backend, recipe, model, split, run.facts)
@@ -184,40 +192,40 @@ def finetune_pictures(
         "seconds": round(run.facts.get("seconds", 0) + seconds, 1),
     }
     if devices.is_chief:
-        run.tell(**facts)
+        run.add_facts(**facts)
     run.facts.update(facts)
     return run
 
 
 def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
-    """The run to go on with, if there is one."""
+    """The run to resume, if there is one."""
     if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
         return None
     if not (folder / CONFIG).is_file():
         unfinished = folder.is_dir() and (folder / "labels.txt").is_file()
         if resume and unfinished:
-            return None  # killed while it was begun
+            return None  # interrupted while it was created
         raise FileExistsError(
-            f"Received out={str(folder)!r}, which exists and is no run of finetune. Pass "
-            "another folder."
+            f"Received out={str(folder)!r}, which exists and is not a finetune run; expected a "
+            "new folder."
         )
     if not resume:
         raise FileExistsError(
-            f"Received out={str(folder)!r}, in which there is a run. Pass --resume "
-            "(resume=True) to go on with it, or another folder."
+            f"Received out={str(folder)!r}, which contains a run; expected a new folder. Pass "
+            "--resume (resume=True) to resume the run."
         )
-    run, asked = Run.open(folder), recipe.to_dict()
-    differing = [
+    run, settings = Run.open(folder), recipe.to_dict()
+    changed = [
         name
-        for name in asked
-        # Other devices give the same, but for the last digits.
-        if name != "strategy" and run.recipe.get(name) != asked[name]
+        for name in settings
+        # Other devices compute the same results, up to rounding.
+        if name != "strategy" and run.recipe.get(name) != settings[name]
     ]
-    if differing:
-        told = [f"{n}={run.recipe.get(n)!r}, now {asked[n]!r}" for n in differing]
+    if changed:
+        listed = [f"{n}={run.recipe.get(n)!r}, now {settings[n]!r}" for n in changed]
         raise ValueError(
-            f"The run in {folder} was started otherwise: {'; '.join(told)}. Go on with "
-            "the same values, or start anew in another folder."
+            f"The run in {folder} was started with other settings: {'; '.join(listed)}. Resume "
+            "it with the same settings, or start a new run in another folder."
         )
     return run
 
@@ -226,18 +234,22 @@ def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, list[A
     found = find_pictures(recipe.data, validation=recipe.validation, seed=recipe.seed)
     say(
         f"checking {len(found.train) + len(found.val)} pictures of {len(found.labels)} "
-        f"classes: {len(found.train)} to train on, {len(found.val)} to validate on"
+        f"classes: {len(found.train)} for training, {len(found.val)} for validation"
     )
     split, problems = check_pictures(found, recipe.on_error)
     for problem in problems:
-        say(f"left out {problem.path}: {problem.reason}")
+        say(f"skipped {problem.path}: {problem.reason}")
     return split, problems
 
 
 def _begin(
-    backend: Any, recipe: Recipe, folder: Path, devices: Devices, say: Callable[[str], None]
+    backend: Backend,
+    recipe: Recipe,
+    folder: Path,
+    devices: Devices,
+    say: Callable[[str], None],
 ) -> tuple[Run, Split, Any]:
-    """A new run, its pictures and its model. The folder is made as the last thing."""
+    """Create a run, with its pictures and its model. The folder is created last."""
     split, skipped = _pictures(recipe, say)
     say(f"opening {recipe.model}")
     backend.keras.utils.set_random_seed(recipe.seed)
@@ -251,7 +263,7 @@ def _begin(
         "versions": _versions(backend),
     }
     if base.from_scratch:
-        say("its weights are random: pass --pretrained or --weights for those that it learned")
+        say("the weights are random: pass --pretrained or --weights to load trained ones")
     random_head = base.new_classifier and not _trains_classifier(recipe, base.new_classifier)
     with tempfile.TemporaryDirectory() as temporary:
         kept = None
@@ -260,7 +272,7 @@ def _begin(
             base.model.save_weights(kept)
         _inject(backend, recipe, base.model, split, facts)
         facts.update(_sizes(base.model))
-        devices.agree("recipe and pictures", _told(recipe, split, facts))
+        devices.agree("recipe and pictures", _shared_settings(recipe, split, facts))
         if devices.is_chief:
             run = Run.create(folder, recipe.to_dict(), split, skipped, kept, **facts)
         else:
@@ -268,23 +280,24 @@ def _begin(
     return run, split, base.model
 
 
-def _told(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
-    """What must be the same for all workers, whatever their folders are called."""
-    told = {**recipe.to_dict(), **facts}
+def _shared_settings(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that must be the same for all workers; their folders may differ."""
+    shared = {**recipe.to_dict(), **facts}
     for part, pictures in (("train", split.train), ("val", split.val)):
-        told[part] = [(os.path.basename(p.path), p.label) for p in pictures.pictures]
-    return {name: told[name] for name in told if name not in ("model", "data", "weights")}
+        shared[part] = [(os.path.basename(p.path), p.label) for p in pictures.pictures]
+    return {name: shared[name] for name in shared if name not in ("model", "data", "weights")}
 
 
 def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
-    asked = recipe.lora.get("lora_train_classifier")
-    return is_new if asked is None else asked
+    setting = recipe.lora.get("lora_train_classifier")
+    return is_new if setting is None else bool(setting)
 
 
 def _inject(
-    backend: Any, recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
+    backend: Backend, recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
 ) -> None:
-    backend.keras.utils.set_random_seed(recipe.seed)  # for A, whatever happened before
+    # So that the factors A do not depend on what was computed before.
+    backend.keras.utils.set_random_seed(recipe.seed)
     trained = _trains_classifier(recipe, facts["new_classifier"])
     inject_lora(model, **{**recipe.lora, "lora_train_classifier": trained})
     if recipe.lora.get("lora_init") == "eva":
@@ -295,15 +308,9 @@ def _inject(
         initialize_eva(model, batches.epoch(0))
 
 
-def _sizes(model: Any) -> dict[str, Any]:
+def _sizes(model: Any) -> dict[str, int]:
     def count(variables: Any) -> int:
-        total = 0
-        for variable in variables:
-            size = 1
-            for side in variable.shape:
-                size *= int(side)
-            total += size
-        return total
+        return sum(math.prod(int(size) for size in v.shape) for v in variables)
 
     return {"parameters": count(model.weights), "trainable": count(model.trainable_weights)}
 
@@ -343,7 +350,7 @@ def _train(
 
 
 def tensorboard(model: Any, folder: Path) -> list[Any]:
-    """The Keras callback that writes logs for TensorBoard, where that is installed."""
+    """The Keras callback that writes TensorBoard logs, if TensorBoard is installed."""
     if not installed("tensorboard"):
         return []
     callback = backend_of(model).keras.callbacks.TensorBoard
@@ -351,7 +358,7 @@ def tensorboard(model: Any, folder: Path) -> list[Any]:
 
 
 def class_weights(pictures: PictureSet) -> dict[int, float]:
-    """Weights with which every class counts the same: n / (classes * n of the class).
+    """Class weights that balance the classes: n / (classes * n of the class).
 
     Example:
         >>> from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
@@ -365,7 +372,7 @@ def class_weights(pictures: PictureSet) -> dict[int, float]:
     return {i: len(pictures) / (len(counts) * n) for i, n in enumerate(counts) if n}
 
 
-def _versions(backend: Any) -> dict[str, str]:
+def _versions(backend: Backend) -> dict[str, str]:
     versions = {
         "tfimm_lora": __version__,
         "python": platform.python_version(),

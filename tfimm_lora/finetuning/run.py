@@ -1,4 +1,4 @@
-"""``Run``: the folder that a fine-tuning leaves, and the model in it."""
+"""``Run``: the folder of a fine-tuning run and the model in it."""
 
 from __future__ import annotations
 
@@ -12,36 +12,36 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.adapters.load import load_adapter
-from tfimm_lora.finetuning.checkpoint import write_whole
+from tfimm_lora.finetuning.base_model import BaseModel, file_hash, open_base_model
 from tfimm_lora.finetuning.data.dataset import Split, find_pictures
 from tfimm_lora.finetuning.data.pictures import Problem
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
-from tfimm_lora.finetuning.metrics_file import read_metrics
-from tfimm_lora.finetuning.open_model import Base, file_hash, open_base
+from tfimm_lora.finetuning.metrics_csv import read_metrics
 from tfimm_lora.finetuning.training import ADAPTER, METRICS
-from tfimm_lora.optional import require
+from tfimm_lora.utils.atomic_files import write_file
+from tfimm_lora.utils.optional_imports import require
 
 CONFIG, LABELS, SPLIT, SKIPPED = "config.yaml", "labels.txt", "split.csv", "skipped.csv"
 BASE_WEIGHTS = "base.weights.h5"
-#: Parts of the config: what was asked for, and what came of it.
+#: The sections of the config: the settings and the results.
 RECIPE, FACTS = "recipe", "facts"
 
 
 @dataclass(frozen=True)
 class Run:
-    """The folder of a fine-tuning, as ``tfimm-lora finetune --out`` writes it.
+    """The folder of a fine-tuning run, as ``tfimm-lora finetune --out`` writes it.
 
     Example:
         >>> from tfimm_lora.finetuning.run import Run
         >>> Run.open("no/such/run")
         Traceback (most recent call last):
-        FileNotFoundError: no/such/run is no run of finetune: it has no config.yaml.
+        FileNotFoundError: no/such/run is not a finetune run: it has no config.yaml.
     """
 
     path: Path
     config: dict[str, Any]
 
-    # -- making ------------------------------------------------------------------------
+    # -- writing -----------------------------------------------------------------------
 
     @classmethod
     def create(
@@ -53,14 +53,14 @@ class Run:
         base_weights: Path | None = None,
         **facts: Any,
     ) -> Run:
-        """Begin a run: write what is known before training, ``config.yaml`` as the last.
+        """Create the folder of a run with everything that is known before training.
 
-        ``base_weights`` is a weight file of the ordinary model, where nobody could make its
-        weights again.
+        ``config.yaml`` is written last. ``base_weights`` is a weight file of the ordinary model
+        if its weights are random.
         """
         run = cls(Path(path), {RECIPE: dict(recipe), FACTS: facts})
         run.path.mkdir(parents=True, exist_ok=True)
-        write_whole(run.path / LABELS, "".join(f"{label}\n" for label in split.labels))
+        write_file(run.path / LABELS, "".join(f"{label}\n" for label in split.labels))
         _write_csv(
             run.path / SPLIT,
             ("path", "label", "split"),
@@ -77,8 +77,8 @@ class Run:
         run.save()
         return run
 
-    def tell(self, **facts: Any) -> None:
-        """Add to what came of the run, and write it."""
+    def add_facts(self, **facts: Any) -> None:
+        """Add results of the run and write ``config.yaml``."""
         self.config[FACTS].update(facts)
         self.save()
 
@@ -86,57 +86,60 @@ class Run:
         """Write ``config.yaml``."""
         yaml = require("yaml", extra="cli", why="config.yaml")
         text = yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-        write_whole(self.path / CONFIG, text)
+        write_file(self.path / CONFIG, text)
 
     # -- reading -----------------------------------------------------------------------
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Run:
-        """Read a run.
+        """Open the folder of a run.
 
         Raises:
-            FileNotFoundError: if the folder is none.
+            FileNotFoundError: if the folder is not a run.
             ValueError: if its config cannot be read.
         """
         folder = Path(path)
         config = folder / CONFIG
         if not config.is_file():
-            raise FileNotFoundError(f"{folder} is no run of finetune: it has no {CONFIG}.")
+            raise FileNotFoundError(f"{folder} is not a finetune run: it has no {CONFIG}.")
         read = read_yaml(config)
         if not isinstance(read.get(RECIPE), dict) or not isinstance(read.get(FACTS), dict):
             raise ValueError(
-                f"{config} is no config of a run: expected the parts {RECIPE} and {FACTS}."
+                f"{config} is not the config of a run; expected the sections {RECIPE} and "
+                f"{FACTS}."
             )
         return cls(folder, read)
 
     @property
     def recipe(self) -> dict[str, Any]:
-        """What was asked for."""
-        return self.config[RECIPE]
+        """The settings of the run."""
+        recipe: dict[str, Any] = self.config[RECIPE]
+        return recipe
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What came of it: parameters, seconds, best epoch, versions, ..."""
-        return self.config[FACTS]
+        """The results of the run: parameters, seconds, best epoch, versions, ..."""
+        facts: dict[str, Any] = self.config[FACTS]
+        return facts
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes, in the order of the model's outputs."""
+        """The names of the classes, in the order of the outputs of the model."""
         return (self.path / LABELS).read_text(encoding="utf-8").splitlines()
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """How pictures become the model's input."""
+        """How pictures become the input of the model."""
         return Preprocessing.from_dict(self._fact("preprocessing"))
 
     @property
     def history(self) -> list[dict[str, float]]:
-        """The numbers of each epoch."""
+        """The metrics of each epoch."""
         return read_metrics(self.path / METRICS)
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
-        """Pictures that could not be read, and why."""
+        """The pictures that could not be read, each with the reason."""
         with open(
             self.path / SKIPPED, newline="", encoding="utf-8", errors="surrogateescape"
         ) as file:
@@ -144,7 +147,7 @@ class Run:
 
     @property
     def split(self) -> Split:
-        """The pictures that were trained on and those that were kept for validation."""
+        """The training and validation pictures."""
         found = find_pictures(self.path / SPLIT)
         if list(found.labels) != self.labels:
             raise ValueError(
@@ -159,48 +162,49 @@ class Run:
         folder = self.path / ADAPTER
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"{self.path} has no adapter yet: no epoch of the training was finished. Go on "
-                f"with: tfimm-lora finetune --out {self.path} --resume"
+                f"{self.path} has no adapter yet: no epoch of the training is complete. Resume "
+                f"it with: tfimm-lora finetune --out {self.path} --resume"
             )
         return folder
 
     def _fact(self, name: str) -> Any:
         if name not in self.facts:
             raise ValueError(
-                f"{self.path / CONFIG} does not tell {name} yet: the run was interrupted "
-                f"before training. Go on with: tfimm-lora finetune --out {self.path} --resume"
+                f"{self.path / CONFIG} has no {name} yet: the run was interrupted before "
+                f"training. Resume it with: tfimm-lora finetune --out {self.path} --resume"
             )
         return self.facts[name]
 
     def model(self) -> Any:
-        """The fine-tuned model: the base, with the adapter of the best epoch in it.
+        """Load the fine-tuned model: the base model with the adapter of the best epoch.
 
         Raises:
-            FileNotFoundError: if the base's file is gone, or nothing was trained yet.
-            ValueError: if the base's file is another one than then.
+            FileNotFoundError: if the file of the base model does not exist any more, or no
+                epoch is complete.
+            ValueError: if the file of the base model has changed since the training.
         """
         adapter = self.adapter
         model = self.base()
         return load_adapter(model, adapter)
 
     def base(self) -> Any:
-        """The ordinary model that was fine-tuned."""
+        """Load the ordinary model that was fine-tuned."""
         base = open_recipe_base(self.recipe, len(self.labels)).model
         then, now = self.facts.get("base_sha256"), base_hash(self.recipe)
         if then != now:
             raise ValueError(
-                f"The file of the model {self.recipe['model']} is another one than that "
-                f"which was fine-tuned: SHA-256 {now}, then {then}. Put the old one back."
+                f"The file of the model {self.recipe['model']} has changed since it was "
+                f"fine-tuned: its SHA-256 is {now}; expected {then}. Restore the original file."
             )
         if (self.path / BASE_WEIGHTS).is_file():
             base.load_weights(self.path / BASE_WEIGHTS)
         return base
 
 
-def open_recipe_base(recipe: Mapping[str, Any], classes: int) -> Base:
-    """The ordinary model that a recipe asks for."""
+def open_recipe_base(recipe: Mapping[str, Any], classes: int) -> BaseModel:
+    """Open the ordinary model of a recipe."""
     size = recipe["input_size"]
-    return open_base(
+    return open_base_model(
         recipe["model"],
         classes=classes,
         pretrained=recipe["pretrained"],
@@ -211,20 +215,20 @@ def open_recipe_base(recipe: Mapping[str, Any], classes: int) -> Base:
 
 
 def base_hash(recipe: Mapping[str, Any]) -> str | None:
-    """SHA-256 of the file that a recipe's model comes from, if it comes from one."""
+    """The SHA-256 of the model or weight file of a recipe; None if it has no file."""
     path = recipe["weights"] or recipe["model"]
     return file_hash(path) if os.path.exists(path) else None
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """A YAML file that holds a mapping."""
+    """Read a YAML file that contains a mapping."""
     yaml = require("yaml", extra="cli", why="A config in YAML")
     try:
         read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(read, dict):
-        raise ValueError(f"{path} holds {type(read).__name__}; expected a mapping of names.")
+        raise ValueError(f"{path} contains a {type(read).__name__}; expected a mapping.")
     return read
 
 
@@ -232,4 +236,4 @@ def _write_csv(path: Path, names: tuple[str, ...], rows: Sequence[tuple[str, ...
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerows([names, *rows])
-    write_whole(path, text.getvalue())
+    write_file(path, text.getvalue())

@@ -1,4 +1,4 @@
-"""``finetune``: train a LoRA model on batches of pictures, in a way that can be resumed."""
+"""``finetune``: train a LoRA model on batches of pictures, with checkpoints."""
 
 from __future__ import annotations
 
@@ -12,35 +12,42 @@ import numpy as np
 
 from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.backend import backend_of
-from tfimm_lora.finetuning.checkpoint import Checkpoints, Progress, give_values, values_of
+from tfimm_lora.backend.interface import Backend
+from tfimm_lora.finetuning.checkpoint import (
+    Progress,
+    TrainingCheckpoints,
+    restore_values,
+    values_of,
+)
 from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
-from tfimm_lora.finetuning.metrics_file import write_metrics
+from tfimm_lora.finetuning.metrics_csv import write_metrics
+from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
-from tfimm_lora.finetuning.schedule import check_whole, create_optimizer
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.validation import check_integer
 
-#: Folders in the one that ``finetune`` is given.
+#: The folders and the file in the output folder of ``finetune``.
 STATE, ADAPTER, METRICS = "state", "adapter", "metrics.csv"
 
 
 @runtime_checkable
 class Epochs(Protocol):
-    """Batches whose order depends on the number of the epoch alone."""
+    """Batches whose order depends only on the index of the epoch."""
 
     steps_per_epoch: int
 
     def epochs(self, first: int) -> Any:
-        """The batches of epoch ``first`` and of all after it, as one endless dataset."""
+        """The batches from epoch ``first`` on, as an infinite dataset."""
 
 
 @dataclass(frozen=True)
 class Trained:
-    """What came of a training.
+    """The result of a training.
 
     Attributes:
-        history: For each epoch the numbers that Keras gives: loss, accuracy, val_loss, ...
-        best_epoch: The epoch, from 1, whose weights the model has now.
-        stopped_early: Whether ``patience`` ended it.
+        history: The metrics of each epoch, as Keras reports them: loss, accuracy, val_loss, ...
+        best_epoch: The best epoch, from 1, whose weights the model has.
+        stopped_early: Whether the training was stopped by ``patience``.
     """
 
     history: list[dict[str, float]]
@@ -70,53 +77,55 @@ def finetune(
     seed: int = 0,
     verbose: str = "lines",
 ) -> Trained:
-    """Train a LoRA model as one usually does, and leave it with the weights that were best.
+    """Train a LoRA model and restore the weights of the best epoch.
 
-    The model is compiled and its ``fit`` is called; nothing is done here that you could not
-    do yourself with these two. What is added are the usual choices (AdamW with warm-up and
-    a cosine, early stopping, the best weights) and that a training can go on where it was
-    interrupted.
+    The model is compiled and trained with its ``fit``. The function adds the usual choices
+    (AdamW with warm-up and cosine decay, early stopping, the best weights) and checkpoints from
+    which an interrupted training can be resumed.
 
     A model that was created in the scope of a ``tf.distribute.Strategy``, or under a
-    ``keras.distribution``, is trained on its devices: see docs/scaling.md.
+    ``keras.distribution``, is trained on the devices of it; see docs/how-to/several-devices.md.
 
     Args:
-        model: A model with LoRA that gives logits (n, classes). What is trained is what its
-            LoRA config says.
-        train: Batches (pictures, labels) as a ``tf.data.Dataset`` of known length, with whole
-            numbers as labels; or an object with ``epochs(first)`` and ``steps_per_epoch``,
-            such as ``PictureBatches``, whose order depends on the epoch's number alone: only
-            then is a resumed training the same to the last bit. A dataset that shuffles
-            itself begins anew with its first order.
-        validation: A dataset to validate on after each epoch. Default none: then the weights
-            after the last epoch are kept.
-        epochs: Number of epochs. Default 10.
-        learning_rate, weight_decay, warmup: Of ``create_optimizer``. Default 1e-3, 0.01 and a
-            tenth of the steps.
-        optimizer: An optimizer instead of that one.
-        loss: Default: cross-entropy of the logits, computed in float32.
-        metrics: Default: accuracy.
-        class_weight: Class -> its weight in the loss. Default: all the same.
-        monitor: What tells the best epoch: a name of Keras' logs. Of a loss the least is
-            best, of anything else the greatest. Default "val_loss".
-        patience: How many epochs without a better one end the training. Default: never.
-        callbacks: Keras callbacks besides. Their own state is not kept for ``resume``.
-        steps_per_epoch: Where a dataset has no known length.
-        out: A folder for the state after each epoch (``state``), the adapter of the best
-            epoch so far (``adapter``) and the numbers (``metrics.csv``). Default: none of
-            them.
-        resume: Whether to go on from the state in ``out``, if there is one.
-        seed: Of the random operations of training (dropout). Those of TensorFlow that keep
-            no state begin with each epoch anew, so that a resumed training has the same.
-        verbose: "bar" and "lines" (default) print to stderr, "none" does not.
+        model: A LoRA model that returns logits (n, classes). Its LoRA config determines which
+            weights are trained.
+        train: Batches (pictures, labels) as a ``tf.data.Dataset`` of known length, with class
+            indices as labels; or an object with ``epochs(first)`` and ``steps_per_epoch``, such
+            as ``PictureBatches``, whose order depends only on the index of the epoch. Only then
+            is a resumed training bitwise identical to one without interruption: a dataset that
+            shuffles restarts with its first order.
+        validation: A dataset for validation after each epoch. Default: none. The weights of the
+            last epoch are then kept.
+        epochs: The number of epochs. Default: 10.
+        learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 1e-3, 0.01
+            and a tenth of the steps.
+        optimizer: An optimizer to use instead of this AdamW.
+        loss: The loss. Default: the cross-entropy of the logits, computed in float32.
+        metrics: The metrics. Default: accuracy.
+        class_weight: The weight of each class in the loss. Default: 1 for all.
+        monitor: The metric that determines the best epoch, by its name in the logs of Keras. A
+            loss is minimized, everything else is maximized. Default: "val_loss".
+        patience: The number of epochs without improvement after which the training stops.
+            Default: never.
+        callbacks: Additional Keras callbacks. Their state is not restored by ``resume``.
+        steps_per_epoch: The number of batches in an epoch, for a dataset of unknown length.
+        out: A folder for a checkpoint after each epoch (``state``), the adapter of the best
+            epoch so far (``adapter``) and the metrics (``metrics.csv``). Default: nothing is
+            written.
+        resume: Whether to resume from the checkpoint in ``out``, if there is one.
+        seed: The seed of the random operations of training (dropout). Stateless random
+            operations of TensorFlow are reset at the start of each epoch, so that a resumed
+            training draws the same numbers.
+        verbose: "bar" and "lines" (default) print to stderr, "none" prints nothing.
 
     Returns:
         The history and the best epoch. The model has the weights of the best epoch.
 
     Raises:
-        ValueError: if the model has no LoRA or is merged, a value is out of its range, there
-            is a state in ``out`` and ``resume`` is False, or the state does not fit.
-        FloatingPointError: if the loss is no longer finite.
+        TypeError: for a value of the wrong type.
+        ValueError: if the model has no LoRA layers or is merged, a value is out of range, there
+            is a checkpoint in ``out`` and ``resume`` is False, or the checkpoint does not fit.
+        FloatingPointError: if the loss is NaN or infinite.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -130,14 +139,14 @@ def finetune(
         >>> len(trained.history), trained.best_epoch
         (2, 2)
     """
-    check_whole("epochs", epochs, 1)
+    check_integer(epochs, "epochs", 1)
     if patience is not None:
-        check_whole("patience", patience, 1)
-    _require_trainable(model)
+        check_integer(patience, "patience", 1)
+    _require_unmerged(model)
     backend, devices = backend_of(model), devices_of(model)
     devices.check(backend)
     steps = _steps(train, steps_per_epoch)
-    keeper = _Keeper(
+    recorder = _EpochRecorder(
         model,
         devices,
         Path(out) if out is not None else None,
@@ -146,12 +155,14 @@ def finetune(
         seed=seed,
         fingerprint={"epochs": epochs, "steps_per_epoch": steps, "seed": seed},
     )
-    keeper.look(resume)
+    recorder.read(resume)
     reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps)
-    endless = isinstance(train, Epochs)
+    is_infinite = isinstance(train, Epochs)
     with devices.scope(), devices.together():
-        done = keeper.progress.epoch
-        devices.agree(f"state in out={out!r}, here after epoch {done}", vars(keeper.progress))
+        done = recorder.progress.epoch
+        devices.agree(
+            f"checkpoint in out={out!r}, here after epoch {done}", vars(recorder.progress)
+        )
         if optimizer is None:
             optimizer = create_optimizer(
                 backend.keras,
@@ -160,54 +171,54 @@ def finetune(
                 weight_decay=weight_decay,
                 warmup=warmup,
             )
-        with_loss = loss if loss is not None else _cross_entropy(backend, devices)
-        # Weights that devices give to pictures are for the loss only.
+        # weighted_metrics is empty: the example weights that devices add are for the loss only.
         model.compile(
             optimizer=optimizer,
-            loss=with_loss,
+            loss=loss if loss is not None else _cross_entropy(backend, devices),
             metrics=list(metrics),
             weighted_metrics=[],
         )
         model.optimizer.build(model.trainable_variables)
-        first = keeper.start()
-        if first < epochs and not keeper.stopped:
+        first = recorder.restore()
+        if first < epochs and not recorder.stopped:
             batches, weights = devices.training(
-                train.epochs(first) if endless else train,
+                train.epochs(first) if is_infinite else train,
                 dict(class_weight) if class_weight else None,
             )
             model.fit(
                 batches,
                 epochs=epochs,
                 initial_epoch=first,
-                steps_per_epoch=steps if endless or steps_per_epoch else None,
+                steps_per_epoch=steps if is_infinite or steps_per_epoch else None,
                 validation_data=devices.validation(validation),
                 class_weight=weights,
                 callbacks=[
                     *callbacks,
                     *devices.callbacks(backend),
                     *reporter.callbacks(backend),
-                    keeper.callback(),
+                    recorder.callback(),
                 ],
-                shuffle=False,  # batches come in their order; Keras 3 warns of anything else
+                shuffle=False,  # a dataset has its own order; Keras 3 warns without this
                 verbose=0,
             )
-        return keeper.finish()
+        return recorder.finish()
 
 
-def _require_trainable(model: Any) -> None:
+def _require_unmerged(model: Any) -> None:
     layers = lora_layers(model)
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
         raise ValueError(
-            f"Received model '{model.name}', of which {len(merged)} layers are merged: "
-            f"{', '.join(merged[:5])}. Call unmerge_lora_weights before training."
+            f"Received model '{model.name}' with {len(merged)} merged layers: "
+            f"{', '.join(merged[:5])}; expected none. Call unmerge_lora_weights before "
+            "training."
         )
 
 
 def _steps(train: Any, steps_per_epoch: int | None) -> int:
     """The number of batches in an epoch."""
     if steps_per_epoch is not None:
-        check_whole("steps_per_epoch", steps_per_epoch, 1)
+        check_integer(steps_per_epoch, "steps_per_epoch", 1)
         return steps_per_epoch
     if isinstance(train, Epochs):
         return train.steps_per_epoch
@@ -217,25 +228,25 @@ def _steps(train: Any, steps_per_epoch: int | None) -> int:
         steps = 0
     if steps < 1:
         raise ValueError(
-            f"Received train={train!r}, whose number of batches is not known or is zero. Pass "
-            "steps_per_epoch, or a dataset that knows its length."
+            f"Received train={train!r}, whose number of batches is unknown or zero; expected a "
+            "dataset of known length. Pass steps_per_epoch for others."
         )
     return steps
 
 
-def _cross_entropy(backend: Any, devices: Devices) -> Any:
+def _cross_entropy(backend: Backend, devices: Devices) -> Any:
     entropy = backend.keras.losses.sparse_categorical_crossentropy
 
     def cross_entropy(labels: Any, logits: Any) -> Any:
-        # Under mixed precision the logits are 16-bit, in which a softmax loses digits.
+        # Under mixed precision the logits are 16-bit, too imprecise for a softmax.
         logits = backend.ops.cast(logits, "float32")
-        return devices.by_share(entropy(labels, logits, from_logits=True))
+        return devices.scaled_losses(entropy(labels, logits, from_logits=True))
 
     return cross_entropy
 
 
-class _Keeper:
-    """What is remembered from epoch to epoch: numbers, best weights, and the state on disk."""
+class _EpochRecorder:
+    """Records metrics, best weights and checkpoints after each epoch."""
 
     def __init__(
         self,
@@ -250,38 +261,43 @@ class _Keeper:
     ) -> None:
         self.model, self.out, self.monitor, self.patience = model, out, monitor, patience
         self.backend, self.writes = backend_of(model), devices.is_chief
-        self.seed = seed + devices.worker  # workers drop out different features
+        self.seed = seed + devices.worker  # so that workers have different dropout masks
         self.progress = Progress(fingerprint=fingerprint)
-        self.checkpoints = Checkpoints(out / STATE) if out is not None else None
+        self.checkpoints = TrainingCheckpoints(out / STATE) if out is not None else None
         self.best_values: dict[str, np.ndarray] | None = None
 
     # -- before training ---------------------------------------------------------------
 
-    def look(self, resume: bool) -> None:
-        """Read what there is; raise if it must not be there or does not fit."""
-        found = self.checkpoints.last() if self.checkpoints is not None else None
-        if found is None:
+    def read(self, resume: bool) -> None:
+        """Read the progress of the last checkpoint, if there is one.
+
+        Raises:
+            ValueError: if there is one and ``resume`` is False, or it has other settings.
+        """
+        last = self.checkpoints.last() if self.checkpoints is not None else None
+        if last is None:
             return
         if not resume:
             raise ValueError(
-                f"There is the state of a training in {self.out}, after epoch {found.epoch}. "
-                "Pass resume=True to go on with it, or another folder."
+                f"There is a checkpoint in {self.out}, after epoch {last.epoch}; expected "
+                "another folder. Pass resume=True to resume the training."
             )
         expected = self.progress.fingerprint
-        if found.fingerprint != expected:
-            differing = [k for k in expected if found.fingerprint.get(k) != expected[k]]
-            told = [f"{k}={found.fingerprint.get(k)}, now {expected[k]}" for k in differing]
+        if last.fingerprint != expected:
+            changed = [k for k in expected if last.fingerprint.get(k) != expected[k]]
+            listed = [f"{k}={last.fingerprint.get(k)}, now {expected[k]}" for k in changed]
             raise ValueError(
-                f"The training in {self.out} was started otherwise: {'; '.join(told)}. Go on "
-                "with the same values, or start anew in another folder."
+                f"The training in {self.out} was started with other settings: "
+                f"{'; '.join(listed)}. Resume it with the same settings, or start a new one in "
+                "another folder."
             )
-        self.progress = found
+        self.progress = last
 
-    def start(self) -> int:
-        """Give the model the values of the state; return the epoch to go on with."""
+    def restore(self) -> int:
+        """Restore the model and optimizer; return the index of the next epoch."""
         done = self.progress.epoch
         if done and self.checkpoints is not None:
-            give_values(self.model, self.model.optimizer, self.checkpoints.values(done - 1))
+            restore_values(self.model, self.model.optimizer, self.checkpoints.values(done - 1))
             best = self.progress.best
             if best is not None:
                 self.best_values = self.checkpoints.values(best)
@@ -291,7 +307,7 @@ class _Keeper:
     # -- during training ---------------------------------------------------------------
 
     def callback(self) -> Any:
-        """The Keras callback; it comes last, so that it sees what others decided."""
+        """The Keras callback. It must be the last one, to see the decisions of the others."""
         return self.backend.keras.callbacks.LambdaCallback(
             on_epoch_begin=self._begin, on_epoch_end=self._end
         )
@@ -304,8 +320,8 @@ class _Keeper:
         if not np.isfinite(numbers.get("loss", 0.0)):
             raise FloatingPointError(
                 f"The loss is {numbers['loss']} in epoch {epoch + 1}: the training has "
-                "diverged. Lower the learning_rate, or warm up for longer. The state of the "
-                "epoch before is kept."
+                "diverged. Use a lower learning_rate or a longer warmup. The checkpoint of the "
+                "previous epoch is kept."
             )
         progress = self.progress
         progress.epoch = epoch + 1
@@ -327,7 +343,7 @@ class _Keeper:
             return True
         if self.monitor not in numbers:
             raise ValueError(
-                f"Received monitor={self.monitor!r}, which is not among what is measured: "
+                f"Received monitor={self.monitor!r}; expected one of the metrics: "
                 f"{', '.join(numbers)}."
             )
         if best is None:
@@ -337,7 +353,7 @@ class _Keeper:
 
     @property
     def stopped(self) -> bool:
-        """Whether patience is at its end."""
+        """Whether ``patience`` stops the training."""
         best = self.progress.best
         if self.patience is None or best is None:
             return False
@@ -346,16 +362,17 @@ class _Keeper:
     # -- after training ----------------------------------------------------------------
 
     def finish(self) -> Trained:
-        """Give the model its best weights."""
+        """Restore the best weights and return the result."""
         best = self.progress.best
         assert best is not None and self.best_values is not None
-        give_values(self.model, None, self.best_values)
+        restore_values(self.model, None, self.best_values)
         self._save_adapter()
         return Trained(self.progress.history, best + 1, self.stopped)
 
     def _save_adapter(self) -> None:
         if self.out is not None:
-            adapter = adapter_of(self.model)  # by all workers: some values are means of theirs
+            # All workers call this: some values are averaged over them.
+            adapter = adapter_of(self.model)
             if self.writes:
                 adapter.save(self.out / ADAPTER)
 

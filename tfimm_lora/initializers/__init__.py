@@ -1,1 +1,1 @@
-"""Initial values of the factors A and B, and the linear algebra behind them; NumPy only."""
+"""Initial values of the factors A and B, and the linear algebra for them. NumPy only."""

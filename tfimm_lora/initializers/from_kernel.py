@@ -1,10 +1,11 @@
-"""Where the factors A and B start: by chance, or at what is largest in the kernel.
+"""Initialization of the factors A and B: at random, or from a decomposition of the kernel.
 
-A kernel is seen here as a matrix W of shape (m, n), from m inputs to n outputs; that of a
-convolution as (kernel height * kernel width * in, out). With s = alpha / rank the update is
-s A B, A: (m, r), B: (r, n). A layer whose update is not zero at the start computes with
-W + s (A B - A0 B0), A0 and B0 being the start, so that it gives what it gave before and its
-base weight stays as it is. PEFT takes s A0 B0 off the base weight instead: the same function.
+Here a kernel is a matrix W of shape (m, n), from m inputs to n outputs; the kernel of a
+convolution has the shape (kernel height * kernel width * in, out). With s = alpha / rank, the
+update is s A B, with A: (m, r) and B: (r, n). If the initial factors A0 and B0 have a product
+other than zero, the layer computes with W + s (A B - A0 B0): its outputs are unchanged at
+first, and its base weight stays as it is. PEFT subtracts s A0 B0 from the base weight instead,
+which is the same function.
 """
 
 from __future__ import annotations
@@ -17,37 +18,38 @@ import numpy as np
 
 from tfimm_lora.initializers.svd import nearest_factors, randomized_svd, row_signs
 
-#: The names of all starts; N stands for a number. "default" and "eva" are not computed here.
+#: The names of all initializations; N is a number. "default" and "eva" are computed elsewhere.
 KNOWN = ("default", "gaussian", "orthogonal", "pissa", "pissa_niter_N", "olora", "eva")
 
 
-class Start(NamedTuple):
-    """The factors that a layer starts with, in float32.
+class InitialFactors(NamedTuple):
+    """The initial factors of a layer, in float32.
 
     Attributes:
         a: A, of shape (m, r).
         b: B, of shape (r, n).
-        moved: Whether s A B is not zero, so that the layer must take it off again.
+        subtracted: Whether s A B is not zero, so that the layer must subtract it.
     """
 
     a: np.ndarray
     b: np.ndarray
-    moved: bool
+    subtracted: bool
 
 
-def check_init(name: Any) -> None:
+def check_init(name: Any, setting: str = "lora_init") -> None:
     """Raise unless ``name`` is one of ``KNOWN``, with a number for N.
 
     Raises:
-        TypeError: if it is no string.
-        ValueError: for another name; the nearest ones come first in the message.
+        TypeError: If it is not a string.
+        ValueError: If it is another name; the message lists the nearest names first.
 
     Example:
         >>> check_init("pissa_niter_4")
     """
     if not isinstance(name, str):
         raise TypeError(
-            f"Received lora_init={name!r}; expected the name of a start: {', '.join(KNOWN)}."
+            f"Received {setting}={name!r}; expected the name of an initialization: "
+            f"{', '.join(KNOWN)}."
         )
     if (name in KNOWN and name != "pissa_niter_N") or _iterations(name) is not None:
         return
@@ -56,59 +58,59 @@ def check_init(name: Any) -> None:
         return -difflib.SequenceMatcher(None, name.lower(), known.lower()).ratio()
 
     raise ValueError(
-        f"Received lora_init={name!r}; expected one of, nearest first: "
+        f"Received {setting}={name!r}; expected one of, nearest first: "
         f"{', '.join(sorted(KNOWN, key=distance))} (with a number of power iterations for N, "
         "for example pissa_niter_4)."
     )
 
 
-def moves(name: str) -> bool:
-    """Whether a start moves the update away from zero, so that it is taken off again."""
+def subtracts_initial_update(name: str) -> bool:
+    """Whether the initial update is not zero, so that the layer must subtract it."""
     return name == "olora" or name.startswith("pissa")
 
 
-def start(
+def initial_factors(
     method: str, matrix: np.ndarray, rank: int, scale: float, rng: np.random.Generator
-) -> Start:
-    """The factors with which the update of a kernel starts.
+) -> InitialFactors:
+    """Compute the initial factors of the update of a kernel.
 
-    * "gaussian": A normal with standard deviation 1 / r, B = 0.
-    * "orthogonal": A = X Q_0 / 10, B = Q_1^T Y / 10 with normal X: (m, r / 2) and
-      Y: (r / 2, n), and Q_0, Q_1 the rows of even and of odd number of one orthogonal matrix
-      (r, r). Q_0 Q_1^T = 0, so A B is zero (but for rounding) though neither factor is.
-    * "pissa": s A B is the best approximation of W of rank r. With W = U S V^T,
-      A = U_r sqrt(S_r / s), B = sqrt(S_r / s) V_r^T.
-    * "pissa_niter_N": the same by a randomized SVD with N power iterations, which is much
-      faster for large kernels and close where singular values fall off.
-    * "olora": W^T = Q R with orthonormal columns in Q; A = R_r^T, B = Q_r^T, the first r of
-      the rows of R and of the columns of Q. s does not enter, as in PEFT.
+    * "gaussian": A is normal with standard deviation 1 / r, B = 0.
+    * "orthogonal": A = X Q_0 / 10 and B = Q_1^T Y / 10, with normal X: (m, r / 2) and
+      Y: (r / 2, n). Q_0 and Q_1 are the even and the odd rows of one orthogonal matrix
+      (r, r), so Q_0 Q_1^T = 0 and A B = 0 up to rounding, though neither factor is zero.
+    * "pissa": s A B is the best approximation of rank r of W. With W = U S V^T,
+      A = U_r sqrt(S_r / s) and B = sqrt(S_r / s) V_r^T.
+    * "pissa_niter_N": The same by a randomized SVD with N power iterations, which is much
+      faster for large kernels and accurate where the singular values decay.
+    * "olora": W^T = Q R with orthonormal columns of Q; A = R_r^T and B = Q_r^T, from the
+      first r rows of R and the first r columns of Q. It does not depend on s, as in PEFT.
 
-    The signs of singular vectors and of the columns of Q are chosen, so the same kernel gives
-    the same factors everywhere: the largest entry of a row of B by magnitude is positive for
-    PiSSA, the diagonal of R for OLoRA.
+    The signs of singular vectors and of the columns of Q are fixed, so that the same kernel
+    has the same factors everywhere: for PiSSA the entry of largest magnitude in each row of B
+    is positive, for OLoRA the diagonal of R.
 
     Args:
-        method: Which.
+        method: The name of the initialization.
         matrix: The kernel as a matrix of shape (m, n), of any floating type.
         rank: The rank r, positive.
         scale: The scale s of the update.
-        rng: Where random numbers come from; pissa and olora draw none.
+        rng: The source of random numbers. "pissa" and "olora" use none.
 
     Returns:
-        The factors; all is computed in float64 and rounded once.
+        The factors, computed in float64 and rounded once to float32.
 
     Raises:
-        TypeError, ValueError: for a name that ``check_init`` refuses, or of a start that
-            does not come from the kernel ("default", "eva").
-        ValueError: for what is no matrix, or one with values that are not finite; a rank
-            above min(m, n) for pissa and olora, an odd one for orthogonal; a scale for pissa
-            that is not positive.
+        TypeError: If ``method`` is not a string.
+        ValueError: If ``method`` is unknown or is not computed from the kernel ("default",
+            "eva"); if ``matrix`` is not a matrix, or not finite; if the rank is above
+            min(m, n) for "pissa" and "olora", or odd for "orthogonal"; if the scale is not
+            positive for "pissa".
 
     Example:
         >>> rng = np.random.default_rng(0)
         >>> w = rng.normal(size=(6, 4))
-        >>> a, b, moved = start("pissa", w, rank=4, scale=2.0, rng=rng)
-        >>> a.shape, b.shape, moved
+        >>> a, b, subtracted = initial_factors("pissa", w, rank=4, scale=2.0, rng=rng)
+        >>> a.shape, b.shape, subtracted
         ((6, 4), (4, 4), True)
         >>> bool(np.abs(w - 2.0 * a @ b).max() < 1e-6)
         True
@@ -134,8 +136,8 @@ def start(
         return _orthogonal(w.shape, rank, rng)
     if method in ("default", "eva"):
         raise ValueError(
-            f"Received the start {method!r}, which does not come from the kernel; expected "
-            "gaussian, orthogonal, pissa, pissa_niter_N or olora."
+            f"Received the initialization {method!r}, which is not computed from the kernel; "
+            "expected gaussian, orthogonal, pissa, pissa_niter_N or olora."
         )
     _check_kernel(method, w, rank)
     if method == "olora":
@@ -144,7 +146,7 @@ def start(
 
 
 def _iterations(name: str) -> int | None:
-    """N in "pissa_niter_N", else None."""
+    """Return N of "pissa_niter_N", or None for other names."""
     found = re.fullmatch(r"pissa_niter_([0-9]+)", name)
     return int(found.group(1)) if found else None
 
@@ -153,26 +155,26 @@ def _check_kernel(method: str, w: np.ndarray, rank: int) -> None:
     if rank > min(w.shape):
         raise ValueError(
             f"Received lora_rank={rank} with lora_init={method!r} for a kernel of "
-            f"{w.shape[0]} inputs and {w.shape[1]} outputs, which has no more than "
-            f"{min(w.shape)} directions. Pass a rank of at most {min(w.shape)} (for this "
-            "layer alone in lora_rank_pattern), or lora_init='gaussian'."
+            f"{w.shape[0]} inputs and {w.shape[1]} outputs, which has at most {min(w.shape)} "
+            f"singular vectors. Pass a rank of at most {min(w.shape)} (for this layer only, "
+            "in lora_rank_pattern), or lora_init='gaussian'."
         )
     if not np.isfinite(w).all():
         raise ValueError(
-            f"Received lora_init={method!r} for a kernel with values that are not finite. "
-            "Load weights without them, or pass lora_init='gaussian'."
+            f"Received lora_init={method!r} for a kernel with values that are not finite; "
+            "expected finite values. Load other weights, or pass lora_init='gaussian'."
         )
 
 
-def _rounded(a: np.ndarray, b: np.ndarray, moved: bool) -> Start:
-    return Start(a.astype("float32"), b.astype("float32"), moved)
+def _rounded(a: np.ndarray, b: np.ndarray, subtracted: bool) -> InitialFactors:
+    return InitialFactors(a.astype("float32"), b.astype("float32"), subtracted)
 
 
-def _orthogonal(shape: tuple[int, ...], rank: int, rng: np.random.Generator) -> Start:
+def _orthogonal(shape: tuple[int, ...], rank: int, rng: np.random.Generator) -> InitialFactors:
     if rank % 2:
         raise ValueError(
             f"Received lora_rank={rank} with lora_init='orthogonal'; expected an even rank, "
-            "one half of which is for A and one for B. Pass "
+            f"since half of the directions are used for A and half for B. Pass "
             f"lora_rank={rank + 1}."
         )
     rows, _ = np.linalg.qr(rng.normal(size=(rank, rank)))
@@ -181,7 +183,7 @@ def _orthogonal(shape: tuple[int, ...], rank: int, rng: np.random.Generator) -> 
     return _rounded(a / 10, b / 10, False)
 
 
-def _olora(w: np.ndarray, rank: int) -> Start:
+def _olora(w: np.ndarray, rank: int) -> InitialFactors:
     # Q's first columns are those of the first columns of W^T; R = Q^T W^T.
     q, r = np.linalg.qr(w.T[:, :rank])
     q = q * np.where(np.diagonal(r) < 0, -1.0, 1.0)
@@ -190,11 +192,11 @@ def _olora(w: np.ndarray, rank: int) -> Start:
 
 def _pissa(
     w: np.ndarray, rank: int, scale: float, rng: np.random.Generator, iterations: int | None
-) -> Start:
+) -> InitialFactors:
     if not scale > 0:
         raise ValueError(
             f"Received a scale alpha / rank of {scale!r} with lora_init='pissa'; expected a "
-            "positive one, whose root is part of the factors. Pass a positive lora_alpha."
+            "positive scale, since its root divides the factors. Pass a positive lora_alpha."
         )
     if iterations is None:
         a, b, _, _ = nearest_factors(w, rank)

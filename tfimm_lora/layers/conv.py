@@ -6,10 +6,15 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora.backend import backend_of
-from tfimm_lora.layers import forms, kernel_hook, products
+from tfimm_lora.backend.interface import Backend, Layer, Tensor
+from tfimm_lora.layers import forms, kernel_hook
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
+from tfimm_lora.layers.forward import Factors
+from tfimm_lora.layers.input_rows import InputRows, PatchRows
 from tfimm_lora.layers.products import leading_shape
 
 _AXES = "abcdefg"
@@ -18,90 +23,87 @@ _AXES = "abcdefg"
 class ConvolutionProduct:
     """conv(x, W) without groups; W: (*size, in, out), A: (*size, in, r), B: (r, out).
 
-    The narrow half is the same convolution with r filters, the other half is a product
-    over channels. ``convolve`` is the layer's own convolution, so strides, padding,
-    dilation and data format are the layer's.
+    x A is the same convolution with r filters, and h B a product over channels. ``convolve``
+    is the layer's own convolution, so strides, padding, dilation and data format are its.
     """
 
     def __init__(
-        self, backend: Any, convolve: Callable[[Any, Any], Any], spatial: int, last: bool
+        self,
+        backend: Backend,
+        convolve: Callable[[Tensor, Tensor], Tensor],
+        spatial: int,
+        last: bool,
     ) -> None:
-        self.backend, self.ops, self.convolve, self.last = backend, backend.ops, convolve, last
+        self.backend, self.ops = backend, backend.ops
+        self.convolve, self.last = convolve, last
         self.matrix = MatrixProduct(backend)
         self.space = _AXES[:spatial]
 
-    def apply(self, x: Any, kernel: Any) -> Any:
+    def apply(self, x: Tensor, kernel: Tensor) -> Tensor:
         return self.convolve(x, kernel)
 
-    def apply_and_back(self, x: Any, kernel: Any) -> tuple[Any, Any]:
-        return self.backend.linear(lambda t: self.convolve(t, kernel), x)
+    def update(self, a: Tensor, b: Tensor) -> Tensor:
+        # As one product of matrices; with its four axes it would be a batch of small ones.
+        update = self.matrix.update(self._rows(a), b)
+        return self.ops.reshape(update, (*a.shape[:-1], b.shape[-1]))
 
-    def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        return self.backend.vjp(lambda t: self.convolve(x, t), kernel, dy)
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.convolve(x, a)
 
-    def update(self, a: Any, b: Any) -> Any:
-        # As one product of matrices; with its four axes it would be a stack of small ones.
-        products = self.matrix.update(self._rows(a), b)
-        return self.ops.reshape(products, (*a.shape[:-1], b.shape[-1]))
-
-    def update_gradients(self, a: Any, b: Any, dw: Any) -> tuple[Any, Any]:
-        da, db = self.matrix.update_gradients(self._rows(a), b, self._rows(dw))
-        return self.ops.reshape(da, a.shape), db
-
-    def down(self, x: Any, a: Any) -> Any:
-        return self.apply(x, a)
-
-    def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
-        return self.backend.vjp(lambda t: self.convolve(t, a), x, dh)
-
-    def down_factor_gradient(self, x: Any, a: Any, dh: Any) -> Any:
-        return self.kernel_gradient(x, a, dh)
-
-    def up(self, h: Any, b: Any) -> Any:
+    def up(self, h: Tensor, b: Tensor) -> Tensor:
         if not self.last:
             return self._einsum("nr*,ro->no*", h, b)
         return self._over_channels(lambda rows: self.matrix.up(rows, b), h, b.shape[1])
 
-    def up_input_gradient(self, b: Any, dy: Any) -> Any:
+    def apply_with_gradient(
+        self, x: Tensor, kernel: Tensor
+    ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        return self.backend.linear(lambda t: self.convolve(t, kernel), x)
+
+    def up_input_gradient(self, b: Tensor, dy: Tensor) -> Tensor:
         if not self.last:
             return self._einsum("no*,ro->nr*", dy, b)
         gradient = self.matrix.up_input_gradient
         return self._over_channels(lambda rows: gradient(b, rows), dy, b.shape[0])
 
-    def up_factor_gradient(self, h: Any, b: Any, dy: Any) -> Any:
+    def up_factor_gradient(self, h: Tensor, b: Tensor, dy: Tensor) -> Tensor:
         if not self.last:
             return self._einsum("nr*,no*->ro", h, dy)
         return self.matrix.up_factor_gradient(self._rows(h), b, self._rows(dy))
 
-    def _einsum(self, equation: str, x: Any, y: Any) -> Any:
+    def down_factor_gradient(self, x: Tensor, a: Tensor, dh: Tensor) -> Tensor:
+        return self.backend.vjp(lambda t: self.convolve(x, t), a, dh)
+
+    def _einsum(self, equation: str, x: Tensor, y: Tensor) -> Tensor:
         return self.ops.einsum(equation.replace("*", self.space), x, y)
 
-    def _rows(self, x: Any) -> Any:
-        """What has its channels last as a matrix, a row for each place."""
+    def _rows(self, x: Tensor) -> Tensor:
+        """A tensor with its channels last as a matrix, with a row for each place."""
         return self.ops.reshape(x, (-1, x.shape[-1]))
 
-    def _over_channels(self, function: Callable[[Any], Any], x: Any, channels: int) -> Any:
-        """A function of rows, over what has its channels last."""
+    def _over_channels(
+        self, function: Callable[[Tensor], Tensor], x: Tensor, channels: int
+    ) -> Tensor:
+        """Apply a function of rows to a tensor with its channels last."""
         rows = function(self._rows(x))
         return self.ops.reshape(rows, (*leading_shape(self.ops.shape(x), x.shape), channels))
 
 
 class PointwiseProduct(ConvolutionProduct):
-    """A convolution with a window and strides of one and its channels last, which is a product
-    of matrices. What is narrow is computed as such: several times as fast as by convolutions of
-    few channels. The product itself stays the layer's own, for whatever fuses with it."""
+    """A convolution with a window and strides of one and its channels last: a matrix product.
 
-    def kernel_gradient(self, x: Any, kernel: Any, dy: Any) -> Any:
-        flat = self.matrix.kernel_gradient(self._rows(x), self._rows(kernel), self._rows(dy))
-        return self.ops.reshape(flat, kernel.shape)
+    The narrow products are computed as such, several times as fast as by convolutions with few
+    channels. The full product stays the layer's own convolution, so that TensorFlow fuses it
+    with what follows.
+    """
 
-    def down(self, x: Any, a: Any) -> Any:
+    def down(self, x: Tensor, a: Tensor) -> Tensor:
         flat = self._rows(a)
         return self._over_channels(lambda rows: self.matrix.down(rows, flat), x, a.shape[-1])
 
-    def down_input_gradient(self, x: Any, a: Any, dh: Any) -> Any:
-        flat, gradient = self._rows(a), self.matrix.down_input_gradient
-        return self._over_channels(lambda rows: gradient(None, flat, rows), dh, a.shape[-2])
+    def down_factor_gradient(self, x: Tensor, a: Tensor, dh: Tensor) -> Tensor:
+        flat = self.backend.factor_gradient(self._rows(x), self._rows(dh))
+        return self.ops.reshape(flat, a.shape)
 
 
 class ConvUpdate(LoRALayer):
@@ -110,15 +112,15 @@ class ConvUpdate(LoRALayer):
     y = activation(conv(x, W + s A B) + bias), s = lora_alpha / lora_rank, W frozen.
     W: (*kernel_size, in / groups, filters), A: (*kernel_size, in / groups, lora_rank),
     B: (lora_rank, filters); (A B)[h, w, i, o] = sum over r of A[h, w, i, r] B[r, o].
-    Strides, padding, dilation, groups, data format are the base layer's.
+    Strides, padding, dilation, groups and data format are the base layer's.
 
     Args:
         filters, kernel_size, strides, padding, ...: as in ``keras.layers.Conv2D`` (or
             Conv1D, Conv3D).
-        lora_rank, lora_alpha, lora_dropout, lora_initializer, lora_regularizer,
-        lora_train_bias: as in ``LoRADense``, with the same defaults and errors; fan_in is
-            that of the kernel. With groups or with a call that changes the kernel (weight
-            standardisation) lora_dropout must be 0.
+        {settings}
+
+    With groups, or in a class whose call changes the kernel (weight standardisation),
+    lora_dropout must be 0 and lora_bias False.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -138,21 +140,34 @@ class ConvUpdate(LoRALayer):
     dilation_rate: tuple[int, ...]
     data_format: str
 
-    def convolution_op(self, inputs: Any, kernel: Any) -> Any:
-        """Keras' convolution. Handed W + s A B itself it takes the cheap form; handed a
-        kernel that was made from it (StdConv2D) it is the plain convolution."""
-        frame = kernel_hook.current_frame(self)
-        adapted = frame is not None and kernel is frame.effective and not self.merged
-        if not adapted:
+    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        known = has_keras_call(type(self)) and has_keras_call(type(self), "convolution_op")
+        if self.merged or self.groups > 1 or not known:
+            return super().call(inputs, *args, **kwargs)
+        # Keras' own call gives the kernel attribute to ``convolution_op`` and nothing else, so
+        # W itself does as the sign that the adapted product is meant.
+        with kernel_hook.kernel_shown_as(self, self._kernel_variable):
+            return self._base_call(inputs, *args, **kwargs)
+
+    def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        """Keras' convolution. Within a call, and given the kernel that the call is shown, it is
+        the adapted product; with a kernel made from that (StdConv2D) the plain convolution."""
+        running = kernel_hook.running_call(self)
+        if running is None or kernel is not running.kernel or self.merged:
             return self._convolve(inputs, kernel)
         if self.groups > 1 or not has_keras_call(type(self), "convolution_op"):
             return self._convolve(inputs, kernel)
-        assert frame is not None
-        frame.reached_product = True
+        running.reached_product = True
         return self._adapted(inputs, self._places(tuple(inputs.shape)))
 
-    def _convolve(self, inputs: Any, kernel: Any) -> Any:
+    def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         return super().convolution_op(inputs, kernel)  # type: ignore[misc]
+
+    def _product(self, inputs: Tensor = None) -> ConvolutionProduct:
+        last = not self._has_channels_first
+        pointwise = last and set((*self.kernel_size, *self.strides)) == {1}
+        product = PointwiseProduct if pointwise else ConvolutionProduct
+        return product(backend_of(self), self._convolve, len(self.kernel_size), last)
 
     def _factor_shapes(
         self, kernel_shape: tuple[int, ...], rank: int
@@ -160,60 +175,97 @@ class ConvUpdate(LoRALayer):
         *window, filters = kernel_shape
         return (*window, rank), (rank, filters)
 
-    def _product(self, inputs: Any = None) -> ConvolutionProduct:
-        last = self.data_format == "channels_last"
-        pointwise = last and set((*self.kernel_size, *self.strides)) == {1}
-        product = PointwiseProduct if pointwise else ConvolutionProduct
-        return product(backend_of(self), self._convolve, len(self.kernel_size), last)
-
     def _places(self, shape: tuple[int | None, ...]) -> int:
-        """The number of positions of the output for inputs of a shape, as near as is of use."""
-        space = shape[1:-1] if self.data_format == "channels_last" else shape[2:]
+        """The number of positions of the output for inputs of a shape, approximately."""
+        space = shape[2:] if self._has_channels_first else shape[1:-1]
         steps = zip(space, self.strides)
         return forms.places(shape[0], [size and -(-size // step) for size, step in steps])
+
+    def _input_rows(self) -> InputRows | None:
+        return PatchRows(self) if self.groups == 1 else None
 
     def _probe_shape(self) -> tuple[int, ...]:
         window = zip(self.kernel_size, self.dilation_rate)
         space = [1 + (size - 1) * step for size, step in window]
         channels = self._kernel_variable.shape[-2] * self.groups
-        if self.data_format == "channels_last":
-            return (1, *space, channels)
-        return (1, channels, *space)
+        return (1, channels, *space) if self._has_channels_first else (1, *space, channels)
 
     @classmethod
-    def _branch_refusal(cls, layer: Any) -> str | None:
-        # Whether a call of its own hands the kernel on unchanged is seen when it runs.
+    def _branch_refusal(cls, layer: Layer) -> str | None:
+        # Whether a call of its own changes the kernel shows when it runs.
         if layer.groups > 1:
-            return "a grouped convolution has no low-rank branch to drop from or to give a bias"
+            return "a grouped convolution has no low-rank branch for dropout or a bias"
         return None
+
+    # -- the order of axes in torch ----------------------------------------------------
+
+    @classmethod
+    def torch_kernel_shape(cls, layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[-1], shape[-2], *shape[:-2])
+
+    @classmethod
+    def kernel_to_torch(cls, layer: Layer, kernel: np.ndarray) -> np.ndarray:
+        return np.moveaxis(kernel, (-1, -2), (0, 1))
+
+    @classmethod
+    def update_kind(cls, layer: Layer) -> str | None:
+        if layer.groups > 1:
+            return "grouped"
+        if isinstance(layer, LoRALayer):
+            return "standardised" if layer._lora_state.kernel_transformed else "conv"
+        return "conv" if has_keras_call(cls) else None
+
+    def factors_to_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
+        ones = (1,) * len(self.kernel_size)
+        return np.moveaxis(a, (-1, -2), (0, 1)), b.T.reshape(*b.T.shape, *ones)
+
+    def factors_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
+        return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
+
+    def columns_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
+        a = a.reshape(*a.shape[:2], *self._kernel_variable.shape[:-2])
+        return self.factors_from_torch(a, b)
 
 
 class Conv1DUpdate(ConvUpdate):
-    """As ``ConvUpdate``, also causal."""
+    """As ``LoRAConv2D``, also for causal padding."""
 
-    def _base_call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        # Keras 3's Conv1D passes by `convolution_op`; the backend makes it go through.
+    def _base_call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        # Keras 3's Conv1D does not call ``convolution_op``; the backend makes it do so.
         if has_keras_call(type(self)):
             return backend_of(self).conv1d_call(self, inputs, super()._base_call)
         return super()._base_call(inputs, *args, **kwargs)
 
-    def _convolve(self, inputs: Any, kernel: Any) -> Any:
+    def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         plain = super()._convolve
         return backend_of(self).conv1d_op(self, inputs, kernel, plain)
+
+
+class DepthwiseProduct:
+    """depthwise_conv(x, W), whose update does not split into two narrow products."""
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.backend = layer, backend_of(layer)
+
+    def apply(self, x: Tensor, kernel: Tensor) -> Tensor:
+        return self.backend.depthwise_convolution(self.layer, x, kernel)
+
+    def update(self, a: Tensor, b: Tensor) -> Tensor:
+        shape = tuple(self.layer._kernel_variable.shape)
+        return self.backend.ops.reshape(self.backend.ops.matmul(a, b), shape)
 
 
 class DepthwiseConvUpdate(LoRALayer):
     """A depthwise convolution whose kernel has a low-rank update.
 
     The kernel W: (kh, kw, in, depth_multiplier) is seen as a matrix of shape
-    (kh * kw, in * depth_multiplier), the one low-rank form smaller than W:
-    A: (kh * kw, lora_rank), B: (lora_rank, in * depth_multiplier),
+    (kh kw, in depth_multiplier), the only low-rank form that is smaller than W:
+    A: (kh kw, lora_rank), B: (lora_rank, in depth_multiplier),
     y = activation(depthwise_conv(x, W + s reshape(A B)) + bias), s = alpha / rank.
 
     Args:
         kernel_size, strides, padding, ...: as in ``keras.layers.DepthwiseConv2D``.
-        lora_rank, lora_alpha, lora_dropout, lora_initializer, lora_regularizer,
-        lora_train_bias: as in ``LoRADense``, with the same defaults and errors.
+        {settings}
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -229,30 +281,28 @@ class DepthwiseConvUpdate(LoRALayer):
     _kernel_role = "depthwise"
     data_format: str
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         backend = backend_of(self)
-        dtype = backend.compute_dtype(self)
+        dtype, settings = backend.compute_dtype(self), self.lora
         narrow = dtype in ("float16", "bfloat16")
-        apart = self.lora.dropout or self.lora.branch_bias or narrow
-        if self.merged or not apart or not has_keras_call(type(self)):
+        separate = settings.lora_dropout or settings.lora_bias or narrow
+        if self.merged or not separate or not has_keras_call(type(self)):
             return super().call(inputs, *args, **kwargs)
-        # The update as a convolution of its own: it can be dropped from, and it is not
+        # The update as a convolution of its own: its input can have dropout, and it is not
         # lost in the rounding of a 16-bit kernel.
-        kernel = backend.ops.cast(backend.full_precision(self._kernel_variable), dtype)
         product = self._product()
-        scaled = self.lora.scale * product.update(*self._factors())
-        outputs = products.doubled(
-            product,
-            inputs,
-            self.lora_branch_dropout(inputs) if self.lora.dropout else inputs,
-            backend.ops.stop_gradient(kernel),
-            backend.ops.cast(scaled, dtype),
-        )
-        outputs = self._finished(outputs)
+        update = backend.ops.cast(settings.lora_scale * product.update(*self._factors()), dtype)
+        kernel = backend.ops.cast(self._frozen_kernel(), dtype)
+        branch = self.lora_branch_dropout(inputs) if settings.lora_dropout else inputs
+        outputs = product.apply(inputs, kernel) + product.apply(branch, update)
+        outputs = self._with_dora_or_bias(outputs)
         if self.bias is not None:
             bias = self._along_outputs(self.bias, len(outputs.shape))
             outputs = outputs + backend.ops.cast(bias, dtype)
         return outputs if self.activation is None else self.activation(outputs)
+
+    def _product(self, inputs: Tensor = None) -> Any:
+        return DepthwiseProduct(self)
 
     def _factor_shapes(
         self, kernel_shape: tuple[int, ...], rank: int
@@ -263,19 +313,25 @@ class DepthwiseConvUpdate(LoRALayer):
     def _summed_axes(self) -> tuple[int, ...]:
         return (0, 1)
 
-    def _product(self, inputs: Any = None) -> Any:
-        return DepthwiseProduct(self)
+    # -- the order of axes in torch ----------------------------------------------------
 
+    @classmethod
+    def torch_kernel_shape(cls, layer: Layer, shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (shape[2] * shape[3], 1, *shape[:2])
 
-class DepthwiseProduct:
-    """depthwise_conv(x, W), whose update cannot be split in two convolutions."""
+    @classmethod
+    def kernel_to_torch(cls, layer: Layer, kernel: np.ndarray) -> np.ndarray:
+        shape = cls.torch_kernel_shape(layer, kernel.shape)
+        result: np.ndarray = kernel.transpose(2, 3, 0, 1).reshape(shape)
+        return result
 
-    def __init__(self, layer: Any) -> None:
-        self.layer, self.backend = layer, backend_of(layer)
+    @classmethod
+    def update_kind(cls, layer: Layer) -> str | None:
+        return "depthwise"
 
-    def apply(self, x: Any, kernel: Any) -> Any:
-        return self.backend.depthwise_convolution(self.layer, x, kernel)
+    def factors_to_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
+        window = tuple(self._kernel_variable.shape)[:2]
+        return a.T.reshape(-1, 1, *window), b.T.reshape(*b.T.shape, 1, 1)
 
-    def update(self, a: Any, b: Any) -> Any:
-        shape = tuple(self.layer._kernel_variable.shape)
-        return self.backend.ops.reshape(self.backend.ops.matmul(a, b), shape)
+    def factors_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
+        return a.reshape(a.shape[0], -1).T, b.reshape(b.shape[:2]).T

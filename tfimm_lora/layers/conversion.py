@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Found
-from tfimm_lora.layers.base import LayerSettings, LoRALayer, layer_settings
+from tfimm_lora.backend import backend_of, default_backend
+from tfimm_lora.backend.interface import Layer, OriginalLayer
+from tfimm_lora.config import LayerSettings, with_settings_doc
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.call_signature import with_signature_of
 from tfimm_lora.layers.conv import Conv1DUpdate, ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.dense import DenseUpdate
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate
 from tfimm_lora.layers.embedding import EmbeddingUpdate
-from tfimm_lora.layers.frozen import FrozenLayer, frozen_class
-from tfimm_lora.layers.kernel_hook import KernelSlot
+from tfimm_lora.layers.frozen import FrozenLayer, frozen_class, register_frozen_classes
+from tfimm_lora.layers.kernel_hook import KernelHook
+from tfimm_lora.layers.state import original_class, state_of
 
 #: Keras class -> what adapts it. Its subclasses follow, unless they are listed below.
 _UPDATES: dict[str, type[LoRALayer]] = {
@@ -39,7 +41,7 @@ _OTHER_KERNELS = (
 _lora_classes: dict[type, type] = {}
 
 
-def supported(layer: Any) -> bool:
+def supported(layer: Layer) -> bool:
     """Whether LoRA has a class for layers of this type."""
     return _supported_base(type(layer)) is not None
 
@@ -56,7 +58,8 @@ def _supported_base(cls: type) -> type | None:
     # Depthwise first: in legacy Keras it is not a Conv2D, but it was in some versions.
     for name in sorted(_UPDATES, key=lambda name: name != "DepthwiseConv2D"):
         if issubclass(cls, getattr(layers, name)):
-            return getattr(layers, name)
+            found: type = getattr(layers, name)
+            return found
     return None
 
 
@@ -99,11 +102,11 @@ def _make_class(cls: type, base: type) -> type:
     update = _UPDATES[base.__name__]
     namespace: dict[str, Any] = {
         "__module__": "tfimm_lora.layers",
-        "__doc__": update.__doc__,
+        "__doc__": with_settings_doc(update.__doc__ or "", LayerSettings),
     }
     if cls is base:
         attribute = backend.kernel_attributes[update._kernel_role]
-        namespace[attribute] = KernelSlot(attribute)
+        namespace[attribute] = KernelHook(attribute)
         namespace["_keras_class"] = cls
         bases: tuple[type, ...] = (update, backend.BuildHook, backend.FilteredWeights, cls)
     else:
@@ -143,53 +146,77 @@ def convert_to_lora_layer(layer: Any, **lora_arguments: Any) -> Any:
         >>> type(layer).__name__
         'LoRADense'
     """
-    return adapt_layer(layer, layer_settings(backend_of(layer), lora_arguments))
+    settings = LayerSettings.from_arguments(lora_arguments, backend_of(layer).keras)
+    return adapt_layer(layer, settings)
 
 
-def adapt_layer(layer: Any, settings: LayerSettings) -> Any:
-    """``convert_to_lora_layer`` with checked settings; leaves the layer alone on error."""
+def adapt_layer(layer: Layer, settings: LayerSettings) -> Layer:
+    """``convert_to_lora_layer`` with validated settings; on error the layer is unchanged."""
     if isinstance(layer, LoRALayer):
         raise ValueError(
-            f"Layer '{layer.name}' is adapted already, with rank {layer.lora.rank}. Call "
-            "remove_lora first to adapt it anew."
+            f"Layer '{layer.name}' is already adapted, with rank {layer.lora.rank}. Call "
+            "remove_lora first to adapt it again."
         )
     if isinstance(layer, FrozenLayer):
         raise ValueError(
-            f"Layer '{layer.name}' is frozen, as part of a model that LoRA was put into. "
-            "Name it in lora_targets when you put LoRA in."
+            f"Layer '{layer.name}' is frozen, as part of a model that LoRA was injected into. "
+            "Name it in lora_targets when you inject LoRA."
         )
     cls: Any = lora_class(type(layer))
     cls.check_support(layer, settings)
     backend = backend_of(layer)
-    found = backend.found(layer)
+    original = backend.original(layer)
     try:
         backend.swap_class(layer, cls)
         backend.set_raw_trainable(layer, True)
-        layer._attach(settings, found)
+        layer._attach(settings, original)
         if layer.built:
             layer.check_call()
     except BaseException:
-        restore_layer(layer, found)
+        restore_layer(layer, original)
         raise
     return layer
 
 
-def restore_layer(layer: Any, found: Found | None = None) -> Any:
-    """Turn a LoRA layer back into the layer it was, without its update."""
-    backend = backend_of(layer)
-    if "_lora_state" in layer.__dict__:
+def restore_layer(layer: Layer, original: OriginalLayer | None = None) -> Layer:
+    """Turn a LoRA layer back into its original layer, without the update."""
+    backend, state = backend_of(layer), state_of(layer)
+    if state is not None:
+        original = state.original or original
         if layer.merged:
             layer.unmerge_weights()
-        found = layer._detach() or found
-    if found is None:  # created adapted, or loaded from a file
+        layer._detach()
+    if original is None:  # created adapted, or loaded from a file
         flags = backend.created_flags(layer)
-        found = Found(_plain_class(type(layer)), layer.trainable, flags)
-    backend.restore(layer, found)
+        original = OriginalLayer(original_class(type(layer)), layer.trainable, flags)
+    backend.restore(layer, original)
     return layer
 
 
-def _plain_class(lora_cls: type) -> type:
-    return next(cls for cls, made in _lora_classes.items() if made is lora_cls)
+def kernel_variable(layer: Layer) -> Any:
+    """The kernel variable of a layer, adapted or not, of a kind that can be adapted."""
+    base: Any = lora_class(type(layer))
+    return layer.__dict__[backend_of(layer).kernel_attributes[base._kernel_role]]
+
+
+def default_lora_layer(name: str) -> type:
+    """``LoRADense``, ``LoRAConv2D``, ... of the Keras that this process uses.
+
+    Raises:
+        AttributeError: for another name.
+    """
+    base = name.removeprefix("LoRA")
+    if base == name or base not in _UPDATES:
+        raise AttributeError(f"module 'tfimm_lora.layers' has no attribute {name!r}")
+    return lora_class(getattr(default_backend().keras.layers, base))
+
+
+def register_keras_layers() -> None:
+    """Make the LoRA and frozen versions of all layers of the default Keras known to it."""
+    backend = default_backend()
+    register_frozen_classes(backend)
+    for name in _UPDATES:
+        lora_class(getattr(backend.keras.layers, name))
 
 
 def register_layer_classes(*classes: type) -> None:

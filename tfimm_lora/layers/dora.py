@@ -1,31 +1,34 @@
-"""DoRA: the norms of a kernel's columns as variables of their own.
+"""DoRA: the norms of a kernel's columns as trained variables.
 
     W' = g (W + s A B),    g = (|W| + d) / |W + s A B|
 
-with |.| the norm over all axes that the product sums over, so that there is one number for each
-output. d, the variable, is the difference of the magnitude m = |W| + d from the norm of the
-frozen kernel. It starts at zero whatever W is, its gradient is that of m, and weight decay on
-it pulls towards the kernel rather than towards nothing. The norm below is a constant to the
-gradient (section 4.3 of the paper), so the gradient by A and B is g times that of LoRA.
+|.| is the norm over all axes that the product sums over, so there is one for each output. The
+variable d is the difference between the magnitude m = |W| + d and the norm of the frozen
+kernel. It is initialized to zero, whatever W is; its gradient is that of m; and weight decay
+pulls it towards the kernel instead of towards zero. The norm in the denominator is a constant
+for the gradient (section 4.3 of the paper), so the gradients of A and B are g times those of
+LoRA.
 
 Reference: Liu et al., "DoRA: Weight-Decomposed Low-Rank Adaptation", arXiv:2402.09353.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from tfimm_lora.backend.interface import Ops, Tensor
 
 
-def norm(ops: Any, kernel: Any, axes: tuple[int, ...]) -> Any:
-    """The norm over some axes, which stay with size one."""
+def norm(ops: Ops, kernel: Tensor, axes: tuple[int, ...]) -> Tensor:
+    """The norm over some axes, which are kept with size one."""
     return ops.sqrt(ops.sum(kernel * kernel, axis=axes, keepdims=True))
 
 
-def gain(ops: Any, kernel: Any, adapted: Any, offset: Any, axes: tuple[int, ...]) -> Any:
+def gain(
+    ops: Ops, kernel: Tensor, adapted: Tensor, offset: Tensor, axes: tuple[int, ...]
+) -> Tensor:
     """g, in the shape of the kernel with size one along ``axes``.
 
-    It is exactly 1 where d is 0 and nothing is adapted, and where W + s A B is zero (an output
-    that a pruned network has no weights for), of which g has no meaning.
+    It is exactly 1 if d is 0 and nothing is adapted, and where W + s A B is zero (an output
+    without weights in a pruned network), for which g is not defined.
     """
     below = norm(ops, ops.stop_gradient(adapted), axes)
     above = norm(ops, kernel, axes)
@@ -39,8 +42,8 @@ def shape(kernel_shape: tuple[int, ...], axes: tuple[int, ...]) -> tuple[int, ..
     return tuple(size for axis, size in enumerate(kernel_shape) if axis not in axes)
 
 
-def scaled(ops: Any, outputs: Any, factor: Any, narrow: bool) -> Any:
-    """Outputs times g, with g's small differences from one kept in 16-bit arithmetic."""
+def scaled(ops: Ops, outputs: Tensor, factor: Tensor, narrow: bool) -> Tensor:
+    """Outputs times g; in 16-bit arithmetic the small differences of g from one are kept."""
     if not narrow:
         return outputs * ops.cast(factor, outputs.dtype)
     return outputs + outputs * ops.cast(factor - 1.0, outputs.dtype)

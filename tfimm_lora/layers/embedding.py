@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Layer, Tensor
 from tfimm_lora.layers import mixed_batch
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
@@ -20,10 +21,10 @@ class EmbeddingUpdate(LoRALayer):
 
     Args:
         input_dim, output_dim, ...: as in ``keras.layers.Embedding``.
-        lora_rank, lora_alpha, lora_dropout, lora_initializer, lora_regularizer,
-        lora_train_bias: as in ``LoRADense``, with the same errors. The default
-            initializer of A draws from N(0, 1/lora_rank): an id picks one row, so there
-            is no sum over inputs to balance.
+        {settings}
+
+    The default initializer of A draws from N(0, 1/lora_rank): an id picks one row, so there
+    is no sum over inputs to balance.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -36,43 +37,45 @@ class EmbeddingUpdate(LoRALayer):
 
     _kernel_role = "embedding"
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         backend = backend_of(self)
         known = has_keras_call(type(self)) and backend.is_dense_tensor(inputs)
         if self.merged or not known or getattr(self, "sparse", False):
             return super().call(inputs, *args, **kwargs)
-        route = mixed_batch.current()
-        with kernel_shown_as(self, lambda: self._kernel_variable):
-            outputs = super(LoRALayer, self).call(inputs, *args, **kwargs)  # type: ignore[misc]
-        if route is not None:
-            return outputs + backend.ops.cast(self._routed(inputs, route), outputs.dtype)
+        with kernel_shown_as(self, self._kernel_variable):
+            outputs = self._base_call(inputs, *args, **kwargs)
+        assignment = mixed_batch.current()
+        if assignment is not None:
+            branch = self._mixed_branch(inputs, assignment)
+            return outputs + backend.ops.cast(branch, outputs.dtype)
         a, b = self._factors()
         rows = backend.ops.take(a, backend.ops.cast(inputs, "int32"), axis=0)
-        if self.lora.dropout:
+        if self.lora.lora_dropout:
             rows = self.lora_branch_dropout(rows)
-        branch = backend.ops.matmul(rows, self.lora.scale * b)
-        return self._finished(outputs + backend.ops.cast(branch, outputs.dtype))
+        branch = backend.ops.matmul(rows, self.lora.lora_scale * b)
+        return self._with_dora_or_bias(outputs + backend.ops.cast(branch, outputs.dtype))
 
-    def _routed(self, inputs: Any, route: mixed_batch.Route) -> Any:
-        """The branch for adapters chosen by example."""
-        backend = backend_of(self)
-        route.used.add(id(self))
-        attached = mixed_batch.attached_to(self)
-        route.ids(attached.names)
+    def _mixed_branch(self, inputs: Tensor, assignment: mixed_batch.Assignment) -> Tensor:
+        """The branch in which each example uses its own adapter."""
+        backend, attached = backend_of(self), self._attached()
+        assignment.used.add(id(self))
+        assignment.ids(attached.names)
         if not len(attached.members):
             return 0
         rows = backend.ops.take(attached.a, backend.ops.cast(inputs, "int32"), axis=0)
-        return backend.ops.matmul(
-            mixed_batch.masked(backend, rows, attached, route), attached.b
-        )
+        h = mixed_batch.masked(backend, rows, attached, assignment)
+        return backend.ops.matmul(h, attached.b)
 
-    def _shown_kernel(self) -> Any:
+    def _shown_kernel(self) -> Tensor:
         if self.merged:
             return self._kernel_variable
-        # Keras casts the rows it has looked up, not the table.
+        # Keras casts the rows that it has looked up, not the table.
         backend = backend_of(self)
         dtype = backend.dtype_of(backend.full_precision(self._kernel_variable))
         return backend.ops.cast(self._effective_kernel(), dtype)
+
+    def _product(self, inputs: Tensor = None) -> MatrixProduct:
+        return MatrixProduct(backend_of(self))
 
     def _factor_shapes(
         self, kernel_shape: tuple[int, ...], rank: int
@@ -85,5 +88,6 @@ class EmbeddingUpdate(LoRALayer):
             scale=1.0, mode="fan_out", distribution="untruncated_normal"
         )
 
-    def _product(self, inputs: Any = None) -> MatrixProduct:
-        return MatrixProduct(backend_of(self))
+    @classmethod
+    def update_kind(cls, layer: Layer) -> str | None:
+        return "embedding"

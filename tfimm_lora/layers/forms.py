@@ -1,44 +1,49 @@
-"""Which form of an adapted product is the cheapest: the one place where that is decided.
+"""Which form of an adapted product is the fastest: the only place where that is decided.
 
-``update`` can compute x (W + s A B) and its gradients in several ways, which differ in nothing
-but rounding, time and memory. Let a layer multiply N places of its input (rows of a dense
-layer, positions of a convolution), each of W numbers, into M units, at rank r.
+``products`` computes x (W + s A B) and its gradients in three forms, which differ only in
+rounding, time and memory. Let a layer multiply N places of its input (rows of a dense layer,
+positions of a convolution), each of W numbers, into M units, at rank r.
 
-*Forward and input gradient.* The ``effective`` form adds s A B to the kernel and multiplies
-once; the ``factored`` form multiplies with the kernel and with A and B apart. What either has
-beyond the plain product is bound by memory, so numbers that are read or written are counted:
+*Forward pass and gradient of the input.* The effective forms add s A B to the kernel and
+multiply once; the factored form multiplies with the kernel and with A and B separately. What
+each adds to the plain product is bound by memory, so the numbers that are read or written are
+counted:
 
     effective: 8 W M            A B written, read, added to a kernel that is read and written;
-                                and kept for the backward pass, which counts as much again
+                                kept for the backward pass, which counts as much again
     factored:  N (2 W + 3 C + 4 M)  x read for x A, (x A) B written, read, added to y; and the
-                                same back to the input, whose places have C numbers each
+                                same for the gradient of x, whose places have C numbers each
 
-In 16-bit arithmetic it is ``factored`` always: in W + s A B a small update is lost.
+In 16-bit arithmetic it is always factored: in W + s A B a small update is lost.
 
-*Gradients of A and B.* ``narrow``, they go through x A and dy B^T, and pass over x and dy
-twice each. ``whole``, the gradient of the kernel is formed first, with one pass over each, and
-A and B take theirs from that. Narrow products are bound by memory too, as if the rank were some
-12 larger than it is, so the whole gradient is cheaper for kernels that are hardly larger than
-their factors: W M < (24 + 2 r) (W + M), for example 64 inputs and 64 units at rank 8.
+*Gradients of A and B in the effective forms.* "narrow": through x A and dy B^T, which pass over
+x and dy twice each. "whole": the gradient of the kernel is formed first, with one pass over
+each, and those of A and B are taken from it. Narrow products are bound by memory too, as if
+the rank were about 12 larger than it is, so "whole" is faster for kernels that are hardly
+larger than their factors: W M < (24 + 2 r) (W + M), for example 64 inputs and 64 units at
+rank 8.
 
-The constants fit what TensorFlow takes on two cores (docs/performance.md).
+The constants were fitted to TensorFlow on two cores; see the page on performance in the docs.
 """
 
 from __future__ import annotations
 
 import contextlib
 import math
-import threading
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 
-#: What a size that is not known when a layer is traced is taken for.
+#: Stand-ins for sizes that are not known when a layer is traced.
 UNKNOWN_BATCH, UNKNOWN_POSITIONS = 8, 196
 
 PRODUCTS = ("effective", "factored")
 GRADIENTS = ("narrow", "whole")
 
-_state = threading.local()
+#: The product and the gradients that ``use_form`` asks for.
+_requested: ContextVar[tuple[str | None, str | None]] = ContextVar(
+    "requested", default=(None, None)
+)
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Form:
 
     Attributes:
         product: "effective" or "factored".
-        gradients: "narrow" or "whole".
+        gradients: "narrow" or "whole"; those of the factored product are narrow.
     """
 
     product: str
@@ -83,30 +88,36 @@ def choose(work: Work, narrow: bool) -> Form:
     """The form for some work; ``narrow`` is whether it is in 16-bit arithmetic."""
     kernel = work.window * work.units
     through = work.places * (2 * work.window + 3 * work.channels + 4 * work.units)
-    product = "factored" if narrow or through < 8 * kernel else "effective"
+    product, gradients = _requested.get()
+    if product is None:
+        by_size = "factored" if narrow or through < 8 * kernel else "effective"
+        product = "effective" if gradients == "whole" else by_size
+    if product == "factored":
+        return Form("factored", "narrow")
     whole = kernel < (24 + 2 * work.rank) * (work.window + work.units)
-    wanted = getattr(_state, "wanted", (None, None))
-    return Form(wanted[0] or product, wanted[1] or ("whole" if whole else "narrow"))
+    return Form("effective", gradients or ("whole" if whole else "narrow"))
 
 
 @contextlib.contextmanager
 def use_form(product: str | None = None, gradients: str | None = None) -> Iterator[None]:
-    """Within this block what is traced computes adapted layers in a form of your choice.
+    """Compute adapted layers in a form of your choice, within this block.
 
-    All forms give the same but for rounding. By default each layer takes the one that should be
-    the fastest for its sizes; where you know better, measure and choose. A function that was
+    All forms compute the same but for rounding. By default each layer takes the one that should
+    be the fastest for its sizes; where you know better, measure and choose. A function that was
     traced before (``fit`` and ``predict`` trace theirs once) keeps its form: compile the model
-    again within the block. Layers with dropout and those with a call of their own have one
-    form.
+    again within the block. Layers with dropout and those with a ``call`` of their own have only
+    one form.
 
     Args:
         product: "effective", one product with W + s A B, or "factored", x W + s (x A) B.
-            None (default) for what suits. In 16-bit arithmetic "effective" loses small updates.
-        gradients: "narrow", those of A and B through the narrow products, or "whole", through
-            the gradient of the whole kernel. None (default) for what suits.
+            None (default) chooses by size. In 16-bit arithmetic "effective" loses small
+            updates.
+        gradients: "narrow", the gradients of A and B through the narrow products, or "whole",
+            through the gradient of the whole kernel, which implies the effective product. None
+            (default) chooses by size.
 
     Raises:
-        ValueError: for another word.
+        ValueError: for an unknown name, or for "factored" with "whole", which is never faster.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -123,9 +134,15 @@ def use_form(product: str | None = None, gradients: str | None = None) -> Iterat
             raise ValueError(
                 f"Received {name}={given!r}; expected None, {known[0]!r} or {known[1]!r}."
             )
-    outer = getattr(_state, "wanted", (None, None))
-    _state.wanted = (product or outer[0], gradients or outer[1])
+    outer = _requested.get()
+    wanted = (product or outer[0], gradients or outer[1])
+    if wanted == ("factored", "whole"):
+        raise ValueError(
+            "Received product='factored' with gradients='whole'; expected gradients='narrow' "
+            "or None: the factored product never forms the gradient of the whole kernel."
+        )
+    token = _requested.set(wanted)
     try:
         yield
     finally:
-        _state.wanted = outer
+        _requested.reset(token)

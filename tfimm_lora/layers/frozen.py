@@ -1,32 +1,40 @@
-"""``FrozenLayer``: a layer of a LoRA model that is not adapted and stays as it is.
+"""``FrozenLayer``: a layer of a LoRA model that is not adapted and keeps its values.
 
 In a LoRA model every layer with variables of its own is either adapted, or frozen by this
-class, or left alone because it is trained whole (a new classifier). Doing so layer by layer
-makes every model that is built from these layers agree on what is trained.
+class, or left alone because it is fully trained (a new classifier). Because this is done layer
+by layer, every model that is built from these layers agrees on what is trained.
 """
 
 from __future__ import annotations
 
 import contextlib
 import inspect
-import threading
 from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Found
+from tfimm_lora.backend.interface import Backend, Layer, OriginalLayer, Tensor, Variable
 from tfimm_lora.layers.call_signature import with_signature_of
+from tfimm_lora.layers.state import (
+    Converted,
+    FrozenState,
+    drop_state,
+    original_class,
+    set_state,
+    state_of,
+)
 
-#: Own variables that mark a layer whose statistics move while training.
+#: Own variables that mark a layer whose statistics change during training.
 _STATISTICS = {"moving_mean", "moving_variance", "vector_u", "sn_u"}
 
-_copying = threading.local()
+_copying_plain_layers: ContextVar[bool] = ContextVar("copying", default=False)
 
 
-class FrozenLayer:
+class FrozenLayer(Converted):
     """Mixin that freezes the own variables of a layer, all or all but its biases.
 
-    Batch normalisation then runs in inference mode, so that its statistics stay.
+    Batch normalisation then runs in inference mode, so that its statistics do not change.
     """
 
     name: str
@@ -34,12 +42,13 @@ class FrozenLayer:
 
     @property
     def _lora_frozen(self) -> FrozenState:
-        state = self.__dict__.get("_lora_frozen")
-        if state is None:  # created by from_config, before its settings are known
-            state = self.__dict__["_lora_frozen"] = FrozenState(False)
+        state = state_of(self)
+        if not isinstance(state, FrozenState):  # created by from_config, not yet frozen
+            state = FrozenState()
+            set_state(self, state)
         return state
 
-    def _is_trained(self, variable: Any) -> bool:
+    def _is_trained(self, variable: Variable) -> bool:
         return self._lora_frozen.train_bias and backend_of(self).is_bias_like(variable)
 
     def _after_build(self) -> None:
@@ -47,61 +56,49 @@ class FrozenLayer:
 
     def get_config(self) -> dict[str, Any]:
         state = self._lora_frozen
-        if _copies_plain_layers():
-            return super().get_config()  # type: ignore[misc]
-        if state.refusal:
+        copying = _copying_plain_layers.get()
+        if state.refusal and not copying:
             raise ValueError(state.refusal)
-        config = super().get_config()  # type: ignore[misc]
-        return {**config, "lora_train_bias": state.train_bias}
+        config: dict[str, Any] = super().get_config()  # type: ignore[misc]
+        return config if copying else {**config, "lora_train_bias": state.train_bias}
 
     @classmethod
     def from_config(cls, config: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
         config = dict(config)
         train_bias = config.pop("lora_train_bias", False)
         layer = super().from_config(config, *args, **kwargs)  # type: ignore[misc]
-        layer.__dict__["_lora_frozen"] = FrozenState(train_bias)
+        set_state(layer, FrozenState(train_bias=train_bias))
         return layer
 
 
 class FrozenWithGradient(FrozenLayer):
     """Mixin for layers that have a cheaper gradient when they are frozen."""
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        return _with_frozen_gradient(self, super().call, inputs, *args, **kwargs)  # type: ignore[misc]
+    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        base_call = super().call  # type: ignore[misc]
+        return _with_frozen_gradient(self, base_call, inputs, *args, **kwargs)
 
 
 class FrozenStatisticsLayer(FrozenLayer):
-    """Mixin for batch and spectral normalisation: frozen, and in inference mode always."""
+    """Mixin for batch and spectral normalisation: frozen, and always in inference mode."""
 
-    def call(self, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base_call = super().call  # type: ignore[misc]
         given = inspect.signature(base_call).bind_partial(inputs, *args, **kwargs)
         given.arguments["training"] = False
         return _with_frozen_gradient(self, base_call, *given.args, **given.kwargs)
 
 
-def _with_frozen_gradient(layer: Any, call: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-    """What a bound ``call`` gives, and to x the gradient that is cheaper when its layer is
-    frozen, where there is one."""
+def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """The result of a bound ``call``, with the cheaper gradient of x that its layer has when it
+    is frozen, if there is one."""
     backend = backend_of(layer)
     gradient = backend.frozen_gradient(layer, call.__func__, x)
     if gradient is None:
         return call(x, *args, **kwargs)
-    # To a bias that is trained goes through y what goes to it anyway.
+    # The gradient of a bias that is trained still goes through y.
     y = call(backend.ops.stop_gradient(x), *args, **kwargs)
     return backend.custom_gradient(lambda x, y: (y, lambda dy: (gradient(x, dy), dy)), x, y)
-
-
-class FrozenState:
-    """What a frozen layer knows beside being itself."""
-
-    def __init__(self, train_bias: bool, found: Found | None = None) -> None:
-        #: Whether its bias-like variables are trained.
-        self.train_bias = train_bias
-        #: How it was before; None if it was loaded from a file.
-        self.found = found
-        #: Why it must not be saved as part of a whole model, or None.
-        self.refusal: str | None = None
 
 
 _frozen_classes: dict[tuple[type, bool], type] = {}
@@ -109,8 +106,10 @@ _cheaper_calls: dict[type, Callable[..., Any]] = {}
 
 
 def register_cheaper_call(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator for a ``call`` that gives what that of ``cls`` gives, with a cheaper gradient.
-    Layers of just this class have it while LoRA is in their model."""
+    """Register a ``call`` that computes the same as that of ``cls``, with a cheaper gradient.
+
+    Layers of exactly this class use it while they are part of a LoRA model. A decorator.
+    """
 
     def register(call: Callable[..., Any]) -> Callable[..., Any]:
         _cheaper_calls[cls] = call
@@ -119,7 +118,7 @@ def register_cheaper_call(cls: type) -> Callable[[Callable[..., Any]], Callable[
     return register
 
 
-def has_cheaper_call(layer: Any) -> bool:
+def has_cheaper_call(layer: Layer) -> bool:
     """Whether freezing a layer makes its gradient cheaper, even if it has no variables."""
     return type(layer) in _cheaper_calls or backend_of(layer).gains_from_freezing(layer)
 
@@ -143,8 +142,8 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
     return _frozen_classes[key]
 
 
-def register_frozen_classes(backend: Any) -> None:
-    """Make the frozen classes of all layers of a Keras known, for loading files."""
+def register_frozen_classes(backend: Backend) -> None:
+    """Register the frozen classes of all layers of a Keras, so that files load."""
     layers = backend.keras.layers
     for name in dir(layers):
         cls = getattr(layers, name)
@@ -154,43 +153,39 @@ def register_frozen_classes(backend: Any) -> None:
                 frozen_class(cls, statistics=True)
 
 
-def freeze_layer(layer: Any, train_bias: bool, refusal: str | None = None) -> None:
+def freeze_layer(layer: Layer, train_bias: bool, refusal: str | None = None) -> None:
     """Freeze the own variables of a layer, all or (``train_bias``) all but its biases.
 
-    ``refusal`` says why the layer must not be saved as part of a whole model.
+    Args:
+        layer: The layer.
+        train_bias: Whether its bias-like variables are trained.
+        refusal: Why it must not be saved as part of a whole model, or None.
     """
     backend = backend_of(layer)
-    found = backend.found(layer)
+    original = backend.original(layer)
     names = {backend.variable_name(v) for v in backend.own_variables(layer)}
-    backend.swap_class(layer, frozen_class(found.cls, bool(names & _STATISTICS)))
-    state = FrozenState(train_bias, found)
-    state.refusal = refusal
-    layer.__dict__["_lora_frozen"] = state
+    backend.swap_class(layer, frozen_class(original.cls, bool(names & _STATISTICS)))
+    set_state(layer, FrozenState(original, train_bias, refusal))
     backend.set_raw_trainable(layer, True)
     layer._sync_trainability()
 
 
-def thaw_layer(layer: Any) -> None:
+def unfreeze_layer(layer: Layer) -> None:
     """Undo ``freeze_layer``."""
     backend = backend_of(layer)
-    found = layer._lora_frozen.found
-    del layer.__dict__["_lora_frozen"]
-    if found is None:  # loaded from a file
-        cls = next(key[0] for key, made in _frozen_classes.items() if made is type(layer))
-        found = Found(cls, layer.trainable, backend.created_flags(layer))
-    backend.restore(layer, found)
+    original = layer._lora_frozen.original
+    drop_state(layer)
+    if original is None:  # loaded from a file
+        flags = backend.created_flags(layer)
+        original = OriginalLayer(original_class(type(layer)), layer.trainable, flags)
+    backend.restore(layer, original)
 
 
 @contextlib.contextmanager
 def copying_plain_layers() -> Iterator[None]:
-    """Within this block frozen layers give the configs of the layers they were."""
-    before = _copies_plain_layers()
-    _copying.active = True
+    """Within this block frozen layers return the configs of their original layers."""
+    token = _copying_plain_layers.set(True)
     try:
         yield
     finally:
-        _copying.active = before
-
-
-def _copies_plain_layers() -> bool:
-    return getattr(_copying, "active", False)
+        _copying_plain_layers.reset(token)

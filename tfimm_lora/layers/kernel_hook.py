@@ -1,57 +1,60 @@
-"""The kernel attribute of an adapted layer, which shows the effective kernel in a call.
+"""What the kernel attribute of an adapted layer shows while the layer is called.
 
-A subclass with a ``call`` of its own (a convolution that standardises its kernel, a
-user's dense layer) reads ``self.kernel`` and does with it what it likes. While such a call
-runs, the attribute gives W + s A B instead of the variable W, so that the layer computes
-what it would compute after merging. Outside calls, and in other threads, it is the variable.
+A subclass with a ``call`` of its own (a convolution that standardises its kernel, a user's
+dense layer) reads ``self.kernel`` and uses it as it likes. While such a call runs, the
+attribute shows W + s A B instead of the variable W, so that the layer computes what it would
+compute after merging. Outside of calls, and in other threads, it is the variable.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping
+from contextvars import ContextVar
 from typing import Any
 
-_calls = threading.local()
+from tfimm_lora.backend.interface import Layer
+
+#: The running call of each layer, by the id of the layer.
+_calls: ContextVar[Mapping[int, RunningCall]] = ContextVar("calls", default={})  # noqa: B039
 
 
-class Frame:
-    """One running call of one layer: what its kernel attribute shows."""
+class RunningCall:
+    """A running call of a layer: what its kernel attribute shows."""
 
-    def __init__(self, make: Callable[[], Any]) -> None:
-        self._make = make
-        self._replacement: Any = None
-        #: W + s A B, once somebody has asked for the kernel.
-        self.effective: Any = None
-        #: Whether the layer's own product was handed ``effective`` itself.
+    def __init__(self, kernel: Any) -> None:
+        #: The kernel that the call is given.
+        self.kernel = kernel
+        #: Whether the call read the kernel attribute.
+        self.read_kernel = False
+        #: Whether the layer's own product was given ``kernel`` itself.
         self.reached_product = False
+        self._replacement: Any = None
 
     def read(self) -> Any:
-        """The kernel that the running call sees."""
+        """The value of the kernel attribute."""
         if self._replacement is not None:
             return self._replacement
-        if self.effective is None:
-            self.effective = self._make()
-        return self.effective
+        self.read_kernel = True
+        return self.kernel
 
     def write(self, value: Any) -> None:
-        """The running call assigns to the kernel attribute, as tfimm's StdConv2D does."""
-        self._replacement = None if value is self.effective else value
+        """The call assigns to the kernel attribute, as tfimm's StdConv2D does."""
+        self._replacement = None if value is self.kernel else value
 
 
-class KernelSlot:
+class KernelHook:
     """Descriptor for the attribute in which Keras keeps the kernel variable."""
 
     def __init__(self, attribute: str) -> None:
         self.attribute = attribute
 
-    def __get__(self, layer: Any, owner: Any = None) -> Any:
+    def __get__(self, layer: Layer, owner: Any = None) -> Any:
         if layer is None:
             return self
-        frame = current_frame(layer)
-        if frame is not None:
-            return frame.read()
+        call = running_call(layer)
+        if call is not None:
+            return call.read()
         try:
             return layer.__dict__[self.attribute]
         except KeyError:
@@ -59,34 +62,28 @@ class KernelSlot:
                 f"Layer '{layer.name}' has no {self.attribute} yet: it is not built."
             ) from None
 
-    def __set__(self, layer: Any, value: Any) -> None:
-        frame = current_frame(layer)
-        if frame is not None:
-            frame.write(value)
+    def __set__(self, layer: Layer, value: Any) -> None:
+        call = running_call(layer)
+        if call is not None:
+            call.write(value)
         else:
             layer.__dict__[self.attribute] = value
 
-    def __delete__(self, layer: Any) -> None:
+    def __delete__(self, layer: Layer) -> None:
         layer.__dict__.pop(self.attribute, None)
 
 
-def current_frame(layer: Any) -> Frame | None:
-    """The call of ``layer`` that runs in this thread, if any."""
-    return getattr(_calls, "frames", {}).get(id(layer))
+def running_call(layer: Layer) -> RunningCall | None:
+    """The call of ``layer`` that is running in this thread, if any."""
+    return _calls.get().get(id(layer))
 
 
 @contextlib.contextmanager
-def kernel_shown_as(layer: Any, make: Callable[[], Any]) -> Iterator[Frame]:
-    """Within this block the kernel attribute of ``layer`` shows what ``make`` gives."""
-    if not hasattr(_calls, "frames"):
-        _calls.frames = {}
-    frames = _calls.frames
-    outer = frames.get(id(layer))
-    frame = frames[id(layer)] = Frame(make)
+def kernel_shown_as(layer: Layer, kernel: Any) -> Iterator[RunningCall]:
+    """Within this block the kernel attribute of ``layer`` is ``kernel``."""
+    call = RunningCall(kernel)
+    token = _calls.set({**_calls.get(), id(layer): call})
     try:
-        yield frame
+        yield call
     finally:
-        if outer is None:
-            del frames[id(layer)]
-        else:
-            frames[id(layer)] = outer
+        _calls.reset(token)

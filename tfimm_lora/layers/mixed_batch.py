@@ -1,61 +1,63 @@
-"""Several adapters at once: which example of a batch goes through which.
+"""Several adapters in one batch: each example uses its own.
 
 A layer keeps the factors of all attached adapters side by side, A: (in, r_1 + r_2 + ...) and
-B: (r_1 + r_2 + ..., out). Between the two, every example is let through the columns of its own
-adapter only:
+B: (r_1 + r_2 + ..., out). Between the two, a mask keeps for every example only the columns of
+its own adapter:
 
     y = x W + ((x A) * mask[example]) B
 
-one narrow product in, one out, however many adapters there are. The scales are in B.
+That is one narrow product in and one out, however many adapters there are. B includes the
+scales.
 """
 
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any, NamedTuple
 
 import numpy as np
 
-_state = threading.local()
-
-#: Where a layer keeps its ``Attached``, and a model the names of attached adapters.
-_ATTACHED, ATTACHED_NAMES = "_lora_attached", "_lora_attached_names"
+from tfimm_lora.backend.interface import Backend, Layer, Tensor
+from tfimm_lora.layers.products import Product
 
 
 class Attached(NamedTuple):
-    """What a layer knows of the attached adapters."""
+    """The adapters that are attached to a layer."""
 
-    #: The names of the adapters; a column belongs to one by its index.
+    #: The names of the adapters.
     names: tuple[str, ...]
     a: np.ndarray
     b: np.ndarray
-    #: For each column the adapter that it belongs to.
+    #: For each column of A the index of the adapter that it belongs to.
     members: np.ndarray
 
 
-class Route:
-    """Which adapter each example of a batch takes, while a model runs.
+class Assignment:
+    """Which adapter each example of a batch uses, while a model runs.
 
     Args:
-        names: A name or None for each example; or None where ``ids`` are given.
+        names: A name or None for each example; or None if ``ids`` are given.
         ids: An integer tensor (batch,): the index of the adapter, -1 for none.
     """
 
-    def __init__(self, names: Sequence[str | None] | None, ids: Any = None) -> None:
+    def __init__(self, names: Sequence[str | None] | None, ids: Tensor = None) -> None:
         self.names = names
         self._ids = ids
-        #: The layers that went by it, by id.
+        #: The ids of the layers that applied it.
         self.used: set[int] = set()
 
     @property
     def batch(self) -> int | None:
-        """The number of examples, where it is known."""
-        return len(self.names) if self.names is not None else self._ids.shape[0]
+        """The number of examples, if it is known."""
+        if self.names is not None:
+            return len(self.names)
+        size: int | None = self._ids.shape[0]
+        return size
 
     def ids(self, known: Sequence[str]) -> Any:
-        """The indices of the examples' adapters among those that a model knows."""
+        """The index of each example's adapter among those that a model has attached."""
         if self.names is None:
             return self._ids
         unknown = sorted({n for n in self.names if n is not None and n not in known})
@@ -68,91 +70,94 @@ class Route:
         return np.array([-1 if n is None else order[n] for n in self.names], "int32")
 
 
-def current() -> Route | None:
-    """The route of the running block, if any, in this thread."""
-    return getattr(_state, "route", None)
+_current: ContextVar[Assignment | None] = ContextVar("assignment", default=None)
+
+
+def current() -> Assignment | None:
+    """The assignment of the enclosing ``assigned`` block in this thread, if any."""
+    return _current.get()
 
 
 @contextlib.contextmanager
-def along(route: Route | None) -> Iterator[Route | None]:
-    """Within this block models go by ``route``."""
-    outer = current()
-    _state.route = route
+def assigned(assignment: Assignment | None) -> Iterator[Assignment | None]:
+    """Within this block models use the adapters of ``assignment``."""
+    token = _current.set(assignment)
     try:
-        yield route
+        yield assignment
     finally:
-        _state.route = outer
+        _current.reset(token)
 
 
-def attached_to(layer: Any) -> Attached:
-    """What is attached to a layer.
-
-    Raises:
-        ValueError: if nothing is.
-    """
-    attached = layer.__dict__.get(_ATTACHED)
-    if attached is None:
-        raise ValueError(
-            f"Received adapters to choose from in a model to whose layer '{layer.name}' none "
-            "are attached. Call attach_adapters first."
-        )
-    return attached
-
-
-def attach(layer: Any, attached: Attached) -> None:
-    """Attach adapters to a layer."""
-    layer.__dict__[_ATTACHED] = attached
-
-
-def detach(layer: Any) -> bool:
-    """Drop what is attached to a layer or a model, and say whether something was."""
-    if layer.__dict__.pop(ATTACHED_NAMES, None) is not None:
-        layer.__dict__.pop("call", None)
-        return True
-    return layer.__dict__.pop(_ATTACHED, None) is not None
-
-
-def routed(
-    layer: Any, backend: Any, product: Any, x: Any, kernel: Any, dtype: str, route: Route
-) -> Any:
+def mixed(
+    backend: Backend,
+    product: Product,
+    x: Tensor,
+    kernel: Tensor,
+    attached: Attached,
+    assignment: Assignment,
+    channels_first: bool,
+) -> Tensor:
     """x W + ((x A) * mask) B for the adapters that are attached to a layer."""
-    route.used.add(id(layer))
-    outputs = product.apply(x, backend.ops.cast(kernel, dtype))
-    attached = attached_to(layer)
-    route.ids(attached.names)  # also where no adapter has this layer: names are checked
+    outputs = product.apply(x, kernel)
+    assignment.ids(attached.names)  # checks the names, also if no adapter has this layer
     if not len(attached.members):
         return outputs
+    dtype = backend.dtype_of(kernel)
     a, b = (backend.ops.cast(factor, dtype) for factor in (attached.a, attached.b))
-    narrow = product.down(x, a)
-    channels_first = getattr(layer, "data_format", None) == "channels_first"
-    return outputs + product.up(masked(backend, narrow, attached, route, channels_first), b)
+    h = masked(backend, product.down(x, a), attached, assignment, channels_first)
+    return outputs + product.up(h, b)
 
 
 def masked(
-    backend: Any, narrow: Any, attached: Attached, route: Route, channels_first: bool = False
-) -> Any:
-    """The narrow tensor with the columns of other adapters set to zero.
+    backend: Backend,
+    h: Tensor,
+    attached: Attached,
+    assignment: Assignment,
+    channels_first: bool = False,
+) -> Tensor:
+    """h = x A with the columns of other adapters set to zero.
 
     Its first axis is the batch, or the batch times something (windows, positions), with
     what belongs to one example side by side.
     """
     ops = backend.ops
-    ids = ops.cast(route.ids(attached.names), "int32")
-    mask = ops.cast(ops.equal(ids[:, None], attached.members[None, :]), narrow.dtype)
-    rows, batch = narrow.shape[0], route.batch
+    ids = ops.cast(assignment.ids(attached.names), "int32")
+    mask = ops.cast(ops.equal(ids[:, None], attached.members[None, :]), h.dtype)
+    rows, batch = h.shape[0], assignment.batch
     if rows is not None and batch is not None and rows % batch:
         raise ValueError(
-            f"Received adapters for {batch} examples, but layer inputs of {rows} rows, which "
-            "are not so many examples."
+            f"Received adapters for {batch} examples, but a layer whose input has {rows} rows, "
+            f"which is not a multiple of {batch}. Pass one adapter per example of the batch."
         )
-    between = (1,) * (len(narrow.shape) - 2)
+    between = (1,) * (len(h.shape) - 2)
     columns = len(attached.members)
     shape = (columns, *between) if channels_first else (*between, columns)
     # (batch, 1, columns) times (batch, rows of an example, columns).
-    grouped = ops.reshape(narrow, (ops.shape(ids)[0], -1, *_tail(ops, narrow)))
-    return ops.reshape(grouped * ops.reshape(mask, (-1, 1, *shape)), ops.shape(narrow))
+    grouped = ops.reshape(h, (ops.shape(ids)[0], -1, *_trailing_sizes(backend, h)))
+    return ops.reshape(grouped * ops.reshape(mask, (-1, 1, *shape)), ops.shape(h))
 
 
-def _tail(ops: Any, tensor: Any) -> list[Any]:
-    dynamic = ops.shape(tensor)
+def require_applied(layer: Layer, name: str, assignment: Assignment, merged: bool) -> None:
+    """Raise if adapters were chosen per example and a layer's call did not apply them.
+
+    Args:
+        layer: The layer, after its call.
+        name: The name of its original class.
+        assignment: The assignment of the running block.
+        merged: Whether the layer is merged.
+    """
+    if id(layer) in assignment.used:
+        return
+    why = (
+        "it is merged: call unmerge_lora_weights first"
+        if merged
+        else "its class has a call of its own, which does not support it"
+    )
+    raise ValueError(
+        f"Layer '{layer.name}' ({name}) cannot use an adapter for each example; {why}."
+    )
+
+
+def _trailing_sizes(backend: Backend, tensor: Tensor) -> list[Any]:
+    dynamic = backend.ops.shape(tensor)
     return [dynamic[i + 1] if size is None else size for i, size in enumerate(tensor.shape[1:])]

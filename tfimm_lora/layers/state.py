@@ -1,104 +1,168 @@
-"""The values of an adapted layer: merged, disabled, weaker or other ones, and in files.
+"""The state of a converted layer, and the operations on the values of an adapted one.
 
-While a layer is merged or disabled, kernel and factors as they are without that are kept
-aside, so that every way back gives the very bits.
+Every layer that LoRA converts has one state object, in ``layer.__dict__["_lora_state"]``, where
+Keras neither tracks nor wraps it. ``AdaptedValues`` merges, disables, scales and replaces the
+update of an adapted layer, and reads and writes its files. While a layer is merged or disabled
+its unmerged kernel and factors are kept in the state, so that they are restored exactly.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from tfimm_lora import config
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Found
+from tfimm_lora.backend.interface import Layer, OriginalLayer, Tensor, Variable
+from tfimm_lora.config import LORA_VARIABLE_NAMES, LayerSettings
+from tfimm_lora.layers.mixed_batch import Attached
+
+_STATE = "_lora_state"
+
+Values = dict[str, np.ndarray]
+
+
+class Converted:
+    """Base of the classes that LoRA makes from others: adapted and frozen layers, models."""
+
+
+def original_class(cls: type) -> type:
+    """The class that a converted class was made from; any other class is returned as it is."""
+    return next(c for c in cls.__mro__ if not issubclass(c, Converted) and _is_layer_class(c))
+
+
+def _is_layer_class(cls: type) -> bool:
+    try:
+        layer_class: type = backend_of(cls).keras.layers.Layer
+    except TypeError:  # a mixin
+        return False
+    return issubclass(cls, layer_class)
 
 
 @dataclass
-class State:
-    """What an adapted layer knows; kept where no Keras tracks or wraps it."""
+class ConvertedState:
+    """The state of any layer that LoRA converted, or opened for training."""
 
-    settings: Any
-    #: How the layer was before it was converted; None if it was created adapted.
-    found: Found | None = None
-    #: Kernel and factors of a merged or disabled layer as they were, bit for bit; else None.
-    unmerged: dict[str, np.ndarray] | None = None
+    #: The layer before conversion; None if it was created adapted, or loaded from a file.
+    original: OriginalLayer | None = None
+
+
+@dataclass
+class FrozenState(ConvertedState):
+    """The state of a frozen layer."""
+
+    #: Whether its bias-like variables are trained.
+    train_bias: bool = False
+    #: Why it must not be saved as part of a whole model, or None.
+    refusal: str | None = None
+
+
+@dataclass
+class AdaptedState(ConvertedState):
+    """The state of an adapted layer."""
+
+    settings: LayerSettings = field(kw_only=True)
+    #: Kernel and LoRA variables of a merged or disabled layer, unmerged; else None.
+    unmerged: Values | None = None
     #: How many times the layer was disabled, and whether it was merged before.
     disabled: int = 0
     merged_before: bool = False
-    #: After ``set_strength``: the values that are 100 %, and those that it left.
-    strength: tuple[dict[str, np.ndarray], dict[str, np.ndarray]] | None = None
-    #: Whether a call was seen to use the kernel.
-    kernel_seen: bool = False
-    #: Whether a call was seen to make another kernel of it (weight standardisation).
+    #: After ``set_strength``: the values at full strength, and those that it assigned.
+    strength: tuple[Values, Values] | None = None
+    #: Whether a call of the layer's class was seen to read the kernel.
+    kernel_read: bool = False
+    #: Whether it was seen to make another kernel of it (weight standardisation).
     kernel_transformed: bool = False
+    #: The adapters of a mixed batch.
+    attached: Attached | None = None
 
 
-class LayerValues:
-    """What ``LoRALayer`` does with the values of its variables; W in ``_kernel_variable``."""
+def state_of(layer: Layer) -> ConvertedState | None:
+    """The state of a layer, or None if LoRA did not convert it."""
+    state: ConvertedState | None = layer.__dict__.get(_STATE)
+    return state
+
+
+def set_state(layer: Layer, state: ConvertedState) -> None:
+    """Give a layer its state."""
+    layer.__dict__[_STATE] = state
+
+
+def drop_state(layer: Layer) -> None:
+    """Remove the state of a layer, which is restored to its original class."""
+    layer.__dict__.pop(_STATE, None)
+
+
+class AdaptedValues:
+    """Mixin of ``LoRALayer``: merging, disabling, other values, and files."""
 
     # Of the adapted layer.
     name: str
     bias: Any
     _kernel_variable: Any
-    _effective_kernel: Callable[[], Any]
+
+    def _effective_kernel(self) -> Tensor:
+        raise NotImplementedError
 
     @property
     def merged(self) -> bool:
-        """Whether the kernel holds the update at the moment."""
+        """Whether the kernel includes the update at the moment."""
         return self._lora_state.unmerged is not None and not self._lora_state.disabled
 
     @property
-    def _lora_state(self) -> State:
-        return self.__dict__["_lora_state"]
+    def lora(self) -> LayerSettings:
+        """The layer's settings: rank, alpha, scale, dropout, ..."""
+        return self._lora_state.settings
 
-    def _lora_variables(self) -> dict[str, Any]:
+    @property
+    def _lora_state(self) -> AdaptedState:
+        state: AdaptedState = self.__dict__[_STATE]
+        return state
+
+    def _lora_variables(self) -> dict[str, Variable]:
         """The variables that LoRA added to the layer, by name."""
-        return {n: self.__dict__[n] for n in config.LORA_VARIABLE_NAMES if n in self.__dict__}
+        return {n: self.__dict__[n] for n in LORA_VARIABLE_NAMES if n in self.__dict__}
 
-    def _switches(self) -> dict[str, Any]:
-        """Those of which zeros mean no update; A alone means nothing."""
+    def _switches(self) -> dict[str, Variable]:
+        """The LoRA variables that make the update vanish when they are zero: all but A."""
         found = self._lora_variables()
         return {n: v for n, v in found.items() if n not in ("kernel_lora_a", "kernel_lora_a0")}
 
-    def _merged_into(self) -> dict[str, Any]:
+    def _merged_variables(self) -> dict[str, Variable]:
         """The variables of the base layer that merging changes."""
         changed = {"kernel": self._kernel_variable}
-        return (
-            {**changed, "bias": self.bias} if self._lora_state.settings.branch_bias else changed
-        )
+        return {**changed, "bias": self.bias} if self.lora.lora_bias else changed
 
     # -- merging ---------------------------------------------------------------------
 
     def merge_weights(self) -> None:
-        """Add the update to the kernel, in place. ``unmerge_weights`` gives the bits back.
+        """Add the update to the kernel, in place. ``unmerge_weights`` restores it exactly.
 
-        B is zero while the layer is merged: whatever reads the variables then finds a
+        B is zero while the layer is merged, so that whatever reads the variables finds a
         kernel and factors that agree, and the update is never applied twice.
 
         Raises:
-            ValueError: if the layer is merged already, or not built.
+            ValueError: if the layer is already merged, disabled, or not built.
         """
         if self.merged:
             raise ValueError(
-                f"Layer '{self.name}' is merged already. Call unmerge_weights first."
+                f"Layer '{self.name}' is already merged. Call unmerge_weights first."
             )
         self._require_enabled("merged")
         self._require_built("merge")
         merged = self._merged_tensors()
         self._lora_state.unmerged = self.lora_values()
-        for name, variable in self._merged_into().items():
+        for name, variable in self._merged_variables().items():
             variable.assign(merged[name])
         self._switch_off()
 
     def unmerge_weights(self) -> None:
-        """Undo ``merge_weights``, bit for bit.
+        """Undo ``merge_weights`` exactly.
 
-        If the variables were given other values since (by set_weights, say), those stay:
-        they are taken for the values of an unmerged layer.
+        If the variables were given other values since (by ``set_weights``, for example), those
+        are kept: they are taken as the values of an unmerged layer.
 
         Raises:
             ValueError: if the layer is not merged.
@@ -112,47 +176,47 @@ class LayerValues:
         self._lora_state.unmerged = None
         if replaced:
             return
-        for name, variable in {**self._merged_into(), **self._lora_variables()}.items():
+        for name, variable in {**self._merged_variables(), **self._lora_variables()}.items():
             variable.assign(unmerged[name])
 
-    def lora_values(self) -> dict[str, np.ndarray]:
-        """Kernel, A and B (and what else LoRA has here) by name, as without merging."""
+    def lora_values(self) -> Values:
+        """Kernel, A, B and other LoRA variables by name, as they are without merging."""
         if self._lora_state.unmerged:
             return self._lora_state.unmerged
-        found = {**self._merged_into(), **self._lora_variables()}
+        found = {**self._merged_variables(), **self._lora_variables()}
         return {name: backend_of(self).to_numpy(variable) for name, variable in found.items()}
 
     def merged_kernel(self) -> np.ndarray:
-        """The adapted kernel as ``merge_weights`` would leave it, in the kernel's type."""
+        """The adapted kernel as ``merge_weights`` would leave it, in the kernel's dtype."""
         return self.merged_values()["kernel"]
 
-    def merged_values(self) -> dict[str, np.ndarray]:
+    def merged_values(self) -> Values:
         """What ``merge_weights`` would leave in the variables of the base layer, by name."""
         backend = backend_of(self)
-        values = self._merged_into() if self.merged else self._merged_tensors()
+        values = self._merged_variables() if self.merged else self._merged_tensors()
         return {name: backend.to_numpy(value) for name, value in values.items()}
 
-    def _merged_tensors(self) -> dict[str, Any]:
+    def _merged_tensors(self) -> dict[str, Tensor]:
         """``merged_values`` of a layer that is not merged, as tensors."""
         backend = backend_of(self)
         cast, dtype_of = backend.ops.cast, backend.dtype_of
-        found = self._merged_into()
+        found = self._merged_variables()
         adapted = {"kernel": self._effective_kernel()}
         if "bias" in found:
             shift = backend.full_precision(self.__dict__["kernel_lora_shift"])
             bias = cast(backend.full_precision(self.bias), "float32")
-            adapted["bias"] = bias + self._lora_state.settings.scale * shift
+            adapted["bias"] = bias + self.lora.lora_scale * shift
         return {name: cast(x, dtype_of(found[name])) for name, x in adapted.items()}
 
-    def value_of(self, variable: Any, merged: bool) -> np.ndarray:
-        """The value of one of the layer's variables as it is with merging or without."""
-        for name, changed in self._merged_into().items():
+    def value_of(self, variable: Variable, merged: bool) -> np.ndarray:
+        """The value that one of the layer's variables has with or without merging."""
+        for name, changed in self._merged_variables().items():
             if variable is changed:
                 return (self.merged_values() if merged else self.lora_values())[name]
         return backend_of(self).to_numpy(variable)
 
     def _switch_off(self) -> None:
-        """Let the layer compute as without the update."""
+        """Make the layer compute as without the update."""
         for variable in self._switches().values():
             variable.assign(np.zeros(tuple(variable.shape), "float32"))
 
@@ -170,10 +234,10 @@ class LayerValues:
                 "disable_adapter block first."
             )
 
-    # -- other updates -----------------------------------------------------------------
+    # -- other updates ---------------------------------------------------------------
 
     def assign_update(self, given: Mapping[str, np.ndarray]) -> None:
-        """Give the LoRA variables new values, zeros to those that are not given.
+        """Assign values to the LoRA variables, and zeros to those that are not given.
 
         A merged layer stays merged, a disabled one disabled.
         """
@@ -195,36 +259,36 @@ class LayerValues:
             self.merge_weights()
 
     def set_strength(self, factor: float) -> None:
-        """Let the update count ``factor`` times; 1 gives back the bits of before."""
+        """Multiply the update by ``factor``; 1 restores the original update exactly."""
         values = {n: x for n, x in self.lora_values().items() if n in self._lora_variables()}
         now = {name: values[name] for name in self._switches()}
         known = self._lora_state.strength
-        # Values that are not those this method left were trained or loaded since.
+        # Values other than those that this method assigned were trained or loaded since.
         same = known is not None and all(np.array_equal(known[1][n], x) for n, x in now.items())
-        whole = known[0] if known is not None and same else now
+        full = known[0] if known is not None and same else now
         if factor == 1:
-            self.assign_update({**values, **whole})
+            self.assign_update({**values, **full})
             return
-        scaled = {name: (x * factor).astype(x.dtype) for name, x in whole.items()}
+        scaled = {name: (x * factor).astype(x.dtype) for name, x in full.items()}
         self.assign_update({**values, **scaled})
-        self._lora_state.strength = whole, scaled
+        self._lora_state.strength = full, scaled
 
     def disable(self) -> None:
-        """Compute as without the update until ``enable``; may be nested."""
+        """Compute as without the update until ``enable``; calls may be nested."""
         state = self._lora_state
         if not state.disabled:
             self._require_built("disable")
             state.merged_before = self.merged
             values = self.lora_values()
             if state.merged_before:
-                for name, variable in self._merged_into().items():
+                for name, variable in self._merged_variables().items():
                     variable.assign(values[name])
             self._switch_off()
             state.unmerged = values
         state.disabled += 1
 
     def enable(self) -> None:
-        """Undo one ``disable``, bit for bit."""
+        """Undo one ``disable`` exactly."""
         state = self._lora_state
         state.disabled -= 1
         if state.disabled or state.unmerged is None:
@@ -235,18 +299,18 @@ class LayerValues:
         if state.merged_before:
             self.merge_weights()
 
-    # -- saving ----------------------------------------------------------------------
+    # -- files -----------------------------------------------------------------------
 
-    def _stored_variables(self) -> dict[str, Any]:
+    def _stored_variables(self) -> dict[str, Variable]:
         """Own variables by their key in a weight file.
 
-        The base layer's are numbered as Keras numbers them and those of LoRA go by name, so
-        neither file of the two is mistaken for the other's.
+        Those of the base layer are numbered as Keras numbers them and those of LoRA go by
+        name, so neither kind of file is mistaken for the other.
         """
         backend = backend_of(self)
         own = backend.own_variables(self)
         names = [backend.variable_name(v) for v in own]
-        base = [v for v, n in zip(own, names) if n not in config.LORA_VARIABLE_NAMES]
+        base = [v for v, n in zip(own, names) if n not in LORA_VARIABLE_NAMES]
         return {**{str(i): v for i, v in enumerate(base)}, **self._lora_variables()}
 
     def save_own_variables(self, store: Any) -> None:
@@ -254,13 +318,13 @@ class LayerValues:
         if "kernel_lora_a" not in self.__dict__:
             return
         backend, unmerged = backend_of(self), self._lora_state.unmerged or {}
-        changed = {id(v): name for name, v in self._merged_into().items()}
+        changed = {id(v): name for name, v in self._merged_variables().items()}
         for key, variable in self._stored_variables().items():
             name = changed.get(id(variable), key)
             store[key] = backend.store_value(unmerged.get(name, variable))
 
     def load_own_variables(self, store: Any) -> None:
-        """Read what ``save_own_variables`` wrote; a merged layer is unmerged by it."""
+        """Read what ``save_own_variables`` wrote. A merged layer is unmerged by it."""
         if "kernel_lora_a" not in self.__dict__:
             return
         stored = self._stored_variables()
@@ -275,8 +339,8 @@ class LayerValues:
         if problems:
             raise ValueError(
                 f"The weights do not fit the LoRA layer '{self.name}': "
-                f"{'; '.join(problems)}. Weights of the model without LoRA are loaded "
-                "before LoRA is put in; those of a LoRA model need the same lora_rank and "
+                f"{'; '.join(problems)}. Load the weights of a model without LoRA before "
+                "LoRA is injected. Those of a LoRA model need the same lora_rank and "
                 "lora_targets."
             )
         for key, variable in stored.items():
@@ -284,6 +348,6 @@ class LayerValues:
         self._forget_merge()
 
     def _forget_merge(self) -> None:
-        """The variables were given new values, which are those of an unmerged layer."""
+        """Take the values of the variables as those of an unmerged layer."""
         self._lora_state.unmerged = None
         self._lora_state.strength = None

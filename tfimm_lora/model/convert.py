@@ -7,15 +7,17 @@ import dataclasses
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.config import LORA_VARIABLE_NAMES, check_keywords, lora_field_names
+from tfimm_lora.config import LORA_VARIABLE_NAMES, lora_field_names
 from tfimm_lora.layers.base import building_for_other_weights
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.copy import build_like, plain_copy
 from tfimm_lora.model.inject import freeze_rest, inject_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import base_config, lora_base_of, lora_version_of
+from tfimm_lora.model.state import config_of
 from tfimm_lora.model.trainable_weights import inside_paths
 from tfimm_lora.model.transfer import transfer_weights
+from tfimm_lora.validation import check_keywords
 
 
 def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
@@ -61,7 +63,7 @@ def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
         lora_model = create_registered(lora_cls, cfg, model)
     transfer_weights(model, lora_model, weights_to_ignore=LORA_VARIABLE_NAMES)
     for layer in lora_layers(lora_model).values():
-        layer.start_factors()
+        layer.initialize_factors()
     return lora_model
 
 
@@ -98,7 +100,7 @@ def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:
             f"{lora_cls.__name__} has no LoRA layers after it was created with {cfg}. Its "
             "__init__ must convert layers with convert_to_lora_layer."
         )
-    if not _decides_itself(lora_cls) and "_lora_config" not in model.__dict__:
+    if not _decides_itself(lora_cls) and config_of(model) is None:
         train_classifier = getattr(cfg, "lora_train_classifier", False)
         names = classifier_paths(model) if train_classifier else []
         train_bias = getattr(cfg, "lora_train_bias", "none")

@@ -7,8 +7,10 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer, Variable
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer, copying_plain_layers
+from tfimm_lora.layers.state import original_class, state_of
 from tfimm_lora.model.inject import _take_out
 
 
@@ -34,7 +36,7 @@ def plain_copy(model: Any) -> Any:
     return copy
 
 
-def _recreate(backend: Any, model: Any) -> Any:
+def _recreate(backend: Backend, model: Any) -> Any:
     """A model from the config of another, with other values in its variables."""
     classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(model)}
     cls = _plain_class_of(model)
@@ -51,7 +53,7 @@ def _recreate(backend: Any, model: Any) -> Any:
     return copy
 
 
-def build_like(backend: Any, model: Any, other: Any) -> None:
+def build_like(backend: Backend, model: Any, other: Any) -> None:
     """Create all variables of a model, for inputs like those of another."""
     if all(layer.built for _, layer in backend.walk(model)):
         return
@@ -65,12 +67,10 @@ def build_like(backend: Any, model: Any, other: Any) -> None:
 
 
 def _plain_class_of(model: Any) -> type:
-    if isinstance(model, FrozenLayer) and model._lora_frozen.found is not None:
-        return model._lora_frozen.found.cls
-    return type(model)
+    return original_class(type(model)) if isinstance(model, FrozenLayer) else type(model)
 
 
-def _copy_state(backend: Any, model: Any, copy: Any) -> None:
+def _copy_state(backend: Backend, model: Any, copy: Any) -> None:
     """Give the copy the values and the trainability of the model, layer by layer."""
     pairs = list(zip(_plain_layers(backend, model), _plain_layers(backend, copy)))
     shapes = [[_shapes(backend, layer) for layer in pair] for pair in pairs]
@@ -89,30 +89,26 @@ def _copy_state(backend: Any, model: Any, copy: Any) -> None:
         _copy_trainability(backend, original, copied, variables)
 
 
-def _copy_trainability(backend: Any, original: Any, copied: Any, variables: list[Any]) -> None:
-    """The trainability that the original had before LoRA, if it has it now."""
-    found = backend.found(original)
-    if isinstance(original, (LoRALayer, FrozenLayer)):
-        before = (
-            original._lora_state.found
-            if isinstance(original, LoRALayer)
-            else original._lora_frozen.found
-        )
-        found = before or found._replace(flags=backend.created_flags(original))
-    elif "_lora_found" in original.__dict__:
-        found = original.__dict__["_lora_found"]
-    backend.set_raw_trainable(copied, found.trainable)
+def _copy_trainability(
+    backend: Backend, layer: Layer, copied: Layer, variables: list[Variable]
+) -> None:
+    """Give a copied layer the trainability that its model had without LoRA."""
+    state, record = state_of(layer), backend.original(layer)
+    if state is not None:
+        created = record._replace(flags=backend.created_flags(layer))
+        record = state.original or created
+    backend.set_raw_trainable(copied, record.trainable)
     targets = backend.own_variables(copied)
-    flags = {id(t): found.flags.get(id(v), True) for v, t in zip(variables, targets)}
-    backend.restore_flags(copied, flags if found.flags else {})
+    flags = {id(t): record.flags.get(id(v), True) for v, t in zip(variables, targets)}
+    backend.restore_flags(copied, flags if record.flags else {})
 
 
-def _plain_layers(backend: Any, model: Any) -> list[Any]:
+def _plain_layers(backend: Backend, model: Any) -> list[Any]:
     """All layers of a model but the dropout that LoRA added to some."""
     return [x for _, x in backend.walk(model) if x.name != "lora_dropout"]
 
 
-def _plain_variables(backend: Any, layer: Any) -> list[Any]:
+def _plain_variables(backend: Backend, layer: Any) -> list[Any]:
     variables = backend.own_variables(layer)
     if isinstance(layer, LoRALayer):
         factors = {id(v) for v in layer._lora_variables().values()}
@@ -120,7 +116,7 @@ def _plain_variables(backend: Any, layer: Any) -> list[Any]:
     return variables
 
 
-def _shapes(backend: Any, layer: Any) -> list[tuple[int, ...]]:
+def _shapes(backend: Backend, layer: Any) -> list[tuple[int, ...]]:
     return [tuple(v.shape) for v in _plain_variables(backend, layer)]
 
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.layers.base import LayerSettings, NotAdaptable, has_keras_call
+from tfimm_lora.config import LayerSettings
+from tfimm_lora.layers.base import NotAdaptable, has_keras_call
 from tfimm_lora.layers.conversion import adapt_layer, lora_class, restore_layer, supported
 from tfimm_lora.model.targeting import check_ready, config_for, select
 
@@ -138,7 +139,9 @@ def _refusal(layer: Any, settings: LayerSettings) -> str:
     # Zeros, so that no random number is drawn.
     zeros = backend_of(layer).keras.initializers.Zeros()
     try:
-        adapt_layer(layer, dataclasses.replace(settings, initializer=zeros))
+        adapt_layer(
+            layer, dataclasses.replace(settings, lora_init="default", lora_initializer=zeros)
+        )
     except NotAdaptable as error:
         return str(error)
     restore_layer(layer)

@@ -9,11 +9,11 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
-from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, has_cheaper_call, thaw_layer
-from tfimm_lora.layers.mixed_batch import detach
+from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, has_cheaper_call, unfreeze_layer
+from tfimm_lora.layers.state import ConvertedState, drop_state, set_state, state_of
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import base_config, lora_base_of
-from tfimm_lora.model.replaced_weights import forget, give_back
+from tfimm_lora.model.state import drop_model_state, model_state, restore_replaced_weights
 from tfimm_lora.model.targeting import check_ready, config_for, select
 
 
@@ -76,7 +76,7 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
     except BaseException:
         _take_out(model)
         raise
-    model.__dict__["_lora_config"] = config
+    model_state(model).config = config
     forget_traces(model, "LoRA was put into")
 
 
@@ -100,10 +100,10 @@ def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class
 
 def _open(backend: Any, layer: Any, with_variables: bool) -> None:
     """Let a layer that stays as it is be trained, remembering how it was found."""
-    found = backend.found(layer)
+    original = backend.original(layer)
     flags = dict.fromkeys([id(v) for v in backend.trainable_own_variables(layer)], True)
-    if not found.trainable or (with_variables and not all(found.flags.values())):
-        layer.__dict__["_lora_found"] = found
+    if not original.trainable or (with_variables and not all(original.flags.values())):
+        set_state(layer, ConvertedState(original))
         backend.set_raw_trainable(layer, True)
         if with_variables:
             backend.restore_flags(layer, flags)
@@ -163,7 +163,7 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
     for layer in layers.values():
         layer._require_enabled("taken out")
     if not merge:
-        give_back(model)
+        restore_replaced_weights(model)
     if merge:
         for layer in layers.values():
             layer._require_built("merge")
@@ -178,10 +178,7 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
 
 def _is_changed(model: Any) -> bool:
     """Whether a model has layers that were frozen for LoRA, if no LoRA itself."""
-    return any(
-        isinstance(layer, FrozenLayer) or "_lora_found" in layer.__dict__
-        for _, layer in backend_of(model).walk(model)
-    )
+    return any(state_of(layer) is not None for _, layer in backend_of(model).walk(model))
 
 
 def _take_out(model: Any) -> None:
@@ -191,12 +188,12 @@ def _take_out(model: Any) -> None:
         if isinstance(layer, LoRALayer):
             restore_layer(layer)
         elif isinstance(layer, FrozenLayer):
-            thaw_layer(layer)
-        elif "_lora_found" in layer.__dict__:
-            backend.restore(layer, layer.__dict__.pop("_lora_found"))
-        layer.__dict__.pop("_lora_config", None)
-        forget(layer)
-        detach(layer)
+            unfreeze_layer(layer)
+        elif (state := state_of(layer)) is not None and state.original is not None:
+            drop_state(layer)
+            backend.restore(layer, state.original)
+        if drop_model_state(layer):
+            layer.__dict__.pop("call", None)  # of attached adapters
         base = lora_base_of(type(layer))
         if base is not None and base is not type(layer):
             cfg = base_config(layer.cfg, base)

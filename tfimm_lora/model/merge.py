@@ -84,3 +84,6 @@ def unmerge_lora_weights(model: Any) -> Any:
             layer.unmerge_weights()
     backend_of(model).reset_functions(model)
     return model
+
+
+merge_weights = merge_lora_weights

@@ -98,7 +98,8 @@ def lora_config(model_cls: type) -> type:
     Raises:
         ValueError: if the class has no LoRA version; the message lists those that exist.
     """
-    return lora_architecture(model_cls).cfg_class  # type: ignore[attr-defined]
+    result: type = lora_architecture(model_cls).cfg_class  # type: ignore[attr-defined]
+    return result
 
 
 def lora_base_of(model_cls: type) -> type | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.config import LoRAConfig, Presets, Targets, check_keywords, lora_field_names
+from tfimm_lora.config import LayerSettings, LoRAConfig, Presets, Targets, lora_field_names
 from tfimm_lora.layer_paths import (
     check_expression,
     index_of,
@@ -19,13 +19,13 @@ from tfimm_lora.layer_paths import (
     value_for,
 )
 from tfimm_lora.layers import qkv
-from tfimm_lora.layers.base import LayerSettings, layer_settings
 from tfimm_lora.layers.conversion import lora_class, supported
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import default_targets, presets
 from tfimm_lora.model.trainable_weights import inside_paths, layers_under
+from tfimm_lora.validation import check_keywords
 
 
 @dataclass
@@ -246,8 +246,8 @@ def _add_settings(chosen: Selection, backend: Any, config: LoRAConfig) -> None:
         arguments["lora_train_bias"] = config.lora_train_bias != "none"
         rank = value_for(path, config.lora_rank_pattern, config.lora_rank)
         alpha = value_for(path, config.lora_alpha_pattern, config.lora_alpha)
-        return layer_settings(
-            backend, {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more}
+        return LayerSettings.from_arguments(
+            {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more}, backend.keras
         )
 
     wanted = config.lora_qkv

@@ -80,7 +80,8 @@ def _trained_in(backend: Any, layer: Any, train_bias: str, whole: bool) -> list[
     """The own variables of one layer that are trained."""
     trainable = backend.trainable_own_variables(layer)
     if whole:
-        return trainable
+        result: list[Any] = trainable
+        return result
     biases = [v for v in trainable if backend.is_bias_like(v)]
     if isinstance(layer, LoRALayer):
         chosen = biases if train_bias != "none" else []

@@ -221,6 +221,8 @@ def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
     if channels == given:
         return kernel
     if channels == 1:
-        return kernel.sum(axis=2, keepdims=True)
+        result: np.ndarray = kernel.sum(axis=2, keepdims=True)
+        return result
     repeated = np.take(kernel, np.arange(channels) % given, axis=2)
-    return (repeated * np.float32(given / channels)).astype(kernel.dtype)
+    result = (repeated * np.float32(given / channels)).astype(kernel.dtype)
+    return result

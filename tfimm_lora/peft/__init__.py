@@ -1,1 +1,1 @@
-"""PEFT's LoraConfig: its fields, and the LoRAConfig that means the same."""
+"""Translation between PEFT's LoraConfig and ``LoRAConfig``."""

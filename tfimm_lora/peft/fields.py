@@ -1,4 +1,4 @@
-"""The fields of PEFT's LoraConfig: what they may hold, and which of them are understood."""
+"""The fields of PEFT's LoraConfig: their types, and which of them are supported."""
 
 from __future__ import annotations
 
@@ -7,18 +7,17 @@ from typing import Any
 
 from tfimm_lora.validation import TRAIN_BIAS
 
-#: peft_type of files that only this package reads; PEFT refuses it by name.
+#: The peft_type of files that only this package reads. PEFT refuses it by name.
 OWN_TYPE = "TFIMM_LORA"
 
-#: PEFT's name for what is called "all" here. In PEFT it means linear layers alone, in most
-#: image models with the classifier, and without a single convolution.
+#: PEFT's name for "all". In PEFT it means linear layers only: in most image models that is the
+#: classifier too, and no convolution.
 ALL_LINEAR = "all-linear"
 
-#: As layers_pattern: the level before the number of a block, where no pattern says which.
+#: The layers_pattern for any level before the number of a block.
 ANY_LEVEL = "[^.]+"
 
-#: Fields of PEFT that change what an adapter computes in ways that are not supported, each
-#: with the values that mean "not used".
+#: Fields of PEFT for unsupported features, each with the values that mean "not used".
 _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "fan_in_fan_out": (False, None),
     "use_qalora": (False, None),
@@ -34,8 +33,8 @@ _UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "megatron_config": (None, {}),
 }
 
-#: Fields that are understood, or that say nothing about what the adapter computes: how it was
-#: made, or what another field switches on.
+#: Fields that are supported, or that do not change what the adapter computes: they record how
+#: it was trained, or are options of another field.
 _KNOWN = frozenset(
     (
         *("peft_type", "peft_version", "auto_mapping", "task_type", "inference_mode"),
@@ -49,7 +48,7 @@ _KNOWN = frozenset(
     )
 )
 
-#: What is the same in every config that is written.
+#: Fields that are the same in every written config.
 PLAIN_FIELDS: dict[str, Any] = {
     "fan_in_fan_out": False,
     "init_lora_weights": True,
@@ -58,14 +57,14 @@ PLAIN_FIELDS: dict[str, Any] = {
 
 
 class PeftFields:
-    """The fields of a LoraConfig, checked.
+    """The checked fields of a LoraConfig.
 
     Args:
-        fields: What adapter_config.json holds.
+        fields: The content of adapter_config.json.
 
     Raises:
-        ValueError: for a field of a wrong type or out of its range. Messages go on from the
-            name of what holds the fields: "has r=0, expected ...".
+        ValueError: If a field has a wrong type or is out of range. The message is the end of a
+            sentence, for the caller to complete: "has r=0, expected ...".
     """
 
     def __init__(self, fields: Any) -> None:
@@ -109,7 +108,7 @@ class PeftFields:
         if value is None:
             return default
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
-            raise ValueError(f"has {name}={value!r}, expected a value of {kind.__name__}")
+            raise ValueError(f"has {name}={value!r}, expected a value of type {kind.__name__}")
         return value
 
     def _number(self, name: str, default: float) -> float:
@@ -125,11 +124,11 @@ def _float(name: str, value: float) -> float:
     try:
         return float(value)
     except OverflowError as error:
-        raise ValueError(f"has a number in {name} that is too large") from error
+        raise ValueError(f"has a number in {name} that is too large for a float") from error
 
 
 def unsupported(fields: dict[str, Any]) -> list[str]:
-    """The fields whose values have no counterpart, each with its value."""
+    """Return the fields with unsupported values, as "name=value"."""
     problems = [
         f"{name}={fields[name]!r}"
         for name, unused in _UNSUPPORTED.items()
@@ -143,10 +142,10 @@ def unsupported(fields: dict[str, Any]) -> list[str]:
 
 
 def is_same(value: Any, other: Any) -> bool:
-    """Equality that tells True from 1."""
+    """Whether two values are equal and of the same type: True is not 1."""
     return type(value) is type(other) and value == other
 
 
 def whole(value: float) -> float | int:
-    """A number as PEFT writes it: whole ones as integers."""
+    """Return a number as PEFT writes it, whole numbers as integers."""
     return int(value) if float(value).is_integer() else value

@@ -1,7 +1,7 @@
-"""From the fields of PEFT's LoraConfig to those of ``LoRAConfig``, and back.
+"""Translate the fields of PEFT's LoraConfig to those of ``LoRAConfig``, and back.
 
-Names of layers are paths here, with "/", and names of modules in PEFT, with dots; expressions
-are taken with either.
+Layers are named by paths with "/" here, and by module names with dots in PEFT. Regular
+expressions may use either.
 """
 
 from __future__ import annotations
@@ -23,34 +23,39 @@ from tfimm_lora.peft.fields import (
     whole,
 )
 
-#: As layers_pattern, what PEFT means without one: a number below the second level.
+#: The layers_pattern that corresponds to none in PEFT: a number below the second level.
 _PEFT_ANY_LEVEL = r"[^.]+\.[^.]*"
 
-#: The ways to start that have the same name here, by the beginning of their names.
-_STARTS = ("gaussian", "pissa", "olora", "orthogonal", "eva")
+#: The prefixes of the initializations that have the same name here as in PEFT.
+_INITIALIZATIONS = ("gaussian", "pissa", "olora", "orthogonal", "eva")
 
 
 # -- from PEFT -----------------------------------------------------------------------------
 
 
 def read_fields(source: Any) -> dict[str, Any]:
-    """The fields in a dictionary, a LoraConfig, or an adapter_config.json or its folder."""
+    """Read the fields of a PEFT config.
+
+    Args:
+        source: A dictionary, a LoraConfig, or the path of an adapter_config.json or its folder.
+    """
     if isinstance(source, (str, os.PathLike)):
         path = Path(source)
         path = path / "adapter_config.json" if path.is_dir() else path
         try:
-            return json.loads(path.read_text("utf-8"))
+            fields: dict[str, Any] = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"{path} does not exist; expected PEFT's adapter_config.json or its folder."
             ) from None
         except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is no JSON: {error}.") from error
+            raise ValueError(f"{path} is not JSON: {error}.") from error
+        return fields
     given = source.to_dict() if hasattr(source, "to_dict") else source
     if not isinstance(given, Mapping):
         raise TypeError(
-            f"Received {source!r}; expected a LoraConfig of PEFT, a dictionary of its fields, "
-            "or the path of an adapter_config.json."
+            f"Received {source!r}; expected a PEFT LoraConfig, a dictionary of its fields, or "
+            "the path of an adapter_config.json."
         )
     return {"peft_type": "LORA", **{name: _listed(value) for name, value in given.items()}}
 
@@ -62,13 +67,14 @@ def _listed(value: Any) -> Any:
 
 
 def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ``LoRAConfig`` that mean what fields of PEFT mean.
+    """Translate the fields of a PEFT config to those of ``LoRAConfig``.
 
     Raises:
-        ValueError: as ``PeftFields``, and for what has no counterpart; all is named.
+        ValueError: As ``PeftFields``; also if fields have no counterpart, which the message
+            names.
     """
     peft = PeftFields(fields)
-    start, problem = _start_from(fields.get("init_lora_weights", True))
+    init, problem = _init_from(fields.get("init_lora_weights", True))
     problems = unsupported(fields) + problem
     if fields.get("ensure_weight_tying"):
         problems.append("ensure_weight_tying=True")
@@ -77,12 +83,12 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
     if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
         raise ValueError(f"has layers_pattern={pattern!r}, expected names of levels")
     problems += [
-        f"layers_pattern={p!r} (PEFT takes what is before the | as an expression of its own)"
+        f"layers_pattern={p!r} (PEFT applies the | to its whole expression)"
         for p in patterns
         if _is_bare_alternative(p)
     ]
     if problems:
-        raise ValueError(f"asks for what is not supported: {', '.join(problems)}")
+        raise ValueError(f"uses unsupported features: {', '.join(problems)}")
     if layers == []:
         layers, patterns = None, []
     elif layers is not None and not patterns:
@@ -96,7 +102,7 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
         "lora_dropout": peft.dropout,
         "lora_use_dora": peft.use_dora,
         "lora_bias": peft.lora_bias,
-        "lora_init": start,
+        "lora_init": init,
         "lora_targets": _names_from(fields, "target_modules"),
         "lora_exclude": _names_from(fields, "exclude_modules"),
         "lora_layers": layers,
@@ -111,7 +117,7 @@ def _names_from(fields: dict[str, Any], name: str) -> str | list[str] | None:
     if given is None or isinstance(given, str):
         return given or None
     if not isinstance(given, list) or not all(isinstance(x, str) for x in given):
-        raise ValueError(f"has {name}={given!r}, expected names or an expression")
+        raise ValueError(f"has {name}={given!r}, expected names or a regular expression")
     return [x.replace(".", "/") for x in given] or None
 
 
@@ -119,43 +125,45 @@ def _is_bare_alternative(pattern: str) -> bool:
     return "|" in pattern and not (pattern.startswith("(") and pattern.endswith(")"))
 
 
-def _start_from(start: Any) -> tuple[str, list[str]]:
-    """``lora_init`` for init_lora_weights, and why there is none."""
-    if start is True or start is None:
+def _init_from(value: Any) -> tuple[str, list[str]]:
+    """Return the ``lora_init`` for a value of init_lora_weights, and the problem if none."""
+    if value is True or value is None:
         return "default", []
-    name = start.lower() if isinstance(start, str) else ""
-    if name.startswith(_STARTS):
+    name = value.lower() if isinstance(value, str) else ""
+    if name.startswith(_INITIALIZATIONS):
         return name, []
-    why = "B would not start at zero" if start is False else "not known here"
-    return "default", [f"init_lora_weights={start!r} ({why})"]
+    why = "B would not be initialized to zero" if value is False else "not supported here"
+    return "default", [f"init_lora_weights={value!r} ({why})"]
 
 
 # -- to PEFT -------------------------------------------------------------------------------
 
 
 def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of PEFT's LoraConfig that mean what fields of ``LoRAConfig`` mean.
+    """Translate the fields of a ``LoRAConfig`` to those of PEFT's LoraConfig.
 
     Args:
         values: The fields of a ``LoRAConfig``.
-        presets: What names of presets mean in its class.
+        presets: Preset name -> targets, of its class.
 
     Raises:
-        ValueError: for what PEFT cannot express; all is named.
+        ValueError: If PEFT cannot express a field; the message names all of them.
     """
     problems: list[str] = []
     rank, alpha, pattern = _scales_to(values, problems)
     targets = _names_to(values, "lora_targets", presets, problems)
     exclude = _names_to(values, "lora_exclude", presets, problems)
     if values["lora_layers"] is not None and isinstance(targets, str):
-        problems.append("lora_layers (with lora_targets as an expression; PEFT wants a list)")
+        problems.append(
+            "lora_layers (with lora_targets as a regular expression; PEFT needs a list)"
+        )
     for name, why in _WITHOUT_COUNTERPART.items():
         if values.get(name) not in (None, False):
             problems.append(f"{name}={values[name]!r} ({why})")
     if values["lora_initializer"] is not None:
         problems.append(f"lora_initializer={values['lora_initializer']!r} (see lora_init)")
     if problems:
-        raise ValueError(f"asks for what PEFT cannot express: {', '.join(problems)}")
+        raise ValueError(f"uses features that PEFT cannot express: {', '.join(problems)}")
     layers, patterns = values["lora_layers"], values["lora_layers_pattern"]
     if layers is not None:
         patterns = [
@@ -182,11 +190,11 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
     }
 
 
-#: Fields of ``LoRAConfig`` that PEFT has not, and what to do instead.
+#: Fields of ``LoRAConfig`` that PEFT does not have, and the alternative.
 _WITHOUT_COUNTERPART = {
     "lora_freeze_a": "PEFT has an optimizer for it, create_lorafa_optimizer",
-    "lora_qkv": "PEFT adapts a fused kernel whole; save_adapter writes its parts exactly",
-    "lora_regularizer": "PEFT has none",
+    "lora_qkv": "PEFT adapts the whole fused kernel; save_adapter writes its blocks exactly",
+    "lora_regularizer": "PEFT has no regularizers",
     "lora_train_classifier": "name the classifier in lora_train_modules",
 }
 
@@ -194,7 +202,7 @@ _WITHOUT_COUNTERPART = {
 def _scales_to(
     values: Mapping[str, Any], problems: list[str]
 ) -> tuple[int, float, dict[str, Any]]:
-    """r, lora_alpha and alpha_pattern; an alpha of None is a scale of 1 at any rank."""
+    """Return r, lora_alpha and alpha_pattern. An alpha of None is a scale of 1 at any rank."""
 
     def alpha_for_one(rank: int) -> float:
         return whole(math.sqrt(rank) if values["lora_use_rslora"] else rank)
@@ -205,7 +213,7 @@ def _scales_to(
     for key, value in alphas.items():
         if value is None and ranks:
             problems.append(
-                f"lora_alpha_pattern[{key!r}]=None (with lora_rank_pattern; give the number)"
+                f"lora_alpha_pattern[{key!r}]=None (with lora_rank_pattern; pass the number)"
             )
         pattern[_dotted(key)] = alpha_for_one(rank) if value is None else whole(value)
     if alpha is None:
@@ -222,21 +230,21 @@ def _names_to(
         return None
     if isinstance(given, str) and given.lower() == ALL_LINEAR:
         return ALL_LINEAR
-    meant = given
+    targets = given
     if given is None or (isinstance(given, str) and given in presets):
-        meant = presets["default" if given is None else given]
-        if meant is None or isinstance(meant, str):
+        targets = presets["default" if given is None else given]
+        if targets is None or isinstance(targets, str):
             problems.append(
-                f"{name}={given!r} (which layers that means depends on the model; pass the "
-                "list explain_targets(model, ...).adapted)"
+                f"{name}={given!r} (its layers depend on the model; pass the list "
+                "explain_targets(model, ...).adapted)"
             )
             return None
-    if isinstance(meant, str):
-        return re.sub(r"\\?/", r"\\.", meant)
+    if isinstance(targets, str):
+        return re.sub(r"\\?/", r"\\.", targets)
     problems += [
-        f"{name} with {x!r} (modules have names of their own)" for x in meant if "#" in x
+        f"{name} with {x!r} (PEFT's modules have unique names)" for x in targets if "#" in x
     ]
-    return [_dotted(x).strip(".") for x in meant]
+    return [_dotted(x).strip(".") for x in targets]
 
 
 def _dotted(path: str) -> str:

@@ -1,1 +1,1 @@
-"""Before and during training: plan, EVA, LoRA+, AdaLoRA."""
+"""Tools before and during training: plan, EVA, LoRA+, AdaLoRA."""

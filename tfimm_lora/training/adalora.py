@@ -1,80 +1,84 @@
-"""``RankAllocator``: a callback that gives rank to the layers that need it (AdaLoRA).
+"""``RankAllocator``: a callback that distributes rank over the layers (AdaLoRA).
 
-Where the gradients come from: see ``backend/gradient_watch.py``. The other two ways were
-weighed and left: how far the optimizer moved a weight is no gradient (Adam divides by its
-size, which is what the importance is to measure), and gradients of batches handed to the
-callback cost a second forward and backward pass for each step and are of other batches,
-without the dropout, clipping and loss scale of the training.
+The gradients come from the optimizer; see ``backend/gradient_watch.py``. There are two
+alternatives. The step of the optimizer is not the gradient: Adam divides by the gradient's
+magnitude, which the importance must measure. Gradients that the callback computes itself need a
+second forward and backward pass in each step, and lack the dropout, clipping and loss scale of
+the training.
 """
 
 from __future__ import annotations
 
 import math
-import numbers
 import warnings
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.compact import rank_axis, starts_apart
-from tfimm_lora.adapters.names import Names
+from tfimm_lora.adapters.compact import has_initial_update
+from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.gradient_watch import state_variable, unwatch_updates, watch_updates
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.utils.text_table import aligned_lines
+from tfimm_lora.validation import check_integer, check_number
 
 _classes: dict[int, type] = {}
 
 
 class RankAllocator:
-    """A Keras callback that shrinks the rank of the layers that need it least (AdaLoRA).
+    """A Keras callback that reduces the rank of the least important layers (AdaLoRA).
 
-    An update is a sum of components, s A[..., i] B[i, ...], as many as its rank. Training
-    starts with all of them. From step ``warmup`` to step ``end`` their number over all layers
-    falls from b(0) to b(T), the target, along
+    An update of rank r is a sum of r components s A[..., i] B[i, ...]. Training starts with all
+    of them. From step ``warmup`` to step ``end`` their number over all layers falls from b(0)
+    to the target b(T):
 
         b(t) = b(T) + (b(0) - b(T)) (1 - (t - warmup) / (end - warmup))^3.
 
-    Every ``interval`` steps the b(t) most important components of the model stay and the B
-    of the others is set to zero. As in the paper they are trained on: one that turns out to
-    be important comes back at the next choice. The choice at ``end`` is final: A and B of
-    what is pruned then are zero and stay so. ``compact_adapter`` drops them. As long as the
-    same optimizer trains on, pass the callback to each fit: its momentum would move them. A
-    new optimizer leaves them alone, for their gradient is zero.
+    Every ``interval`` steps the b(t) most important components of the model are kept, and the B
+    of the others is set to zero. As in the paper, pruned components are still trained: one that
+    becomes important is kept again at the next pruning. The pruning at ``end`` is final: A and
+    B of the pruned components are zero and stay zero. ``compact_adapter`` drops them. Pass the
+    callback to every later fit with the same optimizer, since its momentum would change them. A
+    new optimizer does not change them, since their gradient is zero.
 
-    The importance of an entry w of A or B with the gradient g is I = |w g|, smoothed, times
-    its uncertainty, and that of a component the mean over its A plus the mean over its B:
+    The importance of an entry w of A or B with the gradient g is its smoothed sensitivity
+    I = |w g| times its uncertainty. The importance of a component is the mean over its A plus
+    the mean over its B:
 
         M <- beta1 M + (1 - beta1) I,    U <- beta2 U + (1 - beta2) |I - M|,    M U.
 
-    It is computed in each training step, from the gradient that the optimizer applies, at the
-    cost of a few operations on A and B. Fused projections (``lora_qkv``) have the components
-    of their parts, each pruned by itself. The scale s of a layer stays as it is.
+    It is computed in each training step from the gradient that the optimizer applies, which
+    costs a few operations on A and B. In fused projections (``lora_qkv``) the components of
+    each block are pruned separately. The scale s of a layer does not change.
 
     Args:
-        model: A built LoRA model, unmerged. Fit it, or a model around it.
-        target_rank: What is left in the end: the mean rank of the layers (of a fused
-            projection of each part), positive and below the mean rank that there is.
-        end: The training step (a batch) of the last choice. Train on after it: about as
-            long again is usual.
-        warmup: The step up to which nothing is pruned. Default 0.
-        interval: The steps between two choices. Default 10.
-        beta1, beta2: How much is kept of M and of U, in [0, 1). Default 0.85, as in the paper.
+        model: A built LoRA model, unmerged. Fit this model or one that contains it.
+        target_rank: The final mean rank of the layers (for fused projections, of their
+            blocks), positive and below the present mean rank.
+        end: The training step (number of batches) of the last pruning. It is usual to train
+            for about as many steps again after it.
+        warmup: The number of steps before pruning begins. Default 0.
+        interval: The number of steps between prunings. Default 10.
+        beta1, beta2: The smoothing factors of M and U, in [0, 1). Default 0.85, as in the
+            paper.
 
     Attributes:
-        step: How many steps were trained.
-        ranks: Path of a layer -> how many of its components stay, of all its parts.
+        step: The number of trained steps.
+        ranks: Path of a layer -> number of components that it keeps, over all its blocks.
 
     Raises:
-        TypeError: for a number of the wrong type; when training starts, for an optimizer
-            without a rule for single variables.
-        ValueError: if the model has no LoRA, is merged or not built, starts from its kernel
-            (PiSSA, OLoRA), or has a rank not above the target; for steps out of order or a
-            beta out of range. When training starts: if the optimizer does not train the layers.
+        TypeError: If a number has the wrong type. When training starts, if the optimizer does
+            not update one variable at a time.
+        ValueError: If the model has no LoRA, is merged or not built, was initialized from its
+            kernels (PiSSA, OLoRA), or has a rank that is not above the target; if steps are
+            out of order or a beta is out of range. When training starts, if the optimizer does
+            not train the layers.
 
     Warns:
-        UserWarning: at the end of a training before step ``end``.
+        UserWarning: If training ends before step ``end``.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -92,9 +96,9 @@ class RankAllocator:
 
     Reference: Zhang et al., "AdaLoRA: Adaptive Budget Allocation for Parameter-Efficient
     Fine-Tuning", arXiv:2303.10512, sections 3.2 and 3.3. There an update is P diag(l) Q with a
-    penalty that keeps P and Q orthogonal, and l is pruned; here it is A B as everywhere, the
-    file is an ordinary adapter, and B is pruned. b falls from b(0) at warmup; by the letter of
-    the paper's schedule it would first jump above.
+    penalty that keeps P and Q orthogonal, and l is pruned. Here the update is A B and B is
+    pruned, so the result is an ordinary adapter. b falls from b(0) at warmup; the formula in
+    the paper first jumps above b(0).
     """
 
     def __new__(cls, model: Any, *args: Any, **kwargs: Any) -> Any:
@@ -107,7 +111,7 @@ class RankAllocator:
             _classes[id(backend)] = type("RankAllocator", bases, namespace)
         return object.__new__(_classes[id(backend)])
 
-    #: Legacy Keras then hands logs on as they are, without waiting for them.
+    #: Legacy Keras then passes logs as tensors, without waiting for their values.
     _supports_tf_logs = True
 
     model: Any
@@ -125,40 +129,44 @@ class RankAllocator:
     ) -> None:
         super().__init__()
         _check_steps(warmup, end, interval)
-        self.target_rank = _number(target_rank, "target_rank")
+        check_number(target_rank, "target_rank", 0, exclusive=True)
+        for name, beta in (("beta1", beta1), ("beta2", beta2)):
+            check_number(beta, name, 0, below=1)
+        self.target_rank = float(target_rank)
         self.warmup, self.end, self.interval = int(warmup), int(end), int(interval)
-        self.beta1, self.beta2 = _beta(beta1, "beta1"), _beta(beta2, "beta2")
+        self.beta1, self.beta2 = float(beta1), float(beta2)
         self.step = 0
-        keys = Names(model).modules
-        self._parts = [_Components(p, keys[p], x) for p, x in lora_layers(model).items()]
+        keys = ModuleNames(model).modules
+        self._components = [_Components(p, keys[p], x) for p, x in lora_layers(model).items()]
         self._backend = backend_of(model)
-        for part in self._parts:
-            _require_plain(part.layer)
-            if starts_apart(part.layer):
+        for x in self._components:
+            _require_trainable(x.layer)
+            if has_initial_update(x.layer):
                 raise ValueError(
-                    f"Layer '{part.path}' starts from its kernel, so that to prune a component "
-                    "is to change the kernel. Put LoRA in with lora_init='default'."
+                    f"Layer '{x.path}' was initialized from its kernel, so pruning a "
+                    "component would change its output at initialization. Inject LoRA with "
+                    "lora_init='default'."
                 )
-        self._initial = sum(part.count for part in self._parts)
-        units = sum(part.parts for part in self._parts)
+        self._initial = sum(x.count for x in self._components)
+        units = sum(x.blocks for x in self._components)
         self._final = round(self.target_rank * units)
         if not 1 <= self._final < self._initial:
             raise ValueError(
                 f"Received target_rank={target_rank!r} for layers whose mean rank is "
-                f"{self._initial / units:g}; expected less than that, and enough for one "
-                "component in all. Put LoRA in with a higher lora_rank: 1.5 times the target "
-                "is usual."
+                f"{self._initial / units:g}; expected less than this, and enough for at least "
+                "one component in the model. Inject LoRA with a higher lora_rank; 1.5 times "
+                "the target is usual."
             )
         self._kept: dict[str, np.ndarray] = {
-            part.path: np.ones(part.count, bool) for part in self._parts
+            x.path: np.ones(x.count, bool) for x in self._components
         }
-        self._watches = {part.path: part.watches(self) for part in self._parts}
+        self._watches = {x.path: x.watches(self) for x in self._components}
         self._begun = 0
 
-    # -- what it decides ---------------------------------------------------------------
+    # -- results -----------------------------------------------------------------------
 
     def budget(self, step: int) -> int:
-        """How many components stay at a step, over all layers: b(t), rounded up."""
+        """Return the number of components to keep at a step: b(t), rounded up."""
         if step <= self.warmup:
             return self._initial
         if step >= self.end:
@@ -167,63 +175,59 @@ class RankAllocator:
         return self._final + math.ceil((self._initial - self._final) * left**3 - 1e-9)
 
     def importance(self) -> dict[str, np.ndarray]:
-        """The importance of every component, by the path of its layer, now."""
+        """Return the present importance of every component, by the path of its layer."""
         self._sync()
         return {
-            part.path: sum((w.importance() for w in self._watches[part.path]), np.zeros(()))
-            for part in self._parts
+            x.path: sum((w.importance() for w in self._watches[x.path]), np.zeros(()))
+            for x in self._components
         }
 
     @property
     def ranks(self) -> dict[str, int]:
-        """Path of a layer -> how many components stay, by the last choice."""
+        """Path of a layer -> number of components that the last pruning kept."""
         return {path: int(kept.sum()) for path, kept in self._kept.items()}
 
     @property
     def finished(self) -> bool:
-        """Whether the last choice was made."""
+        """Whether the final pruning is done."""
         return self.step >= self.end
 
     def summary(self) -> str:
-        """A table of the layers: rank now, rank before, and the parts of fused ones."""
+        """Return a table of the layers: present rank, original rank, blocks if fused."""
         rows = [("layer", "rank", "of", "")]
-        for part in self._parts:
-            counts = self._kept[part.path].reshape(part.parts, -1).sum(axis=1)
-            letters = part.layer.lora.qkv or ""
+        for x in self._components:
+            counts = self._kept[x.path].reshape(x.blocks, -1).sum(axis=1)
+            letters = x.layer.lora.qkv or ""
             fused = ", ".join(f"{x} {n}" for x, n in zip(letters, counts))
-            rows.append((part.path, str(counts.sum()), str(part.count), fused))
+            rows.append((x.path, str(counts.sum()), str(x.count), fused))
         total = sum(self.ranks.values())
         rows.append(("total", str(total), str(self._initial), ""))
-        wide = [max(len(row[i]) for row in rows) for i in range(3)]
-        lines = [
-            f"{path:<{wide[0]}}  {rank:>{wide[1]}}  {of:>{wide[2]}}  {fused}".rstrip()
-            for path, rank, of, fused in rows
-        ]
+        lines = aligned_lines(rows, left=[True, False, False, True])
         state = "final" if self.finished else f"final at step {self.end}"
         return "\n".join([*lines, f"step {self.step}, {state}"])
 
     # -- state -------------------------------------------------------------------------
 
     def get_state(self) -> dict[str, np.ndarray]:
-        """All that a resumed training needs beside the weights, as arrays by name.
+        """Return the state that a resumed training needs beside the weights, as arrays.
 
-        ``numpy.savez(file, **allocator.get_state())`` keeps it, and
-        ``allocator.set_state(numpy.load(file))`` takes it up.
+        Save it with ``numpy.savez(file, **allocator.get_state())`` and restore it with
+        ``allocator.set_state(numpy.load(file))``.
         """
         self._sync()
         state = {"step": np.array(self.step)}
-        for part in self._parts:
-            state[f"{part.key}/kept"] = self._kept[part.path].copy()
-            for watch in self._watches[part.path]:
+        for x in self._components:
+            state[f"{x.key}/kept"] = self._kept[x.path].copy()
+            for watch in self._watches[x.path]:
                 for name, value in watch.values().items():
-                    state[f"{part.key}/{watch.name}/{name}"] = value
+                    state[f"{x.key}/{watch.name}/{name}"] = value
         return state
 
     def set_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go on from what ``get_state`` gave; the schedule is that of this allocator.
+        """Restore a state from ``get_state``. The schedule is not part of it.
 
         Raises:
-            ValueError: if it is of other layers or ranks; all that differs is named.
+            ValueError: If it has other layers or ranks; the message names all differences.
         """
         own = self.get_state()
         given = {key: np.asarray(state[key]) for key in state}
@@ -237,29 +241,29 @@ class RankAllocator:
         if problems:
             listed = "; ".join(problems[:20])
             raise ValueError(
-                f"Received a state that is not one of these layers: {listed}. Put LoRA in "
-                "with the same arguments as in the training that it is of."
+                f"Received a state of other layers or ranks: {listed}. Inject LoRA with the "
+                "same arguments as in the saved training."
             )
         self.step = int(given["step"])
-        for part in self._parts:
-            self._kept[part.path] = given[f"{part.key}/kept"].astype(bool)
-            for watch in self._watches[part.path]:
-                watch.assign({n: given[f"{part.key}/{watch.name}/{n}"] for n in watch.values()})
+        for x in self._components:
+            self._kept[x.path] = given[f"{x.key}/kept"].astype(bool)
+            for watch in self._watches[x.path]:
+                watch.assign({n: given[f"{x.key}/{watch.name}/{n}"] for n in watch.values()})
         self._hold()
 
-    # -- what Keras calls --------------------------------------------------------------
+    # -- callback methods --------------------------------------------------------------
 
     def on_train_begin(self, logs: Any = None) -> None:
-        """Watch the optimizer. The train function is made anew, once for each fit."""
+        """Watch the optimizer. Keras traces the train function again for each fit."""
         model, backend = self.model, self._backend
         trained = {id(v) for v in model.trainable_weights}
-        for part in self._parts:
-            _require_plain(part.layer)
-            if id(part.layer.kernel_lora_b) not in trained:
+        for x in self._components:
+            _require_trainable(x.layer)
+            if id(x.layer.kernel_lora_b) not in trained:
                 raise ValueError(
                     f"Received model '{model.name}' to train, which does not train layer "
-                    f"'{part.path}' of the model that the RankAllocator was made for. Make "
-                    "one for this model."
+                    f"'{x.path}' of the model of this RankAllocator; expected the same model. "
+                    "Create a RankAllocator for this model."
                 )
         optimizer = model.optimizer
         rule = getattr(optimizer, "inner_optimizer", optimizer)
@@ -278,10 +282,10 @@ class RankAllocator:
         self._begun = batch
 
     def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-        """Count the steps, and choose where one is due."""
+        """Count the steps, and prune if it is due."""
         before = self.step
-        # Keras may run several steps at once (steps_per_execution), at the end of an epoch
-        # fewer than it says.
+        # Keras may run several steps at once (steps_per_execution), and fewer than these at
+        # the end of an epoch.
         steps = self.params.get("steps") or math.inf
         last = min(batch, max(steps - 1, self._begun))
         self.step += int(last) - self._begun + 1
@@ -290,49 +294,49 @@ class RankAllocator:
             return
         due = before // self.interval < self.step // self.interval
         if self.step >= self.end or (due and self.step > self.warmup):
-            self._choose()
+            self._prune()
 
     def on_train_end(self, logs: Any = None) -> None:
         self._sync()
-        self._hold()  # averaged weights may have come in their place
+        self._hold()  # the optimizer may have assigned averaged weights
         unwatch_updates(self._backend, self.model)
         if not self.finished:
             warnings.warn(
-                f"The training ended at step {self.step}, before end={self.end}: nothing is "
-                "pruned for good. Fit again with this callback to go on, or pass an earlier "
-                "end.",
+                f"The training ended at step {self.step}, before end={self.end}, so no "
+                "component is pruned permanently. Fit again with this callback, or pass a "
+                "smaller end.",
                 stacklevel=2,
             )
 
-    # -- choosing ----------------------------------------------------------------------
+    # -- pruning -----------------------------------------------------------------------
 
-    def _choose(self) -> None:
-        """Keep the most important components of the model, and zero the others."""
+    def _prune(self) -> None:
+        """Keep the most important components of the model, and set the others to zero."""
         importance = self.importance()
-        flat = np.concatenate([importance[part.path] for part in self._parts])
+        flat = np.concatenate([importance[x.path] for x in self._components])
         kept = np.zeros(flat.size, bool)
-        # Of equals the first ones stay, so that the same training gives the same ranks.
+        # A stable sort, so that the same training always has the same ranks.
         kept[np.argsort(-flat, kind="stable")[: self.budget(self.step)]] = True
         start = 0
-        for part in self._parts:
-            self._kept[part.path] = kept[start : start + part.count]
-            start += part.count
-        for part in self._parts:
-            _, b = self._watches[part.path]
-            b.zero(self._kept[part.path])
+        for x in self._components:
+            self._kept[x.path] = kept[start : start + x.count]
+            start += x.count
+        for x in self._components:
+            _, b = self._watches[x.path]
+            b.zero(self._kept[x.path])
         self._hold()
 
     def _hold(self) -> None:
-        """Once the choice is final: zero what it left out, and let it stay so."""
-        for part in self._parts:
-            for watch in self._watches[part.path]:
-                kept = self._kept[part.path]
+        """After the final pruning, set the pruned components to zero and keep them zero."""
+        for x in self._components:
+            for watch in self._watches[x.path]:
+                kept = self._kept[x.path]
                 watch.hold(kept if self.finished else np.ones_like(kept))
                 if self.finished:
                     watch.zero(kept)
 
     def _sync(self) -> None:
-        """On JAX the variables have their values once the model was asked for."""
+        """Update the variables. On JAX, Keras does so when ``model`` is accessed."""
         getattr(self, "model", None)
 
 
@@ -342,22 +346,22 @@ class _Components:
     def __init__(self, path: str, key: str, layer: LoRALayer) -> None:
         layer._require_built("allocate rank in")
         self.path, self.layer = path, layer
-        #: The name in states, which is the same in another process.
+        #: Its key in a state, which is the same in every process.
         self.key = key
         self.count = int(layer.kernel_lora_a.shape[-1])
-        self.parts = len(layer.lora.qkv) if layer.lora.qkv else 1
+        self.blocks = len(layer.lora.qkv) if layer.lora.qkv else 1
 
     def watches(self, allocator: RankAllocator) -> tuple[_Watch, _Watch]:
-        """What watches its A and its B."""
+        """Create the watches of A and B."""
         a, b = self.layer.kernel_lora_a, self.layer.kernel_lora_b
         return (
             _Watch(allocator, a, len(a.shape) - 1),
-            _Watch(allocator, b, rank_axis(self.layer)),
+            _Watch(allocator, b, self.layer._rank_axis_of_b()),
         )
 
 
 class _Watch:
-    """Computes, within the training step, how important the entries of a factor are."""
+    """Computes the importance of the entries of a factor within the training step."""
 
     def __init__(self, allocator: RankAllocator, variable: Any, axis: int) -> None:
         self._allocator, self.variable, self._axis = allocator, variable, axis
@@ -373,7 +377,7 @@ class _Watch:
         self._mask = state_variable(backend, ones, variable)
         self.state = (self._mean, self._uncertainty, self._mask)
 
-    # In the training step.
+    # Within the training step.
 
     def before(self, gradient: Any, value: Any) -> None:
         cast, beta1, beta2 = (
@@ -391,17 +395,18 @@ class _Watch:
     def after(self, value: Any) -> Any:
         return value * self._backend.ops.cast(self._mask, "float32")
 
-    # Outside of it.
+    # Outside of the training step.
 
     def importance(self) -> np.ndarray:
-        """The mean of M U over the entries of each component: (count,), in float64."""
+        """Return the mean of M U over the entries of each component: (count,), in float64."""
         values: dict[str, np.ndarray] = {
             name: x.astype("float64") for name, x in self.values().items()
         }
-        return np.mean(values["sensitivity"] * values["uncertainty"], axis=self._others)
+        product = values["sensitivity"] * values["uncertainty"]
+        return np.asarray(product.mean(axis=self._others))
 
     def values(self) -> dict[str, np.ndarray]:
-        """M and U."""
+        """Return M and U."""
         read = self._backend.to_numpy
         return {"sensitivity": read(self._mean), "uncertainty": read(self._uncertainty)}
 
@@ -410,21 +415,21 @@ class _Watch:
         self._uncertainty.assign(values["uncertainty"].astype("float32"))
 
     def hold(self, kept: np.ndarray) -> None:
-        """Keep the other components at zero from now on."""
+        """Keep the components that are not in ``kept`` at zero from now on."""
         self._mask.assign(kept.reshape(self._kept_shape).astype("float32"))
 
     def zero(self, kept: np.ndarray) -> None:
-        """Set the other components to zero now."""
+        """Set the components that are not in ``kept`` to zero now."""
         value = self._backend.to_numpy(self.variable)
         pruned = np.where(kept.reshape(self._kept_shape), value, np.zeros_like(value))
         if not np.array_equal(pruned, value):
             self.variable.assign(pruned)
 
 
-def _require_plain(layer: LoRALayer) -> None:
+def _require_trainable(layer: LoRALayer) -> None:
     if layer.merged:
         raise ValueError(
-            f"Layer '{layer.name}' is merged, so there is nothing to train in it. Call "
+            f"Layer '{layer.name}' is merged, so its LoRA cannot be trained. Call "
             "unmerge_lora_weights first."
         )
     layer._require_enabled("trained")
@@ -436,10 +441,7 @@ def _check_steps(warmup: Any, end: Any, interval: Any) -> None:
         ("end", end, 1),
         ("interval", interval, 1),
     ):
-        if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-            raise TypeError(f"Received {name}={value!r}; expected a whole number of steps.")
-        if int(value) < least:
-            raise ValueError(f"Received {name}={value!r}; expected at least {least}.")
+        check_integer(value, name, least)
     if end <= warmup:
         raise ValueError(
             f"Received warmup={warmup!r} and end={end!r}; expected an end after the warmup."
@@ -447,21 +449,5 @@ def _check_steps(warmup: Any, end: Any, interval: Any) -> None:
     if interval > end - warmup:
         raise ValueError(
             f"Received interval={interval!r} with {end - warmup} steps from warmup to end; "
-            "expected no more than those."
+            "expected at most this number."
         )
-
-
-def _number(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"Received {name}={value!r}; expected a number.")
-    if not 0 < float(value) < math.inf:
-        raise ValueError(f"Received {name}={value!r}; expected a positive number.")
-    return float(value)
-
-
-def _beta(value: Any, name: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, numbers.Real):
-        raise TypeError(f"Received {name}={value!r}; expected a number.")
-    if not 0 <= float(value) < 1:
-        raise ValueError(f"Received {name}={value!r}; expected a number in [0, 1).")
-    return float(value)

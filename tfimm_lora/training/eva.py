@@ -12,13 +12,20 @@ from typing import Any
 
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.backend import backend_of
-from tfimm_lora.config import LORA_VARIABLE_NAMES, LoRAConfig
-from tfimm_lora.initializers.covariance import Directions, Spread, most, share_ranks, spread_of
-from tfimm_lora.layers.base import LayerSettings, LoRALayer
+from tfimm_lora.config import LORA_VARIABLE_NAMES, LayerSettings, LoRAConfig
+from tfimm_lora.initializers.covariance import (
+    Covariance,
+    Directions,
+    covariance_for,
+    max_rank,
+    redistribute_ranks,
+)
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
-from tfimm_lora.layers.input_rows import Rows, rows_of
+from tfimm_lora.layers.input_rows import InputRows
 from tfimm_lora.model.inject import forget_traces
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.model.state import config_of, model_state
 
 
 def initialize_eva(
@@ -84,7 +91,7 @@ def initialize_eva(
     layers = lora_layers(model)
     for path, layer in layers.items():
         _check_fresh(path, layer)
-    readers = {path: rows_of(layer) for path, layer in layers.items()}
+    readers = {path: layer._input_rows() for path, layer in layers.items()}
     rows = {path: reader for path, reader in readers.items() if reader is not None}
     if not rows:
         raise ValueError(
@@ -92,11 +99,11 @@ def initialize_eva(
             f"is defined for: {', '.join(layers)}. Leave their default start."
         )
     ranks = {path: layers[path].lora.rank for path in rows}
-    counts = {path: most(rank, rho) for path, rank in ranks.items()}
-    spreads = {p: spread_of(reader.width, counts[p]) for p, reader in rows.items()}
-    _collect(model, data, max_batches, layers, rows, spreads)
-    found = {path: _directions(path, spreads[path], counts[path]) for path in rows}
-    shared = share_ranks({path: x.ratios for path, x in found.items()}, ranks, rho)
+    counts = {path: max_rank(rank, rho) for path, rank in ranks.items()}
+    covariances = {p: covariance_for(reader.width, counts[p]) for p, reader in rows.items()}
+    _collect(model, data, max_batches, layers, rows, covariances)
+    found = {path: _directions(path, covariances[path], counts[path]) for path in rows}
+    shared = redistribute_ranks({path: x.ratios for path, x in found.items()}, ranks, rho)
     _start(model, layers, rows, found, shared)
     return {path: layer.lora.rank for path, layer in layers.items()}
 
@@ -152,15 +159,15 @@ def _collect(
     data: Iterable[Any],
     max_batches: int | None,
     layers: dict[str, LoRALayer],
-    rows: dict[str, Rows],
-    spreads: dict[str, Spread],
+    rows: dict[str, InputRows],
+    covariances: dict[str, Covariance],
 ) -> None:
-    """Run the model over the data and add what its layers are given to their spreads."""
+    """Run the model over the data and add what its layers are given to their covariances."""
     backend, count = backend_of(model), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.eagerly())
         for path, reader in rows.items():
-            stack.enter_context(_observed(layers[path], reader, spreads[path]))
+            stack.enter_context(_observed(layers[path], reader, covariances[path]))
         for batch in itertools.islice(_batches(data), max_batches):
             x, _, _ = backend.keras.utils.unpack_x_y_sample_weight(batch)
             model(x, training=False)
@@ -180,8 +187,8 @@ def _batches(data: Any) -> Iterator[Any]:
 
 
 @contextlib.contextmanager
-def _observed(layer: Any, reader: Rows, spread: Spread) -> Iterator[None]:
-    """Within this block all that a layer multiplies with its kernel goes to ``spread``."""
+def _observed(layer: Any, reader: InputRows, covariance: Covariance) -> Iterator[None]:
+    """Within this block all that a layer multiplies with its kernel goes to ``covariance``."""
     backend, name = backend_of(layer), reader.method
     bound, held = getattr(layer, name), name in layer.__dict__
 
@@ -193,7 +200,7 @@ def _observed(layer: Any, reader: Rows, spread: Spread) -> Iterator[None]:
                 "all there. Pass dense data, or leave the layer out of lora_targets."
             )
         for chunk in reader.chunks(backend.to_numpy(x)):
-            spread.add(chunk)
+            covariance.add(chunk)
         return bound(*args, **kwargs)
 
     layer.__dict__[name] = observer  # past Keras, which keeps track of attributes
@@ -206,15 +213,19 @@ def _observed(layer: Any, reader: Rows, spread: Spread) -> Iterator[None]:
             layer.__dict__.pop(name)
 
 
-def _directions(path: str, spread: Spread, count: int) -> Directions:
+def _directions(path: str, covariance: Covariance, count: int) -> Directions:
     try:
-        found = spread.directions(count)
+        found = covariance.directions(count)
     except ValueError as error:
         raise ValueError(
             f"Received data on which the input of layer '{path}' {error}."
         ) from error
     if not len(found.ratios):
-        why = "was never used" if not spread.count else f"was {spread.count} times the same"
+        why = (
+            "was never used"
+            if not covariance.count
+            else f"was {covariance.count} times the same"
+        )
         raise ValueError(
             f"Received data on which the input of layer '{path}' {why}, so it has no "
             "directions. Pass more data, or leave the layer out of lora_targets."
@@ -228,7 +239,7 @@ def _directions(path: str, spread: Spread, count: int) -> Directions:
 def _start(
     model: Any,
     layers: dict[str, LoRALayer],
-    rows: dict[str, Rows],
+    rows: dict[str, InputRows],
     found: dict[str, Directions],
     shared: dict[str, int],
 ) -> None:
@@ -257,10 +268,10 @@ def _start(
 def _with_rank(settings: LayerSettings, rank: int) -> LayerSettings:
     """A layer's settings with another rank and the same scale."""
     if settings.alpha is None or rank == settings.rank:
-        return dataclasses.replace(settings, rank=rank)
+        return dataclasses.replace(settings, lora_rank=rank)
     ratio = rank / settings.rank
     alpha = settings.alpha * (math.sqrt(ratio) if settings.use_rslora else ratio)
-    return dataclasses.replace(settings, rank=rank, alpha=alpha)
+    return dataclasses.replace(settings, lora_rank=rank, lora_alpha=alpha)
 
 
 def _resize(layer: Any, settings: LayerSettings) -> None:
@@ -277,7 +288,7 @@ def _resize(layer: Any, settings: LayerSettings) -> None:
 
 def _record(model: Any, layers: dict[str, LoRALayer]) -> None:
     """Tell the model's config, from which it is created again, of its layers' ranks."""
-    config = model.__dict__.get("_lora_config")
+    config = config_of(model)
     if config is None:  # layers were adapted by hand
         return
     ranks = {path: layer.lora.rank for path, layer in layers.items()}
@@ -289,7 +300,7 @@ def _record(model: Any, layers: dict[str, LoRALayer]) -> None:
     )
     if getattr(model, "cfg", None) is config:
         model.cfg = changed
-    model.__dict__["_lora_config"] = changed
+    model_state(model).config = changed
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:

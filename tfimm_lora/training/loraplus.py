@@ -1,14 +1,13 @@
-"""LoRA+: an optimizer that has another learning rate for the factors B."""
+"""LoRA+: an optimizer with a larger learning rate for the factors B."""
 
 from __future__ import annotations
 
-import math
-import numbers
 from typing import Any
 
 from tfimm_lora.backend import backend_of, default_backend
 from tfimm_lora.config import LORA_WEIGHT_NAMES
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.validation import check_number
 
 _RATIO = "_loraplus_ratio"
 
@@ -16,8 +15,13 @@ _classes: dict[type, type] = {}
 
 
 class LoRAPlus:
-    """Mixin that makes an optimizer's learning rate for factors B ``loraplus_ratio`` times
-    that for everything else. ``loraplus_optimizer`` makes an optimizer one of these."""
+    """Mixin for optimizers that multiplies the learning rate of factors B.
+
+    ``loraplus_optimizer`` converts an optimizer to a subclass of this.
+
+    Args:
+        loraplus_ratio: The learning rate of B divided by that of all other variables.
+    """
 
     def __init__(self, *args: Any, loraplus_ratio: float = 16.0, **kwargs: Any) -> None:
         check_ratio(loraplus_ratio)
@@ -26,17 +30,17 @@ class LoRAPlus:
 
     @property
     def loraplus_ratio(self) -> float:
-        """The learning rate of B over that of everything else."""
-        return self.__dict__[_RATIO]
+        """The learning rate of B divided by that of all other variables."""
+        return float(self.__dict__[_RATIO])
 
     def _rate_factors(self, variables: Any) -> list[float]:
         backend = backend_of(self)
         is_b = [backend.variable_name(v) == LORA_WEIGHT_NAMES[1] for v in variables]
         if not any(is_b):
             raise ValueError(
-                f"Received {len(is_b)} variables to train, of which none is a factor "
-                f"{LORA_WEIGHT_NAMES[1]}, for a LoRA+ optimizer ({type(self).__name__}). Put "
-                "LoRA into the model first, or train it with an ordinary optimizer."
+                f"Received {len(is_b)} variables for a LoRA+ optimizer "
+                f"({type(self).__name__}); expected a factor {LORA_WEIGHT_NAMES[1]} among "
+                "them. Inject LoRA into the model first, or use an ordinary optimizer."
             )
         return [self.loraplus_ratio if b else 1.0 for b in is_b]
 
@@ -45,29 +49,30 @@ class LoRAPlus:
 
 
 def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
-    """Let an optimizer train the factors B at a multiple of its learning rate (LoRA+).
+    """Convert an optimizer to LoRA+, which trains the factors B at a higher learning rate.
 
-    The optimizer becomes one of a class made from its own, in place: ``Adam`` becomes
-    ``LoRAPlusAdam``. Its rule, state, schedule, clipping and weight decay stay as they are;
-    for every ``kernel_lora_b`` it just uses ``ratio`` times the learning rate, in decoupled
-    weight decay too, as a parameter group of PyTorch does. Setting ``learning_rate``
-    (``ReduceLROnPlateau``) moves both. It is compiled, saved and loaded like any other.
+    The optimizer is converted in place to a subclass of its class: ``Adam`` becomes
+    ``LoRAPlusAdam``. Its rule, state, schedule, clipping and weight decay stay the same. For
+    every ``kernel_lora_b`` it uses ``ratio`` times the learning rate, also in decoupled weight
+    decay, like a parameter group in PyTorch. Setting ``learning_rate`` (``ReduceLROnPlateau``)
+    changes both. It is compiled, saved and loaded like any other optimizer.
 
     Args:
-        model: The model with LoRA that it will train.
-        optimizer: A new optimizer of the model's Keras, also within a LossScaleOptimizer; or
-            the name of one.
-        ratio: The learning rate of B over that of everything else, positive. Default 16, as
-            in the paper, which advises a smaller learning rate than otherwise with it.
+        model: The LoRA model to train.
+        optimizer: A new optimizer of the model's Keras, or its name. It may be inside a
+            LossScaleOptimizer.
+        ratio: The learning rate of B divided by that of all other variables, positive. Default
+            16, as in the paper, which recommends a smaller base learning rate with it.
 
     Returns:
         The same optimizer.
 
     Raises:
-        TypeError: for what is no optimizer of the model's Keras with a rule for single
-            variables (old optimizers, MultiOptimizer), or a ratio that is no number.
-        ValueError: if the model has no LoRA, the ratio is not positive, or the optimizer has
-            been used already or is one of LoRA+.
+        TypeError: If ``optimizer`` is not an optimizer of the model's Keras that updates one
+            variable at a time (old optimizers and MultiOptimizer do not), or the ratio is not
+            a number.
+        ValueError: If the model has no LoRA, the ratio is not positive, or the optimizer has
+            been used already or is a LoRA+ optimizer.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -81,8 +86,8 @@ def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
         ('LoRAPlusAdamW', 16.0)
 
     Reference: Hayou, Ghosh and Yu, "LoRA+: Efficient Low Rank Adaptation of Large Models",
-    arXiv:2402.12354, section 4. PEFT's create_loraplus_optimizer also gives the larger rate
-    to biases and all other vectors; here it is for B alone.
+    arXiv:2402.12354, section 4. PEFT's create_loraplus_optimizer also uses the larger rate
+    for biases and all other vectors; here only B has it.
     """
     check_ratio(ratio)
     backend = backend_of(model)
@@ -100,13 +105,13 @@ def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
         )
     if isinstance(rule, LoRAPlus):
         raise ValueError(
-            f"Received an optimizer of LoRA+ already, with the ratio {rule.loraplus_ratio:g}. "
-            "Pass an ordinary one."
+            f"Received a LoRA+ optimizer already, with the ratio {rule.loraplus_ratio:g}; "
+            "expected an ordinary optimizer. Pass for example AdamW(1e-4)."
         )
     if backend.is_built_optimizer(rule) or backend.is_built_optimizer(optimizer):
         raise ValueError(
             f"Received an optimizer ({type(rule).__name__}) that has been used already; "
-            "expected a new one, which no function was compiled for."
+            "expected a new one. Create another optimizer of this class."
         )
     rule.__class__ = loraplus_class(backend.optimizer_rule(rule))
     rule.__dict__[_RATIO] = float(ratio)
@@ -114,16 +119,16 @@ def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
 
 
 def loraplus_class(cls: type) -> type:
-    """The LoRA+ class of an optimizer class; made once, registered with Keras for loading.
+    """Return the LoRA+ class of an optimizer class, and register it with Keras for loading.
 
-    For an optimizer class of your own call it before you load a file of a model that was
-    compiled with one; the classes of Keras are known already.
+    Call it for your own optimizer classes before loading a model that was compiled with their
+    LoRA+ version. Keras' own optimizers are registered already.
 
     Args:
         cls: ``Adam``, ``SGD``, ... of either Keras, or a subclass.
 
     Returns:
-        The class.
+        The class, which is the same for every call.
 
     Example:
         >>> import tensorflow as tf
@@ -144,10 +149,7 @@ def loraplus_class(cls: type) -> type:
 
 def check_ratio(ratio: Any) -> None:
     """Raise unless ``ratio`` is a positive number."""
-    if isinstance(ratio, bool) or not isinstance(ratio, numbers.Real):
-        raise TypeError(f"Received ratio={ratio!r}; expected a number, for example 16.")
-    if not 0 < float(ratio) < math.inf:
-        raise ValueError(f"Received ratio={ratio!r}; expected a positive number.")
+    check_number(ratio, "ratio", 0, exclusive=True)
 
 
 for _cls in default_backend().optimizer_classes():

@@ -1,4 +1,4 @@
-"""``plan``: what LoRA will adapt and train in a model, and what that costs, before training."""
+"""``plan``: which layers LoRA will adapt and train, and its cost, before any training."""
 
 from __future__ import annotations
 
@@ -11,24 +11,26 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.adapters.save import save_adapter
-from tfimm_lora.adapters.torch_layout import kind_of, plain_class
+from tfimm_lora.adapters.torch_layout import kind_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LORA_VARIABLE_NAMES
 from tfimm_lora.layer_paths import matches, resolve
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
 from tfimm_lora.layers.frozen import FrozenLayer
+from tfimm_lora.layers.state import original_class
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.inject import inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import presets
+from tfimm_lora.model.state import config_of
 from tfimm_lora.model.targeting import require_built
 from tfimm_lora.model.trainable_weights import inside_paths
 
-#: Numbers that an optimizer keeps for each one that it trains; SGD with momentum.
+#: The number of values that an optimizer keeps for each trained parameter; SGD with momentum.
 OPTIMIZER_SLOTS = {"adamw": 2, "adam": 2, "lion": 1, "rmsprop": 1, "sgd": 1}
 
-#: Of a float32, which factors, their gradients and an optimizer's slots are.
+#: The size of a float32, the type of factors, gradients and optimizer slots.
 _BYTES = 4
 
 
@@ -39,10 +41,10 @@ class PlannedLayer:
     Attributes:
         path: Its path in the model.
         kind: The kind of its update; see ``LayerUpdate.kind``.
-        shape: The shape of its kernel, as Keras has it.
+        shape: The shape of its kernel in Keras.
         rank: The rank of its update.
-        scale: What its update is multiplied by.
-        parameters: The numbers in its factors A and B.
+        scale: The scale of its update.
+        parameters: The number of parameters that LoRA adds to it.
     """
 
     path: str
@@ -54,7 +56,7 @@ class PlannedLayer:
 
     @property
     def kernel(self) -> int:
-        """The numbers in its kernel."""
+        """The number of parameters of its kernel."""
         return math.prod(self.shape)
 
 
@@ -63,10 +65,10 @@ class LeftOut:
     """A layer with weights that will not be adapted.
 
     Attributes:
-        path: Its path; "" for the model itself, which may have weights of its own.
+        path: Its path; "" for the model itself, which may have its own weights.
         type: The name of its class.
-        parameters: The numbers in its weights.
-        trained: How many of them are trained nevertheless.
+        parameters: The number of its parameters.
+        trained: The number of its parameters that are trained nevertheless.
         reason: Why it is not adapted.
     """
 
@@ -79,18 +81,18 @@ class LeftOut:
 
 @dataclass(frozen=True)
 class Plan:
-    """What ``plan`` gives. All sizes are numbers of parameters, or bytes where they say so.
+    """The result of ``plan``. All counts are numbers of parameters, unless they are in bytes.
 
     Attributes:
         layers: The layers that will be adapted.
         left_out: The other layers that have weights.
         total: Parameters of the model without LoRA.
         trainable: Parameters that will be trained.
-        factors, classifier, biases, modules: The same by what they are: factors of LoRA, the
-            classifier, biases, and what ``lora_train_modules`` names.
+        factors, classifier, biases, modules: The trainable parameters by kind: LoRA factors,
+            the classifier, biases, and the modules in ``lora_train_modules``.
         classifier_total: Parameters of the classifier, trained or not.
         full: Parameters that full fine-tuning trains.
-        adapter_files: Name of each file of the adapter -> its bytes.
+        adapter_files: File name -> size in bytes, for each file of the adapter.
     """
 
     layers: tuple[PlannedLayer, ...]
@@ -107,31 +109,32 @@ class Plan:
 
     @property
     def share(self) -> float:
-        """Trained parameters over those of the model."""
+        """The trainable parameters as a fraction of the model's parameters."""
         return self.trainable / self.total
 
     @property
     def adapter_bytes(self) -> int:
-        """The bytes of the folder that ``save_adapter`` writes."""
+        """The size in bytes of the folder that ``save_adapter`` writes."""
         return sum(self.adapter_files.values())
 
     @property
     def reasons(self) -> dict[str, int]:
-        """Reason for leaving layers out -> how many, the most frequent first."""
+        """Reason -> number of layers that are left out for it, the most frequent first."""
         return dict(Counter(x.reason for x in self.left_out).most_common())
 
     def memory(self, optimizer: str = "adamw") -> dict[str, dict[str, int]]:
-        """The bytes that training keeps beside activations, in float32.
+        """Compute the memory of training without activations, in float32.
 
         Args:
             optimizer: One of "adamw", "adam", "lion", "rmsprop" and "sgd" (with momentum).
 
         Returns:
-            "lora" and "full" (full fine-tuning) -> the bytes of "weights", "gradients",
-            "optimizer" and of the three together, "together".
+            A dictionary with the keys "lora" and "full" (full fine-tuning). Its values have
+            the sizes in bytes of "weights", "gradients" and "optimizer", and their sum,
+            "together".
 
         Raises:
-            ValueError: for another optimizer.
+            ValueError: If the optimizer is unknown.
         """
         slots = OPTIMIZER_SLOTS.get(optimizer)
         if slots is None:
@@ -151,30 +154,31 @@ class Plan:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything as plain values, for JSON."""
+        """Return all values as plain Python objects, for JSON."""
         values = asdict(self)
         more = {name: getattr(self, name) for name in ("share", "adapter_bytes", "reasons")}
         return {**values, **more}
 
 
 def plan(model: Any, **lora_arguments: Any) -> Plan:
-    """What LoRA will adapt and train in a model, and what it costs, before any training.
+    """Plan what LoRA will adapt and train in a model, and its cost, before any training.
 
-    LoRA is put in by ``inject_lora`` and taken out again, so the plan cannot differ from
-    what is done later. The model stays as it was, bit for bit.
+    ``inject_lora`` is applied and removed again, so the plan always agrees with it. The model
+    is restored exactly.
 
     Args:
-        model: A built model, not yet compiled. Or a LoRA model, compiled or not, of which
-            the plan tells what it is.
+        model: A built model that is not compiled. Or a LoRA model, compiled or not, which is
+            described as it is.
         **lora_arguments: As for ``inject_lora``; none for a LoRA model.
 
     Returns:
-        A ``Plan``: layers, what is left out and why, parameters, bytes.
+        A ``Plan``: the adapted layers, the layers that are left out and the reasons, numbers
+        of parameters, and sizes in bytes.
 
     Raises:
-        TypeError, ValueError: as ``inject_lora``; also if the model is compiled, as it would
-            have to be compiled again.
-        ImportError: if safetensors, with which the adapter is measured, is not installed.
+        TypeError, ValueError: As ``inject_lora``. Also ValueError if the model is compiled,
+            since it would have to be compiled again.
+        ImportError: If safetensors, which measures the adapter, is not installed.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -197,11 +201,11 @@ def plan(model: Any, **lora_arguments: Any) -> Plan:
         backend.is_model(x) and backend.is_compiled(x) for _, x in backend.walk(model)
     ):
         raise ValueError(
-            f"Received model '{model.name}', which is compiled; expected one that is not yet, "
-            "as a model must be compiled anew after LoRA was put in. Plan first, or plan with "
-            "the LoRA model itself: plan(lora_model)."
+            f"Received model '{model.name}', which is compiled; expected a model that is not, "
+            "since it must be compiled again after injecting LoRA. Plan before compile, or "
+            "pass the LoRA model: plan(lora_model)."
         )
-    # Zeros, so that no random number is drawn that training would have drawn.
+    # Zeros, so that the random numbers of the training do not change.
     inject_lora(model, **{**lora_arguments, "lora_initializer": "zeros"})
     try:
         return _plan_of(model)
@@ -210,7 +214,7 @@ def plan(model: Any, **lora_arguments: Any) -> Plan:
 
 
 def _plan_of(model: Any) -> Plan:
-    """The plan of a LoRA model as it is."""
+    """Return the plan of a LoRA model as it is."""
     backend = backend_of(model)
     adapted = lora_layers(model)
     walked = list(backend.walk(model))
@@ -228,18 +232,18 @@ def _plan_of(model: Any) -> Plan:
         counts["factors"] += _size(factors)
         counts["total"] += _size(plain)
         counts["full"] += _size(v for v in plain if id(v) in open_to_training)
-        whole = _size(v for v in plain if id(v) in trained)
-        counts["trainable"] += whole + _size(v for v in factors if id(v) in trained)
+        trainable = _size(v for v in plain if id(v) in trained)
+        counts["trainable"] += trainable + _size(v for v in factors if id(v) in trained)
         is_head = id(layer) in heads
         if isinstance(layer, (LoRALayer, FrozenLayer)):
-            counts["biases"] += whole
+            counts["biases"] += trainable
         else:
-            counts["classifier" if is_head else "modules"] += whole
+            counts["classifier" if is_head else "modules"] += trainable
         counts["classifier_total"] += _size(plain) if is_head else 0
         if plain and not isinstance(layer, LoRALayer):
-            reason = _reason(model, path, layer, is_head, whole)
-            name = plain_class(layer).__name__
-            left_out.append(LeftOut(path, name, _size(plain), whole, reason))
+            reason = _reason(model, path, layer, is_head, trainable)
+            name = original_class(type(layer)).__name__
+            left_out.append(LeftOut(path, name, _size(plain), trainable, reason))
     return Plan(
         layers=tuple(_planned(path, layer) for path, layer in adapted.items()),
         left_out=tuple(left_out),
@@ -266,26 +270,26 @@ def _planned(path: str, layer: Any) -> PlannedLayer:
     )
 
 
-def _reason(model: Any, path: str, layer: Any, is_head: bool, whole: int) -> str:
-    """Why a layer is not adapted."""
-    if not isinstance(layer, FrozenLayer) and whole:
-        return "classifier, trained whole" if is_head else "trained whole"
+def _reason(model: Any, path: str, layer: Any, is_head: bool, trained: int) -> str:
+    """Return the reason why a layer is not adapted."""
+    if not isinstance(layer, FrozenLayer) and trained:
+        return "classifier, fully trained" if is_head else "fully trained"
     if is_head:
         return "classifier, not trained"
     if any(True for inside, _ in backend_of(layer).walk(layer) if inside):
-        return "weights beside its layers"
+        return "own weights of a layer with sublayers"
     if not supported(layer):
-        return f"no LoRA for {plain_class(layer).__name__}"
-    config = model.__dict__.get("_lora_config")  # none where layers were adapted by hand
+        return f"no LoRA for {original_class(type(layer)).__name__}"
+    config = config_of(model)  # none if layers were adapted one by one
     if config is not None and config.lora_qkv:
-        meant, _ = resolve(config.lora_targets, presets(plain_class(model)))
-        if meant is None or matches(path, meant):
-            return f"no part of lora_qkv={config.lora_qkv!r}"
+        targets, _ = resolve(config.lora_targets, presets(original_class(type(model))))
+        if targets is None or matches(path, targets):
+            return f"not in lora_qkv={config.lora_qkv!r}"
     return "not among the targets"
 
 
 def _files_of_adapter(model: Any) -> dict[str, int]:
-    """Written, because how large files are depends on names as much as on numbers."""
+    """Measure the files by writing them, since their size also depends on names."""
     with tempfile.TemporaryDirectory() as folder:
         save_adapter(model, folder)
         return {path.name: path.stat().st_size for path in sorted(Path(folder).iterdir())}

@@ -1,1 +1,1 @@
-"""The models of tfimm: their names, LoRA versions of their classes, pretrained weights."""
+"""tfimm models: their names, the LoRA versions of their classes, and pretrained weights."""

@@ -1,19 +1,19 @@
-"""Access to tfimm's registry of models by name, where tfimm can be used."""
+"""Access to tfimm and its registry of model names."""
 
 from __future__ import annotations
 
-import difflib
 from typing import Any
 
 from tfimm_lora.backend import installed, uses_legacy_keras
+from tfimm_lora.utils.suggestions import close_names
 
 
 def import_tfimm() -> Any:
-    """The module ``tfimm``.
+    """Import tfimm.
 
     Raises:
-        ImportError: if it is not installed.
-        RuntimeError: if this process runs Keras 3, which tfimm cannot use.
+        ImportError: If it is not installed.
+        RuntimeError: If this process runs Keras 3, which tfimm cannot use.
     """
     if not installed("tfimm"):
         raise ImportError(
@@ -23,8 +23,8 @@ def import_tfimm() -> Any:
         )
     if not uses_legacy_keras():
         raise RuntimeError(
-            "tfimm works on legacy Keras only: set the environment variable "
-            "TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
+            "This process runs Keras 3, but tfimm needs legacy Keras. Set the environment "
+            "variable TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
         )
     import tfimm
 
@@ -32,11 +32,11 @@ def import_tfimm() -> Any:
 
 
 def require_known(tfimm: Any, model_name: str) -> None:
-    """Raise a ValueError for a name that tfimm does not know; it lists the nearest."""
+    """Raise a ValueError that suggests similar names if tfimm does not have this name."""
     if not tfimm.models.is_model(model_name):
-        near = difflib.get_close_matches(model_name, tfimm.list_models(), n=5)
+        near = close_names(model_name, tfimm.list_models())
         raise ValueError(
-            f"Received model_name={model_name!r}, which tfimm does not know. "
+            f"Received model_name={model_name!r}; expected the name of a tfimm model. "
             + (f"Nearest: {', '.join(near)}. " if near else "")
             + "See list_models()."
         )

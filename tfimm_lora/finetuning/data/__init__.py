@@ -1,1 +1,1 @@
-"""Pictures on disk to batches."""
+"""From picture files to batches."""

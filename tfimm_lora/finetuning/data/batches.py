@@ -1,4 +1,4 @@
-"""``PictureBatches``: labelled pictures as tf.data batches, in an order that a seed fixes."""
+"""``PictureBatches``: batches of labelled pictures from tf.data, reproducible by seed."""
 
 from __future__ import annotations
 
@@ -7,33 +7,34 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.finetuning.data.augment import Augmentation
+from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.dataset import PictureSet
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 
 
 class PictureBatches:
-    """Batches of pictures (float32, (b, h, w, c)) and numbers of labels (int32, (b,)).
+    """Batches of pictures (float32, (b, h, w, c)) and class indices (int32, (b,)).
 
-    Order and augmentation of an epoch depend on the seed and the epoch's number only, so a
-    run that is resumed with epoch 7 sees what it would have seen. Each epoch has every picture
-    once; its last batch may be smaller. Pictures are read in parallel, and ahead of training.
+    The order and augmentation of an epoch depend only on the seed and the index of the epoch,
+    so a run that is resumed gets the same batches as one without interruption. Each epoch has
+    every picture once; its last batch may be smaller. Pictures are read in parallel and
+    prefetched.
 
     Args:
         picture_set: The pictures, checked by ``check_pictures``.
-        preprocessing: That of the model.
-        batch_size: Number of pictures in a batch, over all devices.
-        augmentation: What happens to pictures in training. None: they are resized and cropped
-            as in evaluation.
-        seed: Decides order and augmentation.
-        shuffle: Whether epochs have different orders, or all that of the set.
+        preprocessing: The preprocessing of the model.
+        batch_size: The number of pictures in a batch, over all devices.
+        augmentation: The augmentation for training. None: pictures are resized and cropped as
+            in evaluation.
+        seed: The seed of order and augmentation.
+        shuffle: Whether each epoch has another order, or all epochs have the order of the set.
 
     Raises:
         ValueError: for an empty set, a batch size below 1, or channels other than 1 and 3.
 
-    While iterating, ``tf.errors.InvalidArgumentError`` that names the file if a picture has
-    become unreadable since the check.
+    If a picture has become unreadable since the check, the iteration raises a
+    ``tf.errors.InvalidArgumentError`` with the path of the file.
 
     Example:
         >>> import pathlib, tempfile
@@ -68,23 +69,23 @@ class PictureBatches:
         if preprocessing.in_channels not in (1, 3):
             raise ValueError(
                 f"Received a model with in_channels={preprocessing.in_channels}; expected 3 "
-                "(RGB) or 1 (grey), which picture files have."
+                "(RGB) or 1 (grey), the channels of picture files."
             )
         self.picture_set = picture_set
         self.preprocessing = preprocessing
         self.batch_size = batch_size
-        # One that changes nothing is none: resized exactly as in evaluation.
+        # Without changes, pictures are resized exactly as in evaluation.
         self.augmentation = None if augmentation == Augmentation.none() else augmentation
         self.seed = operator.index(seed)
         self.shuffle = shuffle
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of batches in an epoch, the smaller last one included."""
+        """The number of batches in an epoch, including a smaller last one."""
         return -(-len(self.picture_set) // self.batch_size)
 
     def epoch(self, number: int) -> Any:
-        """A ``tf.data.Dataset`` of one epoch; the first has number 0."""
+        """A ``tf.data.Dataset`` of one epoch, by its index from 0."""
         import tensorflow as tf
 
         batches = self._batches(
@@ -93,10 +94,10 @@ class PictureBatches:
         return batches.apply(tf.data.experimental.assert_cardinality(self.steps_per_epoch))
 
     def epochs(self, first: int = 0) -> Any:
-        """A ``tf.data.Dataset`` without end, of epoch ``first`` and those after it.
+        """An infinite ``tf.data.Dataset`` of epoch ``first`` and all following ones.
 
-        For ``fit(batches.epochs(7), initial_epoch=7, steps_per_epoch=...)``. Reading goes on
-        over the ends of epochs.
+        For ``fit(batches.epochs(7), initial_epoch=7, steps_per_epoch=...)``. Pictures are
+        prefetched across the ends of epochs.
         """
         import tensorflow as tf
 
@@ -109,7 +110,7 @@ class PictureBatches:
     def in_order(self) -> Any:
         """A ``tf.data.Dataset`` for evaluation: each picture once, in the order of the set.
 
-        Pictures are read in full, and resized and cropped as timm does in evaluation.
+        Pictures are read at full size, and resized and cropped as timm does in evaluation.
         """
         import tensorflow as tf
 
@@ -117,10 +118,10 @@ class PictureBatches:
         return batches.apply(tf.data.experimental.assert_cardinality(self.steps_per_epoch))
 
     def _batches(self, epochs: Any, shuffle: bool, augmentation: Augmentation | None) -> Any:
-        """Batches of the epochs of a dataset of numbers.
+        """The batches of the epochs in a dataset of epoch indices.
 
-        An epoch is filled up to whole batches, by pictures that are not there and are cut off
-        again. So all epochs are one stream, and no thread waits at the end of one.
+        Each epoch is padded to full batches with placeholders, which are removed again. So all
+        epochs form one stream, and no thread waits at the end of an epoch.
         """
         import tensorflow as tf
 
@@ -134,7 +135,7 @@ class PictureBatches:
             seed = _folded(tf, tf.constant([self.seed, 0], tf.int64), epoch)
             order = tf.range(count, dtype=tf.int64)
             if shuffle:
-                own = _folded(tf, seed, count)  # no picture has this number
+                own = _folded(tf, seed, count)  # an index that no picture has
                 order = tf.random.experimental.stateless_shuffle(order, own, alg="philox")
             order = tf.concat([order, filling], 0)
             seeds = tf.tile(seed[None], [places, 1])
@@ -151,7 +152,7 @@ class PictureBatches:
             return x[:there], tf.gather(labels, index[:there])
 
         options = tf.data.Options()
-        # Files cannot be divided between machines; what was read from them can.
+        # Shard the pictures among machines, since the source has no files to shard.
         options.experimental_distribute.auto_shard_policy = (
             tf.data.experimental.AutoShardPolicy.DATA
         )
@@ -165,7 +166,7 @@ class PictureBatches:
         )
 
     def _reader(self, augmentation: Augmentation | None) -> Any:
-        """A function from an epoch's seed and a picture's number to an input of the model."""
+        """A function from the seed of an epoch and the index of a picture to a model input."""
         import tensorflow as tf
 
         preprocessing = self.preprocessing
@@ -185,8 +186,7 @@ class PictureBatches:
             )
 
         def read(seed: Any, index: Any) -> Any:
-            # Reading has no side effects; said so, it stays parallel where TensorFlow is
-            # told to be deterministic.
+            # stateless, so that reading stays parallel if op determinism is enabled
             x = tf.numpy_function(load, [index], tf.uint8, stateful=False)
             x = tf.ensure_shape(x, (None, None, channels))
             if augment is not None:
@@ -197,5 +197,5 @@ class PictureBatches:
 
 
 def _folded(tf: Any, seed: Any, number: Any) -> Any:
-    """A seed for one of many things; TensorFlow's own choice of method differs by device."""
+    """Fold a number into a seed. TensorFlow's default algorithm differs between devices."""
     return tf.random.fold_in(seed, number, alg="philox")

@@ -15,12 +15,18 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from tfimm_lora.finetuning.data.folders import Found, in_csv, in_folder, natural_order, some
+from tfimm_lora.finetuning.data.folders import (
+    FoundPicture,
+    in_csv,
+    in_folder,
+    natural_order,
+    some,
+)
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A file and the number of its label."""
+    """A picture file and the index of its label."""
 
     path: str
     label: int
@@ -28,7 +34,7 @@ class Picture:
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Labelled pictures; ``labels[picture.label]`` is the name of a picture's label."""
+    """Labelled pictures. ``labels[picture.label]`` is the name of the label of a picture."""
 
     pictures: tuple[Picture, ...]
     labels: tuple[str, ...]
@@ -44,7 +50,7 @@ class PictureSet:
 
 @dataclass(frozen=True)
 class Split:
-    """Pictures to train on and pictures to validate on, with the same labels."""
+    """Training and validation pictures, with the same labels."""
 
     train: PictureSet
     val: PictureSet
@@ -58,38 +64,38 @@ def find_pictures(
 
     ``data`` is one of
 
-    * a folder with ``train/`` and ``val/``, both of class folders. ``val`` may also be called
-      ``valid`` or ``validation``. A folder ``test`` is left alone, for a test at the end,
-      unless there is no other to validate on.
-    * a folder of class folders, each of which is split here.
-    * a CSV file with the columns ``path`` and ``label``; paths are absolute, or relative to the
-      folder of the file. With a third column, ``split``, each line says its part in the words
-      above; without it each class is split here.
+    * a folder with ``train/`` and ``val/``, both with class folders. ``val`` may also be called
+      ``valid`` or ``validation``. A folder ``test`` is ignored, unless there is no other
+      folder for validation.
+    * a folder of class folders. Each class is split at random.
+    * a CSV file with the columns ``path`` and ``label``. Paths are absolute, or relative to the
+      folder of the file. A third column, ``split``, contains one of the names above; without it
+      each class is split at random.
 
-    Folders inside a class folder are searched too. Pictures are known by the ends of their
-    names, see ``finding.EXTENSIONS``; hidden files are left out. Links are followed. Labels are
-    sorted as people count, "2" before "10".
+    Subfolders of a class folder are searched too. Pictures are recognized by their suffix, see
+    ``folders.EXTENSIONS``; hidden files are ignored. Links are followed. Labels are sorted
+    naturally, "2" before "10".
 
     Args:
         data: The folder or CSV file.
-        validation: The share of each class that goes to val where the split is made here;
-            at least one picture, and never all.
-        seed: Which pictures these are. The split depends on the seed and the names of the
-            pictures within ``data`` only: it is the same on every machine, and a picture that
-            is added moves few of the others.
+        validation: The share of each class for validation, if the data are not split already:
+            at least one picture, and never all of them.
+        seed: The seed of the split. The split depends only on the seed and the names of the
+            pictures within ``data``: it is the same on every machine, and adding a picture
+            changes the part of few others.
 
     Returns:
         A ``Split`` with ``.train``, ``.val`` and ``.labels``. The pictures are sorted by name.
 
     Raises:
-        FileNotFoundError: if the folder, the CSV file or pictures in it are missing.
+        FileNotFoundError: if the folder, the CSV file or pictures in it do not exist.
         ValueError: if there are no pictures, fewer than two classes, a class folder without
-            pictures, pictures beside the class folders, a file twice, classes in val that
-            train has not, or a CSV file without the columns.
+            pictures, pictures beside the class folders, a file that occurs twice, classes in
+            val that are not in train, or a CSV file without the columns.
 
     Warns:
-        UserWarning: of labels that differ only in case or spaces, of classes that val has not,
-            and of files that are left out because their names are not those of pictures.
+        UserWarning: about labels that differ only in case or spaces, classes without validation
+            pictures, and files that are ignored because of their suffix.
 
     Example:
         >>> import tempfile, pathlib
@@ -133,25 +139,25 @@ def find_pictures(
     unseen = sorted(set(labels) - {x.label for x in val}, key=natural_order)
     if unseen:
         warnings.warn(
-            f"{path} has too few pictures to validate on of: {some(unseen)}. How well the "
-            "model knows them will not be measured.",
+            f"{path} has no validation pictures of these classes: {some(unseen)}. The model "
+            "cannot be evaluated on them.",
             stacklevel=2,
         )
     return Split(_numbered(train, labels), _numbered(val, labels), labels)
 
 
-def _numbered(part: Iterable[Found], labels: tuple[str, ...]) -> PictureSet:
+def _numbered(part: Iterable[FoundPicture], labels: tuple[str, ...]) -> PictureSet:
     number = {label: i for i, label in enumerate(labels)}
     return PictureSet(tuple(Picture(x.path, number[x.label]) for x in sorted(part)), labels)
 
 
-def _labels(found: Iterable[Found], path: Path) -> tuple[str, ...]:
-    """The labels in order: at least two, with a warning where some hardly differ."""
+def _labels(found: Iterable[FoundPicture], path: Path) -> tuple[str, ...]:
+    """The sorted labels: at least two, with a warning about labels that hardly differ."""
     labels = tuple(sorted({x.label for x in found}, key=natural_order))
     if len(labels) < 2:
         raise ValueError(
             f"{path} has pictures of {'one class, ' + labels[0] if labels else 'no class'}; "
-            "expected at least two classes to tell apart."
+            "expected at least two classes."
         )
     alike: dict[str, list[str]] = defaultdict(list)
     for label in labels:
@@ -161,14 +167,14 @@ def _labels(found: Iterable[Found], path: Path) -> tuple[str, ...]:
         if len(names) > 1:
             warnings.warn(
                 f"{path}: the labels {', '.join(map(repr, names))} differ only in case or "
-                "spaces; they are taken for different classes.",
+                "spaces; they are treated as different classes.",
                 stacklevel=3,
             )
     return labels
 
 
-def _check_once(found: Iterable[Found]) -> None:
-    """A file in both train and val would flatter; one with two labels would confuse."""
+def _check_once(found: Iterable[FoundPicture]) -> None:
+    """Raise for a file that occurs twice: in train and val, or with two labels."""
     seen: dict[str, str] = {}
     twice = []
     for x in found:
@@ -178,43 +184,43 @@ def _check_once(found: Iterable[Found]) -> None:
         seen[real] = x.path
     if twice:
         raise ValueError(
-            f"{len(twice)} files are there twice, by name or through links: {some(twice)}; "
-            "expected each once, in one class, in train or in val."
+            f"{len(twice)} files occur twice, by name or through links: {some(twice)}; "
+            "expected each file once, in one class, in train or in val."
         )
 
 
-def _check_given(train: list[Found], val: list[Found], path: Path) -> None:
+def _check_given(train: list[FoundPicture], val: list[FoundPicture], path: Path) -> None:
     for name, part in (("train", train), ("val", val)):
         if not part:
             raise ValueError(
-                f"{path} has no pictures in {name}; expected some. Leave the split out to have "
-                "it made."
+                f"{path} has no pictures in {name}; expected at least one. Leave the split out "
+                "to split at random."
             )
     seen = {x.label for x in train}
     unknown = sorted({x.label for x in val} - seen, key=natural_order)
     if unknown:
         raise ValueError(
-            f"{path} has classes in val that train has not: {some(unknown)}; expected those of "
-            f"train: {some(sorted(seen, key=natural_order))}."
+            f"{path} has classes in val that are not in train: {some(unknown)}; expected the "
+            f"classes of train: {some(sorted(seen, key=natural_order))}."
         )
 
 
 def _divided(
-    found: Iterable[Found], validation: float, seed: int
-) -> tuple[list[Found], list[Found]]:
-    """Each class in an order that hashes of the names make, its beginning to val."""
-    by_label: dict[str, list[Found]] = defaultdict(list)
+    found: Iterable[FoundPicture], validation: float, seed: int
+) -> tuple[list[FoundPicture], list[FoundPicture]]:
+    """Sort each class by the hashes of its names; the first pictures go to val."""
+    by_label: dict[str, list[FoundPicture]] = defaultdict(list)
     for x in found:
         by_label[x.label].append(x)
 
-    def order(x: Found) -> tuple[bytes, Found]:
-        # The same name, whether a file system keeps accents as letters of their own or not.
+    def order(x: FoundPicture) -> tuple[bytes, FoundPicture]:
+        # File systems store accented letters differently, as one character or as two.
         name = unicodedata.normalize("NFC", x.name)
         digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape"))
         return digest.digest(), x
 
-    train: list[Found] = []
-    val: list[Found] = []
+    train: list[FoundPicture] = []
+    val: list[FoundPicture] = []
     for pictures in by_label.values():
         n = len(pictures)
         share = math.floor(n * validation + 0.5)

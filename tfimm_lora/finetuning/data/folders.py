@@ -1,4 +1,4 @@
-"""Where labelled pictures are: class folders, with or without a split, and CSV files."""
+"""Listing of labelled pictures in class folders and CSV files, with or without a split."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-#: Names of files that are taken for pictures in folders, in small letters.
+#: The suffixes of picture files in folders, in lower case.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".bmp", ".gif", ".webp"),
     *(".tif", ".tiff", ".ppm", ".pgm"),
 )
 
-#: What a CSV file may call the parts of a split.
+#: The names of the parts of a split.
 _PARTS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("val", "valid", "validation"), "val"),
@@ -25,20 +25,20 @@ _PARTS = {
 }
 
 
-class Found(NamedTuple):
-    """A picture before labels have numbers; ``name`` is what it is sorted and split by."""
+class FoundPicture(NamedTuple):
+    """A picture with the name of its label. It is sorted and split by ``name``."""
 
     name: str
     path: str
     label: str
 
 
-#: Pictures by "train" and "val", or all by "" where nobody has split them.
-Parts = dict[str, list[Found]]
+#: The pictures of "train" and "val", or all pictures with the key "" if they are not split.
+Parts = dict[str, list[FoundPicture]]
 
 
 def natural_order(name: str) -> tuple[list[str | int], str]:
-    """A key to sort names by, numbers in them by value: "2" before "10".
+    """A sort key that compares numbers in names by value: "2" before "10".
 
     Example:
         >>> from tfimm_lora.finetuning.data.folders import natural_order
@@ -50,7 +50,7 @@ def natural_order(name: str) -> tuple[list[str | int], str]:
 
 
 def some(names: Sequence[str], most: int = 5) -> str:
-    """The first few, and how many more.
+    """The first few names, and the number of the others.
 
     Example:
         >>> from tfimm_lora.finetuning.data.folders import some
@@ -65,7 +65,7 @@ def some(names: Sequence[str], most: int = 5) -> str:
 
 
 def in_folder(folder: Path) -> Parts:
-    """The pictures of a folder of class folders, or of two of them, train/ and val/."""
+    """The pictures in a folder of class folders, or in train/ and val/ with class folders."""
     inside = _folders(folder)
     known = [name for name in inside if name.lower() in _PARTS]
     part = {_PARTS[name.lower()]: name for name in reversed(known)}
@@ -74,34 +74,34 @@ def in_folder(folder: Path) -> Parts:
         beside = _pictures(folder)
         if beside:
             warnings.warn(
-                f"{folder}: left out pictures beside {train}/ and {val}/: {some(beside)}.",
+                f"{folder}: ignored pictures beside {train}/ and {val}/: {some(beside)}.",
                 stacklevel=3,
             )
         return {
             "train": _in_class_folders(folder / train),
             "val": _in_class_folders(folder / val),
         }
-    # Otherwise "train" is a class, beside "bus" and "car", unless it is all there is.
+    # Otherwise "train" is a class (beside "bus" and "car"), unless it is the only folder.
     if train is not None and inside == [train] and _folders(folder / train):
         raise ValueError(
-            f"{folder} has {train}/ and nothing to validate on; expected val/, valid/, "
-            "validation/ or test/ beside it. To split what is in it, give "
+            f"{folder} has {train}/ but no validation pictures; expected val/, valid/, "
+            "validation/ or test/ beside it. To split the pictures at random, pass "
             f"{str(folder / train)!r}."
         )
     return {"": _in_class_folders(folder)}
 
 
-def _in_class_folders(folder: Path) -> list[Found]:
+def _in_class_folders(folder: Path) -> list[FoundPicture]:
     labels, beside = _folders(folder), _pictures(folder)
     if not labels:
         raise ValueError(
-            f"{folder} has no class folders, {'only pictures' if beside else 'no pictures'}; "
-            "expected a folder of pictures for each class, named as the class."
+            f"{folder} has no class folders{', only pictures' if beside else ''}; expected a "
+            "folder of pictures for each class, with the name of the class."
         )
     if beside:
         raise ValueError(
             f"{folder} has pictures beside its class folders: {some(beside)}; expected each in "
-            "the folder of its class. Move them into one, or elsewhere."
+            "the folder of its class. Move them there, or remove them."
         )
     found, empty = [], []
     ignored: Counter[str] = Counter()
@@ -110,16 +110,16 @@ def _in_class_folders(folder: Path) -> list[Found]:
         names = sorted(_walk(folder / label, label, above, ignored))
         if not names:
             empty.append(label)
-        found += [Found(name, str(folder / name), label) for name in names]
+        found += [FoundPicture(name, str(folder / name), label) for name in names]
     if empty:
         raise ValueError(
-            f"{folder} has class folders without pictures: {some(empty)}; expected files that "
-            f"end in {', '.join(EXTENSIONS)}. Put pictures in, or remove the folders."
+            f"{folder} has class folders without pictures: {some(empty)}; expected files with "
+            f"the suffix {', '.join(EXTENSIONS)}. Add pictures, or remove the folders."
         )
     if ignored:
         listed = ", ".join(f"{count} {kind}" for kind, count in ignored.most_common(5))
         warnings.warn(
-            f"{folder}: left out files that are no pictures by their names: {listed}.",
+            f"{folder}: ignored files without the suffix of a picture: {listed}.",
             stacklevel=4,
         )
     return found
@@ -128,7 +128,7 @@ def _in_class_folders(folder: Path) -> list[Found]:
 def _walk(
     folder: Path, name: str, above: Sequence[str], ignored: Counter[str]
 ) -> Iterator[str]:
-    """Names of the pictures in a folder and its folders, links to those above left out."""
+    """The names of the pictures in a folder and its subfolders. Cyclic links are skipped."""
     real = os.path.realpath(folder)
     if real in above:
         return
@@ -143,7 +143,7 @@ def _walk(
 
 
 def _entries(folder: Path) -> list[os.DirEntry[str]]:
-    """What is in a folder, without hidden files and those that macOS puts into archives."""
+    """The entries of a folder, without hidden files and the archive metadata of macOS."""
     with os.scandir(folder) as entries:
         return [e for e in entries if not e.name.startswith(".") and e.name != "__MACOSX"]
 
@@ -177,14 +177,14 @@ def in_csv(path: Path) -> Parts:
     if not {"path", "label"} <= set(header):
         raise ValueError(
             f"{path} has the columns {', '.join(header) or '(none)'}; expected a first line "
-            "with path,label (and split, if you like), separated by commas."
+            "with path,label (and optionally split), separated by commas."
         )
     parts: Parts = defaultdict(list)
     for line, row in rows:
         file, label = row.get("path"), row.get("label")
         if not file or not label:
             raise ValueError(
-                f"{path}, line {line}: expected a path and a label, but got {row}."
+                f"{path}, line {line}: received {row}; expected a path and a label."
             )
         part = _part(path, line, row) if "split" in header else ""
         parts[part].append(_listed(path.parent, file, label))
@@ -200,12 +200,12 @@ def in_csv(path: Path) -> Parts:
 
 
 def _rows(path: Path) -> tuple[list[str], Iterable[tuple[int, dict[str, str]]]]:
-    """The header in small letters, and each line that is not empty with its number.
+    """The header in lower case, and each non-empty line with its number.
 
-    Names of files may be any bytes, which Python keeps as surrogates; all else is UTF-8.
+    File names may be any bytes, which Python keeps as surrogates; everything else is UTF-8.
     """
     try:
-        # utf-8-sig: spreadsheets put a mark at the beginning.
+        # utf-8-sig: spreadsheet programs write a byte order mark.
         with open(path, newline="", encoding="utf-8-sig", errors="surrogateescape") as file:
             reader = csv.reader(file, skipinitialspace=True)
             lines = [(reader.line_num, line) for line in reader if line]
@@ -225,11 +225,11 @@ def _part(path: Path, line: int, row: dict[str, str]) -> str:
     if part is None:
         raise ValueError(
             f"{path}, line {line}: split is {given!r}; expected one of {', '.join(_PARTS)}. "
-            "Leave the column out to have the split made."
+            "Leave the column out to split at random."
         )
     return part
 
 
-def _listed(folder: Path, file: str, label: str) -> Found:
+def _listed(folder: Path, file: str, label: str) -> FoundPicture:
     path = os.path.normpath(folder / file)
-    return Found(Path(os.path.relpath(path, folder)).as_posix(), path, label)
+    return FoundPicture(Path(os.path.relpath(path, folder)).as_posix(), path, label)

@@ -1,7 +1,7 @@
-"""Files to arrays: any picture as uint8 (height, width, channels), and a check of all of them.
+"""``read_picture`` reads a file as an array; ``check_pictures`` checks all files.
 
-Pillow reads the files, here and nowhere else: what has passed the check is what training,
-evaluation and prediction see.
+This is the only module that reads pictures, so training, evaluation and prediction get what was
+checked.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ import numpy as np
 
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, Split
 from tfimm_lora.finetuning.data.folders import some
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
-#: What Pillow may take a file for, whatever its name: not formats that start other programs.
+#: The formats that Pillow may read, whatever the suffix; none of them starts other programs.
 _FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
 
 _ORIENTATION = 0x0112  # of EXIF
 _BITS_PER_SAMPLE = 258  # of TIFF
 
-#: Pictures handed to the threads at once: enough to keep them busy, and soon stopped.
-_AT_ONCE = 256
+#: The number of pictures submitted to the threads at a time, so that an interruption is quick.
+_BLOCK = 256
 
 Pictures = TypeVar("Pictures", Split, PictureSet)
 
 
 class UnreadablePicture(ValueError):
-    """A file that is no picture, or a damaged one; ``path`` and ``reason`` say more."""
+    """A file is damaged or not a picture. Attributes: ``path`` and ``reason``."""
 
     def __init__(self, path: str, reason: str) -> None:
         super().__init__(f"Cannot read the picture {path}: {reason}")
@@ -41,7 +41,7 @@ class UnreadablePicture(ValueError):
 
 @dataclass(frozen=True)
 class Problem:
-    """A picture that cannot be used, and why."""
+    """A picture that cannot be used, with the reason."""
 
     path: str
     label: str
@@ -51,27 +51,26 @@ class Problem:
 def read_picture(
     path: str | os.PathLike[str], channels: int = 3, *, at_least: int | None = None
 ) -> np.ndarray:
-    """Read a file as an upright picture in the usual form.
+    """Read a file as an 8-bit RGB or grey picture.
 
-    Palettes, grey pictures and CMYK become RGB; transparent parts become white; 16 bits are
-    scaled to 8; the orientation in the EXIF data is applied; of an animation the first frame
-    is taken. Colour profiles are not applied, as in timm.
+    Palettes, grey pictures and CMYK are converted to RGB, transparent parts become white, 16
+    bits are scaled to 8, and the EXIF orientation is applied. The first frame of an animation
+    is read. Colour profiles are not applied, as in timm.
 
     Args:
-        path: A jpeg, png, bmp, gif, webp, tiff, ppm or pgm file, whatever its name.
+        path: A jpeg, png, bmp, gif, webp, tiff, ppm or pgm file, with any suffix.
         channels: 3 for RGB, 1 for grey.
-        at_least: Neither side needs more pixels than this. A large jpeg is then read at a half,
-            a quarter or an eighth of its size, which is several times as fast. Default: read
-            in full.
+        at_least: The number of pixels that each side needs at least. A large jpeg is then read
+            at a half, a quarter or an eighth of its size, which is several times faster.
+            Default: the full size.
 
     Returns:
         An array of uint8, (height, width, channels).
 
     Raises:
-        ValueError: for other numbers of channels.
-        UnreadablePicture: (a ValueError) if the file is missing, damaged, cut off, not a
-            picture, so large that Pillow takes it for an attack, or of 32 bits, whose range
-            nothing tells.
+        ValueError: for another number of channels.
+        UnreadablePicture: (a ValueError) if the file is missing, damaged, truncated, not a
+            picture, too large for the limit of Pillow, or has 32 bits, whose range is unknown.
         ImportError: without Pillow.
 
     Example:
@@ -98,12 +97,12 @@ def read_picture(
     except image_module.UnidentifiedImageError:
         reason = f"damaged, or none of {', '.join(_FORMATS)}."
         raise UnreadablePicture(os.fspath(path), reason) from None
-    except Exception as error:  # damaged files make decoders raise anything
+    except Exception as error:  # decoders may raise anything for damaged files
         raise UnreadablePicture(os.fspath(path), str(error) or type(error).__name__) from error
 
 
 def _rgb(image: Any, image_module: Any) -> Any:
-    """A loaded picture of any mode as RGB, on white."""
+    """Convert a loaded picture of any mode to RGB, on a white background."""
     if image.mode.startswith("I") or image.mode == "F":
         image = _eight_bits(image, image_module)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
@@ -114,11 +113,11 @@ def _rgb(image: Any, image_module: Any) -> Any:
 
 
 def _eight_bits(image: Any, image_module: Any) -> Any:
-    """A grey picture of 16 bits as one of 8."""
+    """Convert a 16-bit grey picture to 8 bits."""
     if image.mode == "F" or (image.mode == "I" and image.format not in ("PNG", "PPM")):
         raise ValueError(
-            "it has 32 bits or signs, and nothing says which values are black and white. "
-            "Save it with 8 or 16 bits."
+            "it has 32 bits or signed values, whose range is unknown. Save it with 8 or 16 "
+            "bits."
         )
     bits = 16
     if image.format == "TIFF":
@@ -130,22 +129,22 @@ def _eight_bits(image: Any, image_module: Any) -> Any:
 
 
 def _upright(image: Any, pixels: Any, image_module: Any) -> Any:
-    """The pixels turned as the EXIF data of their file say."""
+    """Rotate or flip the pixels according to the EXIF orientation of the file."""
     try:
         orientation = image.getexif().get(_ORIENTATION)
-    except Exception:  # noqa: BLE001 - damaged EXIF data say nothing, the picture is whole
+    except Exception:  # noqa: BLE001 - the picture is usable although its EXIF data are damaged
         return pixels
-    turn = image_module.Transpose
-    turns = {
-        2: turn.FLIP_LEFT_RIGHT,
-        3: turn.ROTATE_180,
-        4: turn.FLIP_TOP_BOTTOM,
-        5: turn.TRANSPOSE,
-        6: turn.ROTATE_270,
-        7: turn.TRANSVERSE,
-        8: turn.ROTATE_90,
+    method = image_module.Transpose
+    methods = {
+        2: method.FLIP_LEFT_RIGHT,
+        3: method.ROTATE_180,
+        4: method.FLIP_TOP_BOTTOM,
+        5: method.TRANSPOSE,
+        6: method.ROTATE_270,
+        7: method.TRANSVERSE,
+        8: method.ROTATE_90,
     }
-    return pixels.transpose(turns[orientation]) if orientation in turns else pixels
+    return pixels.transpose(methods[orientation]) if orientation in methods else pixels
 
 
 def check_pictures(
@@ -155,24 +154,24 @@ def check_pictures(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[Pictures, list[Problem]]:
-    """Read every picture once, before training, and take out those that cannot be used.
+    """Read every picture once before training and remove those that cannot be used.
 
-    That are pictures that ``read_picture`` cannot read, and those with a side of one pixel.
-    The check costs about as much as reading the pictures of one epoch: some 2 ms for a jpeg of
-    512 x 512 pixels, 0.1 s for one of 12 million, divided by the number of cores.
+    These are pictures that ``read_picture`` cannot read, and pictures with a side of one pixel.
+    The check takes about as long as reading the pictures of one epoch: 2 ms for a jpeg of
+    512 x 512 pixels, 0.1 s for one of 12 megapixels, divided by the number of cores.
 
     Args:
         pictures: A ``Split`` or a ``PictureSet``.
-        on_error: "skip" to leave bad pictures out, "refuse" to raise an error if there are any.
-        workers: Number of threads. Default: the number of cores. Pillow decodes in parallel.
-        progress: Called as ``progress(done, total)`` after each picture.
+        on_error: "skip" to remove bad pictures, "refuse" to raise an error if there are any.
+        workers: The number of threads. Default: the number of cores.
+        progress: A function that is called as ``progress(done, total)`` after each picture.
 
     Returns:
-        The same kind as given without the bad pictures, and a list of ``Problem``.
+        A ``Split`` or ``PictureSet`` without the bad pictures, and a list of ``Problem``.
 
     Raises:
-        ValueError: for "refuse", after all were read, with the first of them and their number;
-            if a class has no pictures to train on any more; if nothing is left of a part.
+        ValueError: with "refuse", after all pictures were read, if some cannot be used; if a
+            class has no training pictures left; if a part of the split is empty.
 
     Example:
         >>> import pathlib, tempfile
@@ -203,8 +202,8 @@ def check_pictures(
     if problems and on_error == "refuse":
         first = some([f"{x.path} ({x.reason.rstrip('.')})" for x in problems])
         raise ValueError(
-            f"{len(problems)} of {len(listed)} pictures cannot be used: {first}. Mend or "
-            'remove them, or pass on_error="skip" to go on without them.'
+            f"{len(problems)} of {len(listed)} pictures cannot be used: {first}. Repair or "
+            'remove them, or pass on_error="skip" to continue without them.'
         )
     return _without(pictures, bad), problems
 
@@ -212,11 +211,11 @@ def check_pictures(
 def _read_all(
     pictures: Sequence[Picture], workers: int, progress: Callable[[int, int], None] | None
 ) -> list[str | None]:
-    """What is wrong with each picture, None for the good ones."""
+    """The reason why each picture cannot be used; None for the usable ones."""
     reasons: list[str | None] = []
     with ThreadPoolExecutor(workers) as pool:
-        for start in range(0, len(pictures), _AT_ONCE):
-            for reason in pool.map(_reason, pictures[start : start + _AT_ONCE]):
+        for start in range(0, len(pictures), _BLOCK):
+            for reason in pool.map(_reason, pictures[start : start + _BLOCK]):
                 reasons.append(reason)
                 if progress is not None:
                     progress(len(reasons), len(pictures))
@@ -239,19 +238,19 @@ def _without(pictures: Any, bad: dict[str, str]) -> Any:
         lost = [label for label, count in train.counts().items() if not count]
         if lost:
             raise ValueError(
-                f"No picture to train on can be used of: {some(lost)}. {_first(bad)} Mend "
-                "them, add others, or remove the class."
+                f"No training pictures of these classes can be used: {some(lost)}. "
+                f"{_first(bad)} Repair them, add others, or remove the class."
             )
         return replace(pictures, train=train, val=val)
     left = tuple(picture for picture in pictures.pictures if picture.path not in bad)
     if not left:
         raise ValueError(
-            f"None of {len(pictures)} pictures can be used. {_first(bad)} Mend them, or give "
-            "others."
+            f"None of {len(pictures)} pictures can be used. {_first(bad)} Repair them, or pass "
+            "other pictures."
         )
     return replace(pictures, pictures=left)
 
 
 def _first(bad: dict[str, str]) -> str:
-    """An example of what is wrong."""
+    """The first unusable picture, with the reason."""
     return next((f"{path}: {reason.rstrip('.')}." for path, reason in bad.items()), "")

@@ -1,4 +1,4 @@
-"""``Preprocessing``: how pictures become the input of a model, as a value for files."""
+"""``Preprocessing``: how pictures become the input of a model."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
 class Preprocessing:
     """How a picture in [0, 255] becomes an input: (picture / 255 - mean) / std.
 
-    The names of the fields are those of tfimm's configs.
+    The fields have the names of the tfimm configs.
 
     Args:
-        input_size: Height and width of the input in pixels.
-        mean, std: One number a channel, for pictures in [0, 1], in the order of the model's
-            channels.
-        in_channels: Number of channels. Default 3.
-        interpolation: How pictures are resized: "bilinear", "bicubic", ... Default "bicubic".
-        crop_pct: The share of the resized picture's side that the middle crop keeps, in
-            evaluation. Default 0.875.
-        channel_order: "rgb" (default), or "bgr" for models that were trained so.
+        input_size: The height and width of the input in pixels.
+        mean, std: One number per channel, for pictures in [0, 1], in the channel order of the
+            model.
+        in_channels: The number of channels. Default: 3.
+        interpolation: The interpolation for resizing: "bilinear", "bicubic", ... Default:
+            "bicubic".
+        crop_pct: The share of the side of the resized picture that the center crop keeps in
+            evaluation. Default: 0.875.
+        channel_order: "rgb" (default), or "bgr" for models that were trained with it.
 
     Example:
         >>> from tfimm_lora.finetuning.data.preprocessing import Preprocessing
@@ -59,22 +60,22 @@ class Preprocessing:
 
     @classmethod
     def of(cls, cfg: Any) -> Preprocessing:
-        """That of a tfimm model's config."""
+        """Create the preprocessing from the config of a tfimm model."""
         given = {f.name: getattr(cfg, f.name, None) for f in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in given.items() if value})
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """The reverse of ``to_dict``."""
+        """Create the preprocessing from the result of ``to_dict``."""
         return cls(**values)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for YAML and JSON."""
+        """The fields as plain lists, numbers and strings, for YAML and JSON."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
 
     def function(self, *, resize: bool = False) -> Callable[[Any], Any]:
-        """What ``lora.create_preprocessing`` gives: a function of pictures (RGB)."""
+        """The preprocessing as a function of RGB pictures; see ``create_preprocessing``."""
         prepare = create_preprocessing(self, resize=resize)
         if self.channel_order == "rgb":
             return prepare

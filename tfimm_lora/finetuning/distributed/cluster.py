@@ -1,4 +1,4 @@
-"""``Cluster``: the workers of a training on several machines, and how they find each other."""
+"""``Cluster``: the workers of a training on several machines, and their addresses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-#: Where TensorFlow looks for the cluster.
+#: The environment variable with the cluster, which TensorFlow reads.
 VARIABLE = "TF_CONFIG"
 
 EXAMPLE = (
@@ -20,18 +20,18 @@ EXAMPLE = (
     '"task": {"type": "worker", "index": 0}}'
 )
 
-#: Those that train; the chief is the first worker where there is none of its own.
+#: The jobs that train. Without a chief job, the first worker is the chief.
 _JOBS = ("chief", "worker")
 _TASK = re.compile(r"/job:(\w+)/(?:replica:\d+/)?task:(\d+)")
 
 
 @dataclass(frozen=True)
 class Cluster:
-    """The workers that train together, as ``TF_CONFIG`` names them.
+    """The workers that train together, as listed in ``TF_CONFIG``.
 
     Args:
-        tasks: (job, number in the job, "host:port") of each worker, the chief first.
-        index: Which of them this process is.
+        tasks: (job, index in the job, "host:port") of each worker, the chief first.
+        index: The index of this process among them.
 
     Example:
         >>> from tfimm_lora.finetuning.distributed.cluster import EXAMPLE, Cluster
@@ -48,26 +48,26 @@ class Cluster:
         """Read ``TF_CONFIG``.
 
         Raises:
-            ValueError: if it is not there, or does not name the workers and this one.
+            ValueError: if it is not set or not valid.
         """
         text = environ.get(VARIABLE, "")
         if not text:
             raise ValueError(
                 f"Received strategy='multiworker' without {VARIABLE} in the environment; "
-                f"expected the workers and which of them this one is, such as {EXAMPLE}."
+                f"expected the workers and the task of this process, such as {EXAMPLE}."
             )
         try:
             read = json.loads(text)
             return cls.of(read["cluster"], read["task"]["type"], read["task"]["index"])
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"Received {VARIABLE}={text}; expected addresses of workers (and a chief), and "
-                f"which of them this one is, such as {EXAMPLE}."
+                f"Received {VARIABLE}={text}; expected the addresses of workers (and a chief), "
+                f"and the task of this process, such as {EXAMPLE}."
             ) from error
 
     @classmethod
     def of(cls, jobs: Mapping[str, Any], job: str, number: int) -> Cluster:
-        """The cluster of a mapping from job to addresses, seen from one of its workers."""
+        """Create the cluster from a mapping from job to addresses, for one of its workers."""
         unknown = set(jobs) - set(_JOBS)
         if unknown:
             raise ValueError(f"jobs that do not train: {', '.join(sorted(unknown))}")
@@ -86,16 +86,17 @@ class Cluster:
         return tuple(address for _, _, address in self.tasks)
 
     def meet(self, patience: float) -> None:
-        """Wait until every worker listens at its address, as this one does meanwhile.
+        """Listen at the address of this worker until all other workers listen at theirs.
 
-        TensorFlow waits for them too, but for ever, and nothing can interrupt it.
+        TensorFlow also waits for the workers, but without a timeout, and it cannot be
+        interrupted.
 
         Args:
-            patience: For how many seconds.
+            patience: The timeout in seconds.
 
         Raises:
-            TimeoutError: if one has not come by then.
-            OSError: if the address of this worker is not free.
+            TimeoutError: if a worker does not start in time.
+            OSError: if the address of this worker is in use.
         """
         end = time.monotonic() + patience
         with _listening(self.addresses[self.index]):
@@ -105,12 +106,12 @@ class Cluster:
                     raise TimeoutError(
                         f"Worker {self.index} of {len(self.tasks)} has waited {patience:g} "
                         f"seconds for {', '.join(missing)}. Start all workers, each with the "
-                        f"same cluster in {VARIABLE} and a number of its own."
+                        f"same cluster in {VARIABLE} and its own index."
                     )
                 time.sleep(0.1)
 
     def named_in(self, message: str) -> str:
-        """The other worker that an error of TensorFlow tells of."""
+        """The other worker that an error message of TensorFlow names."""
         for job, number in _TASK.findall(message):
             for index, (*task, address) in enumerate(self.tasks):
                 if task == [job, int(number)] and index != self.index:
@@ -119,14 +120,14 @@ class Cluster:
 
 
 def _answers(address: str) -> bool:
-    """Whether somebody listens at an address."""
+    """Whether a process listens at an address."""
     with contextlib.suppress(OSError), socket.create_connection(_split(address), timeout=1):
         return True
     return False
 
 
 def _listening(address: str) -> socket.socket:
-    """A socket that listens at the port of an address."""
+    """A socket that listens on the port of an address."""
     both = socket.has_dualstack_ipv6()
     try:
         return socket.create_server(
@@ -136,8 +137,8 @@ def _listening(address: str) -> socket.socket:
         )
     except OSError as error:
         raise OSError(
-            f"This worker cannot listen at {address}, its address in {VARIABLE}: {error}. Is "
-            "another one running there?"
+            f"This worker cannot listen at {address}, its address in {VARIABLE}: {error}. Stop "
+            "the process that uses this port, or change the address."
         ) from error
 
 

@@ -1,4 +1,4 @@
-"""``Devices``: what trains one model together, and what a training has to know of it."""
+"""``Devices``: the devices that train one model together."""
 
 from __future__ import annotations
 
@@ -8,21 +8,22 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from tfimm_lora.backend import backend_of, legacy_backend
+from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.distributed.cluster import Cluster
 
 NO_WORKERS_ON_KERAS_3 = (
-    "Received several workers with Keras 3, whose fit cannot train on them; expected legacy "
-    "Keras: set TF_USE_LEGACY_KERAS=1 in the environment of each worker."
+    "Received several workers with Keras 3, whose fit does not support them; expected legacy "
+    "Keras. Set TF_USE_LEGACY_KERAS=1 in the environment of each worker."
 )
 
 
 class Devices:
-    """One device, on which nothing has to be divided; the others say what differs.
+    """A single device, and the base class of several devices.
 
     Attributes:
-        replicas: Copies of the model, among which the pictures of a batch are divided.
-        workers: Processes that train together.
-        worker: The number of this one; 0 is the chief, which alone writes and reports.
+        replicas: The number of copies of the model, among which each batch is divided.
+        workers: The number of processes that train together.
+        worker: The index of this process; 0 is the chief, which writes files and reports.
     """
 
     replicas, workers, worker = 1, 1, 0
@@ -32,67 +33,67 @@ class Devices:
 
     @property
     def is_chief(self) -> bool:
-        """Whether this process writes and reports."""
+        """Whether this process writes files and reports."""
         return self.worker == 0
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        """In which the model, LoRA and the optimizer are created, and the model is trained."""
+        """The scope in which model, LoRA and optimizer are created and the model is trained."""
         return contextlib.nullcontext()
 
-    def check(self, backend: Any) -> None:
-        """Raise if models of this Keras cannot be trained here."""
+    def check(self, backend: Backend) -> None:
+        """Raise if models of this Keras cannot be trained on these devices."""
 
     def check_batch(self, batch_size: int) -> None:
         """Raise unless the pictures of a batch can be divided equally."""
         if batch_size % self.replicas:
             raise ValueError(
                 f"Received batch_size={batch_size} for {self.replicas} devices; expected a "
-                f"multiple of {self.replicas}: it is the number of pictures in a step, over "
-                "all devices."
+                f"multiple of {self.replicas}. It is the number of pictures in a step over all "
+                "devices."
             )
 
     def validation_batch(self, count: int, batch_size: int) -> int:
-        """The batch size, up to the one given, with which pictures to validate on divide.
+        """The largest batch size, up to the given one, for which validation batches divide.
 
-        How they are batched changes no result, but each device should get some.
+        It does not change the results, but each device should get pictures.
         """
         for size in range(batch_size, 0, -1):
             numbered = enumerate((min(size, count), size, count % size))
-            if all(self._whole(i, n, _where) == n for i, n in numbered if n):
+            if all(self._padded_size(i, n, _where) == n for i, n in numbered if n):
                 return size
         return batch_size
 
     def training(self, batches: Any, class_weight: Mapping[int, float] | None) -> Any:
-        """Batches of (x, y) that ``fit`` can divide, and class weights for ``fit``."""
+        """Training batches that ``fit`` can divide, and the class weights for ``fit``."""
         return batches, class_weight
 
     def validation(self, batches: Any) -> Any:
-        """Batches that can be divided in validation."""
+        """Validation batches that can be divided."""
         return batches
 
-    def callbacks(self, backend: Any) -> list[Any]:
+    def callbacks(self, backend: Backend) -> list[Any]:
         """Keras callbacks for the training."""
         return []
 
-    def by_share(self, losses: Any) -> Any:
-        """The losses of the pictures of one device, in the measure that they count."""
+    def scaled_losses(self, losses: Any) -> Any:
+        """The losses of one device, scaled so that each picture has the same weight."""
         return losses
 
-    def agree(self, what: str, told: Any) -> None:
-        """Raise in all processes unless they tell the same; they wait for each other."""
+    def agree(self, what: str, value: Any) -> None:
+        """Wait for all processes, and raise in all of them unless their values are equal."""
 
     @contextlib.contextmanager
     def together(self) -> Iterator[None]:
-        """Say in words that another process is gone."""
+        """Raise a readable error if another process ends during the block."""
         yield
 
-    def _whole(self, number: Any, n: Any, where: Any) -> Any:
-        """The size to which the batch of this number is filled up, which has n pictures."""
+    def _padded_size(self, number: Any, n: Any, where: Any) -> Any:
+        """The size to which the batch with this index, of n pictures, is padded."""
         return n
 
 
 class TensorFlowDevices(Devices):
-    """Those of a ``tf.distribute.Strategy``."""
+    """The devices of a ``tf.distribute.Strategy``."""
 
     def __init__(self, strategy: Any, even_first: bool) -> None:
         self.strategy, self.even_first = strategy, even_first
@@ -102,61 +103,62 @@ class TensorFlowDevices(Devices):
             self.workers, self.worker = len(self.cluster.tasks), self.cluster.index
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        return self.strategy.scope()
+        scope: contextlib.AbstractContextManager[Any] = self.strategy.scope()
+        return scope
 
     def __str__(self) -> str:
         if self.cluster is None:
             return super().__str__()
-        part = "the chief" if self.is_chief else f"the chief, {self.cluster.addresses[0]},"
+        chief = "the chief" if self.is_chief else f"the chief, {self.cluster.addresses[0]},"
         return (
             f"{super().__str__()} of {self.workers} workers; this is worker {self.worker}, and "
-            f"{part} writes and reports"
+            f"{chief} writes and reports"
         )
 
-    def check(self, backend: Any) -> None:
+    def check(self, backend: Backend) -> None:
         if self.workers > 1 and backend is not legacy_backend():
             raise ValueError(NO_WORKERS_ON_KERAS_3)
 
     def training(self, batches: Any, class_weight: Mapping[int, float] | None) -> Any:
         if _is_even(batches, self.replicas):
             return batches, class_weight
-        return filled(batches, self._whole, class_weight), None
+        return padded(batches, self._padded_size, class_weight), None
 
     def validation(self, batches: Any) -> Any:
         if batches is None or _is_even(batches, self.replicas):
             return batches
-        return filled(batches, self._whole)
+        return padded(batches, self._padded_size)
 
-    def by_share(self, losses: Any) -> Any:
-        """Losses (n,) as they are, whose gradients weigh by the share of this device.
+    def scaled_losses(self, losses: Any) -> Any:
+        """The unchanged losses (n,), with gradients scaled by the share of this device.
 
-        Keras takes the mean of the losses on each device, and the mean of those. Where the
-        devices have n_1 ... n_r pictures, n on average, the gradient of device i must count
-        n_i / n times for each picture to count the same.
+        Keras computes the mean loss on each device, and the mean over the devices. If device i
+        has n_i pictures, and n is the mean of all n_i, its gradient must be multiplied by
+        n_i / n to give each picture the same weight.
         """
         import tensorflow as tf
 
         context = tf.distribute.get_replica_context()
-        if context is None:  # Keras 3 looks at the shapes of a step before it takes one
+        if context is None:  # Keras 3 traces the shapes of a step first
             return losses
         count = tf.cast(tf.shape(losses)[0], losses.dtype)
         mean = context.all_reduce(tf.distribute.ReduceOp.MEAN, count)
         weighted = losses * (count / mean)
         return weighted + tf.stop_gradient(losses - weighted)
 
-    def agree(self, what: str, told: Any) -> None:
+    def agree(self, what: str, value: Any) -> None:
         if self.workers == 1:
             return
         import tensorflow as tf
 
-        digest = hashlib.sha256(repr(told).encode()).digest()[:8]
+        digest = hashlib.sha256(repr(value).encode()).digest()[:8]
         number = tf.constant([int.from_bytes(digest, "big", signed=True)], tf.int64)
         mine = self.strategy.experimental_distribute_values_from_function(lambda _: number)
         if len(set(self.strategy.gather(mine, axis=0).numpy().tolist())) > 1:
             raise ValueError(
-                f"The workers do not have the same {what}. Start all of them with the same "
-                "arguments, versions and files; a run to go on with is in a folder that all "
-                "of them see."
+                f"The workers do not have the same {what}; expected equal ones. Start all of "
+                "them with the same arguments, versions and files. To resume a run, its folder "
+                "must be accessible to all workers."
             )
 
     @contextlib.contextmanager
@@ -171,23 +173,24 @@ class TensorFlowDevices(Devices):
             if self.cluster is None:
                 raise
             raise RuntimeError(
-                f"Worker {self.worker} of {self.workers} cannot go on: "
+                f"Worker {self.worker} of {self.workers} cannot continue: "
                 f"{self.cluster.named_in(str(error))} has ended or cannot be reached. Start "
-                "all workers again with --resume (resume=True) to go on after the last epoch "
-                "that was finished."
+                "all workers again with --resume (resume=True) to resume after the last "
+                "complete epoch."
             ) from error
 
-    def _whole(self, number: Any, n: Any, where: Any) -> Any:
-        # TensorFlow gives ceil(n / devices) to each, as long as there are any. On a CPU, a
-        # convolution of no pictures has a wrong shape (oneDNN in TensorFlow 2.21). Keras 3
-        # takes the mean over the devices of a first batch, to know its shape.
+    def _padded_size(self, number: Any, n: Any, where: Any) -> Any:
+        # TensorFlow gives ceil(n / devices) pictures to each device until none are left. On a
+        # CPU, a convolution of an empty batch has a wrong shape (oneDNN in TensorFlow 2.21), so
+        # each device needs a picture. Keras 3 averages the outputs of the first batch over the
+        # devices to determine their shape, so its parts must have the same size.
         each = -(-n // self.replicas)
         whole = where(each * (self.replicas - 1) >= n, each * self.replicas, n)
         return where(number == 0, each * self.replicas, whole) if self.even_first else whole
 
 
 class JaxDevices(Devices):
-    """Those of a ``keras.distribution.DataParallel``, which divides equally or not at all."""
+    """The devices of a ``keras.distribution.DataParallel``, which needs equal parts."""
 
     def __init__(self, distribution: Any) -> None:
         self.distribution = distribution
@@ -196,29 +199,36 @@ class JaxDevices(Devices):
         self.divides_validation = True
 
     def scope(self) -> contextlib.AbstractContextManager[Any]:
-        return self.distribution.scope()
+        scope: contextlib.AbstractContextManager[Any] = self.distribution.scope()
+        return scope
 
-    def check(self, backend: Any) -> None:
+    def check(self, backend: Backend) -> None:
         if self.processes > 1:
             raise ValueError(
+<<<<<<< HEAD
+                f"Received a distribution over {self.processes} processes; expected one "
+                "process. Call fit of the model, and save its adapter in process 0; see "
+                "docs/scaling.md."
+=======
                 f"Received a distribution over {self.processes} processes; finetune works in "
                 "one. Call the model's fit, and save its adapter in process 0; see "
-                "docs/scaling.md."
+                "docs/how-to/several-devices.md."
+>>>>>>> wt-docs
             )
 
     def training(self, batches: Any, class_weight: Mapping[int, float] | None) -> Any:
         if _is_even(batches, self.replicas):
             return batches, class_weight
-        return filled(batches, self._whole, class_weight), None
+        return padded(batches, self._padded_size, class_weight), None
 
     def validation(self, batches: Any) -> Any:
         self.divides_validation = batches is None or _is_even(batches, self.replicas)
         return batches
 
-    def callbacks(self, backend: Any) -> list[Any]:
+    def callbacks(self, backend: Backend) -> list[Any]:
         if self.divides_validation:
             return []
-        # A smaller batch cannot be divided, and what is filled up would be counted: each
+        # A smaller batch cannot be divided, and padding would change the metrics, so each
         # device validates on all pictures.
         module = backend.keras.distribution
 
@@ -234,7 +244,7 @@ class JaxDevices(Devices):
             )
         ]
 
-    def _whole(self, number: Any, n: Any, where: Any) -> Any:
+    def _padded_size(self, number: Any, n: Any, where: Any) -> Any:
         return -(-n // self.replicas) * self.replicas
 
 
@@ -242,7 +252,7 @@ def devices_of(model: Any) -> Devices:
     """The devices that a model was created for.
 
     Raises:
-        ValueError: if they are those of a ``keras.distribution`` that is no longer set.
+        ValueError: if the model was created with a ``keras.distribution`` that is not set now.
 
     Example:
         >>> import tensorflow as tf
@@ -257,15 +267,15 @@ def devices_of(model: Any) -> Devices:
     copies = backend.copies(model.weights[0])
     if copies > found.replicas:
         raise ValueError(
-            f"The weights of the model '{model.name}' are on {copies} devices, and no "
-            "distribution is set. Call this in `with distribution.scope():`, or after "
-            "keras.distribution.set_distribution(distribution)."
+            f"The weights of the model '{model.name}' are on {copies} devices, but no "
+            "distribution is set; expected that of the model. Call this in `with "
+            "distribution.scope():`, or call keras.distribution.set_distribution first."
         )
     return found
 
 
-def current_devices(backend: Any) -> Devices:
-    """Those for which a model would be created here."""
+def current_devices(backend: Backend) -> Devices:
+    """The devices for which a model would be created now."""
     distribution = backend.distribution()
     if distribution is not None:
         return JaxDevices(distribution)
@@ -278,11 +288,13 @@ def current_devices(backend: Any) -> Devices:
     return Devices()
 
 
-def filled(batches: Any, whole: Any, class_weight: Mapping[int, float] | None = None) -> Any:
-    """Fill up batches to ``whole(number, size, tf.where)``, with weights for examples.
+def padded(
+    batches: Any, padded_size: Any, class_weight: Mapping[int, float] | None = None
+) -> Any:
+    """Pad batches to ``padded_size(index, size, tf.where)`` and add example weights.
 
-    What is filled in are examples of the same batch again, with weight 0, and the others
-    weigh so much more that the mean of the weighted losses is that of the batch.
+    The padding repeats examples of the batch with weight 0. The weights of the others are
+    scaled so that the mean of the weighted losses is the mean loss of the batch.
     """
     import tensorflow as tf
 
@@ -290,20 +302,20 @@ def filled(batches: Any, whole: Any, class_weight: Mapping[int, float] | None = 
     if class_weight:
         table = tf.constant([class_weight.get(i, 1.0) for i in range(max(class_weight) + 1)])
 
-    def fill(number: Any, batch: Any) -> Any:
+    def pad(number: Any, batch: Any) -> Any:
         x, y, weight = (*batch, None)[:3]
         count = tf.shape(tf.nest.flatten(y)[0])[0]
-        size = whole(number, count, tf.where)
+        size = padded_size(number, count, tf.where)
         places = tf.range(size)
-        each = tf.where(places < count, tf.cast(size / count, tf.float32), 0.0)
-        again = places % count
+        weights = tf.where(places < count, tf.cast(size / count, tf.float32), 0.0)
+        source = places % count
         if weight is not None:
-            each *= tf.cast(tf.gather(weight, again), tf.float32)
+            weights *= tf.cast(tf.gather(weight, source), tf.float32)
         if table is not None:
-            each *= tf.gather(table, tf.gather(y, again))
-        return *tf.nest.map_structure(lambda t: tf.gather(t, again), (x, y)), each
+            weights *= tf.gather(table, tf.gather(y, source))
+        return *tf.nest.map_structure(lambda t: tf.gather(t, source), (x, y)), weights
 
-    return batches.enumerate().map(fill)
+    return batches.enumerate().map(pad)
 
 
 def _where(condition: bool, yes: int, no: int) -> int:
@@ -311,7 +323,7 @@ def _where(condition: bool, yes: int, no: int) -> int:
 
 
 def _is_even(batches: Any, devices: int) -> bool:
-    """Whether all batches have one size, that can be divided."""
+    """Whether all batches have the same size, a multiple of the number of devices."""
     import tensorflow as tf
 
     size = tf.nest.flatten(batches.element_spec)[0].shape[0]
@@ -319,7 +331,7 @@ def _is_even(batches: Any, devices: int) -> bool:
 
 
 def _cluster(strategy: Any) -> Cluster | None:
-    """The workers of a strategy, if there are several processes."""
+    """The workers of a strategy; None if there is only one process."""
     import tensorflow as tf
 
     if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):

@@ -1,4 +1,4 @@
-"""``open_strategy``: the devices of a recipe by the name that a person gives them."""
+"""``open_strategy``: the devices of a recipe, by the name of the strategy."""
 
 from __future__ import annotations
 
@@ -17,8 +17,9 @@ from tfimm_lora.finetuning.distributed.devices import (
     JaxDevices,
     current_devices,
 )
+from tfimm_lora.validation import check_choice
 
-#: What ``strategy`` may be, and what it needs.
+#: The strategies and their devices.
 STRATEGIES = {
     "none": "one device",
     "mirrored": "all devices of this machine, on TensorFlow",
@@ -27,19 +28,19 @@ STRATEGIES = {
     "data-parallel": "all devices of this machine, with Keras 3 on JAX",
 }
 
-#: Seconds to wait for the other workers.
+#: The timeout for the other workers in seconds.
 PATIENCE = 300.0
 
 
 def check_strategy(name: str) -> None:
-    """Raise where a strategy cannot work in this process, before anything is started.
+    """Raise if a strategy cannot work in this process, before anything is started.
 
     Args:
         name: One of "none", "mirrored", "multiworker", "tpu" and "data-parallel".
 
     Raises:
-        ValueError: if there is none of this name, or this Keras, its backend or the
-            environment is not what it needs.
+        ValueError: for an unknown name, or if the strategy needs another Keras, framework or
+            environment.
 
     Example:
         >>> from tfimm_lora.finetuning.distributed.strategy import check_strategy
@@ -60,9 +61,9 @@ def check_strategy(name: str) -> None:
         )
     if name != "data-parallel" and framework != "tensorflow":
         raise ValueError(
-            f"Received strategy={name!r} with Keras 3 on {framework}; expected TensorFlow, "
-            "whose it is"
-            + (": or pass strategy='data-parallel'." if framework == "jax" else ".")
+            f"Received strategy={name!r} with Keras 3 on {framework}; expected TensorFlow. Set "
+            "KERAS_BACKEND=tensorflow"
+            + (", or pass strategy='data-parallel'." if framework == "jax" else ".")
         )
     if name == "multiworker":
         if not uses_legacy_keras():
@@ -71,30 +72,27 @@ def check_strategy(name: str) -> None:
 
 
 def check_name(name: str) -> None:
-    """Raise unless there is a strategy of this name."""
-    if name not in STRATEGIES:
-        raise ValueError(
-            f"Received strategy={name!r}; expected one of {', '.join(STRATEGIES)}."
-        )
+    """Raise unless there is a strategy with this name."""
+    check_choice(name, "strategy", STRATEGIES)
 
 
-def leads(name: str) -> bool:
-    """Whether this process is the one that writes and reports."""
+def is_chief(name: str) -> bool:
+    """Whether this process writes files and reports."""
     return name != "multiworker" or Cluster.from_environment().index == 0
 
 
 def open_strategy(name: str) -> Devices:
-    """Take the devices of a strategy.
+    """Open the devices of a strategy.
 
-    With "multiworker" this waits until all workers are there.
+    With "multiworker", this waits for all other workers.
 
     Args:
-        name: As in ``check_strategy``; "none" are those of the scope around, if there is one.
+        name: As for ``check_strategy``. "none" means the devices of the current scope.
 
     Raises:
         ValueError: as ``check_strategy``.
         RuntimeError: if there is no TPU, or TensorFlow was used before "multiworker".
-        TimeoutError: if another worker does not come.
+        TimeoutError: if another worker does not start.
     """
     check_strategy(name)
     if name == "none":
@@ -107,7 +105,7 @@ def open_strategy(name: str) -> Devices:
 
 @cache
 def _tensorflow_strategy(name: str) -> Any:
-    """One of a kind for a process: their collective operations go by numbers."""
+    """The strategy, created once per process, because collective operations are numbered."""
     import tensorflow as tf
 
     if name == "mirrored":
@@ -120,7 +118,7 @@ def _tensorflow_strategy(name: str) -> Any:
 
 
 def _tpu() -> Any:
-    """The TPU, ready for use."""
+    """Initialize the TPU."""
     import tensorflow as tf
 
     name = os.environ.get("TPU_NAME", "local")
@@ -131,19 +129,19 @@ def _tpu() -> Any:
         tf.tpu.experimental.initialize_tpu_system(resolver)
     except (tf.errors.OpError, ValueError, OSError) as error:
         raise RuntimeError(
-            f"Received strategy='tpu', and found no TPU '{name}': "
-            f"{str(error).partition(chr(10))[0]}. On a machine with a TPU use a TensorFlow "
-            "that was built for it; for one elsewhere set TPU_NAME."
+            f"Received strategy='tpu', but there is no TPU '{name}': "
+            f"{str(error).partition(chr(10))[0]}. On a machine with a TPU, install TensorFlow "
+            "for TPU; for a remote TPU, set TPU_NAME."
         ) from error
     return resolver
 
 
 @contextlib.contextmanager
 def _no_longer_than(seconds: float) -> Iterator[None]:
-    """End the process if this takes longer.
+    """Exit the process if the block takes longer.
 
-    TensorFlow waits for workers without letting Python run, not even for Ctrl-C. All of
-    them have just been there, so this is for one that ended in that moment.
+    TensorFlow waits for workers without running Python, so not even Ctrl-C works. All workers
+    have just answered, so this only happens if one ends at this moment.
     """
     faulthandler.dump_traceback_later(seconds, exit=True, file=2)
     try:

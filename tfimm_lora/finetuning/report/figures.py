@@ -1,6 +1,6 @@
-"""What the pictures of a run share: colours, fonts, and how a figure becomes a file.
+"""Colours, fonts and files of all plots of a run.
 
-Drawn without ``pyplot``: no display is needed, and nothing of the caller's is changed.
+``pyplot`` is not used, so no display is needed and no global state is changed.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from tfimm_lora.finetuning.checkpoint import write_whole
-from tfimm_lora.optional import require
+from tfimm_lora.utils.atomic_files import write_file
+from tfimm_lora.utils.optional_imports import require
 
-#: Where a picture goes: a file by name, whose suffix says the format, or one that is open.
+#: The output of a plot: a path, whose suffix determines the format, or an open binary file.
 Target = str | os.PathLike[str] | BinaryIO
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours. Blue and orange are told apart with every kind of colour blindness."""
+    """Colours. Blue and orange can be distinguished with any colour blindness."""
 
     paper: str
     ink: str
@@ -37,7 +37,7 @@ class Theme:
 LIGHT = Theme("#ffffff", "#1d2430", "#5c6675", "#e2e6ec", "#0072b2", "#d55e00")
 DARK = Theme("#171b21", "#e7eaf0", "#9aa5b4", "#2d343f", "#56b4e9", "#f0953f")
 
-#: Fonts for scripts that matplotlib's own lacks; those that are installed are used.
+#: Fonts for scripts that the default font of matplotlib lacks, used if installed.
 _FONTS = (
     *("Noto Sans", "Noto Sans CJK JP", "Noto Sans CJK SC", "WenQuanYi Zen Hei"),
     *("Noto Sans Arabic", "Noto Sans Hebrew", "Noto Sans Devanagari", "Noto Sans Thai"),
@@ -51,11 +51,11 @@ def canvas(
 ) -> Iterator[tuple[Any, Theme]]:
     """A figure to draw on, of a size in inches, which is saved at the end of the block.
 
-    The file is there whole or not at all.
+    The file is written atomically.
 
     Raises:
         ImportError: without matplotlib.
-        ValueError: for a suffix that matplotlib has no format for.
+        ValueError: for a suffix that matplotlib does not support.
     """
     figures = require("matplotlib.figure", extra="cli", why="Drawing")
     style = require("matplotlib.style", extra="cli", why="Drawing")
@@ -67,13 +67,13 @@ def canvas(
         named = isinstance(path, (str, os.PathLike))
         suffix = Path(path).suffix[1:].lower() if named else ""  # type: ignore[arg-type]
         with warnings.catch_warnings():
-            # A label in a script without a font is drawn as boxes; a warning for each sign
-            # would help nobody.
+            # Labels in a script without a font are drawn as boxes; avoid one warning for
+            # each character.
             warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-            # Tight: a label longer than was reckoned with makes the picture larger.
+            # Tight, so that labels that are longer than estimated enlarge the plot.
             figure.savefig(drawn, format=suffix or "png", bbox_inches="tight", pad_inches=0.15)
     if named:
-        write_whole(Path(path), drawn.getvalue())  # type: ignore[arg-type]
+        write_file(Path(path), drawn.getvalue())  # type: ignore[arg-type]
     else:
         path.write(drawn.getvalue())  # type: ignore[union-attr]
 

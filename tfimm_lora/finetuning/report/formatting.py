@@ -1,4 +1,4 @@
-"""Numbers, names and paths as people read them, whoever wrote them."""
+"""Formatting of numbers and of untrusted text, such as file names."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import unicodedata
 
 
 def percent(share: float, digits: int = 1) -> str:
-    """A share of 1 in percent; 100 % and 0 % are said of exactly these only.
+    """A share in percent. Only exact values are shown as 100 % and 0 %.
 
     Example:
         >>> percent(0.5), percent(0.99999), percent(1.0), percent(0.00001)
@@ -19,7 +19,7 @@ def percent(share: float, digits: int = 1) -> str:
 
 
 def duration(seconds: float) -> str:
-    """A time for people.
+    """A duration in readable units.
 
     Example:
         >>> duration(7.25), duration(100), duration(7300)
@@ -34,28 +34,28 @@ def duration(seconds: float) -> str:
 
 
 def readable(text: str) -> str:
-    """A text of a stranger, such as a file's name, on one line and without side effects.
+    """Make an untrusted text, such as a file name, safe to print on one line.
 
-    Control characters (which could move a terminal's cursor), signs that turn the direction
-    of writing, and bytes that are no UTF-8 are written out.
+    Control characters (which could control a terminal), characters that change the direction
+    of writing, and bytes that are not UTF-8 are escaped.
 
     Example:
         >>> print(readable("a\\x1b[2J\\n"))
         a\\x1b[2J\\n
     """
-    return "".join(_visible(sign) for sign in text)
+    return "".join(_visible(character) for character in text)
 
 
-def _visible(sign: str) -> str:
-    # Control, format (but for joiners, which scripts and emoji need), surrogates, separators.
-    hidden = unicodedata.category(sign) in ("Cc", "Cf", "Cs", "Zl", "Zp")
-    if not hidden or sign in "\u200c\u200d":
-        return sign
-    return sign.encode("unicode_escape").decode("ascii")
+def _visible(character: str) -> str:
+    # Control, format (except joiners, which scripts and emoji need), surrogates, separators.
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp")
+    if not hidden or character in "\u200c\u200d":
+        return character
+    return character.encode("unicode_escape").decode("ascii")
 
 
 def shortened(text: str, most: int) -> str:
-    """A text with its middle left out where it is longer than ``most`` characters.
+    """Shorten a text to ``most`` characters by replacing its middle.
 
     Example:
         >>> shortened("Chihuahua (short hair)", 11), shortened("tulip", 11)

@@ -1,4 +1,4 @@
-"""HTML from Python: elements whose text is escaped, whoever wrote it."""
+"""HTML elements whose text is escaped."""
 
 from __future__ import annotations
 
@@ -10,52 +10,52 @@ from typing import Any
 
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.report.formatting import readable
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
 _VOID = frozenset(("img", "meta", "source"))
 
 
 class Html(str):
-    """Text that is markup already."""
+    """Text that is HTML already and is not escaped."""
 
 
 def tag(name: str, /, *children: str | None, **attributes: Any) -> Html:
-    """An element.
+    """Create an element.
 
     Args:
-        name: Its name.
-        children: What is in it: ``Html`` as it is, other text escaped, None left out.
-        attributes: Their names with "_" for "-", and one at the end of "class_". Values of
-            None are left out.
+        name: The name of the element.
+        children: The content. ``Html`` is not escaped, other text is; None is skipped.
+        attributes: The attributes, with "_" instead of "-" and "class_" for "class". Values of
+            None are skipped.
 
     Example:
         >>> tag("p", "a < b, ", tag("b", "bold"), class_="note")
         '<p class="note">a &lt; b, <b>bold</b></p>'
     """
     named = ((key.rstrip("_").replace("_", "-"), value) for key, value in attributes.items())
-    told = "".join(f' {key}="{escaped(str(v))}"' for key, v in named if v is not None)
+    text = "".join(f' {key}="{escaped(str(v))}"' for key, v in named if v is not None)
     if name in _VOID:
-        return Html(f"<{name}{told}>")
-    return Html(f"<{name}{told}>{joined(*children)}</{name}>")
+        return Html(f"<{name}{text}>")
+    return Html(f"<{name}{text}>{joined(*children)}</{name}>")
 
 
 def joined(*children: str | None) -> Html:
-    """Several children as one."""
+    """Join several children."""
     return Html("".join(x if isinstance(x, Html) else escaped(x) for x in children if x))
 
 
 def escaped(text: str) -> str:
-    """A text as HTML shows it, its lines kept."""
+    """Escape a text for HTML, with its line breaks."""
     return html.escape("\n".join(readable(line) for line in text.split("\n")))
 
 
 def data_uri(content: bytes, kind: str = "image/png") -> str:
-    """A file as an address that holds it."""
+    """A data URI with the content of a file."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def drawing(light: bytes, dark: bytes, alt: str, dots_per_inch: int = 150) -> Html:
-    """A drawing in PNG, in two versions: the page's colours say which is seen."""
+    """A PNG drawing in two versions, for light and dark colour schemes."""
     width, height = struct.unpack(">II", light[16:24])
     size = {"width": round(width * 96 / dots_per_inch)}
     size["height"] = round(height * 96 / dots_per_inch)
@@ -71,13 +71,13 @@ def thumbnail(path: str, side: int = 224) -> Html:
     """A small version of a picture file, without its metadata.
 
     Raises:
-        UnreadablePicture: if the file is no picture (any more).
+        UnreadablePicture: if the file cannot be read.
     """
     image_module = require("PIL.Image", extra="cli", why="The pictures of a report")
     image = image_module.fromarray(read_picture(path, at_least=side))
     image.thumbnail((side, side))
     written = io.BytesIO()
-    if max(image.size) < 64:  # the single pixels are seen, so keep them as they are
+    if max(image.size) < 64:  # individual pixels are visible, so avoid JPEG artifacts
         image.save(written, "PNG")
         return tag("img", src=data_uri(written.getvalue()), alt="", class_="tiny")
     image.save(written, "JPEG", quality=82)

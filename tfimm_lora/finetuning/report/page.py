@@ -1,4 +1,4 @@
-"""``report.html``: a run on one page, in one file that needs nothing else."""
+"""``report.html``: the report of a run as a single, self-contained file."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import os
 from importlib import resources
 from pathlib import Path
 
-from tfimm_lora.finetuning.checkpoint import write_whole
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
+from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report import sections
 from tfimm_lora.finetuning.report.html import Html, tag
 from tfimm_lora.finetuning.report.plots import (
@@ -17,25 +17,26 @@ from tfimm_lora.finetuning.report.plots import (
     mistaken_files,
 )
 from tfimm_lora.finetuning.run import Run
-from tfimm_lora.finetuning.scores import Evaluation
+from tfimm_lora.utils.atomic_files import write_file
 
 REPORT, CURVES, CONFUSION = "report.html", "curves.png", "confusion.png"
 MISTAKES = "mistakes.png"
 
-#: Nothing may be loaded and nothing may run, whatever is written in labels and names.
+#: Forbids loading and scripts, because labels and file names are untrusted.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-#: The most mistakes that are shown.
+#: The largest number of mistakes that are shown.
 _SHOWN = 24
 
 
 def evaluate_run(run: Run) -> Evaluation:
-    """Evaluate a run on its validation pictures, and put all that is seen of it in its folder.
+    """Evaluate a run on its validation pictures and write the report.
 
-    That are ``curves.png``, ``confusion.png``, ``mistakes.png`` and ``report.html``.
+    Writes ``curves.png``, ``confusion.png``, ``mistakes.png`` and ``report.html`` to the folder
+    of the run.
 
     Args:
-        run: A run whose training is done.
+        run: A run whose training is complete.
 
     Returns:
         The evaluation.
@@ -57,18 +58,18 @@ def evaluate_run(run: Run) -> Evaluation:
 def write_report(run: Run, evaluation: Evaluation) -> Path:
     """Write ``report.html`` into the folder of a run.
 
-    One file without scripts, that loads nothing: pictures are in it, small and without their
-    metadata. It is light or dark as the reader's system is, and it can be printed.
+    The file has no scripts and loads nothing: it contains small versions of the pictures,
+    without their metadata. It follows the colour scheme of the system and can be printed.
 
     Args:
-        run: A run whose training is done.
-        evaluation: Of its model, on the pictures to validate on.
+        run: A run whose training is complete.
+        evaluation: The evaluation of its model on the validation pictures.
 
     Returns:
         The path of the file.
 
     Raises:
-        ValueError: if the pictures of the evaluation were no files.
+        ValueError: if the evaluation has no paths of files.
         ImportError: without matplotlib or Pillow.
     """
     mistakes = mistaken_files(evaluation, _SHOWN)
@@ -81,8 +82,8 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         "Skipped pictures": sections.skipped(run),
         "Next steps": sections.next_steps(run),
     }
-    there = {name: content for name, content in parts.items() if content}
-    links = [tag("a", name, href=f"#{_anchor(name)}") for name in there]
+    shown = {name: content for name, content in parts.items() if content}
+    links = [tag("a", name, href=f"#{_anchor(name)}") for name in shown]
     title = f"{_short(run.recipe['model'])} on {_short(run.recipe['data'])}"
     style = resources.files("tfimm_lora.finetuning.report").joinpath("report.css")
     page = tag(
@@ -98,7 +99,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         tag(
             "body",
             tag("header", tag("h1", title), _subtitle(run), tag("nav", *links)),
-            tag("main", *(_section(name, content) for name, content in there.items())),
+            tag("main", *(_section(name, content) for name, content in shown.items())),
             tag(
                 "footer", "Written by tfimm_lora. This file needs no network and no other file."
             ),
@@ -106,13 +107,13 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
         lang="en",
     )
     path = run.path / REPORT
-    write_whole(path, f"<!DOCTYPE html>\n{page}\n")
+    write_file(path, f"<!DOCTYPE html>\n{page}\n")
     return path
 
 
 def _subtitle(run: Run) -> Html:
     epochs = sections.count(len(run.history), "epoch")
-    return tag("p", f"A fine-tuning with LoRA: {len(run.labels)} classes, {epochs}")
+    return tag("p", f"Fine-tuned with LoRA: {len(run.labels)} classes, {epochs}")
 
 
 def _section(name: str, content: Html) -> Html:
@@ -124,5 +125,5 @@ def _anchor(name: str) -> str:
 
 
 def _short(path: str) -> str:
-    """The last part of a path; names of models stay as they are."""
+    """The last part of an absolute path; names of models are unchanged."""
     return os.path.basename(os.path.normpath(path)) if os.path.isabs(path) else path

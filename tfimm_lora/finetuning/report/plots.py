@@ -1,4 +1,4 @@
-"""Pictures of a run: its curves, the confusion matrix, and the worst mistakes."""
+"""Plots of a run: the training curves, the confusion matrix and the worst mistakes."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
+from tfimm_lora.finetuning.metrics import Evaluation, Prediction
 from tfimm_lora.finetuning.report.figures import Target, Theme, canvas
 from tfimm_lora.finetuning.report.formatting import percent, readable, shortened
-from tfimm_lora.finetuning.scores import Evaluation, Prediction
 
-#: Names of Keras' logs, where another word says it better.
+#: The titles of metrics in the logs of Keras.
 _NAMES = {"accuracy": "Accuracy (%)", "loss": "Loss (cross-entropy)"}
 
-#: Width of a letter, as a share of the size of its font: a little more than most have.
+#: The width of a character relative to the font size; a little more than most have.
 _LETTER = 0.62
 
 
@@ -27,14 +27,14 @@ def draw_curves(
     *,
     dark: bool = False,
 ) -> None:
-    """Draw what was measured in each epoch: one panel a metric, training and validation.
+    """Draw the metrics of each epoch, one panel per metric, for training and validation.
 
     Args:
-        history: The numbers of each epoch, as ``Trained.history``.
-        path: The file, whose suffix says the format (.png, .svg, .pdf), or an open binary
-            file, for PNG.
-        best_epoch: The epoch, from 1, to mark. Default: none.
-        dark: Whether to draw on a dark ground.
+        history: The metrics of each epoch, as in ``Trained.history``.
+        path: The file, whose suffix determines the format (.png, .svg, .pdf), or an open
+            binary file, for PNG.
+        best_epoch: The epoch to mark, from 1. Default: none.
+        dark: Whether to draw on a dark background.
 
     Raises:
         ValueError: for a history without epochs.
@@ -55,7 +55,7 @@ def draw_curves(
 
 
 def measured(history: Sequence[Mapping[str, float]]) -> list[str]:
-    """The metrics in a history: accuracy and loss first, whichever Keras wrote them.
+    """The metrics in a history, accuracy and loss first.
 
     Example:
         >>> from tfimm_lora.finetuning.report.plots import measured
@@ -93,14 +93,13 @@ def _draw_metric(
 
 
 def draw_confusion(evaluation: Evaluation, path: Target, *, dark: bool = False) -> None:
-    """Draw the confusion matrix: what is right in blue, what is wrong in orange.
+    """Draw the confusion matrix: correct predictions in blue, wrong ones in orange.
 
-    The strength of a colour is the share of the pictures of the true class, on a scale that
-    shows small shares too. Cells have their numbers, and rows and columns their labels,
-    where there is room for them.
+    The intensity of a colour shows the share of the pictures of the true class, on a scale that
+    makes small shares visible. Numbers and labels are drawn where they fit.
 
     Args:
-        evaluation: The numbers.
+        evaluation: The evaluation.
         path, dark: As in ``draw_curves``.
 
     Raises:
@@ -145,7 +144,7 @@ def draw_confusion(evaluation: Evaluation, path: Target, *, dark: bool = False) 
 
 
 def _ramp(theme: Theme, colour: str) -> Any:
-    """From a share to a colour; by its root and from a step on, so that one of many is seen."""
+    """A function from shares to colours. Its square root makes small shares visible."""
     from matplotlib.colors import LinearSegmentedColormap
 
     shades = LinearSegmentedColormap.from_list("", [theme.paper, colour])
@@ -155,7 +154,7 @@ def _ramp(theme: Theme, colour: str) -> Any:
 def _write_counts(
     axes: Any, theme: Theme, counts: np.ndarray, shares: np.ndarray, cell: float
 ) -> None:
-    """The numbers of pictures, where they fit into a cell."""
+    """Write the numbers of pictures into the cells, if they fit."""
     font = min(9.0, 0.85 * cell / (_LETTER * len(str(counts.max()))), 0.7 * cell)
     if font < 5:
         return
@@ -173,7 +172,7 @@ def _write_counts(
 
 
 def _draw_scales(axes: Any, width: float, ramps: Mapping[str, Any]) -> None:
-    """What the colours mean: a bar with a column for each, of a share of the axes' width."""
+    """Draw the colour scales, a bar whose width is a share of the width of the axes."""
     shares = np.linspace(1, 0, 256)[:, None]
     scale = axes.inset_axes((1 + width / 2, 0, width, 1))
     image = np.concatenate([ramp(shares) for ramp in ramps.values()], axis=1)
@@ -189,15 +188,15 @@ def _draw_scales(axes: Any, width: float, ramps: Mapping[str, Any]) -> None:
 def draw_mistakes(
     evaluation: Evaluation, path: Target, count: int = 24, *, dark: bool = False
 ) -> None:
-    """Draw the worst mistakes: the pictures, what they are, and what they were taken for.
+    """Draw the worst mistakes: the pictures with their true and predicted classes.
 
     Args:
-        evaluation: The numbers, of pictures that are files.
+        evaluation: An evaluation of picture files.
         path, dark: As in ``draw_curves``.
-        count: The most pictures to draw. Default 24.
+        count: The largest number of pictures to draw. Default: 24.
 
     Raises:
-        ValueError: if the pictures were no files.
+        ValueError: if the evaluation has no paths of files.
         ImportError: without matplotlib or Pillow.
     """
     shown = mistaken_files(evaluation, count)
@@ -213,21 +212,21 @@ def draw_mistakes(
 
 
 def mistaken_files(evaluation: Evaluation, count: int) -> list[Prediction]:
-    """The worst mistakes, of pictures that are files.
+    """The worst mistakes of an evaluation of files.
 
     Raises:
-        ValueError: if they were no files.
+        ValueError: if the evaluation has no paths of files.
     """
     if any(prediction.path is None for prediction in evaluation.predictions):
         raise ValueError(
-            "Received an evaluation without the paths of its pictures; expected one of files, "
-            "as evaluate_pictures gives it."
+            "Received an evaluation without the paths of its pictures; expected the result of "
+            "evaluate_pictures."
         )
     return evaluation.worst(count)
 
 
 def mistakes_title(shown: int, evaluation: Evaluation) -> str:
-    """What some mistakes of an evaluation are."""
+    """The title for a number of shown mistakes."""
     total, pictures = len(evaluation.worst()), len(evaluation.predictions)
     if not total:
         return f"No mistakes among {pictures:,} pictures"
@@ -244,7 +243,7 @@ def _draw_mistake(axes: Any, theme: Theme, mistake: Prediction) -> None:
         pixels = read_picture(str(mistake.path), at_least=256)
         step = max(1, min(pixels.shape[:2]) // 256)
         height, width = np.array(pixels.shape[:2]) / max(pixels.shape[:2])
-        # At the bottom of its square, on its words.
+        # At the bottom of its square, above its caption.
         extent = (0.5 - width / 2, 0.5 + width / 2, 0, height)
         axes.imshow(pixels[::step, ::step], extent=extent)
         axes.set_xlim(0, 1)

@@ -10,6 +10,7 @@ from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
+from tfimm_lora.finetuning.metrics import Evaluation, Prediction
 from tfimm_lora.finetuning.report.formatting import duration, percent
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag, thumbnail
 from tfimm_lora.finetuning.report.plots import (
@@ -19,15 +20,14 @@ from tfimm_lora.finetuning.report.plots import (
     mistakes_title,
 )
 from tfimm_lora.finetuning.run import CONFIG, Run
-from tfimm_lora.finetuning.scores import Evaluation, Prediction
-from tfimm_lora.optional import require
+from tfimm_lora.utils.optional_imports import require
 
-#: How much of long lists is shown.
+#: The number of rows that are shown of long lists.
 _SHOWN_PAIRS, _SHOWN_SKIPPED = 10, 200
 
 
 def count(number: int, word: str) -> str:
-    """A number with its word."""
+    """A number with a noun, in the plural if needed."""
     return f"{number:,} {word}{'' if number == 1 else 's'}"
 
 
@@ -42,8 +42,8 @@ def result(evaluation: Evaluation) -> Html:
     guess = max(scores.count for scores in evaluation.classes) / pictures
     intro = tag(
         "p",
-        f"Of {count(pictures, 'picture')} that it was not trained on, the model recognises "
-        f"{right:,}. Always naming the commonest class would be right for {percent(guess)}.",
+        f"The model classifies {right:,} of {count(pictures, 'validation picture')} correctly. "
+        f"Always predicting the most frequent class would be correct for {percent(guess)}.",
     )
     numbers = [
         _number(
@@ -57,17 +57,17 @@ def result(evaluation: Evaluation) -> Html:
         _number(
             "Calibration error",
             percent(evaluation.calibration_error),
-            "how far its probabilities are off",
+            "mean error of the probabilities",
         ),
     ]
     if evaluation.top5 is not None:
-        told = "right class among the five likeliest"
-        numbers.insert(1, _number("Top 5", percent(evaluation.top5), told))
+        note = "true class among the five most probable"
+        numbers.insert(1, _number("Top 5", percent(evaluation.top5), note))
     return joined(intro, tag("dl", *numbers, class_="numbers"))
 
 
-def _number(name: str, value: str, told: str, **attributes: str) -> Html:
-    inside = tag("dd", tag("b", value), tag("small", told))
+def _number(name: str, value: str, note: str, **attributes: str) -> Html:
+    inside = tag("dd", tag("b", value), tag("small", note))
     return tag("div", tag("dt", name), inside, **attributes)
 
 
@@ -79,13 +79,14 @@ def training(run: Run) -> Html:
         drawing(*_both(_curve(history, name, best)), alt=f"{name} of each epoch")
         for name in measured(history)
     ]
-    early = ", when it did not get better any more" if facts.get("stopped_early") else ""
-    told = f"{count(len(history), 'epoch')}{early}; the weights are those of epoch {best}."
+    early = " (stopped early)" if facts.get("stopped_early") else ""
+    summary = f"{count(len(history), 'epoch')}{early}. The weights of epoch {best} were kept."
     rows = [
-        tag("tr", tag("th", name, scope="row"), tag("td", told)) for name, told in _told(run)
+        tag("tr", tag("th", name, scope="row"), tag("td", value))
+        for name, value in _settings(run)
     ]
     return joined(
-        tag("p", told),
+        tag("p", summary),
         tag("div", *curves, class_="sides"),
         tag("h3", "What was trained"),
         tag("table", tag("tbody", *rows), class_="facts"),
@@ -99,40 +100,40 @@ def _curve(history: list[dict[str, float]], name: str, best: int | None) -> Any:
     return lambda file, dark: draw_curves(rows, file, best, dark=dark)
 
 
-def _told(run: Run) -> list[tuple[str, str]]:
-    """What the model is, what was trained of it, and on what."""
+def _settings(run: Run) -> list[tuple[str, str]]:
+    """The model, the trained weights, the pictures and the settings."""
     recipe, facts, adapter = run.recipe, run.facts, Adapter.load(str(run.adapter))
     size = run.preprocessing.input_size
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
-    targets = recipe["lora"].get("lora_targets") or "those of the architecture"
+    targets = recipe["lora"].get("lora_targets") or "default of the architecture"
     named = targets if isinstance(targets, str) else ", ".join(targets)
     weights = "pretrained" if recipe["pretrained"] else recipe["weights"]
     train, val = sum(facts["trained_on"].values()), sum(facts["validated_on"].values())
     share = percent(facts["trainable"] / facts["parameters"], 2)
-    whole = f"; {', '.join(adapter.modules)} trained whole" if adapter.modules else ""
+    full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
     return [
-        ("Model", f"{recipe['model']} ({weights or 'its own weights'})"),
-        ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{whole}"),
+        ("Model", f"{recipe['model']} ({weights or 'own weights'})"),
+        ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{full}"),
         ("Targets", named),
         ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
         ("Adapter", f"{adapter.size / 1e6:.2f} MB"),
-        ("Pictures", f"{train:,} to train on, {val:,} to validate on, from {recipe['data']}"),
+        ("Pictures", f"{train:,} for training, {val:,} for validation, in {recipe['data']}"),
         ("Input", f"{size[0]} x {size[1]} pixels, {run.preprocessing.in_channels} channels"),
         ("Augmentation", recipe["augmentation"]),
         (
             "Steps",
-            f"batches of {recipe['batch_size']}, highest learning rate "
+            f"batches of {recipe['batch_size']}, peak learning rate "
             f"{recipe['learning_rate']:g}, seed {recipe['seed']}",
         ),
-        ("Arithmetic", recipe["mixed_precision"] or "float32"),
+        ("Precision", recipe["mixed_precision"] or "float32"),
         ("Training time", duration(facts["seconds"])),
         ("Software", ", ".join(versions)),
     ]
 
 
 def _both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
-    """A drawing on a light and on a dark ground."""
+    """A drawing on a light and on a dark background."""
     files = io.BytesIO(), io.BytesIO()
     for file, dark in zip(files, (False, True)):
         draw(file, dark)
@@ -150,14 +151,14 @@ def confusions(evaluation: Evaluation) -> Html:
         [tag("span", true, class_="true"), tag("span", predicted, class_="predicted"), str(n)]
         for true, predicted, n in pairs[:_SHOWN_PAIRS]
     ]
-    listed = _table(("True class", "Taken for", "Pictures"), rows, numbers=(2,))
-    told = f"The most frequent of {count(len(pairs), 'confusion')}"
+    listed = _table(("True class", "Predicted", "Pictures"), rows, numbers=(2,))
+    caption = f"The most frequent of {count(len(pairs), 'confusion')}"
     return tag(
         "div",
         tag("div", drawing(*matrix, alt="Confusion matrix")),
-        tag("div", tag("p", told, class_="quiet"), listed, class_="rest")
+        tag("div", tag("p", caption, class_="quiet"), listed, class_="rest")
         if pairs
-        else tag("p", "No class was taken for another."),
+        else tag("p", "No confusions."),
         class_="sides",
     )
 
@@ -174,22 +175,23 @@ def classes(evaluation: Evaluation) -> Html:
         ]
         for x in weakest
     ]
-    told = (
-        "The weakest class is the first. Recall: the share of its pictures that were known. "
-        "Precision: how often the model was right when it said so. F1: their harmonic mean."
+    caption = (
+        "Sorted by F1, the lowest first. Recall: the share of the pictures of the class that "
+        "are classified correctly. Precision: the share of the predictions of the class "
+        "that are correct. F1: the harmonic mean of both."
     )
     names = ("Class", "Pictures", "Recall", "Precision", "F1", "")
     table = _table(names, rows, numbers=(1, 2, 3, 4))
-    return joined(tag("p", told, class_="quiet"), tag("div", table, class_="long"))
+    return joined(tag("p", caption, class_="quiet"), tag("div", table, class_="long"))
 
 
 def mistakes(run: Run, evaluation: Evaluation, worst: list[Prediction]) -> Html:
     """The worst mistakes as pictures."""
     items = [tag("li", _mistake(run, x)) for x in worst]
-    told = mistakes_title(len(worst), evaluation)
-    key = "Blue: what it is. Orange: what it was taken for, and with which probability."
+    title = mistakes_title(len(worst), evaluation)
+    key = "Blue: the true class. Orange: the predicted class, with its probability."
     return joined(
-        tag("p", f"{told}."),
+        tag("p", f"{title}."),
         tag("p", key, class_="quiet") if items else None,
         tag("ol", *items, class_="mistakes") if items else None,
     )
@@ -222,16 +224,16 @@ def skipped(run: Run) -> Html | None:
         return None
     shown = [list(row) for row in skipped[:_SHOWN_SKIPPED]]
     more = len(skipped) - len(shown)
-    told = f"{count(len(skipped), 'picture')} could not be used, neither to train nor here."
+    summary = f"{count(len(skipped), 'picture')} could not be used for training or validation."
     return joined(
-        tag("p", told),
+        tag("p", summary),
         tag("div", _table(("File", "Reason"), shown), class_="long"),
         tag("p", f"And {more:,} more in skipped.csv.") if more else None,
     )
 
 
 def _table(names: Any, rows: list[list[str]], numbers: tuple[int, ...] = ()) -> Html:
-    """A table; columns by their places: the first is a header, some are of numbers."""
+    """A table. The first column has row headers; ``numbers`` are the columns of numbers."""
 
     def kind(place: int) -> str | None:
         return "number" if place in numbers else None if names[place] else "bar"
@@ -250,7 +252,7 @@ def _table(names: Any, rows: list[list[str]], numbers: tuple[int, ...] = ()) -> 
 
 
 def next_steps(run: Run) -> Html:
-    """Commands to copy, and the settings."""
+    """Commands to copy, and all settings."""
     folder, program = shlex.quote(str(run.path)), "tfimm-lora"
     again = shlex.quote(f"{os.path.normpath(run.path)}-again")
     config = shlex.quote(str(run.path / CONFIG))
@@ -258,7 +260,7 @@ def next_steps(run: Run) -> Html:
         "Evaluate on other pictures": f"{program} evaluate {folder} --data PICTURES",
         "Predict": f"{program} predict {folder} PICTURE.jpg FOLDER",
         "Export": f"{program} export {folder} --out model.onnx",
-        "Do it again": f"{program} finetune --config {config} --out {again}",
+        "Repeat the run": f"{program} finetune --config {config} --out {again}",
     }
     commands = [
         joined(tag("h3", name), tag("pre", tag("code", command), class_="command"))

@@ -1,6 +1,7 @@
-"""CaiT: the projections of attention and the MLP, also in the blocks for the class token.
+"""CaiT: the projections of attention and the MLP, also in the class attention blocks.
 
-Not the projections over heads (proj_l, proj_w), which are no larger than a factor.
+The projections over heads (proj_l, proj_w) are not included, since they are no larger than a
+LoRA factor.
 
 Source: Touvron et al., "Going deeper with Image Transformers", arXiv:2103.17239.
 """

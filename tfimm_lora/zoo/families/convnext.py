@@ -1,4 +1,4 @@
-"""ConvNeXt: the two layers of every MLP, which are its 1x1 convolutions.
+"""ConvNeXt: the two dense layers of every MLP, which are 1x1 convolutions.
 
 Source: Liu et al., "A ConvNet for the 2020s", arXiv:2201.03545.
 """

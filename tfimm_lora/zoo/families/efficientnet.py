@@ -1,6 +1,6 @@
-"""EfficientNet and MobileNetV2: the 1x1 and 3x3 convolutions of every block, and the head's.
+"""EfficientNet and MobileNetV2: the 1x1 and 3x3 convolutions of every block and of the head.
 
-Not the depthwise ones and those of squeeze-and-excite, which "all" and names reach.
+Depthwise and squeeze-and-excite convolutions are not included; target them by "all" or by name.
 
 Source: Tan and Le, "EfficientNet", arXiv:1905.11946, and "EfficientNetV2",
 arXiv:2104.00298; Sandler et al., "MobileNetV2", arXiv:1801.04381.

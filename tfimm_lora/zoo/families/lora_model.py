@@ -1,20 +1,22 @@
-"""``LoRAModel``: what the LoRA versions of tfimm's architectures share."""
+"""``LoRAModel``: the base of the LoRA versions of tfimm's architectures."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tfimm_lora.backend import legacy_backend
+from tfimm_lora.layers.state import Converted
 from tfimm_lora.model.inject import adapt_model
+from tfimm_lora.model.state import config_of
 
 _backend = legacy_backend()
 
 
-class LoRAModel(_backend.FilteredWeights):  # type: ignore[name-defined]
-    """Mixin that builds the model and puts LoRA into it when it is created.
+class LoRAModel(_backend.FilteredWeights, Converted):  # type: ignore[name-defined]
+    """Mixin that builds the model and injects LoRA when it is created.
 
-    Creating one from its config gives the same layers adapted and the same variables
-    trained, so whole-model files can be loaded and trained on.
+    A model that is created from its config has the same adapted layers and the same trained
+    variables, so whole-model files can be loaded and trained further.
     """
 
     cfg: Any
@@ -25,7 +27,7 @@ class LoRAModel(_backend.FilteredWeights):  # type: ignore[name-defined]
         adapt_model(self, cfg, rebuilt_by_class=True)
 
     def _is_trained(self, variable: Any) -> bool:
-        """Own variables of the model (cls_token, pos_embed, ...) are frozen."""
-        if "_lora_config" not in self.__dict__:
+        """Whether an own variable of the model (cls_token, pos_embed, ...) is not frozen."""
+        if config_of(self) is None:
             return True
-        return self.cfg.lora_train_bias == "all" and _backend.is_bias_like(variable)
+        return self.cfg.lora_train_bias == "all" and bool(_backend.is_bias_like(variable))

@@ -1,4 +1,4 @@
-"""PiT, also distilled: the projections of attention and the MLP.
+"""PiT and distilled PiT: the projections of attention and the MLP.
 
 Source: Heo et al., "Rethinking Spatial Dimensions of Vision Transformers",
 arXiv:2103.16302.

@@ -1,4 +1,4 @@
-"""ResNet, ResNeXt and their kin: the 1x1 and 3x3 convolutions of every block.
+"""ResNet, ResNeXt and variants: the 1x1 and 3x3 convolutions of every block.
 
 Source: He et al., "Deep Residual Learning for Image Recognition", arXiv:1512.03385.
 """

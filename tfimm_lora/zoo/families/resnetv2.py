@@ -1,6 +1,6 @@
 """ResNetV2 (BiT): the 1x1 and 3x3 convolutions of every block.
 
-Their weights are standardised; the update is of the kernel before that.
+Their weights are standardised; the update is added to the kernel before that.
 
 Source: Kolesnikov et al., "Big Transfer (BiT)", arXiv:1912.11370.
 """

@@ -1,11 +1,11 @@
 """Segment Anything: the projections of attention and the MLP of the image encoder.
 
-The prompt encoder and the mask decoder are frozen, or trained whole where
-``lora_train_modules`` names them: ("mask_decoder",) for masks of a new kind.
+The prompt encoder and the mask decoder are frozen. Pass ``lora_train_modules`` to train them
+fully: ("mask_decoder",) for masks of a new kind.
 
 Source: Kirillov et al., "Segment Anything", arXiv:2304.02643; Zhang and Liu, "Customized
-Segment Anything Model for Medical Image Segmentation", arXiv:2304.13785, which puts LoRA
-into the image encoder and trains the mask decoder.
+Segment Anything Model for Medical Image Segmentation", arXiv:2304.13785, which
+injects LoRA into the image encoder and trains the mask decoder.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""VGG: every convolution but the first.
+"""VGG: every convolution except the first.
 
-The 7x7 and 1x1 ones at the end are the fully connected layers of the paper.
+The 7x7 and 1x1 convolutions at the end are the fully connected layers of the paper.
 
 Source: Simonyan and Zisserman, "Very Deep Convolutional Networks", arXiv:1409.1556.
 """

@@ -1,4 +1,4 @@
-"""ViT, DeiT and the hybrids of ResNet and ViT: the projections of attention and the MLP.
+"""ViT, DeiT and hybrids of ResNet and ViT: the projections of attention and the MLP.
 
 Source: Dosovitskiy et al., "An Image is Worth 16x16 Words", arXiv:2010.11929; Touvron et
 al., "Training data-efficient image transformers", arXiv:2012.12877.
@@ -40,11 +40,11 @@ class LoRAViT(LoRAModel, ViT):
 
 @register_cheaper_call(ViTMultiHeadAttention)
 def attention(layer: Any, x: Any, training: bool = False, return_features: bool = False) -> Any:
-    """Attention softmax(q k^T / sqrt(d)) v, as tfimm's, with q, k, v unstacked together.
+    """Compute softmax(q k^T / sqrt(d)) v as tfimm does, but unstack q, k and v together.
 
-    Taken one by one, each has a gradient as large as all three, zeros but for a third, and the
-    three are added up: a fifth of a training step of ViT-Ti. Together they have one, stacked.
-    The scale is put on q, which is smaller than q k^T.
+    If q, k and v are sliced one by one, each gradient is as large as all three and mostly
+    zero, and the three are summed: a fifth of a training step of ViT-Ti. Unstacked together,
+    they have one stacked gradient. The scale is applied to q, which is smaller than q k^T.
     """
     batch, length = tf.unstack(tf.shape(x)[:2])
     qkv = tf.reshape(layer.qkv(x), (batch, length, 3, layer.nb_heads, -1))

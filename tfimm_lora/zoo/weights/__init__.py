@@ -1,4 +1,4 @@
-"""Weights of timm in tfimm models, without torch: reading, naming, downloading, checking."""
+"""Pretrained weights of timm for tfimm models, without torch."""
 
 from tfimm_lora.zoo.weights.load import load_timm_weights
 from tfimm_lora.zoo.weights.preprocessing import create_preprocessing

@@ -1,8 +1,9 @@
-"""Files of a hub repository: huggingface_hub's client, checked content, clear errors.
+"""Download files of a hub repository, check their content, and translate errors.
 
-The client downloads to a temporary name and moves the whole file into its cache, resumes
-after a cut within one call, and honours HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and HF_TOKEN. What
-it does not do over plain HTTP is to check the content, which is done here.
+huggingface_hub downloads to a temporary name, moves the complete file into its cache, resumes
+an interrupted download within one call, and respects HF_ENDPOINT, HF_HOME, HF_HUB_OFFLINE and
+HF_TOKEN. It does not check the content of files that it gets over plain HTTP, so that is done
+here.
 """
 
 from __future__ import annotations
@@ -15,28 +16,37 @@ from typing import Any, NamedTuple
 
 
 class Repository(NamedTuple):
-    """A repository of models on the hub, at a revision, with the folder of its cache."""
+    """A model repository on the hub.
+
+    Attributes:
+        identifier: "user/repo".
+        revision: Branch, tag or commit; None for the main branch.
+        cache_dir: Folder for downloads; None for the cache of huggingface_hub.
+    """
 
     identifier: str
     revision: str | None
     cache_dir: str | None
 
     def download(self, filename: str) -> Path:
-        """The path of a file of the repository in the cache, after downloading if needed.
+        """Download a file of the repository, unless it is in the cache.
+
+        Returns:
+            Its path in the cache.
 
         Raises:
-            FileNotFoundError: without the repository, the revision or the file, or if it
-                is not cached and HF_HUB_OFFLINE is set.
-            PermissionError: where the repository asks for a token.
-            ConnectionError: if the hub cannot be reached or the connection is lost.
-            ValueError: if the content is not what the hub announced. The file is then
-                removed from the cache.
+            FileNotFoundError: If the repository, the revision or the file does not exist, or
+                if the file is not cached and HF_HUB_OFFLINE is set.
+            PermissionError: If the repository needs a token.
+            ConnectionError: If the hub cannot be reached or the connection is lost.
+            ValueError: If the content does not have the hash that the hub announced. The file
+                is then removed from the cache.
         """
         from huggingface_hub import errors, hf_hub_download
 
-        # The first are the classes of whichever HTTP library this version of it uses.
-        http: Any = errors.HfHubHTTPError.__bases__
-        failures = (*http, OSError, ValueError, errors.EntryNotFoundError)
+        # The base classes are those of the HTTP library that huggingface_hub uses.
+        http_errors: Any = errors.HfHubHTTPError.__bases__
+        failures = (*http_errors, OSError, ValueError, errors.EntryNotFoundError)
         try:
             path = hf_hub_download(
                 self.identifier,
@@ -51,14 +61,14 @@ class Repository(NamedTuple):
         return Path(path)
 
     def download_optional(self, filename: str) -> Path | None:
-        """``download``, or None where the repository has no such file."""
+        """Download a file as ``download`` does; return None if the repository lacks it."""
         from huggingface_hub import errors
 
         try:
             return self.download(filename)
         except FileNotFoundError as error:
             cause = error.__cause__
-            # Offline nobody can tell a file that is not cached from one that is not there.
+            # Offline, a file that is not cached looks like a file that does not exist.
             if isinstance(cause, errors.LocalEntryNotFoundError):
                 absent = _offline()
             else:
@@ -67,15 +77,20 @@ class Repository(NamedTuple):
                 raise
             return None
 
-    def not_found(self, what: str) -> FileNotFoundError:
-        """The error for a repository without the files that are needed."""
+    def not_found(self, missing: str) -> FileNotFoundError:
+        """Return the error for a repository without the files that are needed.
+
+        Args:
+            missing: What is missing, as the object of "has": "no model.safetensors".
+        """
         if _offline():
             return FileNotFoundError(
-                f"{self} is not in the cache ({what}), and HF_HUB_OFFLINE is set. Download "
-                "it once with HF_HUB_OFFLINE=0, or name a local file."
+                f"{self} is not in the cache ({missing}), and HF_HUB_OFFLINE is set. Download "
+                "it once with HF_HUB_OFFLINE=0, or pass a local file."
             )
         return FileNotFoundError(
-            f"{self} has {what}, and other formats are not read. Look at its files on the hub."
+            f"{self} has {missing}, and other formats are not supported. See its files on the "
+            "hub."
         )
 
     def __str__(self) -> str:
@@ -83,17 +98,17 @@ class Repository(NamedTuple):
         return f"The hub repository {self.identifier!r}{revision}"
 
     def _translated(self, error: Exception, filename: str) -> Exception:
-        """An error of the client as a short one of Python's own classes."""
+        """Translate an error of huggingface_hub to a short one of a built-in class."""
         from huggingface_hub import errors
 
         if isinstance(error, errors.GatedRepoError):
             return PermissionError(
-                f"{self} asks for access. Accept its terms on the hub, then set HF_TOKEN or "
+                f"{self} requires access. Accept its terms on the hub, then set HF_TOKEN or "
                 "run `hf auth login`."
             )
         if isinstance(error, errors.RepositoryNotFoundError):
             return FileNotFoundError(
-                f"{self} does not exist, or is private and no valid token is given. Check "
+                f"{self} does not exist, or it is private and there is no valid token. Check "
                 "the name (such as 'timm/convnext_tiny.fb_in1k') or set HF_TOKEN."
             )
         if isinstance(error, errors.RevisionNotFoundError):
@@ -106,25 +121,25 @@ class Repository(NamedTuple):
             return ConnectionError(
                 f"{self} could not be reached for {filename}, which is not in the cache "
                 f"({_first_line(error.__cause__ or error)}). Check the connection and "
-                "HF_ENDPOINT, or name a local file."
+                "HF_ENDPOINT, or pass a local file."
             )
         if isinstance(error, errors.EntryNotFoundError):
             return FileNotFoundError(f"{self} has no file {filename}.")
         if isinstance(error, errors.HFValidationError):
             return ValueError(
-                f"Received the hub id {self.identifier!r}, which is not one "
-                f"({_first_line(error)})."
+                f"Received the hub id {self.identifier!r}, which is not valid "
+                f"({_first_line(error)}); expected 'user/repo'."
             )
         return ConnectionError(
-            f"{self}: {filename} could not be downloaded whole ({_first_line(error)}). "
-            "Nothing was put into the cache. Check the connection and try again."
+            f"{self}: {filename} could not be downloaded completely ({_first_line(error)}). "
+            "The cache is unchanged. Check the connection and try again."
         )
 
     def _check_content(self, path: Path) -> None:
-        """Compare a cached file with the hash that the hub gave as its name.
+        """Compare the hash of a cached file with the one that the hub announced.
 
-        The client keeps a file as ``blobs/<hash>``: SHA-256 for large files, git's SHA-1
-        for small ones. Where the cache has no links the hash is not known.
+        huggingface_hub stores a file as ``blobs/<hash>``: SHA-256 for large files, git's SHA-1
+        for small ones. On file systems without links, the hash is not known.
         """
         if not path.is_symlink():
             return
@@ -135,14 +150,14 @@ class Repository(NamedTuple):
         path.unlink()
         blob.unlink(missing_ok=True)
         raise ValueError(
-            f"{self}: {path.name} is not what the hub announced (hash {actual[:12]}..., "
-            f"expected {blob.name[:12]}...). It was removed from the cache. Try again; if it "
-            "comes back, do not trust that server or proxy."
+            f"{self}: {path.name} is not the file that the hub announced (hash "
+            f"{actual[:12]}..., expected {blob.name[:12]}...). It was removed from the cache. "
+            "Try again; if the error persists, do not trust this server or proxy."
         )
 
 
 def _digest(path: Path, announced: str) -> str | None:
-    """The hash of a file, of the kind that was announced; None for an unknown kind."""
+    """Return the hash of a file, of the announced kind; None if the kind is unknown."""
     if re.fullmatch(r"[0-9a-f]{64}", announced):
         digest = hashlib.sha256()
     elif re.fullmatch(r"[0-9a-f]{40}", announced):
@@ -158,7 +173,7 @@ def _digest(path: Path, announced: str) -> str | None:
 def _offline() -> bool:
     from huggingface_hub import constants
 
-    return constants.HF_HUB_OFFLINE
+    return bool(constants.HF_HUB_OFFLINE)
 
 
 def _first_line(error: BaseException) -> str:

@@ -1,7 +1,6 @@
-"""Which tensor of a timm checkpoint a variable of a tfimm model takes, and in which form.
+"""Map variables of a tfimm model to tensors of a timm checkpoint: names and axes.
 
-The one place that knows how tfimm names what timm names otherwise, and in which order the
-two keep the axes of a kernel.
+All differences between the two in the names of variables and in the order of axes are here.
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LORA_VARIABLE_NAMES
 from tfimm_lora.layers.base import LoRALayer
 
-#: Tensors of checkpoints that tfimm has no place for, and why that is right.
+#: Patterns of checkpoint tensors that tfimm does not use, and the reason.
 IGNORED_IN_CHECKPOINT = {
     r"\.num_batches_tracked$": "a counter of torch's BatchNorm, not used in inference",
     r"\.relative_position_index$": "computed from the window size (Swin)",
@@ -24,14 +23,14 @@ IGNORED_IN_CHECKPOINT = {
     r"\.filt$|\.blur_kernel$": "the fixed kernel of a blur pooling",
 }
 
-#: Variables of tfimm models that no checkpoint has to give: constants made in building.
+#: Patterns of variables that are not in checkpoints: constants that ``build`` computes.
 IGNORED_IN_MODEL = {
     r"(^|/)relative_position_index$": "computed from the window size (Swin)",
     r"(^|/)attn_mask$": "computed from the input size (Swin)",
     r"(^|/)blur_kernel$": "the fixed kernel of a blur pooling",
 }
 
-#: The last part of a variable's name -> the names that timm may give it, likeliest first.
+#: The last part of a variable's name -> its possible names in timm, the likeliest first.
 _LEAVES = {
     "kernel": ("weight",),
     "depthwise_kernel": ("weight",),
@@ -43,27 +42,27 @@ _LEAVES = {
 }
 
 
-class Wanted(NamedTuple):
-    """A variable of a model that a checkpoint has to give."""
+class CheckpointVariable(NamedTuple):
+    """A variable of a model whose value is in a checkpoint."""
 
-    #: "blocks/0/attn/qkv/kernel", independent of the model's own name.
+    #: For example "blocks/0/attn/qkv/kernel", without the name of the model.
     name: str
     layer: Any
     variable: Any
 
     @property
     def keys(self) -> tuple[str, ...]:
-        """The keys that it may have in a checkpoint, likeliest first."""
+        """Its possible keys in a checkpoint, the likeliest first."""
         path, _, leaf = self.name.rpartition("/")
         prefix = key_of_path(path)
         leaves = _LEAVES.get(leaf, (leaf,))
         return tuple(f"{prefix}.{x}" if prefix else x for x in leaves)
 
 
-def wanted_variables(model: Any) -> Iterator[Wanted]:
-    """The variables of a model that a checkpoint has to give.
+def checkpoint_variables(model: Any) -> Iterator[CheckpointVariable]:
+    """Yield the variables of a model whose values are in a checkpoint.
 
-    LoRA factors and constants made in building are left out.
+    LoRA factors and constants that ``build`` computes are left out.
     """
     backend = backend_of(model)
     for path, layer in backend.walk(model):
@@ -73,13 +72,13 @@ def wanted_variables(model: Any) -> Iterator[Wanted]:
                 continue
             name = f"{path}/{_scoped(path, variable, leaf)}" if path else leaf
             if not any(re.search(pattern, name) for pattern in IGNORED_IN_MODEL):
-                yield Wanted(name, layer, variable)
+                yield CheckpointVariable(name, layer, variable)
 
 
 def _scoped(path: str, variable: Any, leaf: str) -> str:
-    """A variable's name below its layer, with the scopes in which the layer made it.
+    """Return a variable's name within its layer, with the layer's own name scopes.
 
-    The embeddings of SAM's prompts are variables of one layer, all called "weight".
+    The prompt embeddings of SAM are variables of one layer, all called "weight".
     """
     full = "/" + variable.name.partition(":")[0]
     rest = full.partition(f"/{path}/")[2]
@@ -87,15 +86,15 @@ def _scoped(path: str, variable: Any, leaf: str) -> str:
 
 
 def is_ignored_in_checkpoint(key: str) -> bool:
-    """Whether a tensor of a checkpoint has no place in tfimm, by rule."""
+    """Whether tfimm does not use a tensor of a checkpoint."""
     return any(re.search(pattern, key) for pattern in IGNORED_IN_CHECKPOINT)
 
 
 def key_of_path(path: str) -> str:
-    """A layer's path as timm writes it: "stages/0/blocks/1" -> "stages.0.blocks.1".
+    """Convert a layer's path to timm's form: "stages/0/blocks/1" -> "stages.0.blocks.1".
 
-    tfimm has levels that timm has not, which it calls "remove" or ends in three
-    underscores, and writes "_._" for a level that Keras has not.
+    tfimm marks levels that timm does not have with the name "remove" or with three underscores
+    at the end, and writes "_._" for a level that Keras does not have.
     """
     parts = path.replace("_._", "/").split("/")
     parts = [part.rpartition("___")[2] for part in parts]
@@ -103,7 +102,7 @@ def key_of_path(path: str) -> str:
 
 
 def torch_axes(leaf: str, rank: int) -> tuple[int, ...] | None:
-    """The axes by which a tensor of torch is transposed for a kernel of Keras."""
+    """Return the axes that transpose a torch tensor to a Keras kernel; None for no change."""
     if leaf == "depthwise_kernel":
         return (2, 3, 0, 1)
     if leaf == "kernel" and rank == 4:
@@ -113,33 +112,33 @@ def torch_axes(leaf: str, rank: int) -> tuple[int, ...] | None:
     return None
 
 
-def expected_shape(wanted: Wanted) -> tuple[int, ...]:
-    """The shape that a variable has in torch's order of axes."""
-    shape = tuple(wanted.variable.shape)
-    axes = torch_axes(leaf_of(wanted), len(shape))
+def expected_shape(target: CheckpointVariable) -> tuple[int, ...]:
+    """Return the shape of a variable in torch's order of axes."""
+    shape = tuple(target.variable.shape)
+    axes = torch_axes(leaf_of(target), len(shape))
     return tuple(shape[axes.index(i)] for i in range(len(axes))) if axes else shape
 
 
-def fits(shape: Collection[int], wanted: Wanted) -> bool:
-    """Whether a tensor of this shape is the value of a variable, but for axes of size one.
+def fits(shape: Collection[int], target: CheckpointVariable) -> bool:
+    """Whether a tensor of this shape is the value of a variable, ignoring axes of size 1.
 
-    A linear layer of the one library is a 1x1 convolution in the other, here and there.
+    Some linear layers of one library are 1x1 convolutions in the other.
     """
-    return _without_ones(shape) == _without_ones(expected_shape(wanted))
+    return _without_ones(shape) == _without_ones(expected_shape(target))
 
 
-def to_keras(value: np.ndarray, wanted: Wanted) -> np.ndarray:
-    """A tensor of torch as the value of a variable; its shape must fit."""
-    value = value.reshape(expected_shape(wanted))
-    axes = torch_axes(leaf_of(wanted), value.ndim)
+def to_keras(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:
+    """Convert a torch tensor to the value of a variable; its shape must fit."""
+    value = value.reshape(expected_shape(target))
+    axes = torch_axes(leaf_of(target), value.ndim)
     return value.transpose(axes) if axes else value
 
 
-def leaf_of(wanted: Wanted) -> str:
-    """What kind of variable it is: the last part of its name, the same in both Kerases."""
-    leaf = wanted.name.rpartition("/")[2]
-    # Keras 3 calls the kernel of a depthwise convolution as it calls any other.
-    depthwise = any(cls.__name__ == "DepthwiseConv2D" for cls in type(wanted.layer).__mro__)
+def leaf_of(target: CheckpointVariable) -> str:
+    """Return the last part of a variable's name, which is the same in both Kerases."""
+    leaf = target.name.rpartition("/")[2]
+    # Keras 3 calls the kernel of a depthwise convolution "kernel".
+    depthwise = any(cls.__name__ == "DepthwiseConv2D" for cls in type(target.layer).__mro__)
     return "depthwise_kernel" if leaf == "kernel" and depthwise else leaf
 
 

@@ -1,4 +1,4 @@
-"""``load_timm_weights``: a checkpoint of timm into a tfimm model."""
+"""``load_timm_weights``: load a timm checkpoint into a tfimm model."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.zoo.weights.checkpoint import Checkpoint, find_checkpoint
+from tfimm_lora.zoo.weights.key_layouts import find_layout
 from tfimm_lora.zoo.weights.keys import (
-    Wanted,
+    CheckpointVariable,
+    checkpoint_variables,
     expected_shape,
     fits,
     is_ignored_in_checkpoint,
     to_keras,
-    wanted_variables,
 )
-from tfimm_lora.zoo.weights.layouts import find_layout
-from tfimm_lora.zoo.weights.source import Checkpoint, find_checkpoint
-from tfimm_lora.zoo.weights.tensors import FLOATS, Tensors
+from tfimm_lora.zoo.weights.safetensors_files import FLOATS, Tensors
 
-#: What a checkpoint's config.json tells about preparing its images.
+#: The fields of a checkpoint's config.json about preprocessing.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
 
 
@@ -37,39 +37,40 @@ def load_timm_weights(
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> Any:
-    """Load a checkpoint of timm into a tfimm model, or the LoRA version of one, in place.
+    """Load a timm checkpoint into a tfimm model or its LoRA version, in place.
 
     Neither torch nor timm is needed. Both key layouts of timm (before and since 0.9) are
-    known, and told apart by the keys. Every tensor is accounted for: either all weights of
-    the model are loaded, or none. LoRA factors are not in a checkpoint and stay.
+    supported and recognized by their keys. Every tensor is accounted for: either all weights
+    of the model are loaded, or none. LoRA factors are not in a checkpoint and are kept.
 
-    PoolFormer's weights were trained by its authors with normalisation before pooling, as
-    in tfimm; timm pools first since 0.9, so its logits differ from tfimm's (docs/weights.md).
+    PoolFormer's weights were trained by its authors with normalization before pooling, as in
+    tfimm. timm pools first since version 0.9, so its logits differ from tfimm's
+    (docs/how-to/pretrained-weights.md).
 
     Args:
-        model: A built model whose layers are named as tfimm names them.
+        model: A built model with tfimm's layer names.
         source: A safetensors file; a folder with ``model.safetensors`` (or its index, if it
             is in several files); or the hub id of such a repository, for example
-            "timm/convnext_tiny.fb_in1k", which is downloaded once and kept in the cache of
+            "timm/convnext_tiny.fb_in1k", which is downloaded once to the cache of
             huggingface_hub. A ``config.json`` beside the weights sets mean, std, crop_pct
             and interpolation of ``model.cfg``, for ``create_preprocessing``.
         weights_to_ignore: Regular expressions, searched for in the names of the model's
-            weights ("blocks/0/mlp/fc1/kernel"); those found stay as they are.
+            weights ("blocks/0/mlp/fc1/kernel"). Weights that match are not loaded.
         revision: Branch, tag or commit of a hub repository. Default: its main branch.
-        cache_dir: Folder for downloads. Default: that of huggingface_hub (HF_HOME).
+        cache_dir: Folder for downloads. Default: the cache of huggingface_hub (HF_HOME).
 
     Returns:
-        The model.
+        The same model.
 
     Raises:
-        ImportError: if safetensors, or for a hub id huggingface_hub, is not installed.
-        FileNotFoundError: if there is no such file, repository, revision or file in it, or
-            if it is not cached and HF_HUB_OFFLINE is set.
-        PermissionError: if the repository asks for a token.
-        ConnectionError: if the hub cannot be reached or the download was cut off.
-        ValueError: one error with every weight that is missing, unexpected or of another
-            shape; or if the file is damaged, the model is not built or its LoRA is merged.
-            The model is then as it was.
+        ImportError: If safetensors, or huggingface_hub for a hub id, is not installed.
+        FileNotFoundError: If the file, the repository, the revision or a file in it does not
+            exist, or if it is not cached and HF_HUB_OFFLINE is set.
+        PermissionError: If the repository needs a token.
+        ConnectionError: If the hub cannot be reached or the download is interrupted.
+        ValueError: If weights are missing, unexpected or of another shape; the message names
+            all of them. Also if the file is damaged, the model is not built, or its LoRA is
+            merged. The model is unchanged.
 
     Example:
         >>> import os, tempfile, tensorflow as tf, tfimm_lora as lora
@@ -92,22 +93,22 @@ def load_timm_weights(
         values = [_value(tensors, match) for match in matches]
     backend = backend_of(model)
     for match, value in zip(matches, values):
-        variable = match.wanted.variable
+        variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
-    _take_preprocessing(model, checkpoint)
+    _copy_preprocessing(model, checkpoint)
     return model
 
 
 class _Match(NamedTuple):
-    wanted: Wanted
+    target: CheckpointVariable
     key: str
 
 
 def _check_model(model: Any) -> None:
-    if not any(True for _ in wanted_variables(model)):
+    if not any(True for _ in checkpoint_variables(model)):
         raise ValueError(
-            f"Received model '{model.name}', which has no weights yet. Call it on an input "
-            "first: model(model.dummy_inputs)."
+            f"Received model '{model.name}', which has no weights yet; expected a built model. "
+            "Call it on an input first: model(model.dummy_inputs)."
         )
     merged = [
         path
@@ -116,31 +117,32 @@ def _check_model(model: Any) -> None:
     ]
     if merged:
         raise ValueError(
-            f"Received model '{model.name}', whose LoRA layers are merged ({merged[0]}, ...): "
-            "loading would mix old updates with new weights. Call unmerge_lora_weights first."
+            f"Received model '{model.name}', whose LoRA layers are merged ({merged[0]}, ...); "
+            "expected an unmerged model, since loading would mix old updates with new weights. "
+            "Call unmerge_lora_weights first."
         )
 
 
 def _match(
     model: Any, tensors: Tensors, checkpoint: Checkpoint, patterns: Sequence[str]
 ) -> list[_Match]:
-    """Which tensor goes where, or one error with all that do not fit."""
+    """Match variables with tensors, or raise one error that names all that do not fit."""
     layout = find_layout(tensors.shapes)
     # Keys as tfimm's layers are named -> keys in the file.
     available = {(layout.rename(key) if layout else key): key for key in tensors.shapes}
     matches, problems, taken, classifier = [], [], set(), False
     heads = classifier_paths(model)
-    for wanted in wanted_variables(model):
-        found = next((key for key in wanted.keys if key in available), None)
+    for target in checkpoint_variables(model):
+        found = next((key for key in target.keys if key in available), None)
         taken.add(found)
-        if any(re.search(pattern, wanted.name) for pattern in patterns):
+        if any(re.search(pattern, target.name) for pattern in patterns):
             continue
-        problem = _problem(wanted, found, available, tensors)
+        problem = _problem(target, found, available, tensors)
         if problem is None and found is not None:
-            matches.append(_Match(wanted, available[found]))
+            matches.append(_Match(target, available[found]))
             continue
         problems.append(problem)
-        classifier |= wanted.name.rpartition("/")[0] in heads
+        classifier |= target.name.rpartition("/")[0] in heads
     problems += [
         f"unexpected: {key} of shape {tensors.shapes[key]}"
         for name, key in available.items()
@@ -152,15 +154,15 @@ def _match(
 
 
 def _problem(
-    wanted: Wanted, found: str | None, available: dict[str, str], tensors: Tensors
+    target: CheckpointVariable, found: str | None, available: dict[str, str], tensors: Tensors
 ) -> str | None:
     if found is None:
-        return f"missing: {wanted.keys[0]} for {wanted.name} {tuple(wanted.variable.shape)}"
+        return f"missing: {target.keys[0]} for {target.name} {tuple(target.variable.shape)}"
     key = available[found]
-    if not fits(tensors.shapes[key], wanted):
+    if not fits(tensors.shapes[key], target):
         return (
-            f"wrong shape: {key} has {tensors.shapes[key]}, {wanted.name} expects "
-            f"{expected_shape(wanted)} (in torch's order of axes)"
+            f"wrong shape: {key} has {tensors.shapes[key]}, {target.name} expects "
+            f"{expected_shape(target)} (in torch's order of axes)"
         )
     if tensors.types[key] not in FLOATS:
         return f"wrong type: {key} is {tensors.types[key]}, expected one of {FLOATS}"
@@ -171,10 +173,10 @@ def _message(
     model: Any, checkpoint: Checkpoint, problems: Sequence[str | None], heads: list[str]
 ) -> str:
     architecture = checkpoint.config.get("architecture")
-    told = f", by its config.json of the architecture {architecture!r}," if architecture else ""
+    of = f" (config.json of the architecture {architecture!r})" if architecture else ""
     name = getattr(getattr(model, "cfg", None), "name", "") or model.name
     lines = "".join(f"\n  {problem}" for problem in problems)
-    remedy = "\nNothing was loaded. Load it into the model that it was made for"
+    remedy = "\nNothing was loaded. Load it into the model of its architecture"
     if heads:
         patterns = [f"^{head}/" for head in heads]
         remedy += (
@@ -182,27 +184,27 @@ def _message(
             f"nb_classes=...), or keep the model's classifier with weights_to_ignore={patterns}"
         )
     else:
-        remedy += ", or name weights that may stay as they are in weights_to_ignore"
+        remedy += ", or pass patterns of weights to keep as weights_to_ignore"
     return (
-        f"Received source={checkpoint.source!r}{told} whose weights do not fit the model "
-        f"'{name}' ({type(model).__name__}): {len(problems)} problems.{lines}{remedy}."
+        f"Received source={checkpoint.source!r}{of}, whose weights do not fit model '{name}' "
+        f"({type(model).__name__}): {len(problems)} problems.{lines}{remedy}."
     )
 
 
 def _value(tensors: Tensors, match: _Match) -> np.ndarray:
-    return to_keras(tensors.read(match.key), match.wanted)
+    return to_keras(tensors.read(match.key), match.target)
 
 
-def _take_preprocessing(model: Any, checkpoint: Checkpoint) -> None:
-    """Set what the checkpoint tells about its images in a config of the model's own."""
-    given = checkpoint.config.get("pretrained_cfg")
+def _copy_preprocessing(model: Any, checkpoint: Checkpoint) -> None:
+    """Copy the checkpoint's preprocessing to the config of the model."""
+    fields = checkpoint.config.get("pretrained_cfg")
     cfg = getattr(model, "cfg", None)
-    if not isinstance(given, dict) or cfg is None:
+    if not isinstance(fields, dict) or cfg is None:
         return
-    # A copy: tfimm's registry and other models may hold the same config.
+    # A copy, since tfimm's registry and other models may share the config.
     cfg = copy.copy(cfg)
     for name in PREPROCESSING_FIELDS:
-        if given.get(name) is not None and hasattr(cfg, name):
-            value = given[name]
+        if fields.get(name) is not None and hasattr(cfg, name):
+            value = fields[name]
             setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
     model.cfg = cfg

@@ -1,4 +1,4 @@
-"""``create_preprocessing``: images as the weights of a model expect them."""
+"""``create_preprocessing``: prepare images as a model's weights need them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from tfimm_lora.backend import default_backend
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
 
-#: timm's names of interpolations that TensorFlow calls otherwise.
+#: timm's names of interpolations -> TensorFlow's names, where they differ.
 INTERPOLATIONS = {
     "lanczos": "lanczos3",
     "random": "bilinear",
@@ -25,26 +25,26 @@ def create_preprocessing(
     dtype: str | None = None,
     resize: bool = False,
 ) -> Callable[[Any], Any]:
-    """A function that prepares images for a model: (image / 255 - mean) / std.
+    """Create a function that prepares images for a model: (image / 255 - mean) / std.
 
     Args:
         model_or_name: A model with a config (mean, std, ...), which ``load_timm_weights``
-            and ``create_model(pretrained=True)`` take from the checkpoint; or such a config
-            itself; or a name of tfimm, for its registered config.
-        in_channels: Number of channels of the images. Default: as in the config. Mean and
-            std are repeated or cut to it.
+            and ``create_model(pretrained=True)`` set from the checkpoint; or such a config;
+            or the name of a tfimm model, for its registered config.
+        in_channels: Number of channels of the images. Default: from the config. Mean and std
+            are repeated or truncated to it.
         dtype: Type of the result. Default: Keras' floatx.
-        resize: Also resize and crop as timm does in evaluation: the shorter side to
-            input_size / crop_pct, then the middle of input_size.
+        resize: Whether to resize and crop as timm does in evaluation: the shorter side to
+            input_size / crop_pct, then a center crop of input_size. Default False.
 
     Returns:
-        A function from an image (h, w, c) or a batch of images (n, h, w, c), of any numeric
-        type in [0, 255], to a tensor. It also works in ``tf.data.Dataset.map``.
+        A function from an image (h, w, c) or a batch of images (n, h, w, c), with numbers of
+        any type in [0, 255], to a tensor. It also works in ``tf.data.Dataset.map``.
 
     Raises:
-        ImportError, RuntimeError: for a name, if tfimm is not installed or cannot be used.
-        ValueError: for an unknown name.
-        TypeError: for a model without a config that has mean and std.
+        ImportError, RuntimeError: For a name, if tfimm is not installed or cannot be used.
+        ValueError: If the name is unknown.
+        TypeError: If the model has no config with mean and std.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -63,7 +63,7 @@ def create_preprocessing(
     keras = default_backend().keras
     result = tf.as_dtype(dtype or keras.backend.floatx())
     mean = _repeated(cfg.mean, channels)
-    # tfimm has a std of zero where timm 0.6 had one (vit_base_patch16_224_miil).
+    # tfimm has a std of zero for vit_base_patch16_224_miil, as timm 0.6 had.
     std = [value or 1.0 for value in _repeated(cfg.std, channels)]
 
     def preprocess(images: Any) -> Any:
@@ -95,18 +95,18 @@ def _registered_config(name: str) -> Any:
 
 
 def _repeated(values: Any, channels: int) -> list[float]:
-    """Values for a number of channels: repeated in turn, or cut."""
+    """Repeat or truncate values to a number of channels."""
     return [float(values[i % len(values)]) for i in range(channels)]
 
 
 def _resized(tf: Any, images: Any, cfg: Any) -> Any:
-    """Images (..., h, w, c) resized and cropped to the input size of a model."""
+    """Resize and crop images (..., h, w, c) to the input size of a model."""
     height, width = cfg.input_size
     crop = getattr(cfg, "crop_pct", None) or 1.0
     size = _covering(tf, tf.shape(images)[-3:-1], height / crop, width / crop)
     method = getattr(cfg, "interpolation", None) or "bicubic"
     images = tf.image.resize(images, size, INTERPOLATIONS.get(method, method), antialias=True)
-    # Cubic and Lanczos kernels overshoot; pictures do not.
+    # Cubic and Lanczos kernels overshoot the range of the image.
     images = tf.clip_by_value(images, 0.0, 255.0)
     offset = tf.cast(tf.round(tf.cast(size - cfg.input_size, tf.float32) / 2), tf.int32)
     top, left = offset[0], offset[1]
@@ -115,12 +115,12 @@ def _resized(tf: Any, images: Any, cfg: Any) -> Any:
 
 
 def _covering(tf: Any, sides: Any, height: float, width: float) -> Any:
-    """The smallest size of the proportions of ``sides`` that covers height and width."""
-    wanted = tf.constant([math.floor(height), math.floor(width)], tf.int64)
+    """Return the smallest size with the aspect ratio of ``sides`` that covers both lengths."""
+    least = tf.constant([math.floor(height), math.floor(width)], tf.int64)
     sides = tf.cast(sides, tf.int64)
-    # In whole numbers, the longer side rounded down, as torchvision does it.
-    fitted = sides * wanted[::-1] // sides[::-1]
-    by_height = tf.stack([wanted[0], fitted[1]])
-    by_width = tf.stack([fitted[0], wanted[1]])
-    size = tf.where(fitted[1] >= wanted[1], by_height, by_width)
-    return tf.cast(tf.maximum(size, wanted), tf.int32)
+    # In integers, with the longer side rounded down, as in torchvision.
+    fitted = sides * least[::-1] // sides[::-1]
+    by_height = tf.stack([least[0], fitted[1]])
+    by_width = tf.stack([fitted[0], least[1]])
+    size = tf.where(fitted[1] >= least[1], by_height, by_width)
+    return tf.cast(tf.maximum(size, least), tf.int32)

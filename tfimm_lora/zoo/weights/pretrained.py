@@ -1,4 +1,4 @@
-"""A tfimm model with the weights that its name stands for."""
+"""Create tfimm models with pretrained weights."""
 
 from __future__ import annotations
 
@@ -7,16 +7,21 @@ from typing import Any
 
 from tfimm_lora.backend import installed
 from tfimm_lora.model.transfer import transfer_weights
+from tfimm_lora.zoo.weights.hub_ids import TORCH_FILES, WITHOUT_WEIGHTS, hub_id
 from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
-from tfimm_lora.zoo.weights.names import TORCH_FILES, WITHOUT_WEIGHTS, hub_id
 
 
 def create_pretrained(tfimm: Any, model_name: str, **kwargs: Any) -> Any:
-    """What ``tfimm.create_model(model_name, pretrained=True, **kwargs)`` gives.
+    """Create a tfimm model with pretrained weights, without torch where that is possible.
 
-    A model in tfimm's own cache comes first. Otherwise the checkpoint of the hub that the
-    name stands for (``names.py``) is loaded, without torch. Names that are not in our
-    tables, which somebody else registered, go tfimm's own way.
+    A model in tfimm's own cache takes precedence. Otherwise the hub checkpoint of the name
+    (``hub_ids.py``) is loaded. Names that are not in the tables, which other packages
+    registered, are left to tfimm.
+
+    Args:
+        tfimm: The module tfimm.
+        model_name: A name of tfimm.
+        **kwargs: As for ``tfimm.create_model``.
     """
     if tfimm.utils.cached_model_path(model_name):
         return tfimm.create_model(model_name, True, **kwargs)
@@ -30,8 +35,8 @@ def create_pretrained(tfimm: Any, model_name: str, **kwargs: Any) -> Any:
         )
     if model_name in TORCH_FILES and not installed("torch"):
         raise ImportError(
-            f"The weights of {model_name!r} are published as a torch file only, and torch, "
-            "which reads it, is not installed. Install it with: pip install torch"
+            f"The weights of {model_name!r} are published as a torch file only, and torch is "
+            "not installed. Install it with: pip install torch"
         )
     return tfimm.create_model(model_name, True, **kwargs)
 
@@ -39,7 +44,7 @@ def create_pretrained(tfimm: Any, model_name: str, **kwargs: Any) -> Any:
 def create_from_file(
     tfimm: Any, model_name: str, path: str | os.PathLike[str], **kwargs: Any
 ) -> Any:
-    """The model of a name and arguments with a local checkpoint that is made for it."""
+    """Create a tfimm model with the weights of a local checkpoint for these arguments."""
     model = load_timm_weights(tfimm.create_model(model_name, **kwargs), path)
     for name in PREPROCESSING_FIELDS:
         if name in kwargs:
@@ -48,12 +53,12 @@ def create_from_file(
 
 
 def _created_from(tfimm: Any, model_name: str, source: str, kwargs: dict[str, Any]) -> Any:
-    """The model as its name says, and from it the one with the arguments asked for."""
+    """Create the registered model with its weights, and adapt it to other arguments."""
     model = load_timm_weights(tfimm.create_model(model_name), source)
-    told = {n: getattr(model.cfg, n) for n in PREPROCESSING_FIELDS if hasattr(model.cfg, n)}
-    asked = {key: value for key, value in kwargs.items() if value is not None}
-    if all(getattr(model.cfg, key, None) == value for key, value in asked.items()):
+    own = {n: getattr(model.cfg, n) for n in PREPROCESSING_FIELDS if hasattr(model.cfg, n)}
+    given = {key: value for key, value in kwargs.items() if value is not None}
+    if all(getattr(model.cfg, key, None) == value for key, value in given.items()):
         return model
-    changed = tfimm.create_model(model_name, **{**told, **asked})
+    changed = tfimm.create_model(model_name, **{**own, **given})
     transfer_weights(model, changed)
     return changed

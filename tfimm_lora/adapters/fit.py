@@ -1,0 +1,140 @@
+"""Whether the layers and weights of an adapter fit a model, with all problems in one error."""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.adapters.base_architecture import architecture_differences
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
+from tfimm_lora.adapters.torch_layout import (
+    DoesNotFit,
+    kernel_shape,
+    kinds_agree,
+    sure_kind,
+    values_for,
+)
+from tfimm_lora.layer_paths import nearest
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.model.classifier import classifier_paths
+
+#: LoRA layers with the values of their variables by name.
+LayerValues = list[tuple[LoRALayer, dict[str, np.ndarray]]]
+
+#: Weights of a model with the values that an adapter has for them.
+WeightValues = list[tuple[ModelWeight, np.ndarray]]
+
+#: The number of problems that an error message lists.
+_MAX_LISTED = 20
+
+
+def check_fits(model: Any, adapter: AdapterData) -> None:
+    """Raise a ValueError if the model lacks a layer or weight of the adapter.
+
+    The message names all layers and weights that are missing or have another shape or kind.
+    """
+    weight_values(ModuleNames(model), adapter)
+
+
+def weight_values(names: ModuleNames, adapter: AdapterData) -> WeightValues:
+    """Return the weights that an adapter replaces, with their values in torch's order.
+
+    Raises:
+        ValueError: If a layer or a weight of the adapter does not fit; see ``check_fits``.
+    """
+    problems = architecture_differences(names.model, adapter)
+    problems += _layer_problems(names, adapter.layers)
+    # Current names last: they take precedence over an equal older name of another layer.
+    known = {key: weight for weight in names.weights for key in weight.old_keys}
+    known.update({weight.key: weight for weight in names.weights})
+    counts = Counter(weight.key for weight in names.weights)
+    values: WeightValues = []
+    other_classes = False
+    for key, value in adapter.weights.items():
+        weight = known.get(key)
+        if counts[key] > 1:
+            problems.append(f"{counts[key]} weights called {key}")
+        elif weight is None:
+            problems.append(f"no weight {key}")
+        elif not weight.fits(value):
+            problems.append(f"{key} has {weight.value().shape}, the adapter {value.shape}")
+            other_classes |= weight.path in classifier_paths(names.model)
+        else:
+            values.append((weight, value))
+    if problems:
+        raise does_not_fit_error(names.model, adapter, problems, other_classes)
+    return values
+
+
+def layer_values(names: ModuleNames, adapter: AdapterData) -> LayerValues:
+    """Return the LoRA layers of a model with the values of the adapter in Keras' order.
+
+    Raises:
+        DoesNotFit: If the model has LoRA in other layers, or of another rank or variant.
+    """
+    layers = names.adapted()
+    updates = {names.paths[module]: x for module, x in adapter.layers.items()}
+    differing = sorted(set(layers) ^ set(updates))
+    if differing:
+        raise DoesNotFit(f"has LoRA in other layers: {', '.join(differing)}")
+    values = []
+    for path, layer in layers.items():
+        try:
+            values.append((layer, values_for(layer, updates[path])))
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{names.modules[path]} {error}") from error
+    return values
+
+
+def does_not_fit_error(
+    model: Any, adapter: AdapterData, problems: list[str], other_classes: bool = False
+) -> ValueError:
+    """Return the error for an adapter that does not fit a model.
+
+    Args:
+        model: The model.
+        adapter: The adapter.
+        problems: What does not fit.
+        other_classes: Whether the adapter's classifier has another number of classes.
+    """
+    listed = "; ".join(problems[:_MAX_LISTED])
+    hidden = len(problems) - _MAX_LISTED
+    more = f"; and {hidden} more" if hidden > 0 else ""
+    of = f" of {adapter.base_model!r}" if adapter.base_model else ""
+    remedy = "Load it into the model that it was trained on"
+    if other_classes:
+        remedy += ", with as many classes: create_model(..., nb_classes=...)"
+    return ValueError(
+        f"Received an adapter{of} that does not fit model '{model.name}' "
+        f"({type(model).__name__}): {listed}{more}. {remedy}. The model is unchanged."
+    )
+
+
+def _layer_problems(names: ModuleNames, updates: Any) -> list[str]:
+    adaptable = {m for m, path in names.paths.items() if names.is_adaptable(path)}
+    problems = []
+    for module, update in updates.items():
+        if module in adaptable:
+            problems += _layer_problem(names.layers[names.paths[module]], module, update)
+            continue
+        near = ", ".join(nearest([module.replace(".", "/")], sorted(adaptable), 3))
+        problems.append(f"no layer {module}" + (f" (nearest: {near})" if near else ""))
+    return problems
+
+
+def _layer_problem(layer: Any, module: str, update: LayerUpdate) -> list[str]:
+    shape, kind = kernel_shape(layer), sure_kind(layer)
+    if _without_ones(shape) != _without_ones(update.shape):
+        return [f"{module} is of shape {shape}, the update {update.shape}"]
+    if kind is not None and not kinds_agree(kind, update.kind):
+        return [f"{module} is of the kind {kind!r}, the update {update.kind!r}"]
+    return []
+
+
+def _without_ones(shape: tuple[int, ...]) -> list[int]:
+    """Drop the kernel sizes of 1: a linear layer is a 1x1 convolution."""
+    return [*shape[:2], *(size for size in shape[2:] if size != 1)]

@@ -1,0 +1,151 @@
+"""``LayerUpdate``: the low-rank update of one layer's weight, as an immutable value."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+#: The kinds of layers whose update PEFT supports too; see ``LayerUpdate.kind``.
+PEFT_KINDS = ("linear", "conv", "embedding")
+
+#: The kinds that exist only here, each with the reason that error messages give.
+OWN_KINDS = {
+    "grouped": "PEFT's A is not grouped",
+    "depthwise": "PEFT's A is not grouped",
+    "standardised": "PEFT standardises its factors too, which cannot be merged",
+    "batched": "PEFT has no layer with a kernel for each position",
+}
+
+
+@dataclass(frozen=True, eq=False)
+class LayerUpdate:
+    """The update of one layer's weight: dW = scale * B A.
+
+    With a magnitude m (DoRA) the weight is m (W + dW) / |W + dW|, with norms over all axes
+    but the first. With a bias c, scale * c is added to the layer's bias.
+
+    Attributes:
+        a: A, (rank, in) or (rank, in, *kernel_size).
+        b: B, (out, rank) or (out, rank, 1, ...).
+        scale: lora_alpha / rank, or lora_alpha / sqrt(rank) with rsLoRA.
+        kind: "linear", "conv" or "embedding" as in PEFT; or "grouped", "depthwise",
+            "standardised" or "batched" (an einsum with an axis in all its terms), which PEFT
+            does not have.
+        qkv: For a fused projection whose query, key or value blocks were adapted separately:
+            these blocks and the layout, for example ("qv", "qkv"). B is zero outside their
+            entries. Otherwise None.
+        magnitude: The DoRA magnitude m, (out,), or None.
+        bias: The bias c of the branch (PEFT's lora_bias), (out,), or None.
+    """
+
+    a: np.ndarray
+    b: np.ndarray
+    scale: float = 1.0
+    kind: str = "linear"
+    qkv: tuple[str, str] | None = None
+    magnitude: np.ndarray | None = None
+    bias: np.ndarray | None = None
+
+    def __post_init__(self) -> None:
+        vectors = [name for name in ("magnitude", "bias") if getattr(self, name) is not None]
+        for name in ("a", "b", *vectors):
+            value = np.array(getattr(self, name))
+            value.setflags(write=False)
+            object.__setattr__(self, name, value)
+        object.__setattr__(self, "scale", float(self.scale))
+        for name in ("a", "b", "scale", *vectors):
+            value = np.asarray(getattr(self, name))
+            if value.dtype.kind != "f" or not value.size or not np.isfinite(value).all():
+                raise ValueError(
+                    f"Received {name} of type {value.dtype} and shape {value.shape}; expected "
+                    "at least one value, and all of them finite floating point numbers."
+                )
+        if self.kind not in PEFT_KINDS and self.kind not in OWN_KINDS:
+            raise ValueError(
+                f"Received kind={self.kind!r}; expected one of "
+                f"{', '.join((*PEFT_KINDS, *OWN_KINDS))}."
+            )
+        if self.a.ndim < 2 or self.b.ndim < 2 or self.a.shape[0] != self.b.shape[1]:
+            raise ValueError(
+                f"Received A of shape {self.a.shape} and B of shape {self.b.shape}; expected "
+                "(rank, in, ...) and (out, rank, ...)."
+            )
+        for name in vectors:
+            value = getattr(self, name)
+            if value.shape != self.b.shape[:1]:
+                raise ValueError(
+                    f"Received {name} of shape {value.shape} with B of shape {self.b.shape}; "
+                    f"expected one value for each output, {self.b.shape[:1]}."
+                )
+
+    @property
+    def rank(self) -> int:
+        """The rank of the update."""
+        return int(self.a.shape[0])
+
+    @property
+    def alpha(self) -> float:
+        """The lora_alpha for which scale = alpha / rank, up to floating point rounding."""
+        return self.scale * self.rank
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of dW, (out, in, ...)."""
+        return (self.b.shape[0], *self.a.shape[1:])
+
+    def matrices(self) -> tuple[np.ndarray, np.ndarray]:
+        """Return A as (rank, in * kernel size) and B as (out, rank), in float64."""
+        a: np.ndarray = self.a.reshape(self.rank, -1).astype("float64")
+        b: np.ndarray = self.b.reshape(self.b.shape[0], self.rank).astype("float64")
+        return a, b
+
+    @property
+    def size(self) -> int:
+        """The number of parameters."""
+        return sum(value.size for value in self.arrays().values())
+
+    def delta(self) -> np.ndarray:
+        """Compute dW = scale * B A in float64, in the shape of the weight: (out, in, ...)."""
+        a, b = self.matrices()
+        product: np.ndarray = self.scale * (b @ a)
+        return product.reshape(self.shape)
+
+    def singular_values(self) -> np.ndarray:
+        """Compute the singular values of dW as a matrix (out, in * kernel size).
+
+        Returns:
+            At most ``rank`` values, in decreasing order.
+        """
+        a, b = self.matrices()
+        # Those of the small matrix in the middle of Q_b (R_b R_a^T) Q_a^T.
+        middle = (
+            np.asarray(np.linalg.qr(b, mode="r")) @ np.asarray(np.linalg.qr(a.T, mode="r")).T
+        )
+        return abs(self.scale) * np.linalg.svd(middle, compute_uv=False)
+
+    def arrays(self) -> dict[str, np.ndarray]:
+        """Return the arrays by name: a and b, and magnitude and bias if there are any."""
+        named = {name: getattr(self, name) for name in ("a", "b", "magnitude", "bias")}
+        return {name: value for name, value in named.items() if value is not None}
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        values = (self.a, self.b, self.scale, self.kind, self.qkv, self.magnitude, self.bias)
+        return LayerUpdate, values
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, LayerUpdate):
+            return NotImplemented
+        mine, theirs = ((x.scale, x.kind, x.qkv) for x in (self, other))
+        return mine == theirs and same_arrays(self.arrays(), other.arrays())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def same_arrays(one: Any, other: Any) -> bool:
+    """Whether two mappings have the same keys, dtypes and values."""
+    return one.keys() == other.keys() and all(
+        value.dtype == other[key].dtype and np.array_equal(value, other[key])
+        for key, value in one.items()
+    )

@@ -1,0 +1,114 @@
+"""``lora_arguments``: the LoRA that an adapter needs in a model."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from typing import Any
+
+from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.adapters.fit import weight_values
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.module_names import ModuleNames
+from tfimm_lora.adapters.peft_config import exact_pattern
+from tfimm_lora.adapters.torch_layout import moves_only_its_blocks
+from tfimm_lora.config import LoRAConfig
+from tfimm_lora.layers.einsum_dense import positions_of
+from tfimm_lora.layers.qkv import layout_of
+from tfimm_lora.model.classifier import classifier_paths
+
+
+def lora_arguments(model: Any, adapter: AdapterData) -> dict[str, Any]:
+    """Return all fields of the ``LoRAConfig`` with which a model can hold an adapter.
+
+    What an adapter does not determine (the initialization, whether A is frozen, the
+    regularizer) has its default.
+
+    Raises:
+        ValueError: If a layer or weight of the adapter does not fit; see ``check_fits``.
+    """
+    names = ModuleNames(model)
+    weight_values(names, adapter)
+    updates = {names.paths[module]: x for module, x in adapter.layers.items()}
+    qkv = _common_qkv(updates)
+    ranks = {path: _lora_rank(names.layers[path], x, qkv) for path, x in updates.items()}
+    rank = Counter(ranks.values()).most_common(1)[0][0]
+    scale = Counter(x.scale for x in updates.values()).most_common(1)[0][0]
+    dotted = {path: path.replace("/", ".") for path in updates}
+    alphas = {dotted[path]: x.scale * ranks[path] for path, x in updates.items()}
+    # Without an alpha the scale is 1 at any rank.
+    unscaled = all(x.scale == 1 for x in updates.values())
+    heads = classifier_paths(model)
+    full = [path for module in adapter.modules for path in layers_of_module(names, module)]
+    has_heads = bool(heads) and set(heads) <= set(full)
+    config = LoRAConfig(
+        lora_rank=rank,
+        lora_alpha=None if unscaled else scale * rank,
+        lora_rank_pattern=exact_pattern({dotted[p]: ranks[p] for p in updates}, rank),
+        lora_alpha_pattern={} if unscaled else exact_pattern(alphas, scale * rank),
+        lora_use_dora=adapter.use_dora,
+        lora_bias=adapter.branch_bias,
+        lora_dropout=adapter.dropout,
+        lora_targets=exact_targets(list(updates), list(names.layers)),
+        lora_qkv=qkv,
+        lora_train_bias=adapter.bias,
+        lora_train_modules=[path for path in full if not (has_heads and path in heads)],
+        lora_train_classifier=has_heads,
+    )
+    return config.arguments()
+
+
+def exact_targets(paths: list[str], all_paths: list[str]) -> list[str] | str:
+    """Return the ``lora_targets`` that match these layers and no others."""
+    chosen = set(paths)
+    ends_others = any(
+        other.endswith("/" + path)
+        for path in chosen
+        for other in all_paths
+        if other not in chosen
+    )
+    if not ends_others and not any("#" in path for path in paths):
+        return paths
+    return "|".join(re.escape(path) for path in paths)
+
+
+def layers_of_module(names: ModuleNames, module: str) -> list[str]:
+    """Return the paths of the layers of a fully trained module.
+
+    A module that is only a list in torch has no layer of its own here; its members are
+    returned.
+    """
+    if module in names.paths:
+        return [names.paths[module]]
+    inside = [
+        weight.path
+        for weight in names.weights
+        if any(key.startswith(f"{module}.") for key in (weight.key, *weight.old_keys))
+    ]
+    return list(dict.fromkeys(inside))
+
+
+def _lora_rank(layer: Any, update: LayerUpdate, qkv: str | None) -> int:
+    """Return the ``lora_rank`` for an update, which files may store with a larger rank."""
+    if update.kind == "batched":
+        return update.rank // positions_of(layer)
+    return update.rank // (len(update.qkv[0]) if qkv and update.qkv else 1)
+
+
+def _common_qkv(updates: dict[str, LayerUpdate]) -> str | None:
+    """Return the ``lora_qkv`` of an adapter, if one value describes all its layers.
+
+    Otherwise fused projections are loaded at the larger rank of the file, which is as exact.
+    """
+    layouts = {path: layout_of(path) or "" for path in updates}
+    fused = {path: x.qkv for path, x in updates.items() if x.qkv}
+    if not fused or not all(moves_only_its_blocks(updates[path]) for path in fused):
+        return None
+    single = [layout for layout in layouts.values() if len(layout) == 1]
+    letters = "".join([*single, *(qkv[0] for qkv in fused.values())])
+    chosen = "".join(letter for letter in "qkv" if letter in letters)
+    for path, layout in layouts.items():
+        expected = "".join(letter for letter in layout if letter in chosen)
+        if fused.get(path) != ((expected, layout) if len(layout) > 1 else None):
+            return None
+    return chosen

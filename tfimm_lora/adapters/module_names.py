@@ -1,0 +1,212 @@
+"""The names of a model's layers and weights in an adapter.
+
+For tfimm models these are timm's current names; for others the path of the layer with dots. If
+Keras named a layer, the number in its name is replaced by a count within the layer around it,
+since it differs between processes, and between two models in one process.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.conversion import supported
+from tfimm_lora.zoo.weights.key_layouts import layout_of_model
+from tfimm_lora.zoo.weights.keys import (
+    CheckpointVariable,
+    checkpoint_variables,
+    fits,
+    key_of_path,
+    leaf_of,
+    to_keras,
+    torch_axes,
+)
+
+#: Weights of tfimm's dense layers that are weights of 1x1 convolutions in timm, by class.
+_CONVOLUTIONS_IN_TIMM = {"ResNetV2": ("head.fc.weight",)}
+
+
+class ModuleNames:
+    """The module paths and weight keys of one model.
+
+    Attributes:
+        model: The model.
+        layers: Path -> layer, for every layer in the model.
+        modules: Path of a layer -> its module path.
+        paths: Module path -> path of the layer. It also has the names of timm's older layout.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model = model
+        self.layers = {path: x for path, x in backend_of(model).walk(model) if path}
+        self._layout = layout_of_model(model)
+        classes = type(model).__mro__
+        self._convolutions = [
+            key for cls in classes for key in _CONVOLUTIONS_IN_TIMM.get(cls.__name__, ())
+        ]
+        self._is_tfimm = hasattr(model, "cfg") and any(
+            cls.__module__.partition(".")[0] == "tfimm" for cls in classes
+        )
+        self._stable = _stable_paths(self.layers)
+        self.modules = {path: self._module(self._stable[path]) for path in self.layers}
+        self.paths = {self._old_module(self._stable[path]): path for path in self.layers}
+        self.paths.update({module: path for path, module in self.modules.items()})
+        adaptable = [path for path in self.layers if self.is_adaptable(path)]
+        require_unique([(path, self.modules[path]) for path in adaptable], "layers")
+
+    def _old_module(self, path: str) -> str:
+        return key_of_path(path) if self._is_tfimm else path.replace("/", ".")
+
+    def _module(self, path: str) -> str:
+        return self._current(self._old_module(path))
+
+    def _current(self, key: str) -> str:
+        return self._layout.rename_back(key) if self._layout else key
+
+    def module_of(self, weight: ModelWeight, roots: list[str]) -> str:
+        """Return the module under which PEFT would save a fully trained weight.
+
+        Args:
+            weight: The weight.
+            roots: The paths that the user asked to train fully, the shortest first. If the
+                weight is in none of them, it is the module of its own layer.
+        """
+        path = weight.path
+        root = next((r for r in roots if path == r or path.startswith(r + "/")), path)
+        # Where timm has other levels than tfimm, only the layers themselves correspond.
+        return self.modules.get(path if self._layout else root, path.replace("/", "."))
+
+    def is_adaptable(self, path: str) -> bool:
+        """Whether the layer at a path has LoRA or can have it."""
+        layer = self.layers[path]
+        return isinstance(layer, LoRALayer) or supported(layer)
+
+    def adapted(self) -> dict[str, LoRALayer]:
+        """Return the LoRA layers by path."""
+        return {path: x for path, x in self.layers.items() if isinstance(x, LoRALayer)}
+
+    @functools.cached_property
+    def weights(self) -> list[ModelWeight]:
+        """The weights of the model without LoRA's factors."""
+        weights = []
+        for target in checkpoint_variables(self.model):
+            path, _, leaf = target.name.rpartition("/")
+            stable = self._stable.get(path, path)
+            named = target._replace(name=f"{stable}/{leaf}" if stable else leaf)
+            if self._is_tfimm:
+                old = named.keys
+                key = self._current(_key(named))
+            else:
+                key = f"{self._module(stable)}.{_key(named).rpartition('.')[2]}".strip(".")
+                old = (key,)
+            weights.append(ModelWeight(key, path, named, old, key in self._convolutions))
+        return weights
+
+
+class ModelWeight(NamedTuple):
+    """A weight of a model that an adapter may hold a fully trained value for."""
+
+    #: Its key in an adapter, for example "head.weight".
+    key: str
+    #: The path of its layer.
+    path: str
+    target: CheckpointVariable
+    #: Its keys in timm's older layout.
+    old_keys: tuple[str, ...]
+    #: Whether it is the weight of a 1x1 convolution in timm.
+    is_convolution: bool = False
+
+    @property
+    def variable(self) -> Any:
+        """The Keras variable."""
+        return self.target.variable
+
+    @property
+    def layer(self) -> Any:
+        """The layer that owns the variable."""
+        return self.target.layer
+
+    def value(self) -> np.ndarray:
+        """Return the value in torch's order of axes; of a merged layer, unmerged."""
+        if isinstance(self.layer, LoRALayer):
+            value = self.layer.value_of(self.variable, merged=False)
+        else:
+            value = backend_of(self.layer).to_numpy(self.variable)
+        value = to_torch(value, self.target)
+        return value[..., None, None] if self.is_convolution else value
+
+    def fits(self, value: np.ndarray) -> bool:
+        """Whether a value of an adapter has the shape of this weight."""
+        return fits(value.shape, self.target)
+
+    def assign(self, value: np.ndarray) -> None:
+        """Assign a value of an adapter to the variable."""
+        dtype = backend_of(self.layer).to_numpy(self.variable).dtype
+        self.variable.assign(to_keras(value, self.target).astype(dtype))
+
+    def is_bias(self) -> bool:
+        """Whether the variable is a bias or the like."""
+        return bool(backend_of(self.layer).is_bias_like(self.variable))
+
+
+def require_unique(names: list[tuple[str, str]], kind: str) -> None:
+    """Raise a ValueError if two layers or weights have the same name in an adapter.
+
+    Args:
+        names: Pairs of a path and its name in an adapter.
+        kind: "layers" or "weights", for the message.
+    """
+    first: dict[str, str] = {}
+    for path, name in names:
+        if name in first:
+            raise ValueError(
+                f"The {kind} '{first[name]}' and '{path}' would both be called '{name}' in an "
+                "adapter. Give them names that differ in more than '/' and '.'."
+            )
+        first[name] = path
+
+
+def _stable_paths(layers: dict[str, Any]) -> dict[str, str]:
+    """Replace the numbers in names that Keras gave by the order of the layers."""
+    stable: dict[str, str] = {"": ""}
+    counts: dict[tuple[str, str], int] = {}
+    for path, layer in layers.items():  # parents first
+        parent = path.rpartition("/")[0]
+        while parent not in stable:
+            parent = parent.rpartition("/")[0]
+        name = path[len(parent) :].strip("/")
+        if re.fullmatch(rf"{_keras_name(layer)}(_\d+)?", name):
+            stem = re.sub(r"_\d+$", "", name)
+            index = counts.get((parent, stem), 0)
+            counts[parent, stem] = index + 1
+            name = f"{stem}_{index}" if index else stem
+        stable[path] = f"{stable[parent]}/{name}".strip("/")
+    return stable
+
+
+def _keras_name(layer: Any) -> str:
+    """Return a pattern for the name that Keras gives to a layer: "multi_head_attention"."""
+    plain = next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
+    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", plain.__name__)
+    name = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
+    # Legacy Keras names functional models "model".
+    return "(functional|model)" if name == "functional" else name
+
+
+def to_torch(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:
+    """Return the value of a variable in torch's order of axes; the inverse of ``to_keras``."""
+    axes = torch_axes(leaf_of(target), value.ndim)
+    return value.transpose(np.argsort(axes)) if axes else value
+
+
+def _key(target: CheckpointVariable) -> str:
+    """Return timm's key of a weight. A gamma outside of a norm is not renamed to "weight"."""
+    is_norm = "Normalization" in "".join(cls.__name__ for cls in type(target.layer).__mro__)
+    leaf = target.name.rpartition("/")[2]
+    keeps_name = leaf in ("gamma", "beta") and not is_norm
+    return target.keys[-1] if keeps_name else target.keys[0]

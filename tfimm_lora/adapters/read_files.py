@@ -1,0 +1,300 @@
+"""Read an adapter from a folder.
+
+Files are untrusted input: sizes, types, shapes and values are checked before they are used,
+and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+
+from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.adapters.file_format import (
+    CONFIG,
+    METADATA_KEY,
+    METADATA_VERSION,
+    PENDING_CONFIG,
+    PREFIX,
+    WEIGHTS,
+    safetensors,
+)
+from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate
+from tfimm_lora.adapters.peft_config import PeftConfig
+
+#: Far more than any adapter has. A larger file is damaged or hostile.
+_MAX_BYTES = {CONFIG: 4 << 20, WEIGHTS: 8 << 30}
+_MAX_HEADER = 16 << 20
+
+_FLOATS = ("F64", "F32", "F16", "BF16")
+
+_FACTOR = re.compile(
+    r"(?P<module>.+)\.(?:(?P<factor>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<bias>lora_B\.bias))"
+)
+
+#: PEFT's names of tensors that belong to unsupported variants of LoRA.
+_OTHER_FACTOR = re.compile(r"\.lora_(magnitude_vector|[A-Z]|embedding_[A-Z])(\.|$)")
+
+#: Levels that PEFT inserts in the names of weights.
+_PEFT_LEVELS = (".base_layer.", ".original_module.", ".modules_to_save.")
+
+_T = TypeVar("_T")
+
+
+def read(path: str | os.PathLike[str]) -> AdapterData:
+    """Read an adapter from a folder; see ``Adapter.load``."""
+    folder = Path(path)
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"Received path={str(path)!r}, which is not a folder; expected a folder with "
+            f"{CONFIG} and {WEIGHTS}, or 'hf://user/repo'."
+        )
+    for name in (WEIGHTS, CONFIG):
+        _check_size(folder, name)
+    weights = folder / WEIGHTS
+    tensors, metadata = _with_path(weights, lambda: _read_tensors(weights))
+    content = _config_bytes(folder, metadata)
+    config = _with_path(folder / CONFIG, lambda: PeftConfig(_parsed(content)))
+    return _with_path(folder, lambda: _assembled(tensors, metadata, config))
+
+
+def _with_path(path: Path, step: Callable[[], _T]) -> _T:
+    """Return the result of ``step``, and add the path to the message of its errors."""
+    try:
+        return step()
+    except ValueError as error:
+        raise ValueError(f"The adapter '{path}' {error}.") from error
+
+
+# -- the two files --------------------------------------------------------------------------
+
+
+def _check_size(folder: Path, name: str) -> None:
+    path = folder / name
+    if not path.is_file():
+        hint = ""
+        if name == WEIGHTS and (folder / "adapter_model.bin").exists():
+            hint = (
+                " It has adapter_model.bin, which is pickled and never read; save it again in "
+                "PEFT with safe_serialization=True."
+            )
+        raise FileNotFoundError(f"The adapter '{folder}' has no file {name}.{hint}")
+    size = path.stat().st_size
+    if size > _MAX_BYTES[name]:
+        raise ValueError(
+            f"The adapter file '{path}' has {size} bytes; expected at most "
+            f"{_MAX_BYTES[name]}. It is damaged or not an adapter."
+        )
+
+
+def _config_bytes(folder: Path, metadata: dict[str, Any]) -> bytes:
+    """Return the content of the config that belongs to the weights.
+
+    If writing was interrupted between the two files, it is still under its other name. A
+    config that was edited by hand is used as it is.
+    """
+    content = (folder / CONFIG).read_bytes()
+    expected, pending = metadata.get("config"), folder / PENDING_CONFIG
+    if expected and hashlib.sha256(content).hexdigest() != expected and pending.is_file():
+        other = pending.read_bytes()
+        if hashlib.sha256(other).hexdigest() == expected:
+            return other
+    return content
+
+
+def _parsed(content: bytes) -> Any:
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error})") from error
+
+
+def _read_tensors(path: Path) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Return the tensors of a file by key, and the metadata of this package."""
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+    if length > min(_MAX_HEADER, path.stat().st_size):
+        raise ValueError(f"claims a header of {length} bytes, more than any adapter has")
+    library = safetensors()
+    tensors: dict[str, np.ndarray] = {}
+    try:
+        with library.safe_open(str(path), framework="numpy") as file:
+            metadata = file.metadata() or {}
+            for key in file.keys():  # noqa: SIM118 (not a dict)
+                dtype = file.get_slice(key).get_dtype()
+                if dtype not in _FLOATS and not key.endswith(".num_batches_tracked"):
+                    raise ValueError(f"has {key!r} of type {dtype}, expected {_FLOATS}")
+                tensors[key] = _finite(key, file.get_tensor(key))
+    except library.SafetensorError as error:
+        raise ValueError(f"is not a complete safetensors file ({error})") from error
+    return tensors, _own_metadata(metadata.get(METADATA_KEY))
+
+
+def _finite(key: str, value: np.ndarray) -> np.ndarray:
+    if value.dtype not in (np.float32, np.float64):
+        value = value.astype("float32")
+    if not np.isfinite(value).all():
+        raise ValueError(f"has values in {key!r} that are not finite")
+    return value
+
+
+def _own_metadata(text: str | None) -> dict[str, Any]:
+    if text is None:
+        return {}
+    metadata = _parsed(text.encode())
+    valid = isinstance(metadata, dict) and all(
+        isinstance(metadata.get(name, {}), dict) for name in ("kinds", "qkv", "scales")
+    )
+    if not valid:
+        raise ValueError("has damaged metadata of tfimm_lora")
+    version = metadata.get("version")
+    if version != METADATA_VERSION:
+        raise ValueError(
+            f"was written by a later version of tfimm_lora (format {version!r}, supported: "
+            f"{METADATA_VERSION}); install a newer one"
+        )
+    return dict(metadata)
+
+
+# -- from tensors to an adapter -------------------------------------------------------------
+
+
+def _assembled(
+    tensors: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
+) -> AdapterData:
+    factors, weights = _sorted_tensors(tensors)
+    layers = {
+        module: _update(module, found, metadata, config) for module, found in factors.items()
+    }
+    if not layers:
+        raise ValueError("has no LoRA factors")
+    modules = _full_modules(config, weights, set(layers))
+    outside = [k for k in weights if not any(k.startswith(f"{m}.") for m in modules)]
+    odd = [k for k in outside if config.bias == "none" or not re.search(r"bias|\.beta$", k)]
+    if odd:
+        raise ValueError(f"has tensors that its config does not explain: {', '.join(odd)}")
+    return AdapterData(layers, weights, modules, config.base_model, config.bias, config.dropout)
+
+
+def _sorted_tensors(
+    tensors: dict[str, np.ndarray],
+) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
+    """Return module path -> the tensors of its update, and key -> fully trained weight.
+
+    The tensors of an update are named "A", "B", "magnitude" and "bias". Those of an embedding
+    also have the name "embedding".
+    """
+    factors: dict[str, dict[str, np.ndarray]] = {}
+    weights: dict[str, np.ndarray] = {}
+    for key, value in tensors.items():
+        if not key.startswith(PREFIX):
+            raise ValueError(f"has the key {key!r}, expected keys that begin with {PREFIX!r}")
+        name = key[len(PREFIX) :]
+        found = _FACTOR.fullmatch(name)
+        if found:
+            own = factors.setdefault(found["module"], {})
+            vector = next((name for name in ("magnitude", "bias") if found[name]), None)
+            factor = found["embedding"] or vector or found["factor"][-1]
+            if factor in own:
+                raise ValueError(f"has two values for the {factor} of {found['module']}")
+            own[factor] = value
+            if found["embedding"]:
+                own["embedding"] = value
+        elif _OTHER_FACTOR.search(name):
+            raise ValueError(f"has {key!r}, of a variant that is not supported")
+        elif not name.endswith(".num_batches_tracked"):
+            for level in _PEFT_LEVELS:
+                name = name.replace(level, ".")
+            if name in weights:
+                raise ValueError(f"has two values for {name}")
+            weights[name] = value
+    return factors, weights
+
+
+def _update(
+    module: str, found: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
+) -> LayerUpdate:
+    for name in ("A", "B"):
+        if name not in found:
+            raise ValueError(f"has no lora_{name} for {module}")
+    for name, field, expected in (
+        ("magnitude", "use_dora", config.use_dora),
+        ("bias", "lora_bias", config.lora_bias),
+    ):
+        if (name in found) != expected:
+            article = "a" if name in found else "no"
+            raise ValueError(f"has {article} {name} for {module}, and {field}={expected}")
+    a, b = found["A"], found["B"]
+    fitting = a.ndim == b.ndim >= 2 and a.shape[0] == b.shape[1] and min(a.shape + b.shape)
+    if not fitting or any(size != 1 for size in b.shape[2:]):
+        raise ValueError(f"has A {a.shape} and B {b.shape} for {module}, which do not fit")
+    vectors = {name: found[name].reshape(-1) for name in ("magnitude", "bias") if name in found}
+    for name, value in vectors.items():
+        if len(value) != len(b):
+            raise ValueError(
+                f"has a {name} of shape {found[name].shape} for {module} with {len(b)} outputs"
+            )
+    kind = "embedding" if "embedding" in found else "linear" if a.ndim == 2 else "conv"
+    return LayerUpdate(
+        a,
+        b,
+        _scale(module, a.shape[0], metadata, config),
+        _own_kind(module, metadata) or kind,
+        _qkv(module, metadata),
+        **vectors,
+    )
+
+
+def _scale(module: str, rank: int, metadata: dict[str, Any], config: PeftConfig) -> float:
+    scale = config.scale_of(module, rank)
+    exact = metadata.get("scales", {}).get(module)
+    if isinstance(exact, float) and math.isclose(exact, scale, rel_tol=1e-12):
+        return exact
+    return scale
+
+
+def _own_kind(module: str, metadata: dict[str, Any]) -> str | None:
+    kind = metadata.get("kinds", {}).get(module)
+    if kind is None or (isinstance(kind, str) and kind in OWN_KINDS):
+        return kind
+    raise ValueError(f"has the unknown kind {kind!r} for {module}")
+
+
+def _qkv(module: str, metadata: dict[str, Any]) -> tuple[str, str] | None:
+    qkv = metadata.get("qkv", {}).get(module)
+    if qkv is None:
+        return None
+    if not isinstance(qkv, list) or len(qkv) != 2 or not all(isinstance(x, str) for x in qkv):
+        raise ValueError(f"has damaged metadata of tfimm_lora for {module}")
+    return qkv[0], qkv[1]
+
+
+def _full_modules(
+    config: PeftConfig, weights: dict[str, np.ndarray], adapted: set[str]
+) -> tuple[str, ...]:
+    """Return the paths of the fully trained modules that modules_to_save names."""
+    matches = {name: _named_modules(name, weights, adapted) for name in config.modules}
+    unused = [name for name, modules in matches.items() if not modules]
+    if unused:
+        raise ValueError(f"has no tensors for modules_to_save {unused}")
+    return tuple(sorted({module for modules in matches.values() for module in modules}))
+
+
+def _named_modules(name: str, weights: dict[str, np.ndarray], adapted: set[str]) -> list[str]:
+    """Return the modules with this path, or else those whose path ends in it, as in PEFT.
+
+    A layer with factors is not fully trained.
+    """
+    if any(key.startswith(f"{name}.") for key in weights) and name not in adapted:
+        return [name]
+    found = (re.match(rf"(.*\.)?{re.escape(name)}(?=\.)", key) for key in weights)
+    return list(dict.fromkeys(m[0] for m in found if m and m[0] not in adapted))

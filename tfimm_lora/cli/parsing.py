@@ -1,0 +1,90 @@
+"""Parsing of option values that are more than a string or a number."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from tfimm_lora.config import LoRAConfig, Targets
+from tfimm_lora.utils.optional_imports import require
+
+
+def parse_targets(text: str | None) -> Targets:
+    r"""Parse ``--targets`` into ``lora_targets``.
+
+    Args:
+        text: The name of a preset; a regular expression for whole paths, recognized by
+            characters that layer names do not have; or layer names separated by commas. None
+            means the default.
+
+    Returns:
+        A value for ``LoRAConfig``.
+
+    Example:
+        >>> parse_targets("mlp"), parse_targets("fc1, mlp/fc2"), parse_targets(r"blocks/\d+/.*")
+        ('mlp', ['fc1', 'mlp/fc2'], 'blocks/\\d+/.*')
+    """
+    if text is None or text in LoRAConfig.presets() or re.search(r"[\\()\[\]|^$*+?{}]", text):
+        return text
+    return [name.strip() for name in text.split(",") if name.strip()]
+
+
+def parse_weights(text: str) -> list[float]:
+    """Parse ``--weights``, numbers separated by commas.
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_weights("0.5,-1")
+        [0.5, -1.0]
+    """
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError as error:
+        raise ValueError(
+            f"Received --weights {text!r}; expected numbers separated by commas, one for each "
+            "adapter, such as 0.5,-1."
+        ) from error
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse ``--input-size`` into height and width.
+
+    Raises:
+        ValueError: for anything but one or two numbers.
+
+    Example:
+        >>> parse_size("224"), parse_size("224x288")
+        ((224, 224), (224, 288))
+    """
+    sides = text.lower().split("x")
+    if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
+        raise ValueError(f"Received --input-size {text}; expected 224, or 224x288.")
+    return int(sides[0]), int(sides[-1])
+
+
+def parse_lora_fields(texts: Iterable[str]) -> dict[str, Any]:
+    """Parse the values of ``--lora``, NAME=VALUE with the value in YAML.
+
+    Returns:
+        The values by name, without the prefix "lora_".
+
+    Raises:
+        ValueError: if there is no "=", or the value is not valid YAML.
+    """
+    yaml = require("yaml", extra="cli", why="--lora")
+    fields = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not equals:
+            raise ValueError(f"Received --lora {text}; expected NAME=VALUE.")
+        try:
+            fields[name.strip().removeprefix("lora_")] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise ValueError(
+                f"Received --lora {text}, whose value is not valid YAML; expected NAME=VALUE, "
+                "such as dropout=0.1."
+            ) from error
+    return fields

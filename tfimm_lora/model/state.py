@@ -1,0 +1,62 @@
+"""The state of a model that LoRA was injected into, in one object.
+
+It is kept in ``model.__dict__["_lora_model"]``, where Keras neither tracks nor wraps it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+from tfimm_lora.backend.interface import Layer, Variable
+from tfimm_lora.config import LoRAConfig
+
+_STATE = "_lora_model"
+
+
+class ReplacedWeight(NamedTuple):
+    """A weight that an adapter replaced: its variable, and its value before any adapter."""
+
+    variable: Variable
+    before: Any
+
+
+@dataclass
+class ModelState:
+    """What is recorded of a model."""
+
+    #: The settings with which LoRA was injected; None if layers were adapted by hand.
+    config: LoRAConfig | None = None
+    #: The weights that an adapter replaced, by their key in adapters.
+    replaced: dict[str, ReplacedWeight] = field(default_factory=dict)
+    #: The values of such weights while the adapter is disabled, by key; else empty.
+    while_disabled: dict[str, Any] = field(default_factory=dict)
+    #: The names of the adapters of a mixed batch, or None if none are attached.
+    attached: tuple[str, ...] | None = None
+    #: Whether LoRA was injected only to attach adapters.
+    injected_to_attach: bool = False
+
+
+def model_state(model: Layer) -> ModelState:
+    """The state of a model, created if there is none."""
+    state: ModelState = model.__dict__.setdefault(_STATE, ModelState())
+    return state
+
+
+def drop_model_state(model: Layer) -> bool:
+    """Remove the state of a model or layer, and return whether it had one."""
+    return model.__dict__.pop(_STATE, None) is not None
+
+
+def config_of(model: Layer) -> LoRAConfig | None:
+    """The settings with which LoRA was injected into a model, if they are known."""
+    state: ModelState | None = model.__dict__.get(_STATE)
+    return state.config if state is not None else None
+
+
+def restore_replaced_weights(model: Layer) -> None:
+    """Assign the values that weights had before an adapter replaced them."""
+    state = model_state(model)
+    for weight in state.replaced.values():
+        weight.variable.assign(weight.before)
+    state.replaced = {}

@@ -1,0 +1,1 @@
+"""Helpers that know nothing of Keras or LoRA: files, optional imports, text."""

@@ -1,0 +1,32 @@
+"""LoRA versions of tfimm's architectures, one file per family."""
+
+from .cait import LoRACaiT as LoRACaiT
+from .cait import LoRACaiTConfig as LoRACaiTConfig
+from .convmixer import LoRAConvMixer as LoRAConvMixer
+from .convmixer import LoRAConvMixerConfig as LoRAConvMixerConfig
+from .convnext import LoRAConvNeXt as LoRAConvNeXt
+from .convnext import LoRAConvNeXtConfig as LoRAConvNeXtConfig
+from .efficientnet import LoRAEfficientNet as LoRAEfficientNet
+from .efficientnet import LoRAEfficientNetConfig as LoRAEfficientNetConfig
+from .mlp_mixer import LoRAMLPMixer as LoRAMLPMixer
+from .mlp_mixer import LoRAMLPMixerConfig as LoRAMLPMixerConfig
+from .pit import LoRAPoolingVisionTransformer as LoRAPoolingVisionTransformer
+from .pit import LoRAPoolingVisionTransformerConfig as LoRAPoolingVisionTransformerConfig
+from .poolformer import LoRAPoolFormer as LoRAPoolFormer
+from .poolformer import LoRAPoolFormerConfig as LoRAPoolFormerConfig
+from .pvt import LoRAPyramidVisionTransformer as LoRAPyramidVisionTransformer
+from .pvt import LoRAPyramidVisionTransformerConfig as LoRAPyramidVisionTransformerConfig
+from .pvt_v2 import LoRAPyramidVisionTransformerV2 as LoRAPyramidVisionTransformerV2
+from .pvt_v2 import LoRAPyramidVisionTransformerV2Config as LoRAPyramidVisionTransformerV2Config
+from .resnet import LoRAResNet as LoRAResNet
+from .resnet import LoRAResNetConfig as LoRAResNetConfig
+from .resnetv2 import LoRAResNetV2 as LoRAResNetV2
+from .resnetv2 import LoRAResNetV2Config as LoRAResNetV2Config
+from .segment_anything import LoRASegmentAnythingModel as LoRASegmentAnythingModel
+from .segment_anything import LoRASegmentAnythingModelConfig as LoRASegmentAnythingModelConfig
+from .swin import LoRASwinTransformer as LoRASwinTransformer
+from .swin import LoRASwinTransformerConfig as LoRASwinTransformerConfig
+from .vgg import LoRAVGG as LoRAVGG
+from .vgg import LoRAVGGConfig as LoRAVGGConfig
+from .vit import LoRAViT as LoRAViT
+from .vit import LoRAViTConfig as LoRAViTConfig

@@ -1,0 +1,145 @@
+"""Find the files of a checkpoint: a file, a folder or a hub repository."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.zoo.weights import hub
+
+WEIGHTS = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+CONFIG = "config.json"
+
+_HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
+_OTHER_FORMATS = (".pth", ".pt", ".bin", ".tar", ".npz", ".h5", ".ckpt", ".pkl")
+
+
+class Checkpoint(NamedTuple):
+    """The local files of a checkpoint."""
+
+    #: The ``source`` argument, for messages.
+    source: str
+    files: list[Path]
+    #: The content of timm's config.json; empty if there is none.
+    config: dict[str, Any]
+
+
+def find_checkpoint(
+    source: str | os.PathLike[str], revision: str | None, cache_dir: str | None
+) -> Checkpoint:
+    """Find the files of a checkpoint; download those of a hub id unless they are cached.
+
+    Raises:
+        ImportError: If safetensors, or huggingface_hub for a hub id, is not installed.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: As
+            ``load_timm_weights``.
+    """
+    _require("safetensors")
+    name = os.fspath(source)
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return _in_folder(name, path)
+    if path.is_file():
+        return _single_file(name, path)
+    identifier = re.sub(r"^(hf-hub|hf_hub):", "", name)
+    if not _HUB_ID.fullmatch(identifier) or path.suffix == ".safetensors":
+        raise FileNotFoundError(
+            f"Received source={name!r}, which does not exist; expected a safetensors file, a "
+            "folder with one, or a hub id such as 'timm/convnext_tiny.fb_in1k'"
+            + ("." if "/" in name else f"; did you mean 'timm/{name}'?")
+        )
+    _require("huggingface_hub")
+    return _on_hub(identifier, revision, cache_dir)
+
+
+def is_checkpoint(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is a safetensors file or a folder with one, but not a SavedModel."""
+    found = Path(os.fspath(path)).expanduser()
+    if found.is_dir():
+        return not (found / "saved_model.pb").exists() and any(found.glob("*.safetensors"))
+    return found.suffix == ".safetensors"
+
+
+def _require(package: str) -> None:
+    require(package, extra="weights", why="Loading timm weights")
+
+
+def _single_file(source: str, path: Path) -> Checkpoint:
+    if path.suffix in _OTHER_FORMATS:
+        raise ValueError(
+            f"Received source={source!r}; expected a safetensors file. Load it with the "
+            "library that wrote it, and save its tensors with safetensors.save_file."
+        )
+    # config.json describes the file of the usual name, but not always other files.
+    config = path.with_name(CONFIG) if path.name == WEIGHTS else None
+    return Checkpoint(source, [path], _read_config(config))
+
+
+def _in_folder(source: str, folder: Path) -> Checkpoint:
+    config = _read_config(folder / CONFIG)
+    if (folder / WEIGHTS).is_file():
+        return Checkpoint(source, [folder / WEIGHTS], config)
+    if (folder / INDEX).is_file():
+        files = [folder / name for name in _shards(folder / INDEX)]
+        missing = [f.name for f in files if not f.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"Received source={source!r}, whose {INDEX} names files that do not exist: "
+                f"{', '.join(missing)}. Add them to the folder."
+            )
+        return Checkpoint(source, files, config)
+    files = sorted(folder.glob("*.safetensors"))
+    if len(files) == 1:
+        return Checkpoint(source, files, config)
+    raise FileNotFoundError(
+        f"Received source={source!r}, a folder with {len(files)} safetensors files"
+        + (f" ({', '.join(f.name for f in files)})" if files else "")
+        + f"; expected {WEIGHTS}, {INDEX}, or exactly one file. Name the file."
+    )
+
+
+def _on_hub(identifier: str, revision: str | None, cache_dir: str | None) -> Checkpoint:
+    where = hub.Repository(identifier, revision, cache_dir)
+    weights = where.download_optional(WEIGHTS)
+    if weights is not None:
+        files = [weights]
+    else:
+        index = where.download_optional(INDEX)
+        if index is None:
+            raise where.not_found(f"neither {WEIGHTS} nor {INDEX}")
+        files = [where.download(name) for name in _shards(index)]
+    return Checkpoint(identifier, files, _read_config(where.download_optional(CONFIG)))
+
+
+def _shards(index: Path) -> list[str]:
+    """Return the file names in the index of a checkpoint in several files."""
+    content = _read_json(index)
+    names = content.get("weight_map", {}).values() if isinstance(content, dict) else ()
+    shards = sorted({str(name) for name in names})
+    if not shards or any(Path(name).name != name for name in shards):
+        raise ValueError(
+            f"Received {str(index)!r} with the files {shards}; expected its weight_map to name "
+            "safetensors files beside it. Get the index again."
+        )
+    return shards
+
+
+def _read_config(path: Path | None) -> dict[str, Any]:
+    if path is None or not path.is_file():
+        return {}
+    content = _read_json(path)
+    return content if isinstance(content, dict) else {}
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(
+            f"Received {str(path)!r}, which is not JSON ({error}). Get the file again."
+        ) from error
