@@ -205,15 +205,9 @@ class JaxDevices(Devices):
     def check(self, backend: Backend) -> None:
         if self.processes > 1:
             raise ValueError(
-<<<<<<< HEAD
                 f"Received a distribution over {self.processes} processes; expected one "
                 "process. Call fit of the model, and save its adapter in process 0; see "
-                "docs/scaling.md."
-=======
-                f"Received a distribution over {self.processes} processes; finetune works in "
-                "one. Call the model's fit, and save its adapter in process 0; see "
                 "docs/how-to/several-devices.md."
->>>>>>> wt-docs
             )
 
     def training(self, batches: Any, class_weight: Mapping[int, float] | None) -> Any:
