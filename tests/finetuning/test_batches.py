@@ -143,9 +143,8 @@ if sys.argv[2] == "deterministic":
     tf.keras.utils.set_random_seed(7)
     tf.config.experimental.enable_op_determinism()
 import tfimm_lora
-from tests.finetuning.test_batches import (
-    DEFAULT, PLAIN, PictureBatches, collected, find_pictures
-)
+from tests.finetuning.test_batches import PLAIN, DEFAULT, PictureBatches, collected
+from tests.finetuning.test_batches import find_pictures
 train = find_pictures(sys.argv[1]).train
 batches = PictureBatches(train, PLAIN, 4, augmentation=DEFAULT, seed=1)
 x, y, _ = collected(batches.epochs(3).take(batches.steps_per_epoch))

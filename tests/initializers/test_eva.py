@@ -18,8 +18,8 @@ from tfimm_lora.initializers.covariance import (
     covariance_for,
     redistribute_ranks,
 )
-from tfimm_lora.layers.input_rows import rows_of
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.model.state import config_of
 from tfimm_lora.training import eva
 
 layers = keras.layers
@@ -163,7 +163,7 @@ def test_ranks_that_nobody_can_use_are_dropped():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rows_times_the_kernel_are_the_layers_product(case):
     layer, x = case.make(), case.inputs()
-    rows = rows_of(layer)
+    rows = layer._input_rows()
     if rows is None:
         names = ("embed", "depthwise", "grouped")
         shared = "EinsumDense" in type(layer).__name__
@@ -211,7 +211,7 @@ def test_rows_are_worked_on_in_parts(monkeypatch):
         monkeypatch.setattr("tfimm_lora.layers.input_rows._AT_ONCE", at_once)
         for case in CASES:
             layer = case.make()
-            rows = rows_of(layer)
+            rows = layer._input_rows()
             if rows is None or case.name.startswith("conv1d_causal"):
                 continue
             chunks = list(rows.chunks(case.inputs()))
@@ -299,7 +299,7 @@ def test_every_model_keeps_its_outputs_and_its_budget(kind):
     assert len(model.trainable_weights) == trained
     for layer in lora_layers(model).values():
         assert not {"call", "convolution_op"} & set(layer.__dict__)
-        if rows_of(layer) is not None:
+        if layer._input_rows() is not None:
             a = array(layer.kernel_lora_a).reshape(-1, layer.lora.rank)
             np.testing.assert_allclose(a.T @ a, np.eye(layer.lora.rank), atol=1e-5)
 
@@ -437,7 +437,7 @@ def test_a_layers_scale_stays(arguments):
 def test_the_config_and_the_adapter_know_the_ranks(arguments, tmp_path):
     model = two(lora_rank=3, **arguments)
     ranks = lora.initialize_eva(model, [UNEVEN])
-    config = model.__dict__["_lora_config"]
+    config = config_of(model)
     again = two(**{name: getattr(config, name) for name in lora_field_names()})
     assert {p: x.lora.rank for p, x in lora_layers(again).items()} == ranks
     assert {p: x.lora.scale for p, x in lora_layers(again).items()} == {
@@ -463,7 +463,7 @@ def test_a_rank_is_of_one_layer_though_anothers_path_ends_alike():
     lora.inject_lora(model, lora_rank=3)
     ranks = lora.initialize_eva(model, [UNEVEN])
     assert ranks["inner/fc"] < 3 < ranks["fc"]
-    arguments = model.__dict__["_lora_config"].arguments()
+    arguments = config_of(model).arguments()
     lora.remove_lora(model, merge=False)
     lora.inject_lora(model, **arguments)
     assert {p: x.lora.rank for p, x in lora_layers(model).items()} == ranks
@@ -703,8 +703,8 @@ def unchanged(model):
             [{"call", "convolution_op"} & set(x.__dict__) for x in seen.values()],
             [(v.name, tuple(v.shape)) for v in model.weights],
             sorted(v.name for v in model.trainable_weights),
-            model.__dict__.get("_lora_config"),
-            dataclasses.asdict(model.__dict__["_lora_config"]) if seen else None,
+            config_of(model),
+            dataclasses.asdict(config_of(model)) if seen else None,
         )
 
     before, numbers = state(), values(model.weights)
