@@ -268,7 +268,7 @@ def test_the_command_line_does_it_all(folder, tmp_path, capsys):
     [
         (["--model", "no_such_model"], "no_such_model"),
         (["--model", "applications/MobileNetV9"], "applications/MobileNetV2"),
-        (["--model", "no/such.keras"], "no such file"),
+        (["--model", "no/such.keras"], "does not exist"),
         (["--data", "no/such/folder"], "no/such/folder"),
         (["--weights", "no.safetensors"], "no.safetensors"),
         (["--rank", "0"], "lora_rank=0"),
