@@ -145,7 +145,7 @@ def no_match_error(
     return ValueError(
         f"Received {field}={targets!r}, which matches no layer that can be adapted. "
         + (
-            f"Candidates, most similar first: {listed}{tail}. Presets: {', '.join(presets)}."
+            f"Candidates, nearest first: {listed}{tail}. Presets: {', '.join(presets)}."
             if candidates
             else "The model has no layer of a supported type."
         )

@@ -237,7 +237,7 @@ def test_layers_with_keras_own_lora_or_quantised_are_refused():
         lora.inject_lora(model)
     model = tiny_models.functional()
     model.get_layer("hidden").quantize("int8")
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="quantized"):
         lora.inject_lora(model)
 
 

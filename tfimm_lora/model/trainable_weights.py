@@ -107,8 +107,8 @@ def layers_under(layers: Iterable[tuple[str, Layer]], names: Sequence[str]) -> s
     if unknown:
         near = nearest(unknown, [p for p, _ in layers if p])
         raise ValueError(
-            f"Received layer names {unknown}, which are not layers of the model. Layers, most "
-            f"similar first: {', '.join(near)}."
+            f"Received layer names {unknown}, which are not layers of the model. Layers, "
+            f"nearest first: {', '.join(near)}."
         )
     return inside_paths(layers, [p for found in roots.values() for p in found])
 
