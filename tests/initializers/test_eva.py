@@ -578,7 +578,9 @@ def test_a_compiled_model_whose_ranks_change_must_be_compiled_again():
     model = two(lora_rank=3)
     model.compile("adam", "mse")
     before = model.predict(UNEVEN, verbose=0)
-    with pytest.warns(UserWarning, match="The ranks of layers were changed in .* Compile it again"):
+    with pytest.warns(
+        UserWarning, match="The ranks of layers were changed in .* Compile it again"
+    ):
         lora.initialize_eva(model, [UNEVEN])
     np.testing.assert_allclose(model.predict(UNEVEN, verbose=0), before, atol=1e-6)
     with pytest.raises(Exception, match="compile"):

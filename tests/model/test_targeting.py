@@ -289,8 +289,7 @@ def test_every_reason_is_told():
     assert told["block0/attention/query"] == told["block0/fc0"] == ""
     assert reasons(tiny_models.subclassed())["head"] == "classifier"
     assert (
-        reasons(tiny_models.functional(), lora_targets=["pw"])["out"]
-        == "not among the targets"
+        reasons(tiny_models.functional(), lora_targets=["pw"])["out"] == "not among the targets"
     )
     whole = reasons(tiny_models.functional(), lora_train_classifier=True)
     assert whole["out"] == "fully trained"
