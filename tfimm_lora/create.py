@@ -39,8 +39,8 @@ def create_model(
         model_name: A name from ``list_models()``, for example "convnext_tiny".
         pretrained: Whether to load the pretrained weights of this name: from tfimm's own
             cache, otherwise from the hub with ``load_timm_weights``, without torch (see
-            docs/weights.md). Mean, std, crop and interpolation of the config are then those
-            of the checkpoint.
+            docs/how-to/pretrained-weights.md). Mean, std, crop and interpolation of the
+            config are then those of the checkpoint.
         model_path: A saved model (SavedModel or .keras) from which to copy the weights; it
             takes precedence over ``pretrained``. From a LoRA model the factors are copied
             too, and its config supplies the defaults of the arguments. Alternatively a timm

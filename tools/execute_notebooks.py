@@ -1,4 +1,6 @@
-"""Execute the notebooks and store their outputs: ``python tools/execute_notebooks.py [NAME ...]``.
+"""Execute the notebooks and store their outputs.
+
+    python tools/execute_notebooks.py [NAME ...]
 
 Needs ``pip install nbclient ipykernel``, and for the notebook with PyTorch what
 ``make test-interop`` installs. Warnings and logs are not stored.
@@ -32,9 +34,8 @@ def execute(path: Path) -> None:
     notebook = nbformat.read(path, as_version=4)
     notebook.cells.insert(0, nbformat.v4.new_code_cell(PRELUDE))
     with tempfile.TemporaryDirectory() as folder:
-        NotebookClient(
-            notebook, timeout=1200, resources={"metadata": {"path": folder}}
-        ).execute()
+        resources = {"metadata": {"path": folder}}
+        NotebookClient(notebook, timeout=1200, resources=resources).execute()
     del notebook.cells[0]
     code = [cell for cell in notebook.cells if cell.cell_type == "code"]
     for number, cell in enumerate(code, 1):

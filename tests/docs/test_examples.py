@@ -45,7 +45,7 @@ def run_program(code, folder):
     assert done.returncode == 0, done.stderr[-3000:]
 
 
-@pytest.mark.parametrize("code", python_blocks())
+@pytest.mark.parametrize("code", list(python_blocks()))
 def test_example_in_documents(code, tmp_path, monkeypatch):
     """In this process: a new one would spend most of its time importing TensorFlow."""
     if not LEGACY and any(name in code for name in NEEDS_TFIMM):
@@ -82,7 +82,7 @@ def modules():
             yield module.name
 
 
-@pytest.mark.parametrize("name", modules())
+@pytest.mark.parametrize("name", list(modules()))
 def test_examples_in_docstrings(name):
     module = importlib.import_module(name)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
@@ -119,7 +119,7 @@ def test_notebook(path, tmp_path):
 
 @pytest.mark.skipif(not LEGACY, reason="independent of Keras")
 def test_the_site_is_built_without_a_warning(tmp_path):
-    pytest.importorskip("mkdocs")
+    pytest.importorskip("mkdocs_jupyter")
     done = subprocess.run(
         [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path)],
         cwd=ROOT,
@@ -135,7 +135,7 @@ def test_the_site_is_built_without_a_warning(tmp_path):
     assert "lora_rank" in pages["models"] and "https://fonts" not in pages["models"]
     shown = re.findall(r'id="tfimm_lora\.(\w+)"', "".join(pages.values()))
     assert set(lora_names()) <= set(shown)
-    assert "Rank of the update" in pages["layers"]
+    assert "Rank r of the update" in pages["layers"]
     home = (tmp_path / "index.html").read_text()
     assert "notebooks/quickstart/" in home
 
@@ -164,6 +164,15 @@ def test_notebooks_have_outputs():
 
 def test_the_readme_is_short():
     assert len((ROOT / "README.md").read_text().splitlines()) <= 110
+
+
+def test_files_named_in_the_documents_exist():
+    """Paths in backticks, as layers/dense.py, are files of the package or of the repository."""
+    files = {p.relative_to(ROOT).as_posix() for p in (ROOT / "tfimm_lora").rglob("*.py")}
+    for name in ("explanation/design.md", "explanation/code-paths.md", "../CONTRIBUTING.md"):
+        for named in re.findall(r"`([\w/.]+\.py)`", (ROOT / "docs" / name).read_text()):
+            found = any(file.endswith(f"/{named}") for file in files) or (ROOT / named).exists()
+            assert found, (name, named)
 
 
 def test_links_in_the_documents_lead_somewhere():

@@ -353,7 +353,12 @@ def test_a_batch_of_one_that_is_built_in_is_found(tmp_path):
         ("m.h5", {"format": "keras"}, ValueError, "the suffix .keras"),
         ("no/m.onnx", {}, FileNotFoundError, "expected an existing folder"),
         ("m.onnx", {"quantize": "int8"}, ValueError, "Only the format 'tflite'"),
-        ("m.tflite", {"quantize": "int4"}, ValueError, "expected one of float16, dynamic, int8; did you mean int8"),
+        (
+            "m.tflite",
+            {"quantize": "int4"},
+            ValueError,
+            "expected one of float16, dynamic, int8; did you mean int8",
+        ),
         ("m.tflite", {"quantize": "int8"}, ValueError, "without samples; expected samples"),
         ("m.tflite", {"samples": np.zeros((1, 8, 8, 3))}, ValueError, "with samples"),
         ("m.tflite", {"opset": 17}, ValueError, "Only the format 'onnx'"),
@@ -504,7 +509,9 @@ def test_int8_that_confuses_classes_is_an_error(tmp_path, monkeypatch):
         return np.roll(y, 1, axis=1) if len(y) > 3 else y
 
     _spoil(monkeypatch, other_classes)
-    with pytest.raises(ValueError, match="the same top class as the model for only.*Pass more typical"):
+    with pytest.raises(
+        ValueError, match="the same top class as the model for only.*Pass more typical"
+    ):
         export(
             adapted(),
             tmp_path / "m.tflite",
@@ -670,7 +677,9 @@ def test_tfimm_models_that_ask_for_sizes_roll_or_have_groups(tmp_path, name, for
 def test_a_class_that_keras_cannot_load_is_said_so(tmp_path):
     from tests.helpers.tiny_architectures import ARCHITECTURES
 
-    with pytest.raises(ValueError, match="cannot load the class EfficientNet from a file: Assertion"):
+    with pytest.raises(
+        ValueError, match="cannot load the class EfficientNet from a file: Assertion"
+    ):
         export(ARCHITECTURES["mobilenet_v2"].make(), tmp_path / "m.keras")
     assert not os.listdir(tmp_path)
 

@@ -601,7 +601,9 @@ def test_skipping_stops_where_a_class_or_everything_would_be_gone(tmp_path):
     split = find_pictures(write_split(tmp_path, each=2))
     for i in range(2):
         break_picture(tmp_path / "train" / "1" / f"{i}.png", "empty")
-    with pytest.raises(ValueError, match="No training pictures of these classes can be used: 1"):
+    with pytest.raises(
+        ValueError, match="No training pictures of these classes can be used: 1"
+    ):
         check_pictures(split)
     for label in range(3):
         break_picture(tmp_path / "val" / str(label) / "0.png", "empty")

@@ -64,7 +64,8 @@ class Recipe:
             they have.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
         strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu"
-            or "data-parallel"; see docs/scaling.md. It may change when a run is resumed.
+            or "data-parallel"; see docs/how-to/several-devices.md. It may change when a run is
+            resumed.
         seed: The random seed of the split, the order, the augmentation, the factors A and
             dropout.
     """

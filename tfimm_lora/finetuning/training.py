@@ -84,7 +84,7 @@ def finetune(
     which an interrupted training can be resumed.
 
     A model that was created in the scope of a ``tf.distribute.Strategy``, or under a
-    ``keras.distribution``, is trained on the devices of it; see docs/scaling.md.
+    ``keras.distribution``, is trained on the devices of it; see docs/how-to/several-devices.md.
 
     Args:
         model: A LoRA model that returns logits (n, classes). Its LoRA config determines which

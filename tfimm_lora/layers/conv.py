@@ -228,7 +228,7 @@ class ConvUpdate(LoRALayer):
 
 
 class Conv1DUpdate(ConvUpdate):
-    """As ``ConvUpdate``, also for causal padding."""
+    """As ``LoRAConv2D``, also for causal padding."""
 
     def _base_call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # Keras 3's Conv1D does not call ``convolution_op``; the backend makes it do so.

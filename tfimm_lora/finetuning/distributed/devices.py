@@ -207,7 +207,7 @@ class JaxDevices(Devices):
             raise ValueError(
                 f"Received a distribution over {self.processes} processes; expected one "
                 "process. Call fit of the model, and save its adapter in process 0; see "
-                "docs/scaling.md."
+                "docs/how-to/several-devices.md."
             )
 
     def training(self, batches: Any, class_weight: Mapping[int, float] | None) -> Any:

@@ -45,7 +45,7 @@ def load_timm_weights(
 
     PoolFormer's weights were trained by its authors with normalization before pooling, as in
     tfimm. timm pools first since version 0.9, so its logits differ from tfimm's
-    (docs/weights.md).
+    (docs/how-to/pretrained-weights.md).
 
     Args:
         model: A built model with tfimm's layer names.
