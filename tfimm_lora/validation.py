@@ -70,10 +70,7 @@ def check_dropout(rate: Any, name: str = "lora_dropout") -> None:
 
 def check_train_bias(train_bias: Any, name: str = "train_bias") -> None:
     """Raise unless ``train_bias`` is one of ``TRAIN_BIAS``."""
-    if train_bias not in TRAIN_BIAS:
-        raise ValueError(
-            f"Received {name}={train_bias!r}; expected one of {', '.join(TRAIN_BIAS)}."
-        )
+    check_choice(train_bias, name, TRAIN_BIAS)
 
 
 def check_targets(targets: Any, field: str = "lora_targets") -> None:
