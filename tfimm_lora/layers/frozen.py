@@ -187,7 +187,7 @@ def unfreeze_layer(layer: Layer) -> None:
 
 @contextlib.contextmanager
 def copying_plain_layers() -> Iterator[None]:
-    """Within this block frozen layers return the configs of their original layers."""
+    """Make frozen layers return the configs of their original layers within this block."""
     token = _copying_plain_layers.set(True)
     try:
         yield
