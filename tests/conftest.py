@@ -1,5 +1,6 @@
-"""Shared set-up: which Keras runs, seeds, and a clean global state after each test."""
+"""Which Keras runs, seeds, and a clean global state after each test."""
 
+import gc
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -19,13 +20,25 @@ def pytest_report_header():
     return f"keras: {kind}"
 
 
+#: Keras 3 collects garbage in clear_session. A full collection over TensorFlow's modules and
+#: all traced functions takes about a second, more than most tests; once per module is enough.
+CLEAR = {} if LEGACY else {"free_memory": False}
+
+
 @pytest.fixture(autouse=True)
 def seeded():
     """The same random numbers in every test, whatever ran before."""
     np.random.seed(0)
     keras.utils.set_random_seed(0)
     yield
-    keras.backend.clear_session()
+    keras.backend.clear_session(**CLEAR)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def collected():
+    """Free the models and graphs of a module when it ends."""
+    yield
+    gc.collect()
 
 
 @pytest.fixture

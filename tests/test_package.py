@@ -8,10 +8,12 @@ from pathlib import Path
 import pytest
 
 import tfimm_lora
-from tests.helpers.kerases import LEGACY
 from tfimm_lora import backend
 
 ROOT = Path(tfimm_lora.__file__).parent
+
+# Each test starts a process that chooses its own Keras, or imports none.
+pytestmark = pytest.mark.once
 
 
 def run_python(code, **environ):
@@ -96,7 +98,6 @@ print(type(model).__name__)
     assert run_python(code) == "LoRAViT"
 
 
-@pytest.mark.skipif(not LEGACY, reason="once is enough")
 def test_models_of_both_kerases_in_one_process():
     code = """
 import tf_keras, keras, numpy as np, tfimm_lora as lora

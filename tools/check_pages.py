@@ -18,7 +18,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
-sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks"), str(DOCS)]
+sys.path[:0] = [str(ROOT / "tools"), str(ROOT / "benchmarks")]
 
 
 def text_of(name):

@@ -21,7 +21,10 @@ GOLDEN = dict(np.load(Path(__file__).parents[1] / "golden" / "peft_combinations.
 CASES = json.loads(str(GOLDEN.pop("cases")))
 
 #: Truncation of random updates to a small rank loses much, and says so.
-pytestmark = pytest.mark.filterwarnings("ignore:combination_type=.* lost:UserWarning")
+pytestmark = [
+    pytest.mark.once,
+    pytest.mark.filterwarnings("ignore:combination_type=.* lost:UserWarning"),
+]
 
 
 @pytest.fixture(autouse=True)

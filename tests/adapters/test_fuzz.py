@@ -14,10 +14,8 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests.helpers.kerases import LEGACY
 
-if LEGACY:
-    pytest.skip("once is enough", allow_module_level=True)
+pytestmark = pytest.mark.once
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 

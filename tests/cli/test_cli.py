@@ -13,12 +13,15 @@ import typer
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal
+from tests.helpers.selection import LONG_ON_LEGACY
 from tests.helpers.tiny_models import functional
 from tfimm_lora.cli import commands, main
 from tfimm_lora.cli import inspect as inspect_module
 from tfimm_lora.cli.app import app
 from tfimm_lora.cli.models import known_models, sizes
 from tfimm_lora.model.merge import lora_layers
+
+pytestmark = LONG_ON_LEGACY
 
 #: The commands that are tested here.
 COMMANDS = ("models", "plan", "inspect", "combine", "diff")

@@ -26,11 +26,17 @@ NEEDS_TFIMM = ("create_model(", "list_models(")
 def python_blocks():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for number, code in enumerate(blocks(path, "python")):
-            yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}")
+            # Examples that run on both Kerases: on legacy Keras by `make test-long`.
+            marks = [pytest.mark.long] if LEGACY and not needs_tfimm(code) else []
+            yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}", marks=marks)
 
 
 def blocks(path, language):
     return re.findall(rf"```{language}\n(.*?)```", path.read_text(), flags=re.S)
+
+
+def needs_tfimm(text):
+    return any(name in text for name in NEEDS_TFIMM)
 
 
 def run_program(code, folder):
@@ -79,7 +85,12 @@ def modules():
         if not LEGACY and "architectures" in module.name:
             continue
         if module.name.rpartition(".")[2] not in (*skipped, "__main__"):
-            yield module.name
+            marks = [pytest.mark.long] if LEGACY and not needs_tfimm(source_of(module)) else []
+            yield pytest.param(module.name, id=module.name, marks=marks)
+
+
+def source_of(module):
+    return Path(module.module_finder.find_spec(module.name, None).origin).read_text()
 
 
 @pytest.mark.parametrize("name", list(modules()))

@@ -143,7 +143,8 @@ if sys.argv[2] == "deterministic":
     tf.keras.utils.set_random_seed(7)
     tf.config.experimental.enable_op_determinism()
 import tfimm_lora
-from tests.test_pipeline import PLAIN, DEFAULT, PictureBatches, collected, find_pictures
+from tests.finetuning.test_batches import PLAIN, DEFAULT, PictureBatches, collected
+from tests.finetuning.test_batches import find_pictures
 train = find_pictures(sys.argv[1]).train
 batches = PictureBatches(train, PLAIN, 4, augmentation=DEFAULT, seed=1)
 x, y, _ = collected(batches.epochs(3).take(batches.steps_per_epoch))
@@ -178,7 +179,7 @@ import sys
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tests.test_pipeline import PLAIN, DEFAULT, PictureBatches, numbered
+from tests.finetuning.test_batches import PLAIN, DEFAULT, PictureBatches, numbered
 batches = PictureBatches(numbered(sys.argv[1], 11), PLAIN, 4, augmentation=DEFAULT)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 distributed = iter(strategy.experimental_distribute_dataset(batches.epochs(2)))

@@ -295,7 +295,7 @@ def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
     """kill -9 in the middle of an epoch, then another process."""
     code = textwrap.dedent("""
         import sys, time
-        from tests import test_finetune as t
+        from tests.finetuning import test_finetune as t
         t.keras.utils.set_random_seed(int(sys.argv[3]))
         slow = [t.keras.callbacks.LambdaCallback(
             on_epoch_end=lambda e, logs: print("epoch", e, flush=True),

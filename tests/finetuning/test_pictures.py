@@ -21,6 +21,8 @@ from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, find_picture
 from tfimm_lora.finetuning.data.folders import EXTENSIONS, natural_order
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, check_pictures, read_picture
 
+pytestmark = pytest.mark.once
+
 
 def names(picture_set, folder):
     return [Path(os.path.relpath(p.path, folder)).as_posix() for p in picture_set.pictures]

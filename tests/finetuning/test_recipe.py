@@ -15,12 +15,15 @@ import yaml
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, keras, values
 from tests.helpers.picture_folders import break_picture, write_digits
+from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning.base_model import applications, open_base_model
 from tfimm_lora.finetuning.checkpoint import TrainingCheckpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.run import Run
+
+pytestmark = LONG_ON_LEGACY
 
 ROOT = Path(__file__).parents[2]
 
@@ -169,9 +172,9 @@ def test_a_killed_run_is_resumed_to_the_very_weights(folder, tmp_path):
 @pytest.mark.parametrize(
     "options",
     [
-        dict(lora_init="eva", lora_freeze_a=True),
+        pytest.param(dict(lora_init="eva", lora_freeze_a=True), marks=pytest.mark.long),
         dict(lora_init="pissa_niter_2", lora_use_dora=True),
-        dict(lora_bias=True, lora_targets=["conv", "fc"]),
+        pytest.param(dict(lora_bias=True, lora_targets=["conv", "fc"]), marks=pytest.mark.long),
     ],
     ids=["eva", "pissa_dora", "bias"],
 )

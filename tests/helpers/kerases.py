@@ -11,6 +11,9 @@ if LEGACY:
 else:
     import keras
 
+#: The largest relative error of rounding a number to the compute dtype of a policy.
+UNIT_ROUNDOFF = {"mixed_float16": 2**-11, "mixed_bfloat16": 2**-8}
+
 BACKEND = "tensorflow" if LEGACY else keras.backend.backend()
 
 

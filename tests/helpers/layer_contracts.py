@@ -238,6 +238,22 @@ def survives_saving(case, path):
     assert len(loaded.trainable_weights) == 2
 
 
+def is_near_the_reference_in_16_bits(case, layer, x, unit, roundings=8):
+    """Its error is a few roundings, and far smaller than the LoRA update.
+
+    Input, factors, the product with A, kernel and output are each rounded once. In the norm
+    these errors average out, except where terms cancel.
+    """
+    y, expected = run(layer, x).astype("float64"), case.expected(layer, x)
+    values = layer.lora_values()
+    nothing = (
+        0 * values[name].astype("float64") for name in ("kernel_lora_a", "kernel_lora_b")
+    )
+    update = np.linalg.norm(expected - case.expected(layer, x, *nothing))
+    bound = roundings * unit * np.linalg.norm(expected)
+    assert np.linalg.norm(y - expected) < bound < update / 2
+
+
 LAYER_PROMISES = [
     gives_reference_output,
     starts_as_its_base,

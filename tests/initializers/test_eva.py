@@ -18,7 +18,6 @@ from tfimm_lora.initializers.covariance import (
     covariance_for,
     redistribute_ranks,
 )
-from tfimm_lora.layers.input_rows import rows_of
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.training import eva
 
@@ -163,7 +162,7 @@ def test_ranks_that_nobody_can_use_are_dropped():
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_rows_times_the_kernel_are_the_layers_product(case):
     layer, x = case.make(), case.inputs()
-    rows = rows_of(layer)
+    rows = layer._input_rows()
     if rows is None:
         names = ("embed", "depthwise", "grouped")
         shared = "EinsumDense" in type(layer).__name__
@@ -211,7 +210,7 @@ def test_rows_are_worked_on_in_parts(monkeypatch):
         monkeypatch.setattr("tfimm_lora.layers.input_rows._AT_ONCE", at_once)
         for case in CASES:
             layer = case.make()
-            rows = rows_of(layer)
+            rows = layer._input_rows()
             if rows is None or case.name.startswith("conv1d_causal"):
                 continue
             chunks = list(rows.chunks(case.inputs()))
@@ -299,7 +298,7 @@ def test_every_model_keeps_its_outputs_and_its_budget(kind):
     assert len(model.trainable_weights) == trained
     for layer in lora_layers(model).values():
         assert not {"call", "convolution_op"} & set(layer.__dict__)
-        if rows_of(layer) is not None:
+        if layer._input_rows() is not None:
             a = array(layer.kernel_lora_a).reshape(-1, layer.lora.rank)
             np.testing.assert_allclose(a.T @ a, np.eye(layer.lora.rank), atol=1e-5)
 

@@ -11,6 +11,8 @@ from tfimm_lora.initializers.from_kernel import (
 )
 from tfimm_lora.initializers.svd import randomized_svd
 
+pytestmark = pytest.mark.once
+
 SHAPES = [(12, 7), (7, 12), (9, 9)]
 DRAWN = ["gaussian", "orthogonal", "pissa_niter_2"]
 ALL = ["gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora"]

@@ -1,11 +1,13 @@
 """Every LoRA layer keeps every promise of the contract."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
 import tfimm_lora as lora
 from tests.helpers import layer_contracts
-from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, run
+from tests.helpers.kerases import BACKEND, LEGACY, UNIT_ROUNDOFF, array, keras, normal, run
 from tests.helpers.layer_cases import CASES, IDS
 
 pytestmark = pytest.mark.backends
@@ -23,16 +25,15 @@ def test_layer_survives_saving(case, tmp_path):
 
 
 @pytest.mark.parametrize("case", CASES, ids=IDS)
-@pytest.mark.parametrize("kind, close", [("mixed_float16", 2e-2), ("mixed_bfloat16", 1e-1)])
-def test_layer_in_16_bits_is_near_the_reference(case, kind, close, policy):
-    # Sums of up to 54 products of size one; the unit round-off is 5e-4 and 4e-3.
+@pytest.mark.parametrize("kind", UNIT_ROUNDOFF)
+def test_layer_in_16_bits_is_near_the_reference(case, kind, policy):
     if LEGACY and "grouped" in case.name and kind == "mixed_bfloat16":
         pytest.skip("XLA on the CPU has no grouped bfloat16 convolution")
     policy(kind)
+    case = replace(case, alpha=4 * case.alpha)
     layer, x = case.make(), case.inputs()
     assert "float32" in str(layer.kernel_lora_a.dtype)
-    y, expected = run(layer, x).astype("float64"), case.expected(layer, x)
-    np.testing.assert_allclose(y, expected, atol=close * np.abs(expected).max())
+    layer_contracts.is_near_the_reference_in_16_bits(case, layer, x, UNIT_ROUNDOFF[kind])
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch compiles by other means, in minutes")
