@@ -10,6 +10,7 @@ import torch
 import tfimm_lora as lora
 from tests.helpers.kerases import keras
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.model.state import config_of
 
 WIDTHS = (12, 20, 16, 3)
 
@@ -80,7 +81,7 @@ def test_directions_ranks_and_alphas_are_pefts(rank, alpha, rho):
         cosines = np.abs((mine * a.T).sum(axis=0))
         np.testing.assert_allclose(cosines, 1, atol=1e-3)
         assert not module.lora_B.default.weight.detach().numpy().any()
-    assert config.rank_pattern == model.__dict__["_lora_config"].lora_rank_pattern
+    assert config.rank_pattern == config_of(model).lora_rank_pattern
 
 
 def test_the_same_space_from_many_batches():

@@ -208,7 +208,7 @@ def _directions(path: str, covariance: Covariance, count: int) -> Directions:
         ) from error
     if not len(found.ratios):
         n = covariance.count
-        why = f"was the same {n} times" if n else "was never used"
+        why = f"did not vary (number of rows: {n})" if n else "was never used"
         raise ValueError(
             f"Received data on which the input of layer '{path}' {why}, so it has no "
             "directions. Pass more data, or leave the layer out of lora_targets."
