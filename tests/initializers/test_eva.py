@@ -746,8 +746,8 @@ def test_data_that_say_nothing():
     used = iter([UNEVEN])
     next(used)
     refused(model, used, match="without a batch")
-    refused(model, [UNEVEN[:1]], match=r"'fc1' did not vary \(number of rows: 1\)")
-    refused(model, [np.ones((20, 12), "float32")], match=r"'fc1' did not vary \(rows: 20\)")
+    refused(model, [UNEVEN[:1]], match=r"'fc1' did not vary .*rows: 1")
+    refused(model, [np.ones((20, 12), "float32")], match=r"'fc1' did not vary .*rows: 20")
     broken = UNEVEN.copy()
     broken[3, 2] = np.nan
     refused(model, [broken], match="'fc1' has values that are not finite")
