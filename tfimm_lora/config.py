@@ -63,15 +63,15 @@ def setting(
     doc: str,
     keras: str | None = None,
 ) -> Any:
-    """A field of ``LayerSettings``.
+    """Create a field of ``LayerSettings``.
 
     Args:
-        default: Its default.
+        default: The default value.
         check: Called with the value and the name of the setting; raises if it is not valid.
-            None for objects that Keras makes, and checks, itself.
-        doc: What it means, for docstrings.
-        keras: The module of Keras that makes objects from names and configs, if the value is
-            such an object: "initializers" or "regularizers".
+            None for objects that Keras creates, and checks, itself.
+        doc: The description for docstrings.
+        keras: The module of Keras that creates the value from a name or config:
+            "initializers" or "regularizers". None for other values.
     """
     metadata = {"check": check, "doc": inspect.cleandoc(doc), "keras": keras}
     return field(default=default, metadata=metadata)
@@ -79,7 +79,7 @@ def setting(
 
 @dataclass
 class SharedSettings:
-    """The settings of a layer that a ``LoRAConfig`` has, too, for all layers of a model."""
+    """The settings that ``LayerSettings`` and ``LoRAConfig`` share."""
 
     lora_rank: int = setting(4, check_rank, "Rank r of the update, a positive integer.")
     lora_alpha: float | None = setting(
@@ -184,7 +184,7 @@ class LayerSettings(SharedSettings):
         super().__post_init__()
         if self.lora_qkv is not None and set(self.lora_qkv) - set(self.lora_qkv_layout):
             raise ValueError(
-                f"Received lora_qkv={self.lora_qkv!r} for a kernel of the blocks "
+                f"Received lora_qkv={self.lora_qkv!r} for a kernel with the blocks "
                 f"{self.lora_qkv_layout!r}; expected some of these."
             )
 
@@ -203,19 +203,19 @@ class LayerSettings(SharedSettings):
 
     @classmethod
     def names(cls) -> tuple[str, ...]:
-        """The names of all settings."""
+        """Return the names of all settings."""
         return tuple(each.name for each in dataclasses.fields(cls))
 
     @classmethod
     def from_arguments(cls, arguments: Mapping[str, Any], keras: Any) -> LayerSettings:
-        """Settings from lora_* keywords, with defaults for the others.
+        """Create settings from lora_* keywords, with defaults for the others.
 
         Args:
             arguments: The keywords.
-            keras: The Keras that makes initializers and regularizers from names or configs.
+            keras: The Keras module that creates initializers and regularizers.
 
         Raises:
-            TypeError, ValueError: for an unknown keyword or a value that is not valid.
+            TypeError, ValueError: If a keyword is unknown or a value is not valid.
         """
         check_keywords(arguments, cls.names(), "a LoRA layer")
         values = dict(arguments)
@@ -226,7 +226,7 @@ class LayerSettings(SharedSettings):
         return cls(**values)
 
     def to_config(self, keras: Any) -> dict[str, Any]:
-        """The keywords from which ``from_arguments`` makes the same settings, for files."""
+        """Return keywords for ``from_arguments`` that can be written to a file."""
         values = {name: getattr(self, name) for name in self.names()}
         for each in _made_by_keras(type(self)):
             value = values[each.name]
@@ -240,7 +240,7 @@ def _made_by_keras(cls: type) -> list[dataclasses.Field[Any]]:
 
 
 def settings_doc(*classes: type) -> str:
-    """The settings of some classes as entries of a docstring's Args section."""
+    """Return the settings of some classes as entries of a docstring's Args section."""
     entries: dict[str, str] = {}
     for cls in classes:
         for each in dataclasses.fields(cls):
@@ -258,7 +258,7 @@ def settings_doc(*classes: type) -> str:
 
 
 def with_settings_doc(doc: str, *classes: type) -> str:
-    """A docstring with the line ``{settings}`` replaced by ``settings_doc(*classes)``."""
+    """Replace the line ``{settings}`` of a docstring by ``settings_doc(*classes)``."""
     cleaned = inspect.cleandoc(doc)
     return cleaned.replace("    {settings}", settings_doc(*classes))
 
@@ -274,23 +274,23 @@ class LoRAConfig(SharedSettings):
         {settings}
         lora_rank_pattern, lora_alpha_pattern: Other ranks and alphas for some layers: name
             or regular expression for the end of a path -> value. The first one that matches
-            counts, as in PEFT. Default none.
+            counts, as in PEFT. Empty by default.
         lora_targets: The layers to adapt: a list of names, each the end of a layer's
-            path; or a preset, "attention", "mlp" or "all" (every supported layer but the
-            classifier); or a regular expression that matches a whole path; or None
-            (default) for the targets of the architecture, elsewhere the same as "all".
-            PEFT's "all-linear" is understood as "all".
+            path; or a preset, "attention", "mlp" or "all" (every supported layer except the
+            classifier); or a regular expression that matches a full path; or None
+            (default) for the targets of the architecture, or "all" if it has none.
+            PEFT's "all-linear" means "all" here.
         lora_exclude: Layers that are not adapted although lora_targets selects them, given
             in the same ways: names, a preset, an expression. Default none.
         lora_layers: The numbers of the blocks to adapt, one or a list; others are not, nor
             are layers outside of blocks. A layer's number is the first level of its path
-            that is a number: 3 in ``blocks/3/attn/qkv``. In a model with stages it is that
-            of the stage, 2 in ``stages/2/blocks/0/mlp/fc1``. None (default) adapts all.
-        lora_layers_pattern: Which numbers lora_layers means: the name of the level before
-            the number, or a regular expression for it. "blocks" makes it 0 in
+            that is a number: 3 in ``blocks/3/attn/qkv``. In a model with stages it is the
+            stage, 2 in ``stages/2/blocks/0/mlp/fc1``. None (default) adapts all.
+        lora_layers_pattern: Which number in a path counts: the name of the level before
+            the number, or a regular expression for it. With "blocks" it is 0 in
             ``stages/2/blocks/0/mlp/fc1``. With a pattern the number may also end the name
-            of a level, as it does in Keras: "block" is the pattern for ``block3/fc`` and
-            ``block_3/fc``. Of a list, the first pattern that occurs in a path counts.
+            of a level, as in Keras: "block" is the pattern for ``block3/fc`` and
+            ``block_3/fc``. In a list, the first pattern that occurs in a path counts.
         lora_train_modules: Names of layers that are fully trained, with all layers inside
             them, each the end of a path (PEFT's modules_to_save). Default none.
         lora_train_bias: "none" (default), "lora_only" (biases of adapted layers) or
@@ -299,8 +299,8 @@ class LoRAConfig(SharedSettings):
             trains it if it is new, that is, if the number of classes was changed.
 
     Raises:
-        ValueError: for a value out of its range.
-        TypeError: for a value of the wrong type.
+        ValueError: If a value is out of range.
+        TypeError: If a value has the wrong type.
 
     Example:
         >>> import tfimm_lora as lora
@@ -325,8 +325,8 @@ class LoRAConfig(SharedSettings):
     lora_train_bias: str = "none"
     lora_train_classifier: bool | None = None
 
-    #: The targets that presets mean, here for models of any class, by words that are common
-    #: in the names of layers. Architectures have tables of their own.
+    #: Preset -> targets. These are for models of any class, and match words that are common
+    #: in the names of layers. Architectures have their own tables.
     lora_presets: ClassVar[Presets] = {
         "default": None,
         "attention": r"(.*/)?[^/]*(attn|attention)[^/]*/.*",
@@ -355,37 +355,38 @@ class LoRAConfig(SharedSettings):
             )
 
     def layer_arguments(self) -> dict[str, Any]:
-        """The arguments of a LoRA layer that this config has the same for all layers."""
+        """Return the arguments of a LoRA layer that are the same for all layers."""
         shared = (each.name for each in dataclasses.fields(SharedSettings))
         return {name: getattr(self, name) for name in shared if name != "lora_qkv"}
 
     def arguments(self) -> dict[str, Any]:
-        """The lora_* fields as keyword arguments: ``inject_lora(model, **x.arguments())``."""
+        """Return the lora_* fields as keyword arguments, for example for ``inject_lora``."""
         return {name: getattr(self, name) for name in lora_field_names()}
 
     @classmethod
     def from_peft(cls, source: Any, **fields: Any) -> LoRAConfig:
-        """A config that means what one of PEFT means.
+        """Create the config with the same meaning as a config of PEFT.
 
-        Modules are layers of the same name: "blocks.0.attn.qkv" is ``blocks/0/attn/qkv``.
-        For models whose layers timm calls otherwise there is ``lora_arguments_from_peft``.
-        "all-linear" means every supported layer but the classifier here, not only linear
-        ones. A new classifier is trained though no modules_to_save names it, unless
-        ``lora_train_classifier=False`` is given.
+        Modules are mapped to layers of the same name: "blocks.0.attn.qkv" is
+        ``blocks/0/attn/qkv``. For models whose layers have other names in timm use
+        ``lora_arguments_from_peft``. Here "all-linear" means every supported layer except the
+        classifier, not only linear layers. A new classifier is trained even if modules_to_save
+        does not name it, unless ``lora_train_classifier=False`` is given.
 
         Args:
             source: An adapter_config.json or its folder, its fields as a dictionary, or a
                 ``peft.LoraConfig``.
-            **fields: Other fields of this class, and those to change.
+            **fields: Fields of this class to set or override.
 
         Returns:
             The config.
 
         Raises:
-            FileNotFoundError: if there is no such file.
-            TypeError: for another kind of source, an unknown field, or one of a wrong type.
-            ValueError: for a field out of its range, or with a value that has no counterpart
-                here (use_dora, megatron_config, ...); all of these are named.
+            FileNotFoundError: If there is no such file.
+            TypeError: If the source is of another kind, or a field is unknown or has the
+                wrong type.
+            ValueError: If a field is out of range, or has a value that is not supported here
+                (megatron_config, ...). The message names all unsupported fields.
 
         Example:
             >>> import tfimm_lora as lora
@@ -404,18 +405,18 @@ class LoRAConfig(SharedSettings):
         return cls(**{**arguments, **fields})
 
     def to_peft(self) -> dict[str, Any]:
-        """The fields of PEFT's LoraConfig that mean the same.
+        """Return the fields of the PEFT LoraConfig with the same meaning.
 
-        For an adapter that was trained ``save_adapter`` writes a config that names its very
-        layers. This is for a config as such; ``from_peft`` is its reverse.
+        This converts a config without a model; ``from_peft`` is the reverse. For a trained
+        adapter use ``save_adapter``, which writes a config with the exact layers.
 
         Returns:
             A dictionary for ``peft.LoraConfig(**fields)`` or a JSON file.
 
         Raises:
-            ValueError: for what PEFT cannot express: targets that depend on the model
-                (pass ``explain_targets(model, ...).adapted``), parts of a fused projection,
-                a regularizer, ...; all of these are named.
+            ValueError: If the config has settings that PEFT cannot express: targets that
+                depend on the model (pass ``explain_targets(model, ...).adapted``), blocks of a
+                fused projection, a regularizer, ... The message names all of them.
 
         Example:
             >>> import tfimm_lora as lora
@@ -431,7 +432,7 @@ class LoRAConfig(SharedSettings):
 
     @classmethod
     def presets(cls) -> dict[str, Targets]:
-        """The targets that have a name: "default", "all" and those of the architecture."""
+        """Return the target presets: "default", "all" and those of the architecture."""
         table = dict(cls.lora_presets)
         if "default" not in table:
             together = [name for names in table.values() for name in names or ()]
@@ -443,12 +444,12 @@ LoRAConfig.__doc__ = with_settings_doc(LoRAConfig.__doc__ or "", SharedSettings)
 
 
 def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:
-    """The scale of an update: alpha / rank, with rsLoRA alpha / sqrt(rank); 1 without alpha."""
+    """Return the scale s: alpha / rank, with rsLoRA alpha / sqrt(rank); 1 without alpha."""
     if alpha is None:
         return 1.0
     return float(alpha) / (math.sqrt(rank) if use_rslora else rank)
 
 
 def lora_field_names() -> list[str]:
-    """The names of all fields of ``LoRAConfig``."""
+    """Return the names of all fields of ``LoRAConfig``."""
     return [field.name for field in dataclasses.fields(LoRAConfig)]

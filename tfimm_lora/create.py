@@ -1,4 +1,4 @@
-"""``create_model``: a LoRA model by the name that tfimm gives the model."""
+"""``create_model``: create a LoRA model by its name in tfimm."""
 
 from __future__ import annotations
 
@@ -37,33 +37,35 @@ def create_model(
 
     Args:
         model_name: A name from ``list_models()``, for example "convnext_tiny".
-        pretrained: Whether to load the weights that the name stands for: from tfimm's own
-            cache, else from the hub by ``load_timm_weights``, without torch (see
+        pretrained: Whether to load the pretrained weights of this name: from tfimm's own
+            cache, otherwise from the hub with ``load_timm_weights``, without torch (see
             docs/how-to/pretrained-weights.md). Mean, std, crop and interpolation of the
-            config are then the checkpoint's.
-        model_path: A saved model (SavedModel or .keras) to take the weights from; it takes
-            precedence over ``pretrained``. If that is a LoRA model, its factors are taken
-            over too and its config is the starting point. Or a checkpoint of timm in a
-            safetensors file, or a folder with one, for the model with these arguments.
+            config are then those of the checkpoint.
+        model_path: A saved model (SavedModel or .keras) from which to copy the weights; it
+            takes precedence over ``pretrained``. From a LoRA model the factors are copied
+            too, and its config supplies the defaults of the arguments. Alternatively a timm
+            checkpoint in a safetensors file, or a folder with one, for the model with these
+            arguments.
         adapter: An adapter for the model: an ``Adapter``, a folder, or "hf://user/repo". The
-            model gets the LoRA that the adapter asks for, and as many classes as the
-            adapter's classifier, if it holds one. lora_* arguments are then not taken.
-        **kwargs: lora_* arguments go into the LoRA config (see ``LoRAConfig``), all others
-            to ``tfimm.create_model`` (nb_classes, in_channels, input_size, ...).
-            ``lora_train_classifier=None`` (default) trains the classifier where it is new:
-            where ``nb_classes`` differs from that of the name.
+            model gets the LoRA settings of the adapter, and as many classes as the adapter's
+            classifier, if it contains one. lora_* arguments are not allowed then.
+        **kwargs: lora_* arguments are passed to the LoRA config (see ``LoRAConfig``), all
+            others to ``tfimm.create_model`` (nb_classes, in_channels, input_size, ...).
+            ``lora_train_classifier=None`` (default) trains the classifier if it is new: if
+            ``nb_classes`` differs from the number of classes of the named model.
 
     Returns:
         A built model of the registered LoRA class, for example ``LoRAConvNeXt``.
 
     Raises:
-        ImportError: if tfimm, or what reads the weights, is not installed.
-        RuntimeError: if this process runs Keras 3, which tfimm cannot use.
-        ValueError: for an unknown model name (the nearest are named), an argument out of
-            range, or ``pretrained`` for a name without weights (the reason is given).
-        FileNotFoundError, PermissionError, ConnectionError: as ``load_timm_weights``.
-        TypeError: for an unknown argument (the nearest is named), or lora_* arguments next
-            to an adapter.
+        ImportError: If tfimm, or a package that reads the weights, is not installed.
+        RuntimeError: If this process runs Keras 3, which tfimm cannot use.
+        ValueError: If the model name is unknown (the message suggests similar ones), if an
+            argument is out of range, or if ``pretrained`` is given for a name without weights
+            (the message explains why).
+        FileNotFoundError, PermissionError, ConnectionError: As ``load_timm_weights``.
+        TypeError: If an argument is unknown (the message suggests the most similar one), or
+            if lora_* arguments are given with an adapter.
 
     Example:
         >>> import tfimm_lora as lora
@@ -77,14 +79,14 @@ def create_model(
     lora_kwargs = {k: v for k, v in kwargs.items() if k.startswith("lora_")}
     other_kwargs = {k: v for k, v in kwargs.items() if k not in lora_kwargs}
     named_cfg = tfimm.models.model_config(model_name)
-    # tfimm ignores an unknown field with a line in the log; a typo must not pass. This
-    # also checks the values of the LoRA config before any weight is created.
+    # tfimm only logs unknown fields, so a typo would go unnoticed. This also checks the
+    # values of the LoRA config before any weight is created.
     _check_arguments(named_cfg, lora_cls, kwargs)
     if adapter is not None:
         if lora_kwargs:
             raise TypeError(
-                f"Received {', '.join(lora_kwargs)} and an adapter; expected one of them: the "
-                "adapter says which LoRA the model gets."
+                f"Received {', '.join(lora_kwargs)} and an adapter; expected only one of them: "
+                "the adapter determines the LoRA settings of the model."
             )
         if not isinstance(adapter, Adapter):
             adapter = Adapter.load(adapter)
@@ -98,7 +100,7 @@ def create_model(
             if adapter is not None:
                 raise ValueError(
                     f"Received an adapter and model_path={model_path!r}, a LoRA model; "
-                    "expected an ordinary one. Load it, and then load_adapter."
+                    "expected an ordinary model. Load the LoRA model, then call load_adapter."
                 )
             return _adapt_loaded(loaded, type(loaded), kwargs)
         base = tfimm.create_model(model_name, False, model_path, **other_kwargs)
@@ -108,7 +110,7 @@ def create_model(
         base = tfimm.create_model(model_name, **other_kwargs)
     if adapter is not None:
         arguments = lora_arguments(base, adapter)
-        if has_new_classifier(base.cfg, named_cfg):  # also where the adapter holds none
+        if has_new_classifier(base.cfg, named_cfg):  # even if the adapter has no classifier
             arguments["lora_train_classifier"] = True
         return load_adapter(convert_to_lora_model(base, **arguments), adapter)
     if lora_kwargs.get("lora_train_classifier") is None:
@@ -117,16 +119,16 @@ def create_model(
 
 
 def list_models(pattern: str = "") -> list[str]:
-    """The names of tfimm models that have a LoRA version, sorted naturally.
+    """List the names of tfimm models that have a LoRA version, in natural order.
 
     Args:
-        pattern: Shell-style wildcards, for example "convnext_*". Default: all names.
+        pattern: Shell-style wildcards, for example "convnext_*". "" (default) means all names.
 
     Returns:
-        Names, empty if none matches.
+        The names; empty if none matches.
 
     Raises:
-        ImportError, RuntimeError: as ``create_model``.
+        ImportError, RuntimeError: As ``create_model``.
 
     Example:
         >>> import tfimm_lora as lora
@@ -141,17 +143,17 @@ def list_models(pattern: str = "") -> list[str]:
 
 
 def _classes_of(adapter: Adapter, named_cfg: Any) -> int | None:
-    """The number of classes of an adapter's classifier; None where it holds none."""
+    """Return the number of classes of an adapter's classifier; None if it has none."""
     names = [name.replace("/", ".") for name in classifier_names(named_cfg)]
     for key, value in adapter.weights.items():
-        # timm calls some "head.fc" that tfimm calls "head".
+        # Some are named "head.fc" in timm and "head" in tfimm.
         if any(key in (f"{name}.weight", f"{name}.fc.weight") for name in names):
             return int(value.shape[0])
     return None
 
 
 def _check_arguments(named_cfg: Any, lora_cls: type, kwargs: dict[str, Any]) -> None:
-    """Raise for an unknown or wrong argument, before any weight is created."""
+    """Raise if an argument is unknown or invalid, before any weight is created."""
     arguments = {k: v for k, v in kwargs.items() if v is not None}
     lora_config_of(named_cfg, lora_cls, arguments)
 
@@ -162,7 +164,7 @@ def _load(model_path: str) -> Any:
 
 
 def _adapt_loaded(loaded: Any, lora_cls: type, kwargs: dict[str, Any]) -> Any:
-    """A LoRA model that was loaded from a file, with the config asked for."""
+    """Return a LoRA model that was loaded from a file, with the requested config."""
     arguments = {k: v for k, v in kwargs.items() if v is not None}
     cfg = lora_config_of(loaded.cfg, lora_cls, arguments)
     if has_new_classifier(cfg, loaded.cfg) and "lora_train_classifier" not in arguments:

@@ -1,7 +1,7 @@
-"""Which layers are adapted: matching of layer paths, as PEFT's target_modules does it.
+"""Match layer paths with targets, like PEFT's target_modules.
 
-A path is the names of the layers from the model down, joined by "/":
-``stages/0/blocks/2/mlp/fc1``. Patterns may write "." for "/", as torch users do.
+A path joins the names of the layers below the model with "/": ``stages/0/blocks/2/mlp/fc1``.
+Patterns may use "." instead of "/", as in torch.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from tfimm_lora.peft.fields import ALL_LINEAR, ANY_LEVEL
 
 
 def matches(path: str, targets: str | Iterable[str]) -> bool:
-    """Whether a path is meant by ``targets``.
+    """Whether a path matches ``targets``.
 
-    A string is a regular expression for the whole path. In a list each entry is a whole
-    path or the end of one, beginning after a separator: "fc1" means ``mlp/fc1`` and not
+    A string is a regular expression for the full path. In a list each entry is a full path or
+    the end of one, beginning after a separator: "fc1" matches ``mlp/fc1`` and not
     ``mlp/xfc1``.
 
     Example:
@@ -34,21 +34,21 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
 
 
 def without_counts(path: str) -> str:
-    """A path without the "#2" that tells layers of one path apart."""
+    """Return a path without the suffix "#2" that distinguishes layers of the same path."""
     return re.sub(r"#\d+(?=[/.]|$)", "", path)
 
 
 def is_suffix(path: str, name: str) -> bool:
-    """Whether ``name`` is a path, or the end of it from a separator on."""
+    """Whether ``name`` is the path, or the end of it after a separator."""
     path = (path if "#" in name else without_counts(path)).replace(".", "/")
     name = name.replace(".", "/").strip("/")
     return path == name or path.endswith("/" + name)
 
 
 def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
-    r"""The value of the first key that matches the end of a path, from a separator on.
+    r"""Return the value of the first key that matches the end of a path after a separator.
 
-    As PEFT does it for its rank_pattern and alpha_pattern.
+    This is the rule of PEFT's rank_pattern and alpha_pattern.
 
     Example:
         >>> value_for("blocks/3/mlp/fc1", {"fc2": 8, r"mlp.fc\d": 16}, 4)
@@ -62,11 +62,11 @@ def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:
 
 
 def index_of(path: str, patterns: Sequence[str] | None = None) -> int | None:
-    """The number of the block that a layer is in, for ``lora_layers``; None outside of one.
+    """Return the number of a layer's block, for ``lora_layers``; None outside of a block.
 
-    Without patterns it is the first level of the path, after another one, that is a number.
-    A pattern is the name of the level before the number, as PEFT's layers_pattern; or, as
-    Keras names layers, the beginning of a level that ends in the number.
+    Without patterns it is the first level of the path that is a number, except for the first
+    level. A pattern is the name of the level before the number, like PEFT's layers_pattern,
+    or the beginning of a level that ends in the number, which is how Keras names layers.
 
     Example:
         >>> path = "stages/2/blocks/0/mlp/fc1"
@@ -75,7 +75,7 @@ def index_of(path: str, patterns: Sequence[str] | None = None) -> int | None:
     """
     dotted = without_counts(path).replace("/", ".")
     for pattern in patterns or (ANY_LEVEL,):
-        # The first number counts, not the last: a block may hold a list of its own.
+        # The first number counts, not the last, because a block may contain another list.
         found = re.match(rf"(?:^|.*?\.)(?:{pattern})\.(\d+)\.", dotted)
         if found is None and patterns:
             found = re.match(rf"(?:^|.*?\.)(?:{pattern})(?:_|(?<!\d))(\d+)\.", dotted)
@@ -85,7 +85,7 @@ def index_of(path: str, patterns: Sequence[str] | None = None) -> int | None:
 
 
 def check_expression(targets: Targets, field: str = "lora_targets") -> None:
-    """Raise a ValueError if ``targets`` is a string and no regular expression."""
+    """Raise a ValueError if ``targets`` is a string but not a regular expression."""
     if isinstance(targets, str):
         try:
             re.compile(targets)
@@ -97,9 +97,9 @@ def check_expression(targets: Targets, field: str = "lora_targets") -> None:
 
 
 def resolve(targets: Targets, presets: Presets) -> tuple[Targets, bool]:
-    """Targets with the name of a preset replaced by what it means, and whether it was one.
+    """Replace the name of a preset by its targets, and return whether it was one.
 
-    A preset is for every model of an architecture: not each of its names need be in each.
+    A preset is for all models of an architecture, so a model need not have all of its names.
     """
     if targets is None:
         targets = "default"
@@ -111,18 +111,18 @@ def resolve(targets: Targets, presets: Presets) -> tuple[Targets, bool]:
 
 
 def unmatched(targets: Targets, paths: list[str]) -> list[str]:
-    """Entries of a list of targets that mean no path at all."""
+    """Return the entries of a list of targets that match no path."""
     if targets is None or isinstance(targets, str):
         return []
     return [name for name in targets if not any(is_suffix(p, name) for p in paths)]
 
 
 def nearest(names: Iterable[str], candidates: list[str], limit: int = 20) -> list[str]:
-    """Candidates for an error message, the most similar first."""
+    """Return candidates for an error message, the most similar first."""
     wanted = list(names)
 
     def distance(path: str) -> float:
-        # Compared with as much of the path's end as the name has parts.
+        # Compare with the end of the path, of as many levels as the name has.
         scores = []
         for name in wanted:
             parts = name.replace(".", "/").count("/") + 1
@@ -136,7 +136,7 @@ def nearest(names: Iterable[str], candidates: list[str], limit: int = 20) -> lis
 def no_match_error(
     targets: Any, candidates: dict[str, Any], presets: Presets, field: str = "lora_targets"
 ) -> ValueError:
-    """The error for targets that mean no layer, or none that can be adapted."""
+    """Create the error for targets that match no layer, or none that can be adapted."""
     wanted = [targets] if isinstance(targets, str) else list(targets or ())
     paths = nearest(wanted, list(candidates))
     listed = ", ".join(f"{path} ({type(candidates[path]).__name__})" for path in paths)

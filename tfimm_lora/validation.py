@@ -1,4 +1,4 @@
-"""Checks of the values that a ``LoRAConfig`` and a LoRA layer are given."""
+"""Checks of arguments, with error messages that name the argument."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def check_bool(value: Any, field: str) -> None:
 
 
 def check_pattern(pattern: Any, name: str, check: Callable[[Any, str], None]) -> None:
-    """Raise unless ``pattern`` maps regular expressions to values that ``check`` takes."""
+    """Raise unless ``pattern`` maps regular expressions to values that ``check`` accepts."""
     if not isinstance(pattern, Mapping) or not all(isinstance(k, str) for k in pattern):
         raise TypeError(
             f"Received {name}={pattern!r}; expected a dictionary from names of layers to "
@@ -54,8 +54,8 @@ def check_pattern(pattern: Any, name: str, check: Callable[[Any, str], None]) ->
             re.compile(rf"(.*\.)?({key})")
         except re.error as error:
             raise ValueError(
-                f"Received {name} with the key {key!r}, which is no regular expression: "
-                f"{error}."
+                f"Received {name} with the key {key!r}, which is not a regular "
+                f"expression: {error}."
             ) from error
         check(value, f"{name}[{key!r}]")
 
@@ -70,14 +70,11 @@ def check_dropout(rate: Any, name: str = "lora_dropout") -> None:
 
 def check_train_bias(train_bias: Any, name: str = "train_bias") -> None:
     """Raise unless ``train_bias`` is one of ``TRAIN_BIAS``."""
-    if train_bias not in TRAIN_BIAS:
-        raise ValueError(
-            f"Received {name}={train_bias!r}; expected one of {', '.join(TRAIN_BIAS)}."
-        )
+    check_choice(train_bias, name, TRAIN_BIAS)
 
 
 def check_targets(targets: Any, field: str = "lora_targets") -> None:
-    """Raise unless ``targets`` is None, a preset or expression, or a list of names."""
+    """Raise unless ``targets`` is None, a string or a list of strings."""
     if targets is None or isinstance(targets, str):
         return
     if not isinstance(targets, Iterable) or not all(isinstance(t, str) for t in targets):
@@ -88,7 +85,7 @@ def check_targets(targets: Any, field: str = "lora_targets") -> None:
 
 
 def listed(values: Any, field: str) -> list[Any]:
-    """The members of anything that can be gone through once."""
+    """Return the items of an iterable as a list."""
     try:
         return list(values)
     except TypeError as error:
@@ -103,10 +100,11 @@ def check_names(names: Any, field: str) -> None:
 
 
 def indices_of(layers: Any) -> tuple[int, ...] | None:
-    """``lora_layers`` as a tuple of numbers, or None for every layer.
+    """Return ``lora_layers`` as a tuple of numbers, or None for every layer.
 
     Raises:
-        TypeError, ValueError: for anything but non-negative integers, or none of them.
+        TypeError, ValueError: Unless it is None, a non-negative integer, or a non-empty list
+            of them.
     """
     if layers is None:
         return None
@@ -118,17 +116,17 @@ def indices_of(layers: Any) -> tuple[int, ...] | None:
         )
     if not given or min(given) < 0:
         raise ValueError(
-            f"Received lora_layers={layers!r}; expected at least one number, none of them "
-            "negative, for example [10, 11], or None for all blocks."
+            f"Received lora_layers={layers!r}; expected at least one number, and no negative "
+            "ones, for example [10, 11], or None for all blocks."
         )
     return tuple(int(i) for i in given)
 
 
 def patterns_of(pattern: Any, layers: Any) -> tuple[str, ...] | None:
-    """``lora_layers_pattern`` as a tuple of regular expressions, or None.
+    """Return ``lora_layers_pattern`` as a tuple of regular expressions, or None.
 
     Raises:
-        TypeError, ValueError: for anything else, or without ``lora_layers``.
+        TypeError, ValueError: If it is anything else, or if ``lora_layers`` is None.
     """
     if pattern is None or pattern in ("", [], ()):
         return None
@@ -137,15 +135,15 @@ def patterns_of(pattern: Any, layers: Any) -> tuple[str, ...] | None:
     if layers is None:
         raise ValueError(
             f"Received lora_layers_pattern={pattern!r} without lora_layers; expected both: "
-            "the pattern says which numbers in a path lora_layers means."
+            "the pattern selects the numbers in a path that lora_layers refers to."
         )
     for one in given:
         try:
             re.compile(f"(?:{one})")
         except re.error as error:
             raise ValueError(
-                f"Received lora_layers_pattern={pattern!r}, in which {one!r} is no regular "
-                f"expression: {error}. It is the name of the level before the number, for "
+                f"Received lora_layers_pattern={pattern!r}, in which {one!r} is not a regular "
+                f"expression: {error}. Pass the name of the level before the number, for "
                 'example "blocks".'
             ) from error
     return tuple(given)
@@ -197,7 +195,13 @@ def check_integer(value: Any, field: str, least: int) -> None:
 
 
 def check_number(
-    value: Any, field: str, least: float, *, exclusive: bool = False, below: float = math.inf
+    value: Any,
+    field: str,
+    least: float = -math.inf,
+    *,
+    exclusive: bool = False,
+    below: float = math.inf,
+    most: float = math.inf,
 ) -> None:
     """Raise unless ``value`` is a finite number in the given range.
 
@@ -206,16 +210,23 @@ def check_number(
         field: Its name, for the error message.
         least: The smallest allowed number.
         exclusive: Whether ``least`` itself is not allowed.
-        below: All numbers from this one on are not allowed.
+        below: Numbers must be smaller than this one.
+        most: The largest allowed number.
     """
-    lower = f"{'above' if exclusive else 'of at least'} {least:g}"
-    upper = "" if below == math.inf else f" and below {below:g}"
-    message = f"Received {field}={value!r}; expected a number {lower}{upper}."
+    limits = (
+        ("above" if exclusive else "of at least", least),
+        ("below", below),
+        ("at most", most),
+    )
+    listed = " and ".join(f"{word} {x:g}" for word, x in limits if math.isfinite(x))
+    expected = f"a number {listed}" if listed else "a finite number"
+    message = f"Received {field}={value!r}; expected {expected}."
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise TypeError(message)
     number = float(value)
-    in_range = least <= number < below and not (exclusive and number == least)
-    if not (math.isfinite(value) and in_range):
+    above_least = number > least if exclusive else number >= least
+    in_range = above_least and number < below and number <= most
+    if not (math.isfinite(number) and in_range):
         raise ValueError(message)
 
 

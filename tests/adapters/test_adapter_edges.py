@@ -275,7 +275,7 @@ def test_targets_may_be_gone_through_once():
     assert set(lora_layers(model)) == {"hidden", "pw"}
     with pytest.raises(TypeError, match="lora_use_rslora='false'"):
         lora.LoRAConfig(lora_use_rslora="false")
-    with pytest.raises(ValueError, match="no regular expression"):
+    with pytest.raises(ValueError, match="not a regular expression"):
         lora.LoRAConfig(lora_rank_pattern={"(?i)FC1": 3})
 
 

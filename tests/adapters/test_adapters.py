@@ -609,6 +609,6 @@ def test_ranks_alphas_and_patterns_that_match_nothing_are_errors():
             lora.inject_lora(model, **{name: {"hiden": 3}})
         with pytest.raises(TypeError, match=f"{name}=.*dictionary"):
             lora.inject_lora(model, **{name: [3]})
-        with pytest.raises(ValueError, match="no regular expression"):
+        with pytest.raises(ValueError, match="not a regular expression"):
             lora.inject_lora(model, **{name: {"(": 3}})
         assert not has_lora(model)

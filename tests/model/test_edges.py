@@ -221,7 +221,7 @@ def test_injection_into_a_frozen_part_is_refused_and_changes_nothing():
     backbone, model = nested_pair()
     lora.inject_lora(model, lora_targets=["head"])
     named, classes = ids(model.trainable_weights), [type(x) for x in backbone.layers]
-    with pytest.raises(ValueError, match="part of a model that LoRA was put into"):
+    with pytest.raises(ValueError, match="part of a model that LoRA was injected into"):
         lora.inject_lora(backbone, lora_targets=["fc1"])
     assert ids(model.trainable_weights) == named
     assert [type(x) for x in backbone.layers] == classes

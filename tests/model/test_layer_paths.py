@@ -237,7 +237,7 @@ def test_layers_with_keras_own_lora_or_quantised_are_refused():
         lora.inject_lora(model)
     model = tiny_models.functional()
     model.get_layer("hidden").quantize("int8")
-    with pytest.raises(ValueError, match="quantised"):
+    with pytest.raises(ValueError, match="quantized"):
         lora.inject_lora(model)
 
 
@@ -297,13 +297,13 @@ def test_wrong_parts_and_modules_leave_the_model_alone(arguments, kind, words):
 
 
 def test_parts_of_what_is_not_fused_are_refused():
-    with pytest.raises(ValueError, match="10 units are not 3 parts.*lora_qkv=None"):
+    with pytest.raises(ValueError, match="10 units are not 3 blocks.*lora_qkv=None"):
         lora.LoRADense(10, lora_qkv="q")
-    with pytest.raises(ValueError, match="lora_qkv='q' for a kernel with the parts 'kv'"):
+    with pytest.raises(ValueError, match="lora_qkv='q' for a kernel with the blocks 'kv'"):
         lora.LoRADense(10, lora_qkv="q", lora_qkv_layout="kv")
     with pytest.raises(ValueError, match="lora_qkv_layout='q'.*at least two"):
         lora.LoRADense(10, lora_qkv="q", lora_qkv_layout="q")
-    with pytest.raises(ValueError, match="only the kernel of a dense layer"):
+    with pytest.raises(ValueError, match="fused kernels of dense layers only"):
         lora.LoRAConv2D(9, 3, lora_qkv="q")
 
 

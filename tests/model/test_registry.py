@@ -120,8 +120,8 @@ def test_overwriting_warns():
         cfg_class = LoRANetConfig
 
     lora.register_lora_architecture(LoRANet)
-    lora.register_lora_architecture(LoRANet)  # the same again is no overwriting
-    with pytest.warns(UserWarning, match="Net has the LoRA version LoRANet already"):
+    lora.register_lora_architecture(LoRANet)  # the same class does not overwrite
+    with pytest.warns(UserWarning, match="Net already has the LoRA version LoRANet"):
         lora.register_lora_architecture(Second, base_cls=Net)
     assert lora.lora_architecture(Net) is Second
     with pytest.raises(ValueError, match="LoRANet"):

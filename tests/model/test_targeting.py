@@ -159,7 +159,7 @@ WRONG_NUMBERS = [
     (dict(lora_layers="1"), TypeError, "lora_layers='1'"),
     (dict(lora_layers_pattern="block"), ValueError, "without lora_layers"),
     (dict(lora_layers=1, lora_layers_pattern=3), TypeError, "lora_layers_pattern=3"),
-    (dict(lora_layers=1, lora_layers_pattern="("), ValueError, "no regular expression"),
+    (dict(lora_layers=1, lora_layers_pattern="("), ValueError, "not a regular expression"),
     (dict(lora_layers=1), ValueError, "block 1: none of their paths.*lora_layers_pattern"),
     (
         dict(lora_layers=[1, 2, 7], lora_layers_pattern="block"),
@@ -280,20 +280,19 @@ def test_every_reason_is_told():
         lora_train_modules=["bn", "block0/fc1"],
     )
     assert told[""] == "no LoRA for Subclassed"
-    assert told["bn"] == told["block0/fc1"] == "trained whole"
+    assert told["bn"] == told["block0/fc1"] == "fully trained"
     assert told["head"] == "in no numbered block, not in lora_layers"
     assert told["block0"] == "no LoRA for Block"
     assert told["block0/in_dict"] == "in lora_exclude"
     assert told["block1/fc0"] == "in block 1, not in lora_layers"
-    assert told["block0/attention/key"] == "no part of lora_qkv='q'"
+    assert told["block0/attention/key"] == "not in lora_qkv='q'"
     assert told["block0/attention/query"] == told["block0/fc0"] == ""
     assert reasons(tiny_models.subclassed())["head"] == "classifier"
     assert (
-        reasons(tiny_models.functional(), lora_targets=["pw"])["out"]
-        == "not among lora_targets"
+        reasons(tiny_models.functional(), lora_targets=["pw"])["out"] == "not among the targets"
     )
     whole = reasons(tiny_models.functional(), lora_train_classifier=True)
-    assert whole["out"] == "trained whole"
+    assert whole["out"] == "fully trained"
 
 
 class Deaf(layers.Dense):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import numbers
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -19,6 +18,7 @@ from tfimm_lora.adapters.combine_trained_weights import (
 )
 from tfimm_lora.adapters.combine_updates import CombinationMethod, Loss, Term, norm_of_sum
 from tfimm_lora.adapters.decompose import result_dtype
+from tfimm_lora.validation import check_number
 
 #: ``combine_adapters`` warns if truncation loses more than this share of the norm.
 WARN_ABOVE = 0.1
@@ -208,13 +208,9 @@ def _check_adapters(
             f"Received {len(weights)} weights for {len(adapters)} adapters; expected one "
             "for each."
         )
-    for weight in weights:
-        if isinstance(weight, bool) or not isinstance(weight, numbers.Real):
-            raise TypeError(f"Received weights={weights!r}; expected numbers.")
-    weights = [float(weight) for weight in weights]
-    if not all(map(math.isfinite, weights)):
-        raise ValueError(f"Received weights={weights!r}; expected finite numbers.")
-    return adapters, weights
+    for index, weight in enumerate(weights):
+        check_number(weight, f"weights[{index}]")
+    return adapters, [float(weight) for weight in weights]
 
 
 def _vectors(terms: list[Term]) -> dict[str, Any]:

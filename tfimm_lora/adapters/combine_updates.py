@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import numbers
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 
-from tfimm_lora.adapters.decompose import check_rank, make_update, result_dtype
+from tfimm_lora.adapters.decompose import make_update, result_dtype
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.merge_rules import MAJORITY_SIGN_METHODS, RULES, Rule, mix
 from tfimm_lora.initializers.svd import nearest_factors, product_norm, truncate_product
-from tfimm_lora.validation import check_choice, check_integer
+from tfimm_lora.validation import check_choice, check_integer, check_number
 
 #: The combination types of ``combine_adapters``, by PEFT's names.
 COMBINATION_TYPES = (
@@ -56,7 +55,7 @@ class CombinationMethod:
         name = self.combination_type
         check_choice(name, "combination_type", COMBINATION_TYPES)
         if self.truncates and self.rank is not None:
-            check_rank(self.rank)
+            check_integer(self.rank, "rank", least=1)
         elif self.rank is not None:
             raise ValueError(
                 f"Received rank={self.rank!r} with combination_type={name!r}, whose rank is "
@@ -80,13 +79,7 @@ class CombinationMethod:
                 f"Received no density with combination_type={name!r}; expected the fraction "
                 "of entries to keep, in (0, 1], for example density=0.2."
             )
-        if isinstance(density, bool) or not isinstance(density, numbers.Real):
-            raise TypeError(f"Received density={density!r}; expected a number in (0, 1].")
-        if not 0 < float(density) <= 1:
-            raise ValueError(
-                f"Received density={density!r}; expected the fraction of entries to keep, in "
-                "(0, 1], for example 0.2."
-            )
+        check_number(density, "density", 0, exclusive=True, most=1)
 
     @property
     def truncates(self) -> bool:

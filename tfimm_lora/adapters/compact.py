@@ -1,4 +1,4 @@
-"""``compact_adapter``: an adapter without the components that do nothing."""
+"""``compact_adapter``: remove the components of an adapter that have no effect."""
 
 from __future__ import annotations
 
@@ -18,28 +18,29 @@ _FIELDS = ("a", "b", "scale", "kind", "qkv")
 
 
 def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
-    """The adapter of a model, with each layer at the rank that it uses.
+    """Return the adapter of a model, with the rank of each layer reduced to what it uses.
 
-    A component (column i of A, row i of B) that is zero in A or in B adds nothing and is
-    dropped, as ``RankAllocator`` leaves them. What is left keeps its scale, so the outputs
-    are the same. A layer without a component is left out, or where it holds something else
-    too (a trained bias) is kept with one of zeros. Parts of a fused projection (``lora_qkv``)
-    keep the rank of the part with the most, and layers that start from their kernel (PiSSA,
-    OLoRA) all of their components: the start, which is taken off again, has every one.
+    A component (column i of A, row i of B) that is zero in A or in B has no effect and is
+    dropped. ``RankAllocator`` sets components to zero in this way. The remaining ones keep
+    their scale, so the outputs are the same. A layer without components is left out; if it
+    has other values (a trained bias), it keeps one component of zeros. All blocks of a fused
+    projection (``lora_qkv``) keep the rank of the block with the most components. Layers
+    initialized from their kernel (PiSSA, OLoRA) keep all components, because the initial
+    update that is subtracted uses every one.
 
-    To have the smaller layers in the model itself, load the adapter into it:
+    To make the layers of the model itself smaller, load the adapter into it:
     ``load_adapter(model, compact_adapter(model))``, and compile it again.
 
     Args:
-        model: A built LoRA model, merged or not. It stays as it is.
+        model: A built LoRA model, merged or not. It is not changed.
         base_model: As in ``adapter_of``.
 
     Returns:
         A new adapter. Its file has each layer's rank in ``rank_pattern``.
 
     Raises:
-        ValueError: if the model has no LoRA layers or is not built, or no layer has a
-            component other than zero, as before training.
+        ValueError: If the model has no LoRA layers or is not built, or if all components are
+            zero, as before training.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -56,15 +57,18 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
     adapter = adapter_of(model, base_model)
     names, layers = ModuleNames(model), lora_layers(model)
     alive = {names.modules[path]: live_components(layer) for path, layer in layers.items()}
-    whole = {names.modules[path] for path, layer in layers.items() if has_initial_update(layer)}
-    if not whole and not any(kept.any() for kept in alive.values()):
+    uncompacted = {
+        names.modules[path] for path, layer in layers.items() if has_initial_update(layer)
+    }
+    if not uncompacted and not any(kept.any() for kept in alive.values()):
         raise ValueError(
             f"Received model '{model.name}', in whose adapter every component is zero; "
-            "expected a trained model. Before training, save_adapter keeps all of it."
+            "expected a trained model. Before training use save_adapter, which keeps all "
+            "components."
         )
     kept_layers = {}
     for module, update in adapter.layers.items():
-        if module in whole:
+        if module in uncompacted:
             kept_layers[module] = update
         elif alive[module].any() or adapter.bias != "none" or _has_more(update):
             kept_layers[module] = _compact(update, alive[module])
@@ -72,12 +76,15 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
 
 
 def has_initial_update(layer: LoRALayer) -> bool:
-    """Whether a layer adds A B - A0 B0, less its initial update (PiSSA, OLoRA)."""
+    """Whether the update of a layer is A B - A0 B0, with an initial update (PiSSA, OLoRA)."""
     return "kernel_lora_a0" in layer.__dict__
 
 
 def live_components(layer: LoRALayer) -> np.ndarray:
-    """Which components of a layer are not zero: (rank,), of fused parts (parts * rank,)."""
+    """Return which components of a layer are not zero.
+
+    The shape is (rank,), or (blocks * rank,) for the blocks of a fused projection.
+    """
     values = layer.lora_values()
     a = values["kernel_lora_a"]
     b = np.moveaxis(values["kernel_lora_b"], layer._rank_axis_of_b(), -1)
@@ -88,21 +95,21 @@ def live_components(layer: LoRALayer) -> np.ndarray:
 
 
 def _has_more(update: LayerUpdate) -> bool:
-    """Whether an update holds something beside its factors."""
+    """Whether an update has values other than its factors."""
     names = [f.name for f in dataclasses.fields(update) if f.name not in _FIELDS]
     return any(getattr(update, name) is not None for name in names)
 
 
 def _compact(update: LayerUpdate, alive: np.ndarray) -> LayerUpdate:
-    """An update with the live components only, and as many of zeros as it needs."""
-    parts = len(update.qkv[0]) if update.qkv else 1
-    grouped = alive.reshape(parts, -1)
+    """Return an update with its live components, and zeros if blocks need equal ranks."""
+    blocks = len(update.qkv[0]) if update.qkv else 1
+    grouped = alive.reshape(blocks, -1)
     rank = max(1, int(grouped.sum(axis=1).max()))
-    # The live ones first, in their order; then zeros, up to the rank.
+    # The live components first, in their order; then zeros, up to the rank.
     order = np.argsort(~grouped, axis=1, kind="stable")[:, :rank]
     order.sort(axis=1)
-    chosen = (order + grouped.shape[1] * np.arange(parts)[:, None]).reshape(-1)
-    # A kernel for each position has these components at each of them.
+    chosen = (order + grouped.shape[1] * np.arange(blocks)[:, None]).reshape(-1)
+    # A layer with a kernel for each position has these components at each position.
     positions = update.rank // alive.size
     chosen = (chosen + alive.size * np.arange(positions)[:, None]).reshape(-1)
     dead = ~np.tile(alive, positions)[chosen]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numbers
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +9,7 @@ import numpy as np
 
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.initializers.svd import nearest_factors
+from tfimm_lora.validation import check_integer, check_number
 
 
 def extract_update(
@@ -126,15 +126,6 @@ def result_dtype(*arrays: np.ndarray) -> np.dtype:
     return np.result_type(np.float32, *(a.dtype for a in arrays if a.dtype.kind not in "biu"))
 
 
-def check_rank(rank: Any) -> None:
-    """Raise unless ``rank`` is a positive integer."""
-    whole = isinstance(rank, numbers.Integral) and not isinstance(rank, bool)
-    if not whole or rank < 1:
-        raise (ValueError if whole else TypeError)(
-            f"Received rank={rank!r}; expected a positive integer, for example rank=8."
-        )
-
-
 def check_rank_or_energy(rank: Any, energy: Any) -> None:
     """Raise unless exactly one of the two is given and in its range."""
     if (rank is None) == (energy is None):
@@ -143,13 +134,9 @@ def check_rank_or_energy(rank: Any, energy: Any) -> None:
             "for example rank=8, or energy=0.95 for the rank that each layer needs."
         )
     if rank is not None:
-        return check_rank(rank)
-    if isinstance(energy, bool) or not isinstance(energy, numbers.Real):
-        raise TypeError(f"Received energy={energy!r}; expected a number in (0, 1].")
-    if not 0 < float(energy) <= 1:
-        raise ValueError(
-            f"Received energy={energy!r}; expected a fraction in (0, 1], for example 0.95."
-        )
+        check_integer(rank, "rank", least=1)
+    else:
+        check_number(energy, "energy", 0, exclusive=True, most=1)
 
 
 def _extract(

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import math
-import numbers
 from collections.abc import Iterator
 from typing import Any
 
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.state import model_state
+from tfimm_lora.validation import check_number
 
 
 @contextlib.contextmanager
@@ -100,10 +99,7 @@ def set_adapter_scale(model: Any, scale: float) -> Any:
         >>> lora.set_adapter_scale(model, 0.5) is model
         True
     """
-    if isinstance(scale, bool) or not isinstance(scale, numbers.Real):
-        raise TypeError(f"Received scale={scale!r}; expected a number.")
-    if not math.isfinite(scale):
-        raise ValueError(f"Received scale={scale!r}; expected a finite number.")
+    check_number(scale, "scale")
     layers = lora_layers(model).values()
     for layer in layers:
         layer._require_built("scale")

@@ -6,8 +6,6 @@ import contextlib
 import hashlib
 import json
 import os
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +25,7 @@ from tfimm_lora.adapters.file_format import (
 )
 from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate
 from tfimm_lora.adapters.peft_config import config_fields
+from tfimm_lora.utils.atomic_files import write_file
 
 
 def write(
@@ -53,43 +52,17 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     # The weights contain the hash of their config. If the process is killed between the two
     # renames, the reader finds the config under its other name; see `read_files`.
-    _write_synced(folder / PENDING_CONFIG, config)
-    with _new_file(folder, weights) as temporary:
-        os.replace(temporary, folder / WEIGHTS)
+    write_file(folder / PENDING_CONFIG, config)
+    write_file(folder / WEIGHTS, weights)
     os.replace(folder / PENDING_CONFIG, folder / CONFIG)
     _sync(folder)
     if _may_replace(folder / CARD):
-        with _new_file(folder, model_card(adapter, fields).encode()) as temporary:
-            os.replace(temporary, folder / CARD)
+        write_file(folder / CARD, model_card(adapter, fields))
 
 
 def _may_replace(card: Path) -> bool:
     """Whether there is no model card, or one that this package wrote."""
     return not card.exists() or MARK in card.read_text(errors="replace")
-
-
-@contextlib.contextmanager
-def _new_file(folder: Path, content: bytes) -> Iterator[Path]:
-    """Write a file under a temporary name in the folder, for the caller to rename."""
-    handle, name = tempfile.mkstemp(dir=folder, prefix=".adapter-", suffix=".tmp")
-    os.close(handle)
-    try:
-        _write_synced(Path(name), content)
-        # The permissions that open() would set; mkstemp lets nobody else read.
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(name, 0o666 & ~umask)
-        yield Path(name)
-    finally:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(name)
-
-
-def _write_synced(path: Path, content: bytes) -> None:
-    with open(path, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _sync(folder: Path) -> None:

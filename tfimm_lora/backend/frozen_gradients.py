@@ -1,16 +1,16 @@
-"""The way back through layers of legacy Keras that are not trained.
+"""Cheaper gradients for frozen layers of legacy Keras.
 
-TensorFlow differentiates normalisations as if scale and offset were trained: for that of
-batches in inference mode its one operation computes all three gradients and needs the input
-again. What it has no operation for it differentiates term by term, and keeps most of the terms.
-With frozen weights less is to do:
+TensorFlow differentiates normalization layers as if scale and offset were trained: for batch
+normalization in inference mode one operation computes all three gradients and needs the input
+again. Functions without an operation of their own are differentiated term by term, and most of
+the terms are kept in memory. With frozen weights there is less to compute:
 
-* batch normalisation: y = k x + c with k = gamma / sqrt(variance + epsilon) for each channel,
+* batch normalization: y = k x + c with k = gamma / sqrt(variance + epsilon) for each channel,
   so dx = k dy, and the input is not kept.
-* layer normalisation, with x' = x - mean(x), g = gamma dy, v = mean(x'^2) + epsilon and means
-  over the axis that is normalised: dx = (g - mean(g) - x' mean(g x') / v) / sqrt(v).
+* layer normalization, with x' = x - mean(x), g = gamma dy, v = mean(x'^2) + epsilon and means
+  over the normalized axis: dx = (g - mean(g) - x' mean(g x') / v) / sqrt(v).
 * GELU, y = x P(x) with P(x) = erfc(-x / sqrt 2) / 2: dx = dy (P(x) + x P'(x)), with
-  P'(x) = exp(-x^2 / 2) / sqrt(2 pi); of the terms P(x) alone is kept.
+  P'(x) = exp(-x^2 / 2) / sqrt(2 pi); of these terms only P(x) is kept.
 
 References: Ioffe and Szegedy, arXiv:1502.03167, section 3; Ba et al., arXiv:1607.06450,
 section 3; Hendrycks and Gimpel, arXiv:1606.08415, section 2.
@@ -25,27 +25,32 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-Gradient = Callable[[Any, Any], Any]
+from tfimm_lora.backend.interface import Layer, Tensor
+
+Gradient = Callable[[Tensor, Tensor], Tensor]
 
 _BATCH_NORM = tf_keras.layers.BatchNormalization.call
 _LAYER_NORM = tf_keras.layers.LayerNormalization.call
 _ACTIVATION = tf_keras.layers.Activation.call
 
-#: The ``call`` of the classes whose layers may have such a gradient as they are. Batch
-#: normalisation must be in inference mode, too.
+#: The ``call`` of the classes whose layers have such a gradient. Batch normalization is not
+#: among them, since it must also be in inference mode.
 CALLS = (_LAYER_NORM, _ACTIVATION)
 
 
-def is_gelu(layer: Any) -> bool:
-    """Whether a layer is nothing but a GELU."""
+def is_gelu(layer: Layer) -> bool:
+    """Whether a layer is an Activation layer with GELU."""
     known = type(layer) is tf_keras.layers.Activation
     return known and layer.activation is tf_keras.activations.gelu
 
 
-def frozen_gradient(layer: Any, call: Any, x: Any) -> Gradient | None:
-    """What gives the gradient by x from x and that by the output (of batch normalisation in
-    inference mode), or None to leave it to TensorFlow: for other layers than these, subclasses
-    with a ``call`` of their own, and other types and axes than the common ones."""
+def frozen_gradient(layer: Layer, call: Any, x: Tensor) -> Gradient | None:
+    """Return a function that computes the gradient of x from x and the output's gradient.
+
+    For batch normalization it is valid in inference mode. For all other layers, subclasses with
+    their own ``call``, and unusual dtypes and axes the result is None, so that TensorFlow
+    computes the gradient.
+    """
     known = (
         call in (*CALLS, _BATCH_NORM) and isinstance(x, tf.Tensor) and x.shape.rank is not None
     )
@@ -56,7 +61,7 @@ def frozen_gradient(layer: Any, call: Any, x: Any) -> Gradient | None:
     axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
     if axes not in ([-1], [x.shape.rank - 1]):
         return None
-    # Variables are read now: the way back through a branch of tf.cond could not.
+    # Variables are read now, because the backward pass of a tf.cond branch cannot read them.
     if call is _BATCH_NORM:
         factor = _channel_factor(layer)
         return lambda x, dy: dy * factor
@@ -64,20 +69,20 @@ def frozen_gradient(layer: Any, call: Any, x: Any) -> Gradient | None:
     return lambda x, dy: _through_layer_norm(layer, gamma, x, dy)
 
 
-def _through_gelu(x: Any, dy: Any) -> Any:
-    # Asked for as Keras does, so that TensorFlow finds both computed already.
+def _through_gelu(x: Tensor, dy: Tensor) -> Tensor:
+    # The same expressions as in Keras, so that TensorFlow does not compute them twice.
     z = -x * tf.cast(math.sqrt(0.5), x.dtype)
     twice = tf.math.erfc(z)
     return 0.5 * dy * (twice - 2 / math.sqrt(math.pi) * z * tf.exp(-tf.square(z)))
 
 
-def _channel_factor(layer: Any) -> Any:
+def _channel_factor(layer: Layer) -> Tensor:
     factor = tf.math.rsqrt(layer.moving_variance + layer.epsilon)
     return factor if layer.gamma is None else factor * layer.gamma
 
 
-def _through_layer_norm(layer: Any, gamma: Any, x: Any, dy: Any) -> Any:
-    # Asked for as Keras does, so that TensorFlow finds them computed already.
+def _through_layer_norm(layer: Layer, gamma: Tensor | None, x: Tensor, dy: Tensor) -> Tensor:
+    # The same expressions as in Keras, so that TensorFlow does not compute them twice.
     mean, variance = tf.nn.moments(x, layer.axis, keepdims=True)
     inverse = tf.math.rsqrt(variance + layer.epsilon)
     if gamma is not None:

@@ -1,10 +1,10 @@
-"""Watching the gradients that an optimizer applies, as it applies them.
+"""Watch the gradients that an optimizer applies.
 
-A callback sees no gradients, and how far an optimizer moves a weight is none (Adam's step is
-near the learning rate whatever the gradient is). So the rule of the optimizer is wrapped in
-the optimizer that trains: what is watched is computed in the compiled step itself, from the
-gradient that is applied (unscaled, accumulated, clipped, summed over the devices), without a
-second backward pass and without the gradients ever leaving the device.
+A callback does not see gradients, and they do not follow from the change of a weight (Adam's
+step is close to the learning rate for any gradient). So the update method of the training
+optimizer is wrapped: the watchers run in the compiled step itself, with the gradient that is
+applied (unscaled, accumulated, clipped, summed over the devices), without a second backward
+pass and without copying gradients from the device.
 """
 
 from __future__ import annotations
@@ -14,29 +14,31 @@ from typing import Any, Protocol
 
 import numpy as np
 
-#: The methods of an optimizer that get gradients and variables; the second one in lists.
+from tfimm_lora.backend.interface import Backend, Layer, Tensor, Variable
+
+#: The methods of an optimizer that receive a gradient and a variable, or lists of them.
 _ONE, _MANY, _COMPILED = "update_step", "_parallel_update_step", "_update_step_xla"
 
 
 class Watcher(Protocol):
-    """What is told of the updates of one variable."""
+    """Watches the updates of one variable."""
 
     #: The variable of the model.
-    variable: Any
+    variable: Variable
 
     @property
-    def state(self) -> Sequence[Any]:
+    def state(self) -> Sequence[Variable]:
         """The variables that it assigns to, from ``state_variable``."""
 
-    def before(self, gradient: Any, value: Any) -> None:
-        """Called in the step with the dense gradient and the value that it is of."""
+    def before(self, gradient: Tensor, value: Tensor) -> None:
+        """Called before the update, with the dense gradient and the variable's value."""
 
-    def after(self, value: Any) -> Any:
-        """Called in the step with the new value; gives the one to have instead."""
+    def after(self, value: Tensor) -> Tensor:
+        """Called after the update, with the new value; return the value to assign."""
 
 
-def state_variable(backend: Any, value: np.ndarray, beside: Any) -> Any:
-    """A variable for a watcher, on the devices of the variable ``beside`` of a model."""
+def state_variable(backend: Backend, value: np.ndarray, beside: Variable) -> Variable:
+    """Create a variable for a watcher, on the devices of the model's variable ``beside``."""
     with backend.variable_scope(beside):
         if hasattr(backend.keras, "Variable"):
             return backend.keras.Variable(value, trainable=False, dtype="float32")
@@ -45,10 +47,10 @@ def state_variable(backend: Any, value: np.ndarray, beside: Any) -> Any:
         return tf.Variable(value, trainable=False, dtype="float32")
 
 
-def watch_updates(backend: Any, model: Any, watchers: Sequence[Watcher]) -> None:
-    """Tell watchers of every update in the training of ``model`` that has begun.
+def watch_updates(backend: Backend, model: Layer, watchers: Sequence[Watcher]) -> None:
+    """Call watchers for every update in the current training of ``model``.
 
-    The train function is made anew. A watch of before is replaced.
+    The train function is recreated. Earlier watchers are replaced.
     """
     unwatch_updates(backend, model)
     optimizer = _rule_of(model.optimizer)
@@ -66,7 +68,7 @@ def watch_updates(backend: Any, model: Any, watchers: Sequence[Watcher]) -> None
 
         return step
 
-    # In the instance: its class, and so its config and its files, stay as they are.
+    # Set in the instance, so that its class, its config and its files do not change.
     own = optimizer.__dict__
     own[_ONE] = watched(getattr(optimizer, _ONE))
     if hasattr(optimizer, _MANY):
@@ -74,21 +76,21 @@ def watch_updates(backend: Any, model: Any, watchers: Sequence[Watcher]) -> None
     if hasattr(optimizer, _COMPILED):
         import tensorflow as tf
 
-        # Legacy Keras compiles it once for each optimizer and would go on with that.
+        # Legacy Keras compiles it once for each optimizer, without the watchers.
         own[_COMPILED] = tf.function(
             lambda gradient, variable, key: optimizer._update_step(gradient, variable),
             jit_compile=True,
         )
     own["_lora_watched"] = [v for w in watchers for v in w.state]
     if backend.framework() == "jax":
-        # There what a step changes is what the optimizer lists.
+        # On JAX a step only updates variables that the optimizer lists.
         optimizer._variables.extend(own["_lora_watched"])
-        _note_placement(model)
+        _record_sharding(model)
     model.make_train_function(force=True)
 
 
-def unwatch_updates(backend: Any, model: Any) -> None:
-    """Undo ``watch_updates``, if it was done."""
+def unwatch_updates(backend: Backend, model: Layer) -> None:
+    """Undo ``watch_updates``, if it was called."""
     optimizer = _rule_of(model.optimizer)
     own = optimizer.__dict__
     if "_lora_watched" not in own:
@@ -100,23 +102,23 @@ def unwatch_updates(backend: Any, model: Any) -> None:
         listed = optimizer._variables
         for variable in [v for v in listed if id(v) in state]:
             listed[:] = [v for v in listed if v is not variable]
-        _note_placement(model)
+        _record_sharding(model)
     model.train_function = None
 
 
-def _note_placement(model: Any) -> None:
-    """Let Keras' trainer on JAX read again where the optimizer's variables are."""
+def _record_sharding(model: Layer) -> None:
+    """Make Keras' trainer on JAX record the sharding of the optimizer's variables again."""
     if hasattr(model, "_record_training_state_sharding_spec"):
         model._record_training_state_sharding_spec()
 
 
 def _rule_of(optimizer: Any) -> Any:
-    """The optimizer itself, of one within a loss scaling the inner one."""
+    """Return the optimizer itself, or the inner one of a LossScaleOptimizer."""
     return getattr(optimizer, "inner_optimizer", optimizer)
 
 
 def _update(
-    backend: Any,
+    backend: Backend,
     optimizer: Any,
     table: dict[Any, Watcher],
     method: Any,
@@ -125,7 +127,7 @@ def _update(
     as_lists: bool,
     rest: tuple[Any, ...],
 ) -> None:
-    """Apply gradients by a method of the optimizer, and tell the watchers."""
+    """Apply gradients with a method of the optimizer, and call the watchers."""
     watched = [(g, v, table.get(optimizer._var_key(v))) for g, v in zip(gradients, variables)]
     for gradient, variable, watcher in watched:
         if watcher is not None:
@@ -139,8 +141,8 @@ def _update(
             variable.assign(watcher.after(backend.ops.cast(variable, "float32")))
 
 
-def _dense(gradient: Any) -> Any:
-    """A gradient as a tensor; that of looked-up rows has only those."""
+def _dense(gradient: Tensor) -> Tensor:
+    """Return a gradient as a dense tensor; the gradient of an embedding is sparse."""
     if type(gradient).__name__ != "IndexedSlices":
         return gradient
     import tensorflow as tf

@@ -18,10 +18,10 @@ from tfimm_lora.backend.learning_rates import Keras3VariableRates
 
 
 class _BuildHook:
-    """Calls ``_after_build`` while the state of the layer is still open.
+    """Call ``_after_build`` before Keras locks the state of the layer.
 
-    Keras wraps ``build`` in the instance when it is created, so a class that is given to
-    a live layer cannot override it; ``_post_build`` is looked up when it is called.
+    Keras wraps ``build`` in the instance when it is created, so the class of a converted layer
+    cannot override it. ``_post_build`` is looked up in the class when it is called.
     """
 
     def _post_build(self) -> None:
@@ -30,7 +30,7 @@ class _BuildHook:
 
 
 class _FilteredWeights:
-    """Keeps the ``trainable`` flags of own variables at what ``_is_trained`` says."""
+    """Keep the ``trainable`` flags of own variables equal to ``_is_trained``."""
 
     @property
     def trainable(self) -> bool:
@@ -39,25 +39,25 @@ class _FilteredWeights:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        # Keras sets the flag of every variable inside, also of those kept frozen.
+        # Keras sets the flags of all variables inside, also of those that stay frozen.
         keras.layers.Layer.trainable.fset(self, value)
         self._sync_trainability()
 
     def _sync_trainability(self) -> None:
         for variable in _own_variables(self):
-            # Assigning the flag where the optimizer or an integer variable would object
-            # is avoided by touching only what differs.
+            # Only flags that differ are set, since setting the flag of an integer variable,
+            # or of one that an optimizer uses, can raise an error.
             trained = self.trainable and self._is_trained(variable)  # type: ignore[attr-defined]
             if variable.trainable != trained:
                 variable.trainable = trained
 
 
-def _own_variables(layer: Any) -> list[Any]:
+def _own_variables(layer: Layer) -> list[Variable]:
     return list(layer._trainable_variables) + list(layer._non_trainable_variables)
 
 
 class Keras3Backend(Backend):
-    """Keras 3, seen through the common interface."""
+    """The backend of Keras 3."""
 
     keras = keras
     ops = keras.ops
@@ -93,7 +93,7 @@ class Keras3Backend(Backend):
         )
 
     def conv1d_call(self, layer: Layer, inputs: Tensor, base_call: Callable[..., Any]) -> Any:
-        """Call a Conv1D so that it goes through ``convolution_op``."""
+        """Call a Conv1D so that it uses ``convolution_op``."""
         if layer.padding == "causal":
             inputs = keras.ops.pad(inputs, layer._compute_causal_padding())
         return BaseConv.call(layer, inputs)
@@ -101,7 +101,7 @@ class Keras3Backend(Backend):
     def conv1d_op(
         self, layer: Layer, inputs: Tensor, kernel: Tensor, base_op: Callable[..., Any]
     ) -> Any:
-        """The convolution of a Conv1D whose inputs are padded already if it is causal."""
+        """Return the convolution of a Conv1D; causal inputs are already padded."""
         if layer.padding != "causal":
             return base_op(inputs, kernel)
         return keras.ops.conv(
@@ -123,7 +123,7 @@ class Keras3Backend(Backend):
         return [generator.state for generator in layer._seed_generators]
 
     def restart_random_ops(self, seed: int) -> None:
-        """Layers of Keras 3 keep a state; this is for what calls ``tf.random`` itself."""
+        """Seed ``tf.random`` for code that uses it; layers of Keras 3 have their own state."""
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
@@ -133,7 +133,7 @@ class Keras3Backend(Backend):
         return list(optimizer.variables)
 
     def optimizer_rule(self, optimizer: Any) -> type:
-        # On torch Keras makes an instance of a class that updates all variables at once.
+        # On torch, Keras creates an instance of a subclass that updates all variables at once.
         own = type(optimizer).__mro__
         return next(c for c in own if not c.__module__.startswith("keras.src.backend"))
 
@@ -150,13 +150,13 @@ class Keras3Backend(Backend):
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
-            return tf.convert_to_tensor(tensor)  # Keras hands out the tf.Variable
+            return tf.convert_to_tensor(tensor)  # Keras returns the tf.Variable
         return tensor
 
     def add_weight(
         self, layer: Layer, name: str, shape: tuple[int, ...], beside: Variable, **options: Any
     ) -> None:
-        # add_weight opens the layer's own scope, the last one of the kernel's path.
+        # add_weight opens the layer's own scope, which is the last one in the kernel's path.
         with _unlocked(layer), _scopes(beside.path.split("/")[:-2]):
             variable = layer.add_weight(
                 name=name,
@@ -187,7 +187,7 @@ class Keras3Backend(Backend):
     def reset_functions(self, model: Layer) -> None:
         super().reset_functions(model)
         if keras.backend.backend() == "torch":
-            # What torch calls the parameters of a model is remembered in every layer.
+            # On torch every layer caches the parameters of the layers inside it.
             for _, layer in self.walk(model):
                 if hasattr(layer, "_torch_params"):
                     layer._track_variables()
@@ -199,14 +199,14 @@ class Keras3Backend(Backend):
         model.compiled = False
 
     def custom_gradient(self, function: Callable[..., Any], *args: Any) -> Any:
-        # jax wants a cotangent for every argument.
+        # JAX requires a cotangent for every argument.
         zeros = keras.backend.backend() == "jax"
 
         def keras_function(*tensors: Any) -> Any:
             y, grad = function(*tensors)
 
             def keras_grad(*given: Any, upstream: Any = None) -> Any:
-                # torch passes the arguments and `upstream`, the others only that.
+                # torch passes the arguments and `upstream`, the others only the latter.
                 grads = grad(given[0] if upstream is None else upstream)
                 if not zeros:
                     return grads
@@ -244,7 +244,7 @@ class Keras3Backend(Backend):
             return super().linear(function, x)
         import torch
 
-        # torch, which runs what it is told, would compute the function again in ``vjp``.
+        # torch runs eagerly, so ``vjp`` would compute the function a second time.
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             y = function(leaf)
@@ -253,8 +253,8 @@ class Keras3Backend(Backend):
     def refusal(self, layer: Layer) -> str | None:
         if getattr(layer, "quantization_mode", None):
             return (
-                f"it is quantised ({layer.quantization_mode}); convert the layer before "
-                "quantising the merged model"
+                f"it is quantized ({layer.quantization_mode}); convert the layer before "
+                "quantizing the merged model"
             )
         if getattr(layer, "lora_enabled", False) or getattr(layer, "lora_rank", None):
             return (
@@ -268,11 +268,11 @@ class Keras3Backend(Backend):
         return strategy.scope() if strategy is not None else contextlib.nullcontext()
 
     def variable_flags(self, layer: Layer) -> dict[int, bool]:
-        """Which of the layer's own variables are trainable, by id."""
+        """Return which of the layer's own variables are trainable, by id."""
         return {id(v): v.trainable for v in _own_variables(layer)}
 
     def restore_flags(self, layer: Layer, flags: Mapping[int, bool]) -> None:
-        """Set the flags back to what ``variable_flags`` read."""
+        """Restore the flags that ``variable_flags`` returned."""
         for variable in _own_variables(layer):
             trainable = flags.get(id(variable), variable.trainable)
             if variable.trainable != trainable:
@@ -293,7 +293,7 @@ class Keras3Backend(Backend):
         return result
 
     def store_value(self, value: Any) -> Any:
-        """What ``save_own_variables`` puts into a store."""
+        """Return a variable or array in the form that ``save_own_variables`` stores."""
         return value
 
     def is_rebuilt_with_layers(self, layer: Layer) -> bool:
@@ -307,7 +307,7 @@ class Keras3Backend(Backend):
 
         return isinstance(layer, Functional)
 
-    def made_by(self, tensor: Tensor) -> tuple[Any, list[Any]]:
+    def made_by(self, tensor: Tensor) -> tuple[Layer, list[Tensor]]:
         layer, index, _ = tensor._keras_history
         return layer, list(layer._inbound_nodes[index].input_tensors)
 
@@ -321,14 +321,14 @@ class Keras3Backend(Backend):
             keras.config.set_dtype_policy(policy)
 
     def input_shapes(self, model: Layer) -> Any:
-        """The shapes of the inputs that a model was built for, nested as they are."""
+        """Return the nested shapes of the inputs that a model was built for, or None."""
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         return next(iter(shapes.values())) if len(shapes) == 1 else None
 
 
 @contextlib.contextmanager
 def _unlocked(layer: Layer) -> Any:
-    """Keras locks the state of a built layer; open it for a moment."""
+    """Unlock the state of a built layer, which Keras locks, within this block."""
     locked = layer._tracker.locked
     layer._tracker.unlock()
     try:
@@ -340,7 +340,7 @@ def _unlocked(layer: Layer) -> Any:
 
 @contextlib.contextmanager
 def _scopes(names: list[str]) -> Any:
-    """Open just these name scopes, whichever are open now; they make a variable's path."""
+    """Open exactly these name scopes, which determine the path of a new variable."""
     outer = global_state.get_global_attribute("name_scope_stack", default=[])
     global_state.set_global_attribute("name_scope_stack", [])
     try:
@@ -353,7 +353,7 @@ def _scopes(names: list[str]) -> Any:
 
 
 def _forget_tf_tracking(layer: Layer, attribute: str) -> None:
-    """On TensorFlow a layer is a trackable too, which remembers its attributes."""
+    """Remove an attribute from TensorFlow's tracking, if the layer is a trackable."""
     if hasattr(layer, "_delete_tracking"):
         layer._delete_tracking(attribute)
 

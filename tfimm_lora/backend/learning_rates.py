@@ -1,7 +1,7 @@
-"""Mixins for optimizers whose learning rate is multiplied by a factor of each variable.
+"""Mixins for optimizers with a learning rate factor for each variable.
 
-The factor goes where the rate goes: into the update, whatever the rule, and into decoupled
-weight decay. That is what an optimizer of its own for these variables would do.
+The factor multiplies the learning rate in the update, for any update rule, and in decoupled
+weight decay. This is equivalent to a separate optimizer for these variables.
 """
 
 from __future__ import annotations
@@ -10,27 +10,29 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from tfimm_lora.backend.interface import Tensor, Variable
+
 _FACTORS, _CURRENT = "_lora_rate_factors", "_lora_rate_factor"
 
 
 class _VariableRates:
-    """What both Kerases share. The class gives ``_rate_factors(variables)``, a factor each."""
+    """The common part. ``_rate_factors(variables)`` of the class returns a factor for each."""
 
     def build(self, variables: Any) -> None:
-        # By the key of a variable, which is also that of its parts on several devices.
+        # By key, because the copies of a variable on several devices have the same key.
         factors = self._rate_factors(variables)  # type: ignore[attr-defined]
         keys = [self._var_key(v) for v in variables]  # type: ignore[attr-defined]
         self.__dict__[_FACTORS] = dict(zip(keys, factors))
         super().build(variables)  # type: ignore[misc]
 
-    def _factor_of(self, variable: Any) -> float:
+    def _factor_of(self, variable: Variable) -> float:
         result: float = self.__dict__[_FACTORS].get(self._var_key(variable), 1.0)  # type: ignore[attr-defined]
         return result
 
     @contextmanager
     def _rate_times(self, factor: float) -> Iterator[None]:
-        """Within this block the learning rate is multiplied by a factor."""
-        # Set back to 1, not to what it was: replicas take turns in this block.
+        """Multiply the learning rate by a factor within this block."""
+        # Reset to 1, not to the previous value: the blocks of replicas can interleave.
         self.__dict__[_CURRENT] = factor
         try:
             yield
@@ -44,7 +46,7 @@ class _VariableRates:
     def _apply_weight_decay(self, variables: Any) -> None:
         if self.weight_decay is None:  # type: ignore[attr-defined]
             return
-        groups: dict[float, list[Any]] = {}
+        groups: dict[float, list[Variable]] = {}
         for variable in variables:
             if self._use_weight_decay(variable):  # type: ignore[attr-defined]
                 groups.setdefault(self._factor_of(variable), []).append(variable)
@@ -54,7 +56,7 @@ class _VariableRates:
 
 
 class LegacyVariableRates(_VariableRates):
-    """For legacy Keras, whose rules read the rate from the optimizer."""
+    """For legacy Keras, whose update rules read the rate from the optimizer."""
 
     @property
     def learning_rate(self) -> Any:
@@ -64,18 +66,18 @@ class LegacyVariableRates(_VariableRates):
     def learning_rate(self, value: Any) -> None:
         super(LegacyVariableRates, type(self)).learning_rate.fset(self, value)  # type: ignore
 
-    def update_step(self, gradient: Any, variable: Any) -> None:
+    def update_step(self, gradient: Tensor, variable: Variable) -> None:
         with self._rate_times(self._factor_of(variable)):
             super().update_step(gradient, variable)  # type: ignore[misc]
 
 
 class Keras3VariableRates(_VariableRates):
-    """For Keras 3, whose rules are handed the rate; weight decay reads it."""
+    """For Keras 3, which passes the rate to update rules; weight decay reads it."""
 
     def _get_current_learning_rate(self) -> Any:
         return self._multiplied(super()._get_current_learning_rate())  # type: ignore[misc]
 
-    def update_step(self, gradient: Any, variable: Any, learning_rate: Any) -> None:
+    def update_step(self, gradient: Tensor, variable: Variable, learning_rate: Any) -> None:
         factor = self._factor_of(variable)
         rate = learning_rate if factor == 1.0 else learning_rate * factor
         super().update_step(gradient, variable, rate)  # type: ignore[misc]

@@ -35,7 +35,7 @@ _OPS: Any = types.SimpleNamespace(
 
 
 class _BuildHook:
-    """Calls ``_after_build`` at the end of ``build``."""
+    """Call ``_after_build`` at the end of ``build``."""
 
     def build(self, *args: Any, **kwargs: Any) -> None:
         super().build(*args, **kwargs)  # type: ignore[misc]
@@ -43,9 +43,9 @@ class _BuildHook:
 
 
 class _FilteredWeights:
-    """Sorts own variables by ``_is_trained``, wherever Keras keeps them.
+    """Classify own variables by ``_is_trained``, independent of the list that holds them.
 
-    The lists ``_trainable_weights`` and ``_non_trainable_weights`` stay as they are:
+    The lists ``_trainable_weights`` and ``_non_trainable_weights`` are not changed, because
     weight files depend on their order.
     """
 
@@ -54,42 +54,42 @@ class _FilteredWeights:
         return {id(v) for v in own if not self._is_trained(v)}  # type: ignore[attr-defined]
 
     @property
-    def trainable_weights(self) -> list[Any]:
+    def trainable_weights(self) -> list[Variable]:
         frozen = self._frozen_ids()
         listed = [v for v in super().trainable_weights if id(v) not in frozen]  # type: ignore[misc]
         own = {id(v) for v in self._trainable_weights}  # type: ignore[attr-defined]
-        # Biases last among the layer's own, for the order of HDF5 files; see below.
+        # Own biases last, for the order of variables in HDF5 files; see below.
         return sorted(listed, key=lambda v: id(v) in own and BACKEND.is_bias_like(v))
 
     @property
-    def non_trainable_weights(self) -> list[Any]:
+    def non_trainable_weights(self) -> list[Variable]:
         listed = super().non_trainable_weights  # type: ignore[misc]
         known = {id(v) for v in listed}
         frozen = self._frozen_ids()
         own = [v for v in self._trainable_weights if id(v) in frozen | known]  # type: ignore[attr-defined]
-        # HDF5 files list trainable weights, then the others. In this order of the others
-        # (what might be trained first) the file is the same whatever is trained.
+        # HDF5 files list trainable weights, then the others. With those that may be trained
+        # first among the others, the order in the file does not depend on what is trained.
         own.sort(key=lambda v: (not self._is_trained(v), not BACKEND.is_bias_like(v)))  # type: ignore[attr-defined]
         chosen = {id(v) for v in own}
         return own + [v for v in listed if id(v) not in chosen]
 
     @property
-    def weights(self) -> list[Any]:
+    def weights(self) -> list[Variable]:
         if isinstance(self, tf_keras.Model):
-            result: list[Any] = super().weights  # type: ignore[misc]
+            result: list[Variable] = super().weights  # type: ignore[misc]
             return result
-        # Keras lists trainable ones first; the order must not change with the training.
+        # Keras lists trainable ones first; the order must not depend on what is trained.
         own = self._trainable_weights + self._non_trainable_weights  # type: ignore[attr-defined]
         inside = self._gather_children_attribute("variables")  # type: ignore[attr-defined]
         result = self._dedup_weights(own + inside)  # type: ignore[attr-defined]
         return result
 
     def _sync_trainability(self) -> None:
-        """Nothing to do: both properties are computed on demand."""
+        """Do nothing, since both properties are computed on demand."""
 
 
 class LegacyBackend(Backend):
-    """Legacy Keras, seen through the common interface."""
+    """The backend of legacy Keras."""
 
     keras = tf_keras
     ops: ClassVar[Ops] = _OPS
@@ -116,13 +116,13 @@ class LegacyBackend(Backend):
         )
 
     def conv1d_call(self, layer: Layer, inputs: Tensor, base_call: Callable[..., Any]) -> Any:
-        """Call a Conv1D so that it goes through ``convolution_op``: it does already."""
+        """Call a Conv1D. In legacy Keras its call uses ``convolution_op``."""
         return base_call(inputs)
 
     def conv1d_op(
         self, layer: Layer, inputs: Tensor, kernel: Tensor, base_op: Callable[..., Any]
     ) -> Any:
-        """The convolution of a Conv1D whose inputs are padded already if it is causal."""
+        """Return the convolution of a Conv1D; causal inputs are already padded."""
         return base_op(inputs, kernel)
 
     def own_variables(self, layer: Layer) -> list[Variable]:
@@ -133,7 +133,7 @@ class LegacyBackend(Backend):
         return list(layer._trainable_weights)
 
     def random_states(self, layer: Layer) -> list[Variable]:
-        return []  # the state is in the kernels of TensorFlow's operations
+        return []  # the state is inside TensorFlow's operations
 
     def restart_random_ops(self, seed: int) -> None:
         tf.random.set_seed(seed)
@@ -157,8 +157,8 @@ class LegacyBackend(Backend):
     def add_weight(
         self, layer: Layer, name: str, shape: tuple[int, ...], beside: Variable, **options: Any
     ) -> None:
-        # The kernel's name is ".../fc1/kernel:0". A scope that ends in "/" is absolute,
-        # so the new variable gets its full name wherever this runs.
+        # The kernel's name is ".../fc1/kernel:0". A scope that ends in "/" is absolute, so
+        # the full name of the new variable does not depend on the current scope.
         scope = beside.name.rpartition("/")[0]
         with tf.name_scope(f"{scope}/") if scope else contextlib.nullcontext():
             variable = layer.add_weight(
@@ -175,7 +175,7 @@ class LegacyBackend(Backend):
         variable = layer.__dict__[attribute]
         for listed in (layer._trainable_weights, layer._non_trainable_weights):
             listed[:] = [v for v in listed if v is not variable]
-        # A regularizer is kept as a function that closes over the variable.
+        # A regularizer is stored as a function that closes over the variable.
         layer._callable_losses[:] = [
             loss for loss in layer._callable_losses if not _closes_over(loss, variable)
         ]
@@ -228,7 +228,7 @@ class LegacyBackend(Backend):
         return result
 
     def store_value(self, value: Any) -> Any:
-        """What ``save_own_variables`` puts into a store."""
+        """Return a variable or array in the form that ``save_own_variables`` stores."""
         return value if isinstance(value, np.ndarray) else self.to_numpy(value)
 
     def is_rebuilt_with_layers(self, layer: Layer) -> bool:
@@ -240,7 +240,7 @@ class LegacyBackend(Backend):
     def is_functional(self, layer: Layer) -> bool:
         return bool(getattr(layer, "_is_graph_network", False))
 
-    def made_by(self, tensor: Tensor) -> tuple[Any, list[Any]]:
+    def made_by(self, tensor: Tensor) -> tuple[Layer, list[Tensor]]:
         node = tensor.node
         inputs = node.keras_inputs
         return node.layer, list(inputs)
@@ -255,15 +255,16 @@ class LegacyBackend(Backend):
             tf_keras.mixed_precision.set_global_policy(policy)
 
     def input_shapes(self, model: Layer) -> Any:
-        """The shapes of the inputs that a model was built for, nested as they are."""
+        """Return the nested shapes of the inputs that a model was built for."""
         return model._build_input_shape
 
 
 def _closes_over(function: Any, variable: Variable) -> bool:
-    """Whether a loss function, maybe a partial of a partial, was given a variable."""
-    held = getattr(function, "args", ())
+    """Whether a variable is an argument of a (possibly nested) partial loss function."""
+    arguments = getattr(function, "args", ())
     return any(
-        item is variable or (callable(item) and _closes_over(item, variable)) for item in held
+        item is variable or (callable(item) and _closes_over(item, variable))
+        for item in arguments
     )
 
 

@@ -1,6 +1,6 @@
-"""Calls that look to Keras like those of the layer they stand for.
+"""Set the signature of ``call`` to that of the original layer.
 
-Keras decides by the signature of ``call`` whether a layer is given ``training`` and masks.
+Keras inspects the signature of ``call`` to decide whether to pass ``training`` and masks.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from typing import Any
 
 
 def with_signature_of(base: Any, mixin: Any) -> Callable[..., Any]:
-    """The ``call`` of ``mixin`` with the signature of the ``call`` of ``base``."""
+    """Return the ``call`` of ``mixin`` with the signature of the ``call`` of ``base``."""
     call: Callable[..., Any] = mixin.call
     signature = inspect.signature(base.call)
     first = list(signature.parameters)[1]
@@ -21,7 +21,7 @@ def with_signature_of(base: Any, mixin: Any) -> Callable[..., Any]:
             args = (kwargs.pop(first),)
         return call(self, *args, **kwargs)
 
-    setattr(signed, "__signature__", signature)  # noqa: B010 - mypy knows no such attribute
+    setattr(signed, "__signature__", signature)  # noqa: B010 - mypy does not know this attribute
     signed.__name__ = "call"
     signed.__doc__ = base.call.__doc__
     return signed

@@ -1,11 +1,11 @@
-"""Layer type -> LoRA type, and the conversion of one live layer, there and back."""
+"""Map layer classes to LoRA classes, and convert a live layer to LoRA and back."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tfimm_lora.backend import backend_of, default_backend
-from tfimm_lora.backend.interface import Layer, OriginalLayer
+from tfimm_lora.backend.interface import Layer, OriginalLayer, Variable
 from tfimm_lora.config import LayerSettings, with_settings_doc
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.call_signature import with_signature_of
@@ -17,7 +17,7 @@ from tfimm_lora.layers.frozen import FrozenLayer, frozen_class, register_frozen_
 from tfimm_lora.layers.kernel_hook import KernelHook
 from tfimm_lora.layers.state import original_class, state_of
 
-#: Keras class -> what adapts it. Its subclasses follow, unless they are listed below.
+#: Keras class -> mixin that adapts it and its subclasses, except for those listed below.
 _UPDATES: dict[str, type[LoRALayer]] = {
     "Dense": DenseUpdate,
     "EinsumDense": EinsumDenseUpdate,
@@ -42,12 +42,12 @@ _lora_classes: dict[type, type] = {}
 
 
 def supported(layer: Layer) -> bool:
-    """Whether LoRA has a class for layers of this type."""
+    """Whether layers of this type can be adapted."""
     return _supported_base(type(layer)) is not None
 
 
 def _supported_base(cls: type) -> type | None:
-    """The Keras class through which ``cls`` is supported: Dense for a user's dense."""
+    """Return the Keras class that makes ``cls`` supported: Dense for a subclass of Dense."""
     try:
         layers = backend_of(cls).keras.layers
     except TypeError:
@@ -55,7 +55,7 @@ def _supported_base(cls: type) -> type | None:
     others = tuple(getattr(layers, n) for n in _OTHER_KERNELS if hasattr(layers, n))
     if issubclass(cls, others):
         return None
-    # Depthwise first: in legacy Keras it is not a Conv2D, but it was in some versions.
+    # Depthwise first, since it is a subclass of Conv2D in some versions of legacy Keras.
     for name in sorted(_UPDATES, key=lambda name: name != "DepthwiseConv2D"):
         if issubclass(cls, getattr(layers, name)):
             found: type = getattr(layers, name)
@@ -64,19 +64,21 @@ def _supported_base(cls: type) -> type | None:
 
 
 def lora_class(cls: type) -> type:
-    """The LoRA class of a layer class; made once, registered with Keras for loading.
+    """Return the LoRA class of a layer class.
+
+    It is created once and registered with Keras for loading.
 
     A subclass's LoRA class inherits from the LoRA class of its Keras base, so that an
     adapted ``PadConv2D`` is a ``LoRAConv2D`` and a ``PadConv2D``.
 
     Args:
-        cls: ``Dense``, ``Conv2D``, ... of either Keras, or a subclass.
+        cls: ``Dense``, ``Conv2D``, ... of legacy Keras or Keras 3, or a subclass.
 
     Returns:
         The class.
 
     Raises:
-        TypeError: if layers of this class cannot be adapted.
+        TypeError: If layers of this class cannot be adapted.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -90,8 +92,8 @@ def lora_class(cls: type) -> type:
         if base is None:
             raise TypeError(
                 f"Received {cls!r}, for which there is no LoRA version; expected a subclass "
-                f"of one of {', '.join(_UPDATES)} (transposed and separable convolutions "
-                "excepted)."
+                f"of one of {', '.join(_UPDATES)} (but not of a transposed or separable "
+                "convolution)."
             )
         _lora_classes[cls] = _make_class(cls, base)
     return _lora_classes[cls]
@@ -118,11 +120,11 @@ def _make_class(cls: type, base: type) -> type:
 
 
 def convert_to_lora_layer(layer: Any, **lora_arguments: Any) -> Any:
-    """Turn a live layer into its LoRA version, in place.
+    """Convert a live layer to its LoRA version, in place.
 
-    The layer keeps its identity, name, variables and connections; it gets another class
-    and, now or when it is built, the variables ``kernel_lora_a`` and ``kernel_lora_b``.
-    Its kernel is frozen, its bias too unless ``lora_train_bias``.
+    The layer keeps its identity, name, variables and connections. It gets another class and,
+    now or when it is built, the variables ``kernel_lora_a`` and ``kernel_lora_b``. Its kernel
+    is frozen, and also its bias unless ``lora_train_bias`` is true.
 
     Args:
         layer: A Dense, EinsumDense, Embedding, Conv1D/2D/3D or DepthwiseConv2D layer, or
@@ -134,9 +136,10 @@ def convert_to_lora_layer(layer: Any, **lora_arguments: Any) -> Any:
         The same layer.
 
     Raises:
-        TypeError: for an unknown argument, or a layer without a LoRA version.
-        ValueError: for an argument out of range, a layer that is adapted already (by us or
-            by Keras' enable_lora) or quantised, or one whose own ``call`` cannot take it.
+        TypeError: If an argument is unknown, or the layer has no LoRA version.
+        ValueError: If an argument is out of range, if the layer is already adapted (by this
+            package or by Keras' enable_lora) or quantized, or if its own ``call`` cannot be
+            adapted.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -151,7 +154,7 @@ def convert_to_lora_layer(layer: Any, **lora_arguments: Any) -> Any:
 
 
 def adapt_layer(layer: Layer, settings: LayerSettings) -> Layer:
-    """``convert_to_lora_layer`` with validated settings; on error the layer is unchanged."""
+    """Convert a layer with validated settings. On error the layer is not changed."""
     if isinstance(layer, LoRALayer):
         raise ValueError(
             f"Layer '{layer.name}' is already adapted, with rank {layer.lora.rank}. Call "
@@ -179,7 +182,7 @@ def adapt_layer(layer: Layer, settings: LayerSettings) -> Layer:
 
 
 def restore_layer(layer: Layer, original: OriginalLayer | None = None) -> Layer:
-    """Turn a LoRA layer back into its original layer, without the update."""
+    """Convert a LoRA layer back to its original layer, without the update."""
     backend, state = backend_of(layer), state_of(layer)
     if state is not None:
         original = state.original or original
@@ -193,17 +196,17 @@ def restore_layer(layer: Layer, original: OriginalLayer | None = None) -> Layer:
     return layer
 
 
-def kernel_variable(layer: Layer) -> Any:
-    """The kernel variable of a layer, adapted or not, of a kind that can be adapted."""
+def kernel_variable(layer: Layer) -> Variable:
+    """Return the kernel variable of an adapted layer, or of one that can be adapted."""
     base: Any = lora_class(type(layer))
     return layer.__dict__[backend_of(layer).kernel_attributes[base._kernel_role]]
 
 
 def default_lora_layer(name: str) -> type:
-    """``LoRADense``, ``LoRAConv2D``, ... of the Keras that this process uses.
+    """Return ``LoRADense``, ``LoRAConv2D``, ... of the Keras that this process uses.
 
     Raises:
-        AttributeError: for another name.
+        AttributeError: If there is no such class.
     """
     base = name.removeprefix("LoRA")
     if base == name or base not in _UPDATES:
@@ -212,7 +215,7 @@ def default_lora_layer(name: str) -> type:
 
 
 def register_keras_layers() -> None:
-    """Make the LoRA and frozen versions of all layers of the default Keras known to it."""
+    """Register the LoRA and frozen versions of all layers of the default Keras."""
     backend = default_backend()
     register_frozen_classes(backend)
     for name in _UPDATES:
@@ -220,16 +223,16 @@ def register_keras_layers() -> None:
 
 
 def register_layer_classes(*classes: type) -> None:
-    """Make layer classes of your own known to Keras in their LoRA and frozen versions.
+    """Register the LoRA and frozen versions of your own layer classes with Keras.
 
-    Call it before loading a whole-model file of a LoRA model that holds layers of these
-    classes. Keras' own layers are known already.
+    Call this before loading a whole-model file of a LoRA model with layers of these classes.
+    The versions of Keras' own layers are already registered.
 
     Args:
-        *classes: Layer classes of either Keras.
+        *classes: Layer classes of legacy Keras or Keras 3.
 
     Raises:
-        TypeError: for what is no layer class.
+        TypeError: If an argument is not a layer class.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora

@@ -1,27 +1,27 @@
-"""Which form of an adapted product is the fastest: the only place where that is decided.
+"""Choose the fastest form of an adapted product.
 
 ``products`` computes x (W + s A B) and its gradients in three forms, which differ only in
-rounding, time and memory. Let a layer multiply N places of its input (rows of a dense layer,
-positions of a convolution), each of W numbers, into M units, at rank r.
+rounding, time and memory. Let a layer map N places of its input (input rows of a dense layer,
+positions of a convolution), each of W numbers, to M units, with rank r.
 
 *Forward pass and gradient of the input.* The effective forms add s A B to the kernel and
 multiply once; the factored form multiplies with the kernel and with A and B separately. What
-each adds to the plain product is bound by memory, so the numbers that are read or written are
-counted:
+each adds to the plain product is limited by memory bandwidth, so the estimate counts the
+numbers that are read or written:
 
-    effective: 8 W M            A B written, read, added to a kernel that is read and written;
-                                kept for the backward pass, which counts as much again
-    factored:  N (2 W + 3 C + 4 M)  x read for x A, (x A) B written, read, added to y; and the
-                                same for the gradient of x, whose places have C numbers each
+    effective: 8 W M            A B is written, read, and added to the kernel, which is read and
+                                written; keeping it for the backward pass counts the same again
+    factored:  N (2 W + 3 C + 4 M)  x is read for x A; (x A) B is written, read and added to y;
+                                and the same for the gradient of x, with C numbers per place
 
-In 16-bit arithmetic it is always factored: in W + s A B a small update is lost.
+In 16-bit arithmetic the form is always factored, because W + s A B loses small updates.
 
-*Gradients of A and B in the effective forms.* "narrow": through x A and dy B^T, which pass over
-x and dy twice each. "whole": the gradient of the kernel is formed first, with one pass over
-each, and those of A and B are taken from it. Narrow products are bound by memory too, as if
-the rank were about 12 larger than it is, so "whole" is faster for kernels that are hardly
-larger than their factors: W M < (24 + 2 r) (W + M), for example 64 inputs and 64 units at
-rank 8.
+*Gradients of A and B in the effective forms.* "narrow": from x A and dy B^T, which read x and
+dy twice each. "whole": the gradient of the kernel is computed first, reading x and dy once
+each, and the gradients of A and B are computed from it. Narrow products are limited by memory
+bandwidth, too, as if the rank were larger by about 12, so "whole" is faster for kernels that
+are only slightly larger than their factors: W M < (24 + 2 r) (W + M), for example 64 inputs
+and 64 units at rank 8.
 
 The constants were fitted to TensorFlow on two cores; see the page on performance in the docs.
 """
@@ -34,7 +34,7 @@ from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
 
-#: Stand-ins for sizes that are not known when a layer is traced.
+#: Estimates for sizes that are unknown when a layer is traced.
 UNKNOWN_BATCH, UNKNOWN_POSITIONS = 8, 196
 
 PRODUCTS = ("effective", "factored")
@@ -52,7 +52,7 @@ class Form:
 
     Attributes:
         product: "effective" or "factored".
-        gradients: "narrow" or "whole"; those of the factored product are narrow.
+        gradients: "narrow" or "whole"; always "narrow" for the factored product.
     """
 
     product: str
@@ -64,10 +64,10 @@ class Work:
     """The sizes of an adapted product.
 
     Attributes:
-        places: N, how many rows or positions there are.
-        window: W, how many numbers are multiplied into one output.
-        channels: C, how many numbers a place of the input has.
-        units: M, how many outputs a place has.
+        places: N, the number of input rows or positions.
+        window: W, the number of inputs of each output.
+        channels: C, the number of channels of the input.
+        units: M, the number of outputs per place.
         rank: r.
     """
 
@@ -79,13 +79,13 @@ class Work:
 
 
 def places(batch: int | None, positions: Sequence[int | None]) -> int:
-    """N, of a batch with so many positions in each direction; None for what is unknown."""
+    """Return N for a batch size and the positions in each direction; None means unknown."""
     known = math.prod(size for size in positions if size is not None)
     return (batch or UNKNOWN_BATCH) * (known if None not in positions else UNKNOWN_POSITIONS)
 
 
 def choose(work: Work, narrow: bool) -> Form:
-    """The form for some work; ``narrow`` is whether it is in 16-bit arithmetic."""
+    """Return the form for a product; ``narrow`` is whether it is in 16-bit arithmetic."""
     kernel = work.window * work.units
     through = work.places * (2 * work.window + 3 * work.channels + 4 * work.units)
     product, gradients = _requested.get()
@@ -100,24 +100,25 @@ def choose(work: Work, narrow: bool) -> Form:
 
 @contextlib.contextmanager
 def use_form(product: str | None = None, gradients: str | None = None) -> Iterator[None]:
-    """Compute adapted layers in a form of your choice, within this block.
+    """Choose the form in which adapted layers are computed within this block.
 
-    All forms compute the same but for rounding. By default each layer takes the one that should
-    be the fastest for its sizes; where you know better, measure and choose. A function that was
-    traced before (``fit`` and ``predict`` trace theirs once) keeps its form: compile the model
-    again within the block. Layers with dropout and those with a ``call`` of their own have only
-    one form.
+    All forms compute the same result up to rounding. By default each layer uses the form that
+    is estimated to be the fastest for its sizes; measure to find a better one. A function that
+    was traced before keeps its form (``fit`` and ``predict`` trace theirs once): compile the
+    model again within the block. Layers with dropout, and layers with their own ``call``, have
+    only one form.
 
     Args:
         product: "effective", one product with W + s A B, or "factored", x W + s (x A) B.
             None (default) chooses by size. In 16-bit arithmetic "effective" loses small
             updates.
-        gradients: "narrow", the gradients of A and B through the narrow products, or "whole",
-            through the gradient of the whole kernel, which implies the effective product. None
-            (default) chooses by size.
+        gradients: "narrow" computes the gradients of A and B from narrow products; "whole"
+            computes them from the gradient of the whole kernel, and implies the effective
+            product. None (default) chooses by size.
 
     Raises:
-        ValueError: for an unknown name, or for "factored" with "whole", which is never faster.
+        ValueError: If a name is unknown, or if "factored" is combined with "whole", which is
+            never faster.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -139,7 +140,7 @@ def use_form(product: str | None = None, gradients: str | None = None) -> Iterat
     if wanted == ("factored", "whole"):
         raise ValueError(
             "Received product='factored' with gradients='whole'; expected gradients='narrow' "
-            "or None: the factored product never forms the gradient of the whole kernel."
+            "or None: the factored product never computes the gradient of the whole kernel."
         )
     token = _requested.set(wanted)
     try:

@@ -34,7 +34,7 @@ _copying_plain_layers: ContextVar[bool] = ContextVar("copying", default=False)
 class FrozenLayer(Converted):
     """Mixin that freezes the own variables of a layer, all or all but its biases.
 
-    Batch normalisation then runs in inference mode, so that its statistics do not change.
+    Batch normalization then runs in inference mode, so that its statistics do not change.
     """
 
     name: str
@@ -80,7 +80,7 @@ class FrozenWithGradient(FrozenLayer):
 
 
 class FrozenStatisticsLayer(FrozenLayer):
-    """Mixin for batch and spectral normalisation: frozen, and always in inference mode."""
+    """Mixin for batch and spectral normalization: frozen, and always in inference mode."""
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base_call = super().call  # type: ignore[misc]
@@ -90,13 +90,13 @@ class FrozenStatisticsLayer(FrozenLayer):
 
 
 def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """The result of a bound ``call``, with the cheaper gradient of x that its layer has when it
-    is frozen, if there is one."""
+    """Return the result of a bound ``call``, with the cheaper gradient of a frozen layer for x
+    if there is one."""
     backend = backend_of(layer)
     gradient = backend.frozen_gradient(layer, call.__func__, x)
     if gradient is None:
         return call(x, *args, **kwargs)
-    # The gradient of a bias that is trained still goes through y.
+    # The gradient of a trained bias still flows through y.
     y = call(backend.ops.stop_gradient(x), *args, **kwargs)
     return backend.custom_gradient(lambda x, y: (y, lambda dy: (gradient(x, dy), dy)), x, y)
 
@@ -106,9 +106,10 @@ _cheaper_calls: dict[type, Callable[..., Any]] = {}
 
 
 def register_cheaper_call(cls: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Register a ``call`` that computes the same as that of ``cls``, with a cheaper gradient.
+    """Register a ``call`` with the same result as that of ``cls`` and a cheaper gradient.
 
-    Layers of exactly this class use it while they are part of a LoRA model. A decorator.
+    This is a decorator. Layers of exactly this class use the function while they are part of
+    a LoRA model.
     """
 
     def register(call: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +125,10 @@ def has_cheaper_call(layer: Layer) -> bool:
 
 
 def frozen_class(cls: type, statistics: bool = False) -> type:
-    """The class that freezes layers of class ``cls``; made once, registered with Keras."""
+    """Return the class that freezes layers of class ``cls``.
+
+    It is created once and registered with Keras for loading.
+    """
     key = (cls, statistics)
     if key not in _frozen_classes:
         backend = backend_of(cls)
@@ -143,7 +147,7 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
 
 
 def register_frozen_classes(backend: Backend) -> None:
-    """Register the frozen classes of all layers of a Keras, so that files load."""
+    """Register the frozen classes of all layers of a Keras, so that files can be loaded."""
     layers = backend.keras.layers
     for name in dir(layers):
         cls = getattr(layers, name)
@@ -183,7 +187,7 @@ def unfreeze_layer(layer: Layer) -> None:
 
 @contextlib.contextmanager
 def copying_plain_layers() -> Iterator[None]:
-    """Within this block frozen layers return the configs of their original layers."""
+    """Make frozen layers return the configs of their original layers within this block."""
     token = _copying_plain_layers.set(True)
     try:
         yield

@@ -1,19 +1,20 @@
-"""Finding the classifier of a model: the layer that a new task replaces."""
+"""Find the classifier of a model: the layer that a new task replaces."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.layer_paths import without_counts
 from tfimm_lora.layers.conversion import supported
 
-#: What a trained head is called, where neither a config nor a graph tells.
+#: Names of classifiers, for models with neither a config nor a graph that identifies it.
 _NAMES = ("head", "fc", "classifier", "predictions", "logits", "output_dense")
 
 
 def classifier_names(cfg: Any) -> tuple[str, ...]:
-    """The names of the classifier layers in a tfimm config; none without classes."""
+    """Return the names of the classifier layers in a tfimm config; none without classes."""
     names = getattr(cfg, "classifier", None) or ()
     if getattr(cfg, "nb_classes", None) == 0:
         return ()
@@ -21,45 +22,45 @@ def classifier_names(cfg: Any) -> tuple[str, ...]:
 
 
 def canonical_path(path: str) -> str:
-    """A layer's path as tfimm's configs write it: without the levels called "remove"."""
+    """Return a layer's path as in tfimm's configs: without the levels called "remove"."""
     return "/".join(p for p in without_counts(path).split("/") if p != "remove")
 
 
-def classifier_paths(model: Any) -> list[str]:
-    """The paths of the classifier layers of a model, none where it has none.
+def classifier_paths(model: Layer) -> list[str]:
+    """Return the paths of the classifier layers of a model; empty if it has none.
 
     A tfimm model names them in its config, or has none. In a functional model it is the
-    dense layer that gives an output, looking through layers without variables (an
-    activation). In any other it is the last layer with variables, if that is dense or
-    called like a head.
+    dense layer that computes an output; layers without variables after it (an activation)
+    are skipped. In any other model it is the last layer with variables, if this is a dense
+    layer or has the name of a head.
     """
     backend = backend_of(model)
     layers = list(backend.walk(model))
     cfg = getattr(model, "cfg", None)
-    if hasattr(cfg, "classifier") or _is_of_tfimm(cfg):
+    if hasattr(cfg, "classifier") or _is_tfimm_config(cfg):
         names = classifier_names(model.cfg)
         return [p for p, _ in layers if p and canonical_path(p) in names]
     heads = _output_layers(backend, model)
     return [path for path, layer in layers if any(layer is head for head in heads)]
 
 
-def _is_of_tfimm(cfg: Any) -> bool:
+def _is_tfimm_config(cfg: Any) -> bool:
     return any(cls.__module__.partition(".")[0] == "tfimm" for cls in type(cfg).__mro__)
 
 
-def _output_layers(backend: Any, model: Any) -> list[Any]:
-    """The dense layers that give the model's outputs."""
+def _output_layers(backend: Backend, model: Layer) -> list[Layer]:
+    """Return the dense layers that compute the model's outputs."""
     if backend.is_functional(model):
         return [x for x in (_head_of(backend, t) for t in model.outputs) if x is not None]
     owners = [x for _, x in backend.walk(model) if backend.own_variables(x)]
     last = owners[-1] if owners else None
     if last is None or last is model:
         return []
-    return [last] if _is_dense(backend, last) or _called_head(last) else []
+    return [last] if _is_dense(backend, last) or _has_head_name(last) else []
 
 
-def _head_of(backend: Any, tensor: Any) -> Any:
-    """The dense layer that a symbolic tensor comes from, or None."""
+def _head_of(backend: Backend, tensor: Tensor) -> Layer | None:
+    """Return the dense layer that computes a symbolic tensor, or None."""
     layer, inputs = backend.made_by(tensor)
     while not _has_variables(backend, layer):
         if len(inputs) != 1:
@@ -71,13 +72,13 @@ def _head_of(backend: Any, tensor: Any) -> Any:
     return layer if _is_dense(backend, layer) else None
 
 
-def _has_variables(backend: Any, layer: Any) -> bool:
+def _has_variables(backend: Backend, layer: Layer) -> bool:
     return any(backend.own_variables(inside) for _, inside in backend.walk(layer))
 
 
-def _is_dense(backend: Any, layer: Any) -> bool:
+def _is_dense(backend: Backend, layer: Layer) -> bool:
     return isinstance(layer, backend.keras.layers.Dense)
 
 
-def _called_head(layer: Any) -> bool:
+def _has_head_name(layer: Layer) -> bool:
     return supported(layer) and layer.name.rpartition("/")[2] in _NAMES

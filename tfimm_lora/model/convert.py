@@ -1,4 +1,4 @@
-"""``convert_to_lora_model`` and ``convert_to_regular_model``: new models from old ones."""
+"""``convert_to_lora_model`` and ``convert_to_regular_model``: create converted copies."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import dataclasses
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Layer
 from tfimm_lora.config import LORA_VARIABLE_NAMES, lora_field_names
 from tfimm_lora.layers.base import building_for_other_weights
 from tfimm_lora.model.classifier import classifier_paths
@@ -21,24 +22,24 @@ from tfimm_lora.validation import check_keywords
 
 
 def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
-    """A new LoRA model with the weights of a model, which stays as it is.
+    """Create a LoRA model with the weights of a model. The argument is not changed.
 
     Args:
         model: A built model without LoRA. If its class is registered (every tfimm
-            architecture that ``lora.lora_architecture`` knows, or a class of yours), the
-            result is an instance of its LoRA class. For any other Keras model it is a
-            copy with LoRA put in by ``inject_lora``.
+            architecture that ``lora.lora_architecture`` accepts, or a class of your own),
+            the result is an instance of its LoRA class. For any other Keras model it is a
+            copy into which ``inject_lora`` injected LoRA.
         **arguments: Fields of ``LoRAConfig`` (lora_rank, ...). For a registered class also
-            fields of its config to change on the way, for example ``nb_classes=13``: the
-            classifier is then new and trained, unless ``lora_train_classifier`` is given.
+            fields of its config to change, for example ``nb_classes=13``: the classifier is
+            then new and trained, unless ``lora_train_classifier`` is given.
 
     Returns:
-        The new model. Before training it gives the outputs of the old one.
+        The new model. Before training its outputs are those of the original model.
 
     Raises:
-        TypeError: for an unknown argument (the nearest is named).
-        ValueError: for an argument out of range, a model that is not built, that has LoRA
-            already or that cannot be copied, or for targets that match nothing.
+        TypeError: If an argument is unknown. The message suggests the most similar one.
+        ValueError: If an argument is out of range, if the model is not built, has LoRA
+            already or cannot be copied, or if the targets match nothing.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -51,8 +52,9 @@ def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
     """
     if has_lora(model):
         raise ValueError(
-            f"Received model '{model.name}', which has LoRA already. Convert the result of "
-            "convert_to_regular_model(model), which has the updates merged in."
+            f"Received model '{model.name}', which has LoRA already; expected a model without "
+            "LoRA. Convert the result of convert_to_regular_model(model), which contains the "
+            "merged updates."
         )
     lora_cls = lora_version_of(type(model))
     if lora_cls is None or not hasattr(model, "cfg"):
@@ -68,7 +70,7 @@ def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
 
 
 def lora_config_of(cfg: Any, lora_cls: type, arguments: dict[str, Any]) -> Any:
-    """The config of the LoRA version of a model with config ``cfg``, with arguments."""
+    """Return the LoRA config of a model with the config ``cfg``, with ``arguments`` set."""
     cfg_cls = lora_cls.cfg_class  # type: ignore[attr-defined]
     known = [f.name for f in dataclasses.fields(cfg_cls) if f.init]
     check_keywords(arguments, known, lora_cls.__name__)
@@ -79,28 +81,29 @@ def lora_config_of(cfg: Any, lora_cls: type, arguments: dict[str, Any]) -> Any:
         arguments = {k: v for k, v in arguments.items() if k != "lora_targets"}
     lora_cfg = cfg_cls(**{**values, **arguments})
     if getattr(lora_cfg, "lora_train_classifier", True) is None:
-        # Settled here, once: a file of the model must not ask what was new when.
+        # Resolved now, because a saved config does not record which classifier was new.
         lora_cfg.lora_train_classifier = has_new_classifier(lora_cfg, cfg)
     return lora_cfg
 
 
 def has_new_classifier(cfg: Any, before: Any) -> bool:
-    """Whether a model of ``cfg`` has a classifier that one of ``before`` cannot give it."""
+    """Whether a model of ``cfg`` has another number of classes than one of ``before``."""
     classes = getattr(cfg, "nb_classes", None)
     return bool(classes) and classes != getattr(before, "nb_classes", None)
 
 
-def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:
-    """A built and frozen instance of a registered LoRA class, for the inputs of ``like``."""
+def create_registered(lora_cls: type, cfg: Any, like: Layer) -> Any:
+    """Create a built and frozen instance of a registered LoRA class, for the inputs of
+    ``like``."""
     model = lora_cls(cfg)
     backend = backend_of(model)
     build_like(backend, model, like)
     if not has_lora(model):
         raise ValueError(
-            f"{lora_cls.__name__} has no LoRA layers after it was created with {cfg}. Its "
-            "__init__ must convert layers with convert_to_lora_layer."
+            f"{lora_cls.__name__} has no LoRA layers after it was created with {cfg}; expected "
+            "at least one. Convert layers with convert_to_lora_layer in its __init__."
         )
-    if not _decides_itself(lora_cls) and config_of(model) is None:
+    if not _defines_trainable_weights(lora_cls) and config_of(model) is None:
         train_classifier = getattr(cfg, "lora_train_classifier", False)
         names = classifier_paths(model) if train_classifier else []
         train_bias = getattr(cfg, "lora_train_bias", "none")
@@ -109,8 +112,8 @@ def create_registered(lora_cls: type, cfg: Any, like: Any) -> Any:
     return model
 
 
-def _decides_itself(lora_cls: type) -> bool:
-    """Whether a class of the user's says in its own code what is trained."""
+def _defines_trainable_weights(lora_cls: type) -> bool:
+    """Whether a user's class defines ``trainable_weights`` itself."""
     for cls in lora_cls.__mro__:
         if "trainable_weights" in cls.__dict__:
             return cls.__module__.partition(".")[0] not in (
@@ -122,20 +125,20 @@ def _decides_itself(lora_cls: type) -> bool:
 
 
 def convert_to_regular_model(model: Any) -> Any:
-    """A new ordinary model with the updates of a LoRA model merged in.
+    """Create an ordinary model that contains the merged updates of a LoRA model.
 
-    The argument stays as it was, merged or not. The result has ordinary classes only, so
-    it saves, loads and runs without this package.
+    The argument is not changed, merged or not. The result has ordinary classes only, so it
+    can be saved, loaded and used without this package.
 
     Args:
         model: A built model with LoRA: of a registered LoRA class, or one that LoRA was
-            put into.
+            injected into.
 
     Returns:
-        The new model: of the base class for a registered LoRA class, else a copy.
+        The new model: of the base class for a registered LoRA class, otherwise a copy.
 
     Raises:
-        ValueError: if the model has no LoRA layers, is not built or cannot be copied.
+        ValueError: If the model has no LoRA layers, is not built or cannot be copied.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -160,9 +163,9 @@ def convert_to_regular_model(model: Any) -> Any:
 
 
 class _kernels_merged:
-    """Within this block every LoRA layer is merged; afterwards as it was, bit for bit."""
+    """Merge every LoRA layer within this block, and restore all exactly afterwards."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Layer) -> None:
         self._layers = [x for x in lora_layers(model).values() if not x.merged]
 
     def __enter__(self) -> None:

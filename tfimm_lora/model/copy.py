@@ -1,4 +1,4 @@
-"""A plain copy of any Keras model: ordinary classes, updates merged, new variables."""
+"""Copy any Keras model, with ordinary classes, merged updates and new variables."""
 
 from __future__ import annotations
 
@@ -11,33 +11,33 @@ from tfimm_lora.backend.interface import Backend, Layer, Variable
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer, copying_plain_layers
 from tfimm_lora.layers.state import original_class, state_of
-from tfimm_lora.model.inject import _take_out
+from tfimm_lora.model.inject import restore_layers
 
 
-def plain_copy(model: Any) -> Any:
-    """A new model that computes the same, without LoRA; the argument stays as it is.
+def plain_copy(model: Layer) -> Any:
+    """Create a model without LoRA that computes the same. The argument is not changed.
 
     Args:
-        model: A built Keras model, with or without LoRA. A subclassed one must give its
-            arguments in ``get_config``.
+        model: A built Keras model, with or without LoRA. The ``get_config`` of a subclassed
+            model must return its arguments.
 
     Returns:
         A model of the same class, with LoRA updates merged into its kernels, and trainable
         as the argument was before LoRA.
 
     Raises:
-        ValueError: if the model cannot be created again from its config.
+        ValueError: If the model cannot be created again from its config.
     """
     backend = backend_of(model)
     with backend.created_like(model):
         copy = _recreate(backend, model)
-    _take_out(copy)
+    restore_layers(copy)
     _copy_state(backend, model, copy)
     return copy
 
 
-def _recreate(backend: Backend, model: Any) -> Any:
-    """A model from the config of another, with other values in its variables."""
+def _recreate(backend: Backend, model: Layer) -> Any:
+    """Create a model from the config of another, without the values of its variables."""
     classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(model)}
     cls = _plain_class_of(model)
     try:
@@ -53,8 +53,8 @@ def _recreate(backend: Backend, model: Any) -> Any:
     return copy
 
 
-def build_like(backend: Backend, model: Any, other: Any) -> None:
-    """Create all variables of a model, for inputs like those of another."""
+def build_like(backend: Backend, model: Layer, other: Layer) -> None:
+    """Create all variables of a model, for the input shapes of another."""
     if all(layer.built for _, layer in backend.walk(model)):
         return
     if hasattr(model, "dummy_inputs"):
@@ -66,12 +66,12 @@ def build_like(backend: Backend, model: Any, other: Any) -> None:
     model(backend.map_shapes(lambda s: np.zeros([size or 1 for size in s], "float32"), shapes))
 
 
-def _plain_class_of(model: Any) -> type:
+def _plain_class_of(model: Layer) -> type:
     return original_class(type(model)) if isinstance(model, FrozenLayer) else type(model)
 
 
-def _copy_state(backend: Backend, model: Any, copy: Any) -> None:
-    """Give the copy the values and the trainability of the model, layer by layer."""
+def _copy_state(backend: Backend, model: Layer, copy: Layer) -> None:
+    """Copy values and trainability of a model into its copy, layer by layer."""
     pairs = list(zip(_plain_layers(backend, model), _plain_layers(backend, copy)))
     shapes = [[_shapes(backend, layer) for layer in pair] for pair in pairs]
     counts = {len(_plain_layers(backend, m)) for m in (model, copy)}
@@ -92,7 +92,7 @@ def _copy_state(backend: Backend, model: Any, copy: Any) -> None:
 def _copy_trainability(
     backend: Backend, layer: Layer, copied: Layer, variables: list[Variable]
 ) -> None:
-    """Give a copied layer the trainability that its model had without LoRA."""
+    """Set the trainability of a copied layer to that of its original before LoRA."""
     state, record = state_of(layer), backend.original(layer)
     if state is not None:
         created = record._replace(flags=backend.created_flags(layer))
@@ -103,12 +103,12 @@ def _copy_trainability(
     backend.restore_flags(copied, flags if record.flags else {})
 
 
-def _plain_layers(backend: Backend, model: Any) -> list[Any]:
-    """All layers of a model but the dropout that LoRA added to some."""
+def _plain_layers(backend: Backend, model: Layer) -> list[Layer]:
+    """Return all layers of a model except the dropout layers that LoRA added."""
     return [x for _, x in backend.walk(model) if x.name != "lora_dropout"]
 
 
-def _plain_variables(backend: Backend, layer: Any) -> list[Any]:
+def _plain_variables(backend: Backend, layer: Layer) -> list[Variable]:
     variables = backend.own_variables(layer)
     if isinstance(layer, LoRALayer):
         factors = {id(v) for v in layer._lora_variables().values()}
@@ -116,13 +116,13 @@ def _plain_variables(backend: Backend, layer: Any) -> list[Any]:
     return variables
 
 
-def _shapes(backend: Backend, layer: Any) -> list[tuple[int, ...]]:
+def _shapes(backend: Backend, layer: Layer) -> list[tuple[int, ...]]:
     return [tuple(v.shape) for v in _plain_variables(backend, layer)]
 
 
-def _cannot_copy(model: Any, why: str) -> str:
+def _cannot_copy(model: Layer, why: str) -> str:
     return (
-        f"Model '{model.name}' ({type(model).__name__}) cannot be copied: {why}. Give its "
-        "class a get_config with all its arguments, or work in place with inject_lora and "
-        "remove_lora."
+        f"Model '{model.name}' ({type(model).__name__}) cannot be copied: {why}. Implement "
+        "a get_config that returns all its arguments, or convert it in place with inject_lora "
+        "and remove_lora."
     )

@@ -1,4 +1,4 @@
-"""``explain_targets``: what LoRA would adapt in a model, and for each other layer why not."""
+"""``explain_targets``: list the layers that LoRA would adapt, and why not the others."""
 
 from __future__ import annotations
 
@@ -7,23 +7,25 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Layer
 from tfimm_lora.config import LayerSettings
 from tfimm_lora.layers.base import NotAdaptable, has_keras_call
 from tfimm_lora.layers.conversion import adapt_layer, lora_class, restore_layer, supported
 from tfimm_lora.model.targeting import check_ready, config_for, select
+from tfimm_lora.utils.text_table import aligned_lines
 
 
 @dataclass(frozen=True)
 class TargetRow:
-    """A layer, and what LoRA would make of it.
+    """A layer with weights, and whether LoRA would adapt it.
 
     Attributes:
         path: Its path in the model; "" for the model itself, if it has weights of its own.
         kind: The name of its class.
         adapted: Whether it would be adapted.
-        rank, alpha, scale: Of its update; None where it would not be adapted. An alpha of
-            None is a scale of 1.
-        reason: Why it would not be adapted; "" where it would.
+        rank, alpha, scale: Of its update; None if it would not be adapted. An alpha of None
+            means a scale of 1.
+        reason: Why it would not be adapted; "" if it would be.
     """
 
     path: str
@@ -39,7 +41,7 @@ class TargetTable(list[TargetRow]):
     """The rows of ``explain_targets``, a list that prints as a table.
 
     Attributes:
-        error: What ``inject_lora`` would raise for these arguments, or None.
+        error: The message of the error that ``inject_lora`` would raise, or None.
     """
 
     def __init__(self, rows: list[TargetRow], error: str | None = None) -> None:
@@ -52,50 +54,40 @@ class TargetTable(list[TargetRow]):
         return [row.path for row in self if row.adapted]
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
+        """Return plain values, for JSON."""
         return {"layers": [dataclasses.asdict(row) for row in self], "error": self.error}
 
     def __str__(self) -> str:
-        lines = [("layer", "kind", "rank", "scale", "")]
+        cells = [("layer", "kind", "rank", "scale", "")]
         for row in self:
             rank, scale = (str(row.rank), f"{row.scale:g}") if row.adapted else ("-", "-")
-            lines.append((row.path or "(the model)", row.kind, rank, scale, row.reason))
-        widths = [max(len(line[i]) for line in lines) for i in range(4)]
-        text = [
-            "  ".join(
-                (
-                    *(cell.ljust(width) for cell, width in zip(line[:2], widths)),
-                    *(cell.rjust(width) for cell, width in zip(line[2:4], widths[2:])),
-                    line[4],
-                )
-            ).rstrip()
-            for line in lines
-        ]
+            cells.append((row.path or "(the model)", row.kind, rank, scale, row.reason))
+        text = aligned_lines(cells, left=[True, True, False, False, True])
         text.append(f"{len(self.adapted)} of {len(self)} layers with weights would be adapted.")
         if self.error:
-            text.append(f"inject_lora would refuse this: {self.error}")
+            text.append(f"inject_lora would raise: {self.error}")
         return "\n".join(text)
 
     __repr__ = __str__
 
 
 def explain_targets(model: Any, **lora_arguments: Any) -> TargetTable:
-    """What ``inject_lora`` would adapt in a model, and for every other layer why not.
+    """List the layers that ``inject_lora`` would adapt, and for all others the reason.
 
-    The model stays as it is. Where ``inject_lora`` would raise, because a name matches
-    nothing or a layer cannot be adapted, the table tells that too.
+    The model is not changed. If ``inject_lora`` would raise an error, because a name matches
+    nothing or a layer cannot be adapted, the table contains its message.
 
     Args:
         model: A built model without LoRA.
         **lora_arguments: As for ``inject_lora``.
 
     Returns:
-        A row for every layer with weights, in the order of the model. The table prints
-        itself; ``to_dict`` gives plain values.
+        A row for every layer with weights, in the order of the model. ``print`` shows it as
+        a table; ``to_dict`` returns plain values.
 
     Raises:
-        TypeError, ValueError: for an argument that is unknown or out of its range, or a
-            model that is not built or has LoRA already.
+        TypeError, ValueError: If an argument is unknown or out of range, or if the model is
+            not built or has LoRA already.
 
     Example:
         >>> import tensorflow as tf
@@ -132,8 +124,11 @@ def explain_targets(model: Any, **lora_arguments: Any) -> TargetTable:
     return TargetTable(rows, problems[0] if problems else None)
 
 
-def _refusal(layer: Any, settings: LayerSettings) -> str:
-    """Why the call of a layer's own cannot be adapted, which only trying it tells."""
+def _refusal(layer: Layer, settings: LayerSettings) -> str:
+    """Return why a layer with its own ``call`` cannot be adapted, or "".
+
+    This is found by adapting it for a moment.
+    """
     if has_keras_call(lora_class(type(layer))):
         return ""
     # Zeros, so that no random number is drawn.

@@ -1,4 +1,4 @@
-"""Putting LoRA into a live model and taking it out again, in place."""
+"""Inject LoRA into a live model and remove it again, in place."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import warnings
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
@@ -18,29 +19,30 @@ from tfimm_lora.model.targeting import check_ready, config_for, select
 
 
 def inject_lora(model: Any, **lora_arguments: Any) -> Any:
-    """Put LoRA into a built model, in place, without copying a frozen weight.
+    """Inject LoRA into a built model, in place, without copying frozen weights.
 
-    The targeted layers become LoRA layers: the same objects with another class and two
-    small variables more. Every other layer is frozen, batch normalisation in inference
-    mode. Works for functional, Sequential, subclassed and nested models of both Kerases.
-    A compiled model must be compiled again; a ``tf.function`` of your own that calls the
-    model must be made again.
+    The target layers become LoRA layers: the same objects with another class and two small
+    additional variables. All other layers are frozen, with batch normalization in inference
+    mode. This works for functional, Sequential, subclassed and nested models of legacy Keras
+    and Keras 3. Compile a compiled model again, and recreate your own ``tf.function`` objects
+    that call the model.
 
     Args:
         model: The model. It must be built.
         **lora_arguments: Fields of ``LoRAConfig``: lora_rank, lora_alpha, lora_targets,
-            lora_qkv, lora_train_bias, ... ``lora_targets=None`` takes the architecture's
-            targets where the model's class is registered, else every supported layer but
-            the classifier.
+            lora_qkv, lora_train_bias, ... ``lora_targets=None`` means the architecture's
+            targets if the model's class is registered, otherwise every supported layer
+            except the classifier.
 
     Returns:
         The same model.
 
     Raises:
-        TypeError: for an unknown argument (the nearest is named) or no Keras model.
-        ValueError: if the model is not built or has LoRA already, if nothing matches the
-            targets (candidates are listed), or if a matched layer cannot be adapted. The
-            model is then left as it was.
+        TypeError: If an argument is unknown (the message suggests the most similar one), or
+            if the model is not a Keras model.
+        ValueError: If the model is not built or has LoRA already, if nothing matches the
+            targets (the message lists candidates), or if a matched layer cannot be adapted.
+            The model is not changed then.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -60,10 +62,13 @@ def inject_lora(model: Any, **lora_arguments: Any) -> Any:
 
 
 def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
-    """``inject_lora`` with a finished config.
+    """Implement ``inject_lora`` for a complete config.
 
-    ``rebuilt_by_class`` says that the class of the model puts LoRA in by itself when it
-    is created from its config, so that whole-model files can be loaded again.
+    Args:
+        model: The model.
+        config: The settings.
+        rebuilt_by_class: Whether the class of the model injects LoRA itself when it is
+            created from its config, so that whole-model files can be loaded again.
     """
     check_ready(model)
     chosen = select(model, config)
@@ -74,20 +79,22 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
             adapt_layer(chosen.layers[path], settings)
         freeze_rest(model, config.lora_train_bias, chosen.trained, rebuilt_by_class)
     except BaseException:
-        _take_out(model)
+        restore_layers(model)
         raise
     model_state(model).config = config
-    forget_traces(model, "LoRA was put into")
+    drop_compiled(model, "LoRA was injected into")
 
 
-def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class: bool) -> None:
-    """Freeze every layer that is neither adapted nor, by id, in ``trained``."""
+def freeze_rest(
+    model: Layer, train_bias: str, trained: set[int], rebuilt_by_class: bool
+) -> None:
+    """Freeze every layer that is neither adapted nor fully trained (``trained``, ids)."""
     backend = backend_of(model)
     for path, layer in backend.walk(model):
         if isinstance(layer, LoRALayer):
             continue
         if id(layer) in trained:
-            _open(backend, layer, with_variables=True)
+            _make_trainable(backend, layer, with_variables=True)
             continue
         refusal = None if rebuilt_by_class else _saving_refusal(backend, path, layer)
         is_root_that_filters = layer is model and rebuilt_by_class
@@ -95,11 +102,11 @@ def freeze_rest(model: Any, train_bias: str, trained: set[int], rebuilt_by_class
         if changes and not is_root_that_filters:
             freeze_layer(layer, train_bias == "all", refusal)
         else:
-            _open(backend, layer, with_variables=False)
+            _make_trainable(backend, layer, with_variables=False)
 
 
-def _open(backend: Any, layer: Any, with_variables: bool) -> None:
-    """Let a layer that stays as it is be trained, remembering how it was found."""
+def _make_trainable(backend: Backend, layer: Layer, with_variables: bool) -> None:
+    """Make a layer that is not converted trainable, and record its original state."""
     original = backend.original(layer)
     flags = dict.fromkeys([id(v) for v in backend.trainable_own_variables(layer)], True)
     if not original.trainable or (with_variables and not all(original.flags.values())):
@@ -109,11 +116,11 @@ def _open(backend: Any, layer: Any, with_variables: bool) -> None:
             backend.restore_flags(layer, flags)
 
 
-def _saving_refusal(backend: Any, path: str, layer: Any) -> str | None:
-    """Why a layer must not be saved in a whole-model file, or None if it may be.
+def _saving_refusal(backend: Backend, path: str, layer: Layer) -> str | None:
+    """Return why a layer must not be saved in a whole-model file, or None.
 
-    A layer that creates other layers in its own code would be created without LoRA, and
-    with everything in it trainable, when Keras loads the file.
+    When Keras loads the file, a layer that creates other layers in its own code would be
+    created without LoRA, and with everything in it trainable.
     """
     if backend.is_rebuilt_with_layers(layer):
         return None
@@ -123,33 +130,32 @@ def _saving_refusal(backend: Any, path: str, layer: Any) -> str | None:
     where = f"Layer '{path}'" if path else f"Model '{layer.name}'"
     return (
         f"{where} ({type(layer).__name__}) creates its layers in its own code, so Keras "
-        "would load this whole-model file without their LoRA and without their freezing. "
-        "Use model.save_weights and, to load, build the model, call inject_lora with the "
-        "same arguments and model.load_weights. Or save the merged ordinary model: "
+        "would load this whole-model file without LoRA and with no layer frozen. Use "
+        "model.save_weights; to load, build the model, call inject_lora with the same "
+        "arguments, and then model.load_weights. Or save the merged ordinary model: "
         "convert_to_regular_model(model).save(...)."
     )
 
 
 def remove_lora(model: Any, merge: bool = True) -> Any:
-    """Take LoRA out of a model, in place; the reverse of ``inject_lora``.
+    """Remove LoRA from a model, in place; the reverse of ``inject_lora``.
 
-    What is left is the ordinary model: ordinary classes, its own variables, trainability
-    as it was found. It saves and loads without this package. A compiled model must be
-    compiled again.
+    The result is the ordinary model: ordinary classes, its own variables, and the original
+    trainability. It can be saved and loaded without this package. Compile a compiled model
+    again.
 
     Args:
         model: A model with LoRA layers.
         merge: True (default) adds the updates to the kernels, and keeps the weights that an
-            adapter replaced; False drops both, so that the model is what it was, bit for
-            bit.
+            adapter replaced. False drops both, so that the model is restored exactly.
 
     Returns:
         The same model.
 
     Raises:
-        ValueError: within a disable_adapter block; if the model has neither LoRA layers nor
-            layers frozen for LoRA (as a model has whose adapted part was taken out by
-            itself); or if one is not built.
+        ValueError: Within a disable_adapter block; if the model has neither LoRA layers nor
+            layers frozen for LoRA (LoRA may have been removed from an inner model alone,
+            which leaves frozen layers around it); or if a layer is not built.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -161,7 +167,7 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
     """
     layers = lora_layers(model) if has_lora(model) or not _is_changed(model) else {}
     for layer in layers.values():
-        layer._require_enabled("taken out")
+        layer._require_enabled("removed")
     if not merge:
         restore_replaced_weights(model)
     if merge:
@@ -171,18 +177,18 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
             if not layer.merged:
                 layer.merge_weights()
             layer._forget_merge()
-    _take_out(model)
-    forget_traces(model, "LoRA was taken out of")
+    restore_layers(model)
+    drop_compiled(model, "LoRA was removed from")
     return model
 
 
-def _is_changed(model: Any) -> bool:
-    """Whether a model has layers that were frozen for LoRA, if no LoRA itself."""
+def _is_changed(model: Layer) -> bool:
+    """Whether a model has layers that were converted or frozen for LoRA."""
     return any(state_of(layer) is not None for _, layer in backend_of(model).walk(model))
 
 
-def _take_out(model: Any) -> None:
-    """Give every layer its own class and trainability back, dropping the updates."""
+def restore_layers(model: Layer) -> None:
+    """Restore the original class and trainability of every layer, and drop the updates."""
     backend = backend_of(model)
     for _, layer in backend.walk(model):
         if isinstance(layer, LoRALayer):
@@ -201,8 +207,13 @@ def _take_out(model: Any) -> None:
             layer.cfg = cfg
 
 
-def forget_traces(model: Any, what: str) -> None:
-    """Drop cached functions, and the compilation, which knows other variables."""
+def drop_compiled(model: Layer, what: str) -> None:
+    """Drop cached functions and the compilation, whose optimizer has other variables.
+
+    Args:
+        model: The model.
+        what: The beginning of the warning, for example "LoRA was injected into".
+    """
     backend = backend_of(model)
     backend.reset_functions(model)
     compiled = [
@@ -213,6 +224,6 @@ def forget_traces(model: Any, what: str) -> None:
     if compiled:
         warnings.warn(
             f"{what} model '{model.name}' after it was compiled. Compile it again before "
-            "training: its optimizer knows other variables.",
+            "training: its optimizer has other variables.",
             stacklevel=4,
         )

@@ -1,18 +1,19 @@
-"""Merging the updates of a whole model into its kernels, and back."""
+"""Merge the updates of a whole model into its kernels, and unmerge them."""
 
 from __future__ import annotations
 
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Layer
 from tfimm_lora.layers.base import LoRALayer
 
 
-def lora_layers(model: Any) -> dict[str, LoRALayer]:
-    """The LoRA layers of a model by path.
+def lora_layers(model: Layer) -> dict[str, LoRALayer]:
+    """Return the LoRA layers of a model by path.
 
     Raises:
-        ValueError: if there are none.
+        ValueError: If there are none.
     """
     found = {
         path: layer
@@ -21,13 +22,13 @@ def lora_layers(model: Any) -> dict[str, LoRALayer]:
     }
     if not found:
         raise ValueError(
-            f"Received '{model.name}', which has no LoRA layers. Convert it with "
+            f"Received model '{model.name}', which has no LoRA layers. Convert it with "
             "convert_to_lora_model or inject_lora first."
         )
     return found
 
 
-def has_lora(model: Any) -> bool:
+def has_lora(model: Layer) -> bool:
     """Whether a model has LoRA layers."""
     return any(isinstance(layer, LoRALayer) for _, layer in backend_of(model).walk(model))
 
@@ -35,10 +36,10 @@ def has_lora(model: Any) -> bool:
 def merge_lora_weights(model: Any) -> Any:
     """Add the update s A B to the kernel of every LoRA layer, in place.
 
-    The model then computes at the cost of the plain one. It keeps what
-    ``unmerge_lora_weights`` needs to give every bit back. Layers that are merged already
-    stay so. Saving, copying or converting a merged model never applies the update twice.
-    The factors have no effect while they are merged: unmerge before going on with training.
+    The model then runs at the cost of the ordinary model, and ``unmerge_lora_weights`` can
+    restore the kernels exactly. Layers that are already merged are skipped. Saving, copying or
+    converting a merged model never applies the update twice. The factors have no effect while
+    they are merged: unmerge before you continue training.
 
     Args:
         model: A built model with LoRA layers.
@@ -47,7 +48,7 @@ def merge_lora_weights(model: Any) -> Any:
         The same model.
 
     Raises:
-        ValueError: if the model has no LoRA layers, or one is not built.
+        ValueError: If the model has no LoRA layers, or one is not built.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -68,7 +69,7 @@ def merge_lora_weights(model: Any) -> Any:
 
 
 def unmerge_lora_weights(model: Any) -> Any:
-    """Undo ``merge_lora_weights``, bit for bit; layers that are not merged stay so.
+    """Undo ``merge_lora_weights`` exactly. Layers that are not merged are skipped.
 
     Args:
         model: A model with LoRA layers.
@@ -77,7 +78,7 @@ def unmerge_lora_weights(model: Any) -> Any:
         The same model.
 
     Raises:
-        ValueError: if the model has no LoRA layers.
+        ValueError: If the model has no LoRA layers.
     """
     for layer in lora_layers(model).values():
         if layer.merged:

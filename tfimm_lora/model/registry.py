@@ -1,4 +1,4 @@
-"""Which LoRA class and config class belong to which model class.
+"""The registry of LoRA classes and config classes by model class.
 
 This is not the registry of model names: ``ConvNeXt`` is one class with many names
 ("convnext_tiny", ...), whose configs are instances of one config class.
@@ -7,26 +7,27 @@ This is not the registry of model names: ``ConvNeXt`` is one class with many nam
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import warnings
 from typing import Any
 
 from tfimm_lora.config import LoRAConfig, Targets
+from tfimm_lora.utils.suggestions import close_names
 
 _lora_classes: dict[type, type] = {}
 _base_classes: dict[type, type] = {}
 
 
 def register_lora_architecture(lora_cls: Any = None, *, base_cls: type | None = None) -> Any:
-    """Register a class as the LoRA version of a model class. A decorator, or a function.
+    """Register a class as the LoRA version of a model class.
 
-    Three ways to use it. Bare, where the LoRA class inherits from the model class::
+    Use it in one of three ways. As a decorator without arguments, if the LoRA class inherits
+    from the model class::
 
         @register_lora_architecture
         class LoRAResNet(ResNet): ...
 
-    With the model class, where it does not::
+    As a decorator with the model class, if it does not::
 
         @register_lora_architecture(base_cls=ResNet)
         class LoRAResNet(tf.keras.Model): ...
@@ -36,21 +37,20 @@ def register_lora_architecture(lora_cls: Any = None, *, base_cls: type | None = 
         register_lora_architecture(FlexibleModel, base_cls=FlexibleModel)
 
     Args:
-        lora_cls: The LoRA class. Its attribute ``cfg_class`` is a dataclass whose fields
-            are those of the model's config class and the lora_* ones, with defaults.
-        base_cls: The model class. Default: the nearest base of ``lora_cls`` that has a
-            ``cfg_class``.
+        lora_cls: The LoRA class. Its attribute ``cfg_class`` is a dataclass with the
+            fields of the model's config class and the lora_* fields, all with defaults.
+        base_cls: The model class. None (default) means the nearest base of ``lora_cls``
+            that has a ``cfg_class``.
 
     Returns:
         ``lora_cls``, or a decorator if it is not given.
 
     Raises:
-        TypeError: if a class or its ``cfg_class`` is missing or not a dataclass, or if the
+        TypeError: If a class or its ``cfg_class`` is missing or not a dataclass, or if the
             LoRA config lacks fields of the model's config.
 
     Warns:
-        UserWarning: if the model class has another LoRA version already; the new one
-            takes its place.
+        UserWarning: If the model class already has another LoRA version, which is replaced.
     """
     if lora_cls is None:
         return functools.partial(register_lora_architecture, base_cls=base_cls)
@@ -64,8 +64,8 @@ def register_lora_architecture(lora_cls: Any = None, *, base_cls: type | None = 
     known = _lora_classes.get(base)
     if known is not None and known is not lora_cls:
         warnings.warn(
-            f"{_name(base)} has the LoRA version {_name(known)} already; {_name(lora_cls)} "
-            "takes its place.",
+            f"{_name(base)} already has the LoRA version {_name(known)}, which is replaced by "
+            f"{_name(lora_cls)}.",
             stacklevel=2,
         )
         _base_classes.pop(known, None)
@@ -75,45 +75,45 @@ def register_lora_architecture(lora_cls: Any = None, *, base_cls: type | None = 
 
 
 def lora_architecture(model_cls: type) -> type:
-    """The LoRA class registered for a model class.
+    """Return the LoRA class registered for a model class.
 
     Raises:
-        ValueError: if there is none; the message lists those that exist.
+        ValueError: If there is none. The message lists the registered classes.
     """
     return _look_up(_lora_classes, model_cls, "a LoRA version of")
 
 
 def lora_base_architecture(lora_cls: type) -> type:
-    """The model class of which ``lora_cls`` is registered as the LoRA version.
+    """Return the model class for which a LoRA class is registered.
 
     Raises:
-        ValueError: if it is registered for none; the message lists those that exist.
+        ValueError: If it is not registered. The message lists the registered classes.
     """
     return _look_up(_base_classes, lora_cls, "a model class for")
 
 
 def lora_config(model_cls: type) -> type:
-    """The config class of the LoRA version of a model class.
+    """Return the config class of the LoRA version of a model class.
 
     Raises:
-        ValueError: if the class has no LoRA version; the message lists those that exist.
+        ValueError: If the class has no LoRA version. The message lists the registered classes.
     """
     result: type = lora_architecture(model_cls).cfg_class  # type: ignore[attr-defined]
     return result
 
 
 def lora_base_of(model_cls: type) -> type | None:
-    """``lora_base_architecture``, or None where it raises."""
+    """Return the result of ``lora_base_architecture``, or None if it would raise."""
     return _base_classes.get(model_cls)
 
 
 def lora_version_of(model_cls: type) -> type | None:
-    """``lora_architecture``, or None where it raises."""
+    """Return the result of ``lora_architecture``, or None if it would raise."""
     return _lora_classes.get(model_cls)
 
 
 def default_targets(model_cls: type) -> Targets:
-    """The targets that the LoRA config of a model class has by default, if any."""
+    """Return the default targets of the LoRA config of a model class, or None."""
     if model_cls not in _lora_classes:
         return None
     for field in dataclasses.fields(lora_config(model_cls)):
@@ -123,7 +123,7 @@ def default_targets(model_cls: type) -> Targets:
 
 
 def presets(model_cls: type) -> dict[str, Targets]:
-    """The targets that have a name in models of a class; see ``LoRAConfig.presets``."""
+    """Return the target presets of a model class; see ``LoRAConfig.presets``."""
     lora_cls = model_cls if model_cls in _base_classes else _lora_classes.get(model_cls)
     cfg_cls = getattr(lora_cls, "cfg_class", None)
     if isinstance(cfg_cls, type) and issubclass(cfg_cls, LoRAConfig):
@@ -132,8 +132,10 @@ def presets(model_cls: type) -> dict[str, Targets]:
 
 
 def base_config(cfg: Any, base_cls: type) -> Any:
-    """The config of the model class with the values of a LoRA config, less the lora_*
-    ones: a class that is its own LoRA version takes their defaults."""
+    """Return the config of the model class with the values of a LoRA config.
+
+    The lora_* fields, which a class that is its own LoRA version has, get their defaults.
+    """
     fields = dataclasses.fields(base_cls.cfg_class)  # type: ignore[attr-defined]
     names = [f.name for f in fields if f.init and not f.name.startswith("lora_")]
     values = {name: getattr(cfg, name) for name in names}
@@ -142,12 +144,12 @@ def base_config(cfg: Any, base_cls: type) -> Any:
 
 def _look_up(table: dict[type, type], cls: type, what: str) -> type:
     if cls not in table:
-        names = sorted(_name(known) for known in table)
         wanted = _name(cls)
-        names.sort(key=lambda n: -difflib.SequenceMatcher(None, n, wanted).ratio())
+        known = sorted(_name(each) for each in table)
+        names = close_names(wanted, known, limit=len(known) or 1, similarity=0.0)
         raise ValueError(
             f"Received {wanted}; {what} it is not registered. Registered: "
-            f"{', '.join(names) or 'none'}. Register yours with "
+            f"{', '.join(names) or 'none'}. Register your class with "
             "@register_lora_architecture, or use inject_lora, which needs no registration."
         )
     return table[cls]
@@ -162,8 +164,8 @@ def _base_with_config(lora_cls: type) -> type:
         if hasattr(base, "cfg_class"):
             return base
     raise TypeError(
-        f"Received {_name(lora_cls)}, none of whose bases has a cfg_class, so its model "
-        "class is unknown. Write @register_lora_architecture(base_cls=...)."
+        f"Received {_name(lora_cls)}, whose model class is unknown; expected a base class with "
+        "a cfg_class. Write @register_lora_architecture(base_cls=...)."
     )
 
 
@@ -181,6 +183,6 @@ def _check_configs(lora_cls: type, base_cls: type) -> None:
     missing = needed - given
     if missing:
         raise TypeError(
-            f"The config of {_name(lora_cls)} lacks the fields {sorted(missing)} of that of "
-            f"{_name(base_cls)}; let it inherit from it."
+            f"The config class of {_name(lora_cls)} lacks the fields {sorted(missing)} of the "
+            f"config class of {_name(base_cls)}; inherit from that class."
         )

@@ -23,7 +23,7 @@ class ReplacedWeight(NamedTuple):
 
 @dataclass
 class ModelState:
-    """What is recorded of a model."""
+    """The recorded state of a model."""
 
     #: The settings with which LoRA was injected; None if layers were adapted by hand.
     config: LoRAConfig | None = None
@@ -38,7 +38,7 @@ class ModelState:
 
 
 def model_state(model: Layer) -> ModelState:
-    """The state of a model, created if there is none."""
+    """Return the state of a model, and create it if there is none."""
     state: ModelState = model.__dict__.setdefault(_STATE, ModelState())
     return state
 
@@ -49,7 +49,7 @@ def drop_model_state(model: Layer) -> bool:
 
 
 def config_of(model: Layer) -> LoRAConfig | None:
-    """The settings with which LoRA was injected into a model, if they are known."""
+    """Return the settings with which LoRA was injected into a model, or None."""
     state: ModelState | None = model.__dict__.get(_STATE)
     return state.config if state is not None else None
 

@@ -1,4 +1,4 @@
-"""Which layers of a model get LoRA, with which settings, and why the others do not."""
+"""Choose the layers of a model to adapt and their settings, with reasons for the others."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer
 from tfimm_lora.config import LayerSettings, LoRAConfig, Presets, Targets, lora_field_names
 from tfimm_lora.layer_paths import (
     check_expression,
@@ -30,52 +31,63 @@ from tfimm_lora.validation import check_keywords
 
 @dataclass
 class Selection:
-    """What is adapted in a model, and what is trained whole.
+    """The layers of a model to adapt, and those to train fully.
 
     Attributes:
-        layers: Path -> layer, of those to adapt.
-        settings: Path -> settings, of the same.
-        reasons: Path -> why not, of every other layer.
-        trained: The ids of the layers that are trained whole.
-        errors: What is wrong with what was asked for; the first is the one to raise.
+        layers: Path -> layer, for the layers to adapt.
+        settings: Path -> settings, for the same layers.
+        reasons: Path -> why it is not adapted, for every other layer.
+        trained: The ids of the fully trained layers.
+        errors: What is wrong with the config for this model; the first error is raised.
     """
 
-    layers: dict[str, Any] = field(default_factory=dict)
+    layers: dict[str, Layer] = field(default_factory=dict)
     settings: dict[str, LayerSettings] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     trained: set[int] = field(default_factory=set)
     errors: list[ValueError] = field(default_factory=list)
 
     def drop(self, paths: Iterable[str], reason: str) -> None:
-        """Leave layers out."""
+        """Do not adapt layers, for a reason."""
         for path in list(paths):
             del self.layers[path]
             self.settings.pop(path, None)
             self.reasons[path] = reason
 
 
+#: Reasons that ``plan`` reports, too.
+FULLY_TRAINED = "fully trained"
+NOT_TARGETED = "not among the targets"
+
+
+def not_in_qkv(blocks: str) -> str:
+    """Return the reason for a projection without one of the blocks in ``lora_qkv``."""
+    return f"not in lora_qkv={blocks!r}"
+
+
 _NOT_BUILT = (
-    "layer '{}' is not built, the model has never used it; call the model on an input that "
-    "does, or leave the layer out of lora_targets"
+    "layer '{}' is not built, because the model has never called it; call the model on an "
+    "input that uses it, or leave the layer out of lora_targets"
 )
 
 
-def check_ready(model: Any) -> None:
+def check_ready(model: Layer) -> None:
     """Raise unless a model is built and without LoRA."""
     require_built(model)
     if has_lora(model):
         raise ValueError(
-            f"Received model '{model.name}', which has LoRA layers already. Take them out "
-            "with remove_lora (merge=True keeps what they learned), then put new ones in."
+            f"Received model '{model.name}', which has LoRA layers already; expected a model "
+            "without LoRA. Call remove_lora first (merge=True keeps the trained updates)."
         )
     if any(isinstance(x, FrozenLayer) for _, x in backend_of(model).walk(model)):
         raise ValueError(
-            f"Received model '{model.name}', which is part of a model that LoRA was put "
-            "into: its layers are frozen. Put LoRA into the whole model, with lora_targets."
+            f"Received model '{model.name}', which is part of a model that LoRA was "
+            "injected into: its layers are frozen. Inject LoRA into the outer model, and "
+            "choose layers with lora_targets."
         )
 
 
-def require_built(model: Any) -> None:
+def require_built(model: Layer) -> None:
     """Raise unless a model is built."""
     backend = backend_of(model)
     if not model.built or not any(backend.own_variables(x) for _, x in backend.walk(model)):
@@ -85,11 +97,11 @@ def require_built(model: Any) -> None:
         )
 
 
-def config_for(model: Any, arguments: dict[str, Any], what: str) -> LoRAConfig:
-    """The config from lora_* arguments, with the targets of the model's architecture.
+def config_for(model: Layer, arguments: dict[str, Any], what: str) -> LoRAConfig:
+    """Create the config from lora_* arguments, with the targets of the model's architecture.
 
     Raises:
-        TypeError, ValueError: for an unknown argument or one out of its range.
+        TypeError, ValueError: If an argument is unknown or out of range.
     """
     check_keywords(arguments, lora_field_names(), what)
     config = LoRAConfig(**arguments)
@@ -98,11 +110,12 @@ def config_for(model: Any, arguments: dict[str, Any], what: str) -> LoRAConfig:
     return config
 
 
-def select(model: Any, config: LoRAConfig) -> Selection:
-    """What a config means in a model. Nothing is changed.
+def select(model: Layer, config: LoRAConfig) -> Selection:
+    """Choose the layers that a config means in a model, without changing anything.
 
     Raises:
-        ValueError: for an expression that is none. What else is wrong is in ``errors``.
+        ValueError: If a string is not a regular expression. Other errors are collected in
+            ``errors``.
     """
     backend = backend_of(model)
     walked = list(backend.walk(model))
@@ -121,16 +134,16 @@ def select(model: Any, config: LoRAConfig) -> Selection:
     _find_trained(chosen, model, config, walked, classifier)
     for path, layer in walked:
         if id(layer) in chosen.trained:
-            chosen.reasons[path] = "trained whole"
+            chosen.reasons[path] = FULLY_TRAINED
         elif not supported(layer):
             chosen.reasons[path] = f"no LoRA for {type(layer).__name__}"
-    whole = [path for path, x in candidates.items() if id(x) in chosen.trained]
-    chosen.drop(whole, "trained whole")
+    fully_trained = [path for path, x in candidates.items() if id(x) in chosen.trained]
+    chosen.drop(fully_trained, FULLY_TRAINED)
     others = [path for path in chosen.layers if path not in targeted]
     if resolve(config.lora_targets, table)[0] is None:
         chosen.drop([path for path in others if path in classifier], "classifier")
     else:
-        chosen.drop(others, "not among lora_targets")
+        chosen.drop(others, NOT_TARGETED)
     chosen.drop([p for p in chosen.layers if p in excluded], "in lora_exclude")
     _keep_numbered(chosen, config)
     if not chosen.layers:
@@ -144,11 +157,11 @@ def select(model: Any, config: LoRAConfig) -> Selection:
 def _meant(
     name: str,
     targets: Targets,
-    candidates: dict[str, Any],
+    candidates: dict[str, Layer],
     classifier: list[str],
     table: Presets,
 ) -> tuple[set[str], ValueError | None]:
-    """The paths that targets mean, and an error if a name means none of them."""
+    """Return the paths that targets mean, and an error if a name means none of them."""
     meant, is_preset = resolve(targets, table)
     check_expression(meant, name)
     if meant is None:
@@ -163,19 +176,20 @@ def _meant(
 
 def _find_trained(
     chosen: Selection,
-    model: Any,
+    model: Layer,
     config: LoRAConfig,
-    walked: list[tuple[str, Any]],
+    walked: list[tuple[str, Layer]],
     classifier: list[str],
 ) -> None:
+    """Find the layers to train fully."""
     if config.lora_train_classifier:
         chosen.trained |= inside_paths(walked, classifier)
         if not classifier:
             chosen.errors.append(
                 ValueError(
                     f"Received lora_train_classifier=True for model '{model.name}', in which "
-                    "no classifier was found: no dense layer gives its output. Leave it out, "
-                    "and name what you want to train whole in lora_train_modules."
+                    "no classifier was found: no dense layer computes its output. Leave the "
+                    "argument out, and name layers to train fully in lora_train_modules."
                 )
             )
     try:
@@ -185,7 +199,7 @@ def _find_trained(
 
 
 def _keep_numbered(chosen: Selection, config: LoRAConfig) -> None:
-    """Leave out what is not in the blocks of ``lora_layers``."""
+    """Drop the layers that are not in the blocks of ``lora_layers``."""
     wanted: Any = config.lora_layers
     if wanted is None or not chosen.layers:
         return
@@ -204,7 +218,7 @@ def _keep_numbered(chosen: Selection, config: LoRAConfig) -> None:
                 f"Received lora_layers={list(wanted)} and lora_layers_pattern={patterns}; no "
                 f"layer to adapt is in the block {', '.join(map(str, missing))}: {which}. In "
                 "lora_layers_pattern pass the name of the level before the number ('block' "
-                "for 'block3/fc' or 'block/3/fc'), or choose by lora_targets."
+                "for 'block3/fc' or 'block/3/fc'), or choose layers with lora_targets."
             )
         )
     for path, number in numbers.items():
@@ -213,18 +227,19 @@ def _keep_numbered(chosen: Selection, config: LoRAConfig) -> None:
             chosen.drop([path], f"{where}, not in lora_layers")
 
 
-def _nothing_left(model: Any, config: LoRAConfig) -> ValueError:
+def _nothing_left(model: Layer, config: LoRAConfig) -> ValueError:
     names = ("lora_targets", "lora_exclude", "lora_layers", "lora_train_modules")
     given = {name: getattr(config, name) for name in names}
     listed = ", ".join(f"{n}={v!r}" for n, v in given.items() if v not in (None, (), []))
     return ValueError(
         f"Received {listed or 'lora_targets=None'} for model '{model.name}', which leave no "
-        "layer to adapt: layers that are excluded or trained whole get no LoRA. "
-        "explain_targets(model, ...) tells for every layer why."
+        "layer to adapt: excluded and fully trained layers are not adapted. "
+        "explain_targets(model, ...) returns the reason for every layer."
     )
 
 
 def _check_patterns(chosen: Selection, config: LoRAConfig) -> None:
+    """Add an error for each key of a pattern that matches no layer to adapt."""
     for name in ("lora_rank_pattern", "lora_alpha_pattern"):
         for key in getattr(config, name):
             if not any(value_for(path, {key: True}, False) for path in chosen.layers):
@@ -237,9 +252,9 @@ def _check_patterns(chosen: Selection, config: LoRAConfig) -> None:
                 )
 
 
-def _add_settings(chosen: Selection, backend: Any, config: LoRAConfig) -> None:
-    """The settings of each layer to adapt; those without a part in ``lora_qkv`` are left
-    out."""
+def _add_settings(chosen: Selection, backend: Backend, config: LoRAConfig) -> None:
+    """Add the settings of each layer to adapt, and drop projections without a block in
+    ``lora_qkv``."""
 
     def settings_of(path: str, **more: Any) -> LayerSettings:
         arguments = config.layer_arguments()
@@ -255,33 +270,33 @@ def _add_settings(chosen: Selection, backend: Any, config: LoRAConfig) -> None:
     if wanted is not None and layouts and not any(layouts.values()):
         chosen.errors.append(
             ValueError(
-                f"Received lora_qkv={wanted!r}, but none of the layers to adapt is called "
-                f"like a projection of attention ({', '.join(qkv.LAYOUTS)}). Leave it out, "
-                f"or target such layers. To be adapted: {', '.join(list(layouts)[:10])}."
+                f"Received lora_qkv={wanted!r}, but none of the layers to adapt has the name "
+                f"of a projection of attention ({', '.join(qkv.LAYOUTS)}). Leave the argument "
+                f"out, or target such layers. Layers to adapt: {', '.join(list(layouts)[:10])}."
             )
         )
     for path, layout in layouts.items():
         if wanted is None or layout is None:
             chosen.settings[path] = settings_of(path)
             continue
-        part = "".join(letter for letter in layout if letter in wanted)
-        if not part:
-            chosen.drop([path], f"no part of lora_qkv={wanted!r}")
+        blocks = "".join(letter for letter in layout if letter in wanted)
+        if not blocks:
+            chosen.drop([path], not_in_qkv(wanted))
         elif len(layout) == 1:
             chosen.settings[path] = settings_of(path)
         else:
-            chosen.settings[path] = settings_of(path, lora_qkv=part, lora_qkv_layout=layout)
+            chosen.settings[path] = settings_of(path, lora_qkv=blocks, lora_qkv_layout=layout)
     if layouts and not chosen.layers:
         chosen.errors.append(
             ValueError(
-                f"Received lora_qkv={wanted!r}, of which the layers to adapt have no part: "
-                f"{', '.join(layouts)}."
+                f"Received lora_qkv={wanted!r}, but the layers to adapt have none of these "
+                f"blocks: {', '.join(layouts)}. Target other layers."
             )
         )
 
 
 def _check_support(chosen: Selection) -> None:
-    """One error for all layers that cannot be adapted."""
+    """Add one error for all layers that cannot be adapted, and drop them."""
     problems = {}
     for path, settings in chosen.settings.items():
         layer: Any = chosen.layers[path]
@@ -293,9 +308,9 @@ def _check_support(chosen: Selection) -> None:
         except ValueError as error:
             problems[path] = str(error)
     if problems:
-        told = (
+        messages = (
             _NOT_BUILT.format(path) if x == "not built" else x for path, x in problems.items()
         )
-        chosen.errors.append(ValueError("; ".join(told)))
+        chosen.errors.append(ValueError("; ".join(messages)))
     for path, problem in problems.items():
         chosen.drop([path], problem)

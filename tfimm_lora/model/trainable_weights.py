@@ -1,4 +1,4 @@
-"""Which variables of a LoRA model are trained, as lists."""
+"""List the trained and the frozen variables of a LoRA model."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer, Variable
 from tfimm_lora.layer_paths import is_suffix, nearest
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.validation import check_train_bias
@@ -14,22 +15,22 @@ from tfimm_lora.validation import check_train_bias
 def lora_trainable_weights(
     model: Any, train_bias: str = "none", trainable_layers: Sequence[str] | None = None
 ) -> list[Any]:
-    """The variables of a LoRA model to train, in the order of its layers, each once.
+    """Return the variables of a LoRA model to train, in the order of its layers, each once.
 
     Args:
-        model: A model, of any kind, with LoRA layers in it.
+        model: Any model with LoRA layers.
         train_bias: "none" (default): the factors A and B of every LoRA layer; "lora_only":
-            also the biases of those layers; "all": also every bias-like variable (bias,
+            also the biases of these layers; "all": also every bias-like variable (bias,
             beta, ..._bias) of every other layer.
-        trainable_layers: Names of layers to train whole, each a path or the end of one,
-            for example ["head/fc"]. Default none.
+        trainable_layers: Names of layers to train fully, each a path or the end of one,
+            for example ["head/fc"]. None (default) means no layer.
 
     Returns:
         A new list of variables.
 
     Raises:
-        ValueError: for another ``train_bias``, a name that is no layer, or a built model
-            without LoRA layers.
+        ValueError: If ``train_bias`` is not one of these, if a name is not a layer of the
+            model, or if a built model has no LoRA layers.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -45,9 +46,9 @@ def lora_trainable_weights(
 def lora_non_trainable_weights(
     model: Any, train_bias: str = "none", trainable_layers: Sequence[str] | None = None
 ) -> list[Any]:
-    """All variables of a model that ``lora_trainable_weights`` does not give.
+    """Return all variables of a model that ``lora_trainable_weights`` does not return.
 
-    Args, Raises: as in ``lora_trainable_weights``.
+    Args, Raises: As in ``lora_trainable_weights``.
     """
     return _split(model, train_bias, trainable_layers)[1]
 
@@ -58,12 +59,13 @@ def _split(
     check_train_bias(train_bias)
     backend = backend_of(model)
     layers = list(backend.walk(model))
-    whole = layers_under(layers, trainable_layers or ())
+    fully_trained = layers_under(layers, trainable_layers or ())
     trained: list[Any] = []
     frozen: list[Any] = []
     seen: set[int] = set()
     for _, layer in layers:
-        chosen = {id(v) for v in _trained_in(backend, layer, train_bias, id(layer) in whole)}
+        is_fully_trained = id(layer) in fully_trained
+        chosen = {id(v) for v in _trained_in(backend, layer, train_bias, is_fully_trained)}
         for variable in backend.own_variables(layer):
             if id(variable) not in seen:
                 seen.add(id(variable))
@@ -76,12 +78,13 @@ def _split(
     return trained, frozen
 
 
-def _trained_in(backend: Any, layer: Any, train_bias: str, whole: bool) -> list[Any]:
-    """The own variables of one layer that are trained."""
+def _trained_in(
+    backend: Backend, layer: Layer, train_bias: str, is_fully_trained: bool
+) -> list[Variable]:
+    """Return the own variables of one layer that are trained."""
     trainable = backend.trainable_own_variables(layer)
-    if whole:
-        result: list[Any] = trainable
-        return result
+    if is_fully_trained:
+        return trainable
     biases = [v for v in trainable if backend.is_bias_like(v)]
     if isinstance(layer, LoRALayer):
         chosen = biases if train_bias != "none" else []
@@ -90,11 +93,11 @@ def _trained_in(backend: Any, layer: Any, train_bias: str, whole: bool) -> list[
     return biases if train_bias == "all" else []
 
 
-def layers_under(layers: Iterable[tuple[str, Any]], names: Sequence[str]) -> set[int]:
-    """The ids of the layers with these names and of all layers inside them.
+def layers_under(layers: Iterable[tuple[str, Layer]], names: Sequence[str]) -> set[int]:
+    """Return the ids of the layers with these names and of all layers inside them.
 
     Raises:
-        ValueError: for a name that is no layer of the model.
+        ValueError: If a name is not a layer of the model.
     """
     if isinstance(names, str):
         names = [names]
@@ -104,14 +107,14 @@ def layers_under(layers: Iterable[tuple[str, Any]], names: Sequence[str]) -> set
     if unknown:
         near = nearest(unknown, [p for p, _ in layers if p])
         raise ValueError(
-            f"Received layer names {unknown}, which are no layers of the model. Layers, "
+            f"Received layer names {unknown}, which are not layers of the model. Layers, "
             f"nearest first: {', '.join(near)}."
         )
     return inside_paths(layers, [p for found in roots.values() for p in found])
 
 
-def inside_paths(layers: Iterable[tuple[str, Any]], paths: Sequence[str]) -> set[int]:
-    """The ids of the layers with these whole paths and of all layers inside them."""
+def inside_paths(layers: Iterable[tuple[str, Layer]], paths: Sequence[str]) -> set[int]:
+    """Return the ids of the layers with these full paths and of all layers inside them."""
     return {
         id(layer)
         for path, layer in layers

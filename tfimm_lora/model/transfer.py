@@ -1,4 +1,4 @@
-"""``transfer_weights``: copying weights between models by name."""
+"""``transfer_weights``: copy weights between models by name."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer, Variable
 from tfimm_lora.config import LORA_VARIABLE_NAMES, LORA_WEIGHT_NAMES
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import canonical_path, classifier_names, classifier_paths
@@ -19,8 +20,8 @@ class _Weight(NamedTuple):
 
     path: str
     name: str
-    layer: Any
-    variable: Any
+    layer: Layer
+    variable: Variable
 
     @property
     def full_name(self) -> str:
@@ -30,26 +31,27 @@ class _Weight(NamedTuple):
 def transfer_weights(
     src_model: Any, dst_model: Any, weights_to_ignore: Sequence[str] | None = None
 ) -> None:
-    """Copy the weights of one model into another by name, as tfimm does it.
+    """Copy the weights of one model into another by name, as in tfimm.
 
-    Weights are matched by the path of their layer. Where the two models differ only in the
-    numbers that Keras gives to unnamed layers (``dense_3`` and ``dense_7``), those are
-    matched in order. For tfimm models the first convolution is adapted to another number
-    of input channels, the classifier is left as it is for another number of classes, and
-    the model's own transformations (position embeddings of another size) are applied.
+    Weights are matched by the path of their layer. If the two models differ only in the
+    numbers that Keras appends to default layer names (``dense_3`` and ``dense_7``), these
+    layers are matched in order. For tfimm models the first convolution is adapted to another
+    number of input channels, the classifier is not copied if the number of classes differs,
+    and the model's own transformations (position embeddings of another size) are applied.
 
-    From a LoRA model into one without LoRA the kernels must hold the update: merge first.
+    To copy from a LoRA model into a model without LoRA, merge the update into the kernels
+    first.
 
     Args:
-        src_model: A built model. It stays as it is.
+        src_model: A built model. It is not changed.
         dst_model: A built model, changed in place. It may be of another class.
         weights_to_ignore: Regular expressions, searched for in the names of the weights of
-            ``dst_model`` ("blocks/0/mlp/fc1/kernel"); those found stay as they are.
-            "kernel_lora_" means all that LoRA added.
+            ``dst_model`` ("blocks/0/mlp/fc1/kernel"). Matching weights are not changed.
+            "kernel_lora_" matches all weights that LoRA added.
 
     Raises:
-        ValueError: one error with every weight that is missing, of another shape, or would
-            be lost. ``dst_model`` is then left as it was.
+        ValueError: If weights are missing, have another shape, or would be lost; one error
+            names them all. ``dst_model`` is not changed then.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -60,8 +62,9 @@ def transfer_weights(
         >>> bool((src.weights[0].numpy() == dst.weights[0].numpy()).all())
         True
     """
-    src_seam, dst_seam = backend_of(src_model), backend_of(dst_model)
-    for role, model, backend in (("src", src_model, src_seam), ("dst", dst_model, dst_seam)):
+    src_backend, dst_backend = backend_of(src_model), backend_of(dst_model)
+    roles = (("src", src_model, src_backend), ("dst", dst_model, dst_backend))
+    for role, model, backend in roles:
         if not any(True for _ in _weights(backend, model)):
             raise ValueError(
                 f"Received {role}_model '{model.name}', which has no weights yet. Call it "
@@ -70,7 +73,8 @@ def transfer_weights(
     ignored = list(weights_to_ignore or ())
     ignored += list(getattr(dst_model, "keys_to_ignore_on_load_missing", None) or ())
     rules = _TfimmRules(src_model, dst_model)
-    given, all_wanted = list(_weights(src_seam, src_model)), list(_weights(dst_seam, dst_model))
+    given = list(_weights(src_backend, src_model))
+    all_wanted = list(_weights(dst_backend, dst_model))
     source = _match(given, all_wanted)
     wanted = [
         w
@@ -85,7 +89,7 @@ def transfer_weights(
             problems.append(f"missing in the source: {weight.full_name}")
             continue
         into_lora = isinstance(weight.layer, LoRALayer)
-        value = rules.adapt(weight, found, _value(src_seam, found, into_lora))
+        value = rules.adapt(weight, found, _value(src_backend, found, into_lora))
         if tuple(value.shape) != tuple(weight.variable.shape):
             problems.append(
                 f"{weight.full_name} has shape {tuple(value.shape)} in the source, expected "
@@ -95,7 +99,7 @@ def transfer_weights(
     if problems:
         raise ValueError(
             f"The weights of '{src_model.name}' do not fit '{dst_model.name}': "
-            f"{'; '.join(problems)}. Name what may differ in weights_to_ignore."
+            f"{'; '.join(problems)}. Name weights that may differ in weights_to_ignore."
         )
     for weight, value in values:
         if isinstance(weight.layer, LoRALayer) and weight.layer.merged:
@@ -103,7 +107,7 @@ def transfer_weights(
         weight.variable.assign(value)
 
 
-def _weights(backend: Any, model: Any) -> Iterator[_Weight]:
+def _weights(backend: Backend, model: Layer) -> Iterator[_Weight]:
     for path, layer in backend.walk(model):
         counts: dict[str, int] = {}
         for variable in backend.own_variables(layer):
@@ -113,8 +117,8 @@ def _weights(backend: Any, model: Any) -> Iterator[_Weight]:
             yield _Weight(path, unique, layer, variable)
 
 
-def _value(backend: Any, weight: _Weight, into_lora: bool) -> Any:
-    """The value of a source weight; of a LoRA layer without merging, if it goes to one."""
+def _value(backend: Backend, weight: _Weight, into_lora: bool) -> np.ndarray:
+    """Return the value of a source weight; for copying into a LoRA layer the unmerged one."""
     layer = weight.layer
     if isinstance(layer, LoRALayer) and into_lora and layer.merged:
         if weight.name in LORA_VARIABLE_NAMES:
@@ -124,10 +128,10 @@ def _value(backend: Any, weight: _Weight, into_lora: bool) -> Any:
 
 
 def _match(given: list[_Weight], wanted: list[_Weight]) -> dict[str, _Weight]:
-    """For the full name of each wanted weight the weight of the source, where there is.
+    """Map the full name of each wanted weight to the matching weight of the source, if any.
 
-    By name, if every layer of the destination is found so; else with the numbers that
-    Keras gives replaced by an order, for those that are then found.
+    Names are compared as they are if this finds every layer of the destination. Otherwise
+    the numbers in default layer names are replaced by an order, if this finds more weights.
     """
     exact = {w.full_name: w for w in given}
     if {w.path for w in wanted if w.name not in LORA_VARIABLE_NAMES} <= {w.path for w in given}:
@@ -139,7 +143,7 @@ def _match(given: list[_Weight], wanted: list[_Weight]) -> dict[str, _Weight]:
 
 
 def _numbered(names: list[str]) -> list[str]:
-    """Names with the numbers that Keras gives replaced by an order of appearance.
+    """Replace the numbers in Keras' default layer names by an order of appearance.
 
     ["dense_3/kernel", "dense_3/bias", "dense_7/kernel"] becomes
     ["dense#0/kernel", "dense#0/bias", "dense#1/kernel"].
@@ -159,7 +163,7 @@ def _numbered(names: list[str]) -> list[str]:
 def _lost_updates(
     given: list[_Weight], wanted: list[_Weight], source: dict[str, _Weight]
 ) -> list[str]:
-    """Unmerged updates of the source for which the destination has no place."""
+    """Describe the unmerged updates of the source that the destination cannot hold."""
     taken = {
         id(source[w.full_name].layer)
         for w in wanted
@@ -182,9 +186,9 @@ def _lost_updates(
 
 
 class _TfimmRules:
-    """What tfimm's configs say about copying weights between two of its models."""
+    """The rules in tfimm's configs for copying weights between two of its models."""
 
-    def __init__(self, src_model: Any, dst_model: Any) -> None:
+    def __init__(self, src_model: Layer, dst_model: Layer) -> None:
         self.src_model = src_model
         self.src = getattr(src_model, "cfg", None)
         self.dst = getattr(dst_model, "cfg", None)
@@ -202,7 +206,7 @@ class _TfimmRules:
         return self.new_classifier and canonical_path(weight.path) in self.classifier
 
     def adapt(self, weight: _Weight, found: _Weight, value: Any) -> Any:
-        """The value that a weight of the destination takes."""
+        """Return the value to assign to a weight of the destination."""
         if canonical_path(weight.path) == self.first_conv and value.ndim == 4:
             return adapt_channels(value, weight.variable.shape[2])
         if found.full_name in self.transforms:
@@ -212,10 +216,10 @@ class _TfimmRules:
 
 
 def adapt_channels(kernel: np.ndarray, channels: int) -> np.ndarray:
-    """A first kernel (h, w, in, out) for another number of input channels.
+    """Adapt the kernel (h, w, in, out) of a first layer to another number of input channels.
 
-    One channel takes the sum over the old ones; more repeat the old ones in turn, scaled
-    so that the sum over the input stays of the same size.
+    A single channel gets the sum over all channels. More channels repeat the existing ones in
+    turn, scaled so that the sum over the input keeps its magnitude.
     """
     given = kernel.shape[2]
     if channels == given:

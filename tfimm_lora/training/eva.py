@@ -1,4 +1,4 @@
-"""EVA: factors A that start at what varies most in the inputs of their layers."""
+"""EVA: initialize A with the directions in which the inputs of a layer vary most."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ import contextlib
 import dataclasses
 import itertools
 import math
-import numbers
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Layer
 from tfimm_lora.config import LORA_VARIABLE_NAMES, LayerSettings, LoRAConfig
 from tfimm_lora.initializers.covariance import (
     Covariance,
@@ -23,51 +23,52 @@ from tfimm_lora.initializers.covariance import (
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
 from tfimm_lora.layers.input_rows import InputRows
-from tfimm_lora.model.inject import forget_traces
+from tfimm_lora.model.inject import drop_compiled
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.state import config_of, model_state
+from tfimm_lora.validation import check_integer, check_number
 
 
 def initialize_eva(
     model: Any, data: Iterable[Any], *, rho: float = 2.0, max_batches: int | None = 16
 ) -> dict[str, int]:
-    """Let the factors A of a new LoRA model start at the inputs of their layers (EVA).
+    """Initialize the factors A of a new LoRA model from the inputs of their layers (EVA).
 
     The model runs over the data without training. The columns of a layer's A become the
-    directions in which its inputs vary most about their mean, the largest first; B stays
-    zero, so the model gives the very outputs that it gave. Ranks go from layers whose inputs
-    vary in few directions to others: their sum stays, each layer keeps at least 1 and gets
-    at most ``rho`` times its rank. A layer's scale stays what it was, so its alpha changes
+    directions in which its inputs vary most about their mean, the largest first. B stays zero,
+    so the outputs of the model do not change. Rank is moved from layers whose inputs vary in
+    few directions to others: the sum of the ranks stays the same, and each layer gets at least
+    1 and at most ``rho`` times its rank. A layer's scale stays the same, so its alpha changes
     with its rank.
 
-    Dense layers, EinsumDense layers and convolutions (by the patches that they see) take
-    part. Embeddings, grouped and depthwise convolutions and EinsumDense layers with an axis
-    that input, kernel and output share keep the A and the rank that they have. Of a fused
-    projection with ``lora_qkv`` every part gets the same directions.
+    Dense layers, EinsumDense layers and convolutions (with their input patches) are
+    initialized. Embeddings, grouped and depthwise convolutions, and EinsumDense layers with an
+    axis that input, kernel and output share keep their A and rank. In a fused projection with
+    ``lora_qkv`` every block gets the same directions.
 
-    Up to 1024 inputs (for a convolution of its window and channels) the directions are exact
-    for the data; beyond they come from a sketch of the covariance that takes little memory.
-    A model whose ranks changed must be compiled (again) afterwards.
+    Up to 1024 inputs (for a convolution: window size times channels) the directions are exact
+    for the data. For more inputs they are computed from a sketch of the covariance that needs
+    little memory. If ranks changed, compile the model (again) afterwards.
 
     Args:
-        model: A built model that LoRA was put into and that was not trained since, neither
-            merged nor with disabled adapters.
-        data: Batches of what the model takes, as ``fit`` takes them: x alone, or (x, y, ...),
-            of which x is used. A ``tf.data.Dataset``, a Keras dataset, a list, a generator.
-        rho: At least 1; how many times its rank a layer may get. 1 leaves all ranks. Default
-            2, as in PEFT.
-        max_batches: How many batches to use at most; None for all. Default 16.
+        model: A built model that LoRA was injected into and that has not been trained since.
+            It must not be merged or have a disabled adapter.
+        data: Batches of inputs, as for ``fit``: x alone, or (x, y, ...), of which only x is
+            used. A ``tf.data.Dataset``, a Keras dataset, a list or a generator.
+        rho: The largest factor by which the rank of a layer may grow, at least 1. With 1 all
+            ranks stay the same. Default 2, as in PEFT.
+        max_batches: The largest number of batches to use; None means all. Default 16.
 
     Returns:
         The rank of every LoRA layer, by its path.
 
     Raises:
-        TypeError: for data that are one array instead of batches, or a rho or max_batches of
-            a wrong type.
-        ValueError: if the model has no LoRA layers, or none that takes part; if one is
-            merged, disabled or not built, or has a B that is not zero; for data without a
-            batch, or on which a layer's inputs do not vary or are not finite; for a rho
-            below 1. The model is as it was after every error.
+        TypeError: If the data are one array instead of batches, or if rho or max_batches has
+            the wrong type.
+        ValueError: If the model has no LoRA layers, or none for which EVA is defined; if a
+            layer is merged, disabled or not built, or has a B that is not zero; if the data
+            contain no batch, or a layer's inputs do not vary or are not finite on them; if
+            rho is below 1. After an error the model is unchanged.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -84,19 +85,19 @@ def initialize_eva(
 
     Reference: Paischer et al., "Parameter Efficient Fine-tuning via Explained Variance
     Adaptation" (first called "One Initialization to Rule them All"), arXiv:2410.07170,
-    section 3. Directions and their shares of the variance are about the mean, as in PEFT,
-    which takes layers that would get rank 0 out of the model; here they keep rank 1.
+    section 3. Directions and their shares of the variance are about the mean, as in PEFT.
+    Layers that would get rank 0 keep rank 1 here; PEFT removes them from the model.
     """
     _check_arguments(data, rho, max_batches)
     layers = lora_layers(model)
     for path, layer in layers.items():
-        _check_fresh(path, layer)
+        _check_untrained(path, layer)
     readers = {path: layer._input_rows() for path, layer in layers.items()}
     rows = {path: reader for path, reader in readers.items() if reader is not None}
     if not rows:
         raise ValueError(
-            f"Received model '{model.name}', none of whose LoRA layers has inputs that EVA "
-            f"is defined for: {', '.join(layers)}. Leave their default start."
+            f"Received model '{model.name}' with the LoRA layers {', '.join(layers)}; expected "
+            "at least one whose inputs EVA is defined for. Keep their default initialization."
         )
     ranks = {path: layers[path].lora.rank for path in rows}
     counts = {path: max_rank(rank, rho) for path, rank in ranks.items()}
@@ -104,29 +105,14 @@ def initialize_eva(
     _collect(model, data, max_batches, layers, rows, covariances)
     found = {path: _directions(path, covariances[path], counts[path]) for path in rows}
     shared = redistribute_ranks({path: x.ratios for path, x in found.items()}, ranks, rho)
-    _start(model, layers, rows, found, shared)
+    _initialize(model, layers, rows, found, shared)
     return {path: layer.lora.rank for path, layer in layers.items()}
 
 
 def _check_arguments(data: Any, rho: Any, max_batches: Any) -> None:
-    if isinstance(rho, bool) or not isinstance(rho, numbers.Real):
-        raise TypeError(f"Received rho={rho!r}; expected a number of at least 1.")
-    if not 1 <= float(rho) < math.inf:
-        raise ValueError(
-            f"Received rho={rho!r}; expected a number of at least 1: how many times its rank "
-            "a layer may get. Pass 1 to leave all ranks as they are."
-        )
-    whole = isinstance(max_batches, numbers.Integral) and not isinstance(max_batches, bool)
-    if max_batches is not None and not whole:
-        raise TypeError(
-            f"Received max_batches={max_batches!r}; expected a positive integer, or None for "
-            "all batches."
-        )
-    if max_batches is not None and max_batches < 1:
-        raise ValueError(
-            f"Received max_batches={max_batches!r}; expected a positive integer, or None for "
-            "all batches."
-        )
+    check_number(rho, "rho", 1)
+    if max_batches is not None:
+        check_integer(max_batches, "max_batches", 1)
     if hasattr(data, "shape") or isinstance(data, (dict, str)):
         raise TypeError(
             f"Received data of type {type(data).__name__}; expected batches, for example a "
@@ -134,10 +120,10 @@ def _check_arguments(data: Any, rho: Any, max_batches: Any) -> None:
         )
 
 
-def _check_fresh(path: str, layer: Any) -> None:
-    """Raise unless a layer is as ``inject_lora`` leaves it."""
-    layer._require_built("start")
-    layer._require_enabled("started anew")
+def _check_untrained(path: str, layer: LoRALayer) -> None:
+    """Raise unless a layer has the state that ``inject_lora`` creates."""
+    layer._require_built("initialize")
+    layer._require_enabled("initialized")
     if layer.merged:
         raise ValueError(f"Layer '{path}' is merged. Call unmerge_lora_weights first.")
     backend = backend_of(layer)
@@ -145,13 +131,13 @@ def _check_fresh(path: str, layer: Any) -> None:
         is_a = name == "kernel_lora_a"
         if not is_a and name in layer.__dict__ and backend.to_numpy(layer.__dict__[name]).any():
             raise ValueError(
-                f"Layer '{path}' has a {name} that is not zero: it was trained or loaded, or "
-                "starts by another way. EVA is for a new LoRA; call remove_lora and "
+                f"Layer '{path}' has a {name} that is not zero; expected a new LoRA layer. It "
+                "was trained, loaded or initialized in another way. Call remove_lora and "
                 "inject_lora (with lora_init='default' or 'eva') first."
             )
 
 
-# -- what the layers are given -----------------------------------------------------------
+# -- collecting the inputs of layers ------------------------------------------------------
 
 
 def _collect(
@@ -162,7 +148,7 @@ def _collect(
     rows: dict[str, InputRows],
     covariances: dict[str, Covariance],
 ) -> None:
-    """Run the model over the data and add what its layers are given to their covariances."""
+    """Run the model over the data and add the inputs of its layers to their covariances."""
     backend, count = backend_of(model), 0
     with contextlib.ExitStack() as stack:
         stack.enter_context(backend.eagerly())
@@ -174,40 +160,40 @@ def _collect(
             count += 1
     if not count:
         raise ValueError(
-            "Received data without a batch, from which nothing can be learned about inputs. "
-            "An iterator that was used before is at its end: pass the dataset itself."
+            "Received data without a batch; expected at least one. If it is an iterator that "
+            "was used before, pass the dataset itself."
         )
 
 
 def _batches(data: Any) -> Iterator[Any]:
-    """The batches in order, also of a Keras dataset, which knows its length alone."""
+    """Iterate over the batches, also of a Keras dataset, which only has a length and items."""
     if hasattr(data, "__getitem__") and hasattr(data, "__len__"):
         return (data[i] for i in range(len(data)))
     return iter(data)
 
 
 @contextlib.contextmanager
-def _observed(layer: Any, reader: InputRows, covariance: Covariance) -> Iterator[None]:
-    """Within this block all that a layer multiplies with its kernel goes to ``covariance``."""
+def _observed(layer: Layer, reader: InputRows, covariance: Covariance) -> Iterator[None]:
+    """Add the inputs of a layer's kernel product within this block to ``covariance``."""
     backend, name = backend_of(layer), reader.method
-    bound, held = getattr(layer, name), name in layer.__dict__
+    bound, is_in_instance = getattr(layer, name), name in layer.__dict__
 
     def observer(*args: Any, **kwargs: Any) -> Any:
         x = args[0] if args else next(iter(kwargs.values()))
         if not backend.is_dense_tensor(x):
             raise ValueError(
-                f"Layer '{layer.name}' was given a {type(x).__name__}, in which rows are not "
-                "all there. Pass dense data, or leave the layer out of lora_targets."
+                f"Layer '{layer.name}' received a {type(x).__name__}; expected a dense tensor. "
+                "Pass dense data, or leave the layer out of lora_targets."
             )
         for chunk in reader.chunks(backend.to_numpy(x)):
             covariance.add(chunk)
         return bound(*args, **kwargs)
 
-    layer.__dict__[name] = observer  # past Keras, which keeps track of attributes
+    layer.__dict__[name] = observer  # bypasses the attribute tracking of Keras
     try:
         yield
     finally:
-        if held:
+        if is_in_instance:
             layer.__dict__[name] = bound
         else:
             layer.__dict__.pop(name)
@@ -221,11 +207,8 @@ def _directions(path: str, covariance: Covariance, count: int) -> Directions:
             f"Received data on which the input of layer '{path}' {error}."
         ) from error
     if not len(found.ratios):
-        why = (
-            "was never used"
-            if not covariance.count
-            else f"was {covariance.count} times the same"
-        )
+        n = covariance.count
+        why = f"did not vary (number of rows: {n})" if n else "was never used"
         raise ValueError(
             f"Received data on which the input of layer '{path}' {why}, so it has no "
             "directions. Pass more data, or leave the layer out of lora_targets."
@@ -233,17 +216,17 @@ def _directions(path: str, covariance: Covariance, count: int) -> Directions:
     return found
 
 
-# -- how they start ----------------------------------------------------------------------
+# -- initialization ----------------------------------------------------------------------
 
 
-def _start(
+def _initialize(
     model: Any,
     layers: dict[str, LoRALayer],
     rows: dict[str, InputRows],
     found: dict[str, Directions],
     shared: dict[str, int],
 ) -> None:
-    """Give the layers their ranks and their factors A; none of them on error."""
+    """Set the ranks and the factors A of all layers, or of none if an error occurs."""
     backend = backend_of(model)
     before = {
         path: (layers[path].lora, backend.to_numpy(layers[path].kernel_lora_a)) for path in rows
@@ -262,11 +245,11 @@ def _start(
         raise
     if any(shared[path] != settings.rank for path, (settings, _) in before.items()):
         _record(model, layers)
-        forget_traces(model, "Other ranks were given to the layers of")
+        drop_compiled(model, "The ranks of layers were changed in")
 
 
 def _with_rank(settings: LayerSettings, rank: int) -> LayerSettings:
-    """A layer's settings with another rank and the same scale."""
+    """Return a layer's settings with another rank and the same scale."""
     if settings.alpha is None or rank == settings.rank:
         return dataclasses.replace(settings, lora_rank=rank)
     ratio = rank / settings.rank
@@ -274,8 +257,8 @@ def _with_rank(settings: LayerSettings, rank: int) -> LayerSettings:
     return dataclasses.replace(settings, lora_rank=rank, lora_alpha=alpha)
 
 
-def _resize(layer: Any, settings: LayerSettings) -> None:
-    """Give a layer other settings, and with them new factors, if they differ."""
+def _resize(layer: Layer, settings: LayerSettings) -> None:
+    """Convert a layer again with other settings, which creates new factors."""
     if isinstance(layer, LoRALayer) and layer.lora == settings:
         return
     trainable = layer.trainable
@@ -287,7 +270,7 @@ def _resize(layer: Any, settings: LayerSettings) -> None:
 
 
 def _record(model: Any, layers: dict[str, LoRALayer]) -> None:
-    """Tell the model's config, from which it is created again, of its layers' ranks."""
+    """Record the ranks of the layers in the config from which the model is recreated."""
     config = config_of(model)
     if config is None:  # layers were adapted by hand
         return
@@ -304,7 +287,7 @@ def _record(model: Any, layers: dict[str, LoRALayer]) -> None:
 
 
 def _pattern(values: dict[str, Any], default: Any) -> dict[str, Any]:
-    """The pattern that gives each layer its value by its path."""
+    """Return the pattern that maps the path of each layer to its value."""
     dotted = {path.replace("/", "."): value for path, value in values.items()}
     return {
         key.replace(r"\.", "/"): value for key, value in exact_pattern(dotted, default).items()

@@ -24,7 +24,12 @@ from tfimm_lora.model.inject import inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import presets
 from tfimm_lora.model.state import config_of
-from tfimm_lora.model.targeting import require_built
+from tfimm_lora.model.targeting import (
+    FULLY_TRAINED,
+    NOT_TARGETED,
+    not_in_qkv,
+    require_built,
+)
 from tfimm_lora.model.trainable_weights import inside_paths
 
 #: The number of values that an optimizer keeps for each trained parameter; SGD with momentum.
@@ -273,7 +278,7 @@ def _planned(path: str, layer: Any) -> PlannedLayer:
 def _reason(model: Any, path: str, layer: Any, is_head: bool, trained: int) -> str:
     """Return the reason why a layer is not adapted."""
     if not isinstance(layer, FrozenLayer) and trained:
-        return "classifier, fully trained" if is_head else "fully trained"
+        return f"classifier, {FULLY_TRAINED}" if is_head else FULLY_TRAINED
     if is_head:
         return "classifier, not trained"
     if any(True for inside, _ in backend_of(layer).walk(layer) if inside):
@@ -284,8 +289,8 @@ def _reason(model: Any, path: str, layer: Any, is_head: bool, trained: int) -> s
     if config is not None and config.lora_qkv:
         targets, _ = resolve(config.lora_targets, presets(original_class(type(model))))
         if targets is None or matches(path, targets):
-            return f"not in lora_qkv={config.lora_qkv!r}"
-    return "not among the targets"
+            return not_in_qkv(config.lora_qkv)
+    return NOT_TARGETED
 
 
 def _files_of_adapter(model: Any) -> dict[str, int]:
