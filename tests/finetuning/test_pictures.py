@@ -613,8 +613,8 @@ def test_skipping_stops_where_a_class_or_everything_would_be_gone(tmp_path):
         check_pictures(split.val)
 
 
-def test_more_pictures_than_are_handed_out_at_once_stay_in_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("tfimm_lora.finetuning.data.pictures._AT_ONCE", 4)
+def test_more_pictures_than_one_block_stay_in_order(tmp_path, monkeypatch):
+    monkeypatch.setattr("tfimm_lora.finetuning.data.pictures._BLOCK", 4)
     split = find_pictures(write_digits(tmp_path, each=5))
     break_picture(split.train.pictures[9].path, "text")
     clean, problems = check_pictures(split.train)
