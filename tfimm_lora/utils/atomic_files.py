@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,9 @@ def write_file(path: Path, content: bytes | str) -> None:
     """
     if isinstance(content, str):
         content = content.encode("utf-8", "surrogateescape")
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    # One name per process and thread, so that two writers do not share a temporary file.
+    writer = f"{os.getpid()}-{threading.get_ident()}"
+    unfinished = path.with_name(f".{path.name}.{writer}.tmp")
     try:
         with open(unfinished, "wb") as file:
             file.write(content)
