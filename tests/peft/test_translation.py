@@ -19,6 +19,7 @@ from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.peft import translation
 
 FOLDER = Path(golden.__file__).parent
 GOLDEN = json.loads((FOLDER / "peft_configs.json").read_text())
@@ -274,7 +275,7 @@ INEXPRESSIBLE = [
     ),
     (
         dict(lora_targets=["a"], lora_regularizer="l2", lora_qkv="q"),
-        "lora_qkv='q'.*lora_regularizer='l2'",
+        "lora_regularizer='l2'.*lora_qkv='q'",
     ),
 ]
 
@@ -361,3 +362,9 @@ def test_configs_of_architectures_know_their_own_targets():
     assert config.lora_targets == ["attn/qkv", "attn/proj"] and config.name == cfg.name
     default = lora.LoRAViTConfig(**values).to_peft()
     assert default["target_modules"] == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
+
+
+def test_a_setting_that_the_translation_does_not_know_is_refused():
+    values = {**lora.LoRAConfig(lora_targets=["fc"]).arguments(), "lora_new": 2}
+    with pytest.raises(ValueError, match=r"lora_new=2 \(PEFT has no such field"):
+        translation.fields_from(values, lora.LoRAConfig.presets())

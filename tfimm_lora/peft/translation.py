@@ -157,9 +157,10 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
         problems.append(
             "lora_layers (with lora_targets as a regular expression; PEFT needs a list)"
         )
-    for name, why in _WITHOUT_COUNTERPART.items():
-        if values.get(name) not in (None, False):
-            problems.append(f"{name}={values[name]!r} ({why})")
+    for name, value in values.items():
+        if name not in _TRANSLATED and value not in (None, False):
+            why = _WITHOUT_COUNTERPART.get(name, "PEFT has no such field")
+            problems.append(f"{name}={value!r} ({why})")
     if values["lora_initializer"] is not None:
         problems.append(f"lora_initializer={values['lora_initializer']!r} (see lora_init)")
     if problems:
@@ -189,6 +190,16 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
         "use_rslora": values["lora_use_rslora"],
     }
 
+
+#: Fields of ``LoRAConfig`` that ``fields_from`` translates.
+_TRANSLATED = frozenset(
+    f"lora_{name}"
+    for name in (
+        *("alpha", "alpha_pattern", "bias", "dropout", "exclude", "init", "initializer"),
+        *("layers", "layers_pattern", "rank", "rank_pattern", "targets", "train_bias"),
+        *("train_modules", "use_dora", "use_rslora"),
+    )
+)
 
 #: Fields of ``LoRAConfig`` that PEFT does not have, and the alternative.
 _WITHOUT_COUNTERPART = {
