@@ -405,4 +405,4 @@ def test_warnings_reach_the_command_line_as_notes(folder, tmp_path, capsys):
     data = ["--data", str(tmp_path / "digits"), "--epochs", "1"]
     assert main(arguments(folder, tmp_path / "run", *data)) == 0
     said = capsys.readouterr().err
-    assert "warning: " in said and "no pictures" in said and ".py:" not in said
+    assert "warning: " in said and "ignored files" in said and ".py:" not in said

@@ -84,8 +84,8 @@ def _draw_metric(
             colour = theme.orange if line == "-" else theme.blue
             axes.plot(epochs, values, line, marker=mark, ms=3.5, color=colour, label=label)
     if best_epoch is not None:
-        told = f"best epoch ({best_epoch})"
-        axes.axvline(best_epoch, color=theme.muted, linestyle=":", linewidth=1.2, label=told)
+        label = f"best epoch ({best_epoch})"
+        axes.axvline(best_epoch, color=theme.muted, linestyle=":", linewidth=1.2, label=label)
     axes.set_xlabel("Epoch")
     axes.set_xlim(0.5, len(history) + 0.5)
     axes.xaxis.get_major_locator().set_params(integer=True, min_n_ticks=1)
