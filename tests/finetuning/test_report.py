@@ -492,7 +492,7 @@ def test_a_report_without_mistakes_says_so(copy):
     logits = np.eye(3)[[0, 1, 2, 0]] * 9.0
     right = Evaluation.of(logits, np.array([0, 1, 2, 0]), LABELS, ["a", "b", "c", "d"])
     text = Page(write_report(copy, right).read_text(encoding="utf-8")).text
-    assert "No mistakes among 4 pictures" in text and "No class was taken" in text
+    assert "No mistakes among 4 pictures" in text and "No class was confused" in text
 
 
 def test_pictures_that_are_gone_and_names_that_are_no_text_do_not_matter(copy):

@@ -159,7 +159,7 @@ def confusions(evaluation: Evaluation) -> Html:
         tag("div", drawing(*matrix, alt="Confusion matrix")),
         tag("div", tag("p", caption, class_="quiet"), listed, class_="rest")
         if pairs
-        else tag("p", "No confusions."),
+        else tag("p", "No class was confused with another."),
         class_="sides",
     )
 
