@@ -266,11 +266,11 @@ def test_a_mixed_batch_takes_as_many_products_however_many_adapters():
         chosen = np.arange(8, dtype="int32") % count
         step = tf.function(lambda x, ids: routed({"inputs": x, "adapter": ids}))
         graph = step.get_concrete_function(normal(8, 5, 6), chosen).graph
-        return sorted(op.type for op in products_that_run(graph))
+        return len(products_that_run(graph))
 
     few, many = products(2), products(20)
     # The layer's own product, one in and one out, for each of two layers.
-    assert few == many and len(few) == 6
+    assert few == many == 6
 
 
 def randomised(model):
