@@ -103,7 +103,7 @@ $(VENV)/.made-backends: $(HUB)
 $(OLDEST)/.made: Makefile
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet "tensorflow==2.16.*" \
-		"tf-keras==2.16.*" "keras==3.3.*" "numpy<2" pytest pytest-timeout pytest-xdist
+		"tf-keras==2.16.*" "keras==3.3.*" "numpy<2" lazy_loader wrapt safetensors regex pytest pytest-timeout pytest-xdist
 	touch $@
 
 $(VENV)/.made-wheel: $(STAMP)
