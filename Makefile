@@ -7,6 +7,9 @@ PIP     = $(PY) -m pip --disable-pip-version-check
 STAMP   = $(VENV)/.made
 HUB     = $(VENV)/.made-hub
 OLDEST  = .venv-oldest
+# Not test_variants.py: Keras 3.3 rounds the product of its own Dense otherwise, and gives no
+# `training` to the dropout of a layer that is called outside of a model.
+OLDEST_TESTS = tests/layers/test_layers.py tests/layers/test_products.py
 
 export TF_CPP_MIN_LOG_LEVEL ?= 2
 
@@ -45,8 +48,8 @@ test-torch: $(VENV)/.made-backends  ## Run the tests of layers and models on tor
 	KERAS_BACKEND=torch $(KERAS3) -m "backends and not long"
 
 test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported versions
-	TF_USE_LEGACY_KERAS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" tests/layers
-	TF_USE_LEGACY_KERAS=0 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" tests/layers
+	TF_USE_LEGACY_KERAS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" $(OLDEST_TESTS)
+	TF_USE_LEGACY_KERAS=0 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" $(OLDEST_TESTS)
 
 test-interop: $(VENV)/.made-interop  ## Compare with timm and PEFT on torch: weights, adapters, training
 	$(LEGACY) tests/interop
