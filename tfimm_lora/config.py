@@ -194,7 +194,7 @@ class LayerSettings(SharedSettings):
         return getattr(self, f"lora_{name}")
 
     def __setattr__(self, name: str, value: Any) -> None:
-        if name in self.__dict__:
+        if name in self.__dict__ or name not in self.names():
             raise AttributeError(
                 f"Received {name}={value!r} for the settings of a layer, which cannot be "
                 "changed. Remove LoRA and inject it with other settings."

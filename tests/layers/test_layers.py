@@ -196,3 +196,11 @@ def test_layer_called_twice_in_one_graph_sums_both_gradients():
     values = layer.lora_values()
     full = values["kernel"] + values["kernel_lora_a"] @ values["kernel_lora_b"]
     np.testing.assert_allclose(run(model, x), x @ full @ full, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lora_rank", "rank", "lora_new"])
+def test_settings_of_a_layer_cannot_be_changed(name):
+    layer = lora.LoRADense(3, lora_rank=2)
+    with pytest.raises(AttributeError, match=f"Received {name}=8.*cannot be changed"):
+        setattr(layer.lora, name, 8)
+    assert layer.lora.rank == layer.lora.lora_rank == 2

@@ -22,9 +22,8 @@ def activation_bytes(model: Any, input_shape: tuple[int, ...], batch_size: int) 
     weight. They are counted in the graph of the step, which is traced but not run. Temporary
     memory and the memory that libraries reserve are not included. Effective kernels W + s A B
     that are kept for the backward pass are included; their size does not depend on the batch
-    size. LoRA saves less memory here
-    than for gradients and optimizer, because the gradients of its factors need the input of
-    every adapted layer.
+    size. LoRA saves less memory here than for gradients and optimizer, because the gradients of
+    its factors need the input of every adapted layer.
 
     Args:
         model: A built model, with the trainable weights of the training.
