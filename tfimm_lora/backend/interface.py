@@ -180,6 +180,10 @@ class Backend(ABC):
         return function(tuple(shapes))
 
     @abstractmethod
+    def is_called(self) -> bool:
+        """Whether a layer of this Keras is being called in this thread."""
+
+    @abstractmethod
     def is_compiled(self, model: Layer) -> bool:
         """Whether ``compile`` was called on the model."""
 
@@ -188,14 +192,17 @@ class Backend(ABC):
         """Make ``fit`` ask for ``compile``, because the optimizer has other variables."""
 
     def reset_functions(self, model: Layer) -> None:
-        """Drop the functions that Keras traced for fit, evaluate and predict, on every model
-        inside a model, and on those that ``note_caller`` recorded."""
+        """Trace the functions of fit, evaluate and predict again, on every model inside a
+        model, and on those that ``note_caller`` recorded.
+
+        Each is replaced and not dropped, because a callback may be running within one.
+        """
         callers = [m for m in (ref() for ref in model.__dict__.get(_CALLERS, ())) if m]
         for layer in [*(x for _, x in self.walk(model)), *callers]:
             if self.is_model(layer):
-                layer.train_function = None
-                layer.test_function = None
-                layer.predict_function = None
+                for name in ("train_function", "test_function", "predict_function"):
+                    if getattr(layer, name, None) is not None:
+                        getattr(layer, f"make_{name}")(force=True)
 
     def note_caller(self, model: Layer, caller: Layer) -> None:
         """Record that a model is called by another, whose traced functions depend on it."""
@@ -223,6 +230,10 @@ class Backend(ABC):
     def set_raw_trainable(self, layer: Layer, value: bool) -> None:
         """Set ``trainable`` of the layer alone, not of its variables and sublayers."""
         layer._trainable = value
+
+    def raw_trainable(self, layer: Layer) -> bool:
+        """What ``set_raw_trainable`` set."""
+        return bool(layer._trainable)
 
     def variable_flags(self, layer: Layer) -> dict[int, bool]:
         """Which of the layer's own variables are trainable, by id, if they record it."""
@@ -255,9 +266,19 @@ class Backend(ABC):
     def remove_sublayer(self, layer: Layer, attribute: str) -> None:
         """Undo ``add_sublayer``."""
 
+    def leaves_kernel_alone(self, layer: Layer) -> bool:
+        """Whether a layer that shares the kernel of another uses it in training only, and so
+        never in a LoRA model: Keras' spectral normalization."""
+        cls = getattr(self.keras.layers, "SpectralNormalization", None)
+        return cls is not None and isinstance(layer, cls)
+
     def refusal(self, layer: Layer) -> str | None:
         """Why the state of a layer in this Keras rules out LoRA, or None."""
         return None
+
+    def is_keras_class(self, cls: type) -> bool:
+        """Whether a class is defined by Keras, and not by its users."""
+        return cls.__module__.partition(".")[0] in ("keras", "tf_keras")
 
     def register(self, cls: type, prefix: str, base: type) -> None:
         """Register a class for loading, under the name of the class that it stands for.
@@ -266,7 +287,7 @@ class Backend(ABC):
         A class that is defined again, as in a notebook, replaces the old one.
         """
         saving = self.keras.saving
-        own = base.__module__.partition(".")[0] in ("keras", "tf_keras")
+        own = self.is_keras_class(base)
         name = prefix + (base.__name__ if own else f"[{base.__module__}.{base.__qualname__}]")
         saving.get_custom_objects().pop(f"tfimm_lora>{name}", None)
         saving.register_keras_serializable(package="tfimm_lora", name=name)(cls)
@@ -275,7 +296,7 @@ class Backend(ABC):
 
     @abstractmethod
     def own_variables(self, layer: Layer) -> list[Variable]:
-        """The variables that the layer itself created, not those of its sublayers."""
+        """The variables that Keras collects from the layer but not from its sublayers."""
 
     @abstractmethod
     def trainable_own_variables(self, layer: Layer) -> list[Variable]:
@@ -285,6 +306,16 @@ class Backend(ABC):
         """The last part of a variable's name, for example "kernel"."""
         name: str = variable.name
         return name.rpartition("/")[2].partition(":")[0]
+
+    def statistics(self, layer: Layer) -> list[Variable]:
+        """Those of ``own_variables`` that are not trained and may yet change in training."""
+        trained = {id(v) for v in self.trainable_own_variables(layer)}
+        others = [v for v in self.own_variables(layer) if id(v) not in trained]
+        return [v for v in others if "float" in self.dtype_of(v)]
+
+    def has_hidden_statistics(self, layer: Layer) -> bool:
+        """Whether a layer has statistics that are not variables of Keras."""
+        return False
 
     def is_bias_like(self, variable: Variable) -> bool:
         """Whether a variable is a bias by its name: bias, beta, q_bias, ..."""
@@ -440,9 +471,26 @@ class Backend(ABC):
     # -- gradients ---------------------------------------------------------------------
 
     @abstractmethod
-    def custom_gradient(self, function: Callable[..., Any], *args: Tensor) -> Any:
+    def custom_gradient(
+        self,
+        function: Callable[..., Any],
+        *args: Tensor,
+        tangent: Callable[[Any, Any], Tensor] | None = None,
+    ) -> Any:
         """Call ``function(*args) -> (y, grad)``. ``grad(dy)`` returns a tuple with the
-        gradient of each argument, None for those that need no gradient."""
+        gradient of each argument, None for those that need no gradient.
+
+        JAX has forward-mode derivatives only with ``tangent(args, tangents)``, which returns
+        that of y and is linear in those of the arguments. It takes the gradient from it, too.
+        """
+
+    def needs_plain_gradients(self) -> bool:
+        """Whether derivatives are being computed for which ``custom_gradient`` does not do."""
+        return False
+
+    def recomputed(self, function: Callable[..., Any], *args: Tensor) -> Any:
+        """``function(*args)``, computed again in the backward pass instead of kept."""
+        return function(*args)
 
     @abstractmethod
     def vjp(self, function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:

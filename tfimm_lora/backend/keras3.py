@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -39,9 +40,20 @@ class _FilteredWeights:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
+        # The setter of a layer or model around this one calls this setter, too.
+        if sys._getframe(1).f_code is not keras.layers.Layer.trainable.fset.__code__:
+            self._note_trainable(value)  # type: ignore[attr-defined]
         # Keras sets the flags of all variables inside, also of those that stay frozen.
         keras.layers.Layer.trainable.fset(self, value)
         self._sync_trainability()
+
+    def enable_lora(self, *args: Any, **kwargs: Any) -> None:
+        """Refuse Keras' own LoRA, whose factors this layer would never use."""
+        raise ValueError(
+            f"Layer '{self.name}' is part of a model that tfimm_lora injected LoRA into, so "  # type: ignore[attr-defined]
+            "Keras' own enable_lora would have no effect on it. Call remove_lora first, or "
+            "name the layer in lora_targets when you inject LoRA."
+        )
 
     def _sync_trainability(self) -> None:
         for variable in _own_variables(self):
@@ -118,6 +130,15 @@ class Keras3Backend(Backend):
 
     def trainable_own_variables(self, layer: Layer) -> list[Variable]:
         return list(layer._trainable_variables)
+
+    def is_called(self) -> bool:
+        return global_state.get_global_attribute("current_call_ctx") is not None
+
+    def has_hidden_statistics(self, layer: Layer) -> bool:
+        if keras.backend.backend() != "torch":
+            return False
+        is_wrapper = isinstance(layer, keras.layers.TorchModuleWrapper)
+        return is_wrapper and any(True for _ in layer.module.buffers())
 
     def random_states(self, layer: Layer) -> list[Variable]:
         return [generator.state for generator in layer._seed_generators]
@@ -198,9 +219,19 @@ class Keras3Backend(Backend):
     def mark_uncompiled(self, model: Layer) -> None:
         model.compiled = False
 
-    def custom_gradient(self, function: Callable[..., Any], *args: Any) -> Any:
+    def custom_gradient(
+        self, function: Callable[..., Any], *args: Any, tangent: Any = None
+    ) -> Any:
         # JAX requires a cotangent for every argument.
         zeros = keras.backend.backend() == "jax"
+        if zeros and tangent is not None:
+            import jax
+
+            differentiable = jax.custom_jvp(lambda *tensors: function(*tensors)[0])
+            differentiable.defjvp(
+                lambda primals, tangents: (differentiable(*primals), tangent(primals, tangents))
+            )
+            return differentiable(*args)
 
         def keras_function(*tensors: Any) -> Any:
             y, grad = function(*tensors)
@@ -218,15 +249,28 @@ class Keras3Backend(Backend):
 
         return keras.ops.custom_gradient(keras_function)(*args)
 
+    def needs_plain_gradients(self) -> bool:
+        if keras.backend.backend() != "torch":
+            return False
+        import torch
+
+        # The functions of torch.func, and forward-mode derivatives.
+        transforms = torch._C._are_functorch_transforms_active()
+        return bool(transforms or torch.autograd.forward_ad._current_level >= 0)
+
+    def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
+        if keras.backend.backend() != "jax":
+            return function(*args)
+        import jax
+
+        return jax.checkpoint(function)(*args)
+
     def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
         framework = self.framework()
         if framework == "tensorflow":
-            import tensorflow as tf
+            from tfimm_lora.backend import tensorflow_vjp
 
-            with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch(x)
-                y = function(x)
-            return tape.gradient(y, x, dy)
+            return tensorflow_vjp.vjp(function, x, dy)
         if framework == "jax":
             import jax
 

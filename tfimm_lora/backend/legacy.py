@@ -10,11 +10,13 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
+from tfimm_lora.backend.tensorflow_vjp import vjp
 
 _OPS: Any = types.SimpleNamespace(
     matmul=tf.matmul,
@@ -49,12 +51,23 @@ class _FilteredWeights:
     weight files depend on their order.
     """
 
+    @property
+    def trainable(self) -> bool:
+        result: bool = super().trainable  # type: ignore[misc]
+        return result
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        self._note_trainable(value)  # type: ignore[attr-defined]
+        super(_FilteredWeights, type(self)).trainable.fset(self, value)  # type: ignore
+
     def _frozen_ids(self) -> set[int]:
-        own = self._trainable_weights + self._non_trainable_weights  # type: ignore[attr-defined]
+        own = BACKEND.own_variables(self)
         return {id(v) for v in own if not self._is_trained(v)}  # type: ignore[attr-defined]
 
     @property
     def trainable_weights(self) -> list[Variable]:
+        self._freeze_new_sublayers()  # type: ignore[attr-defined]
         frozen = self._frozen_ids()
         listed = [v for v in super().trainable_weights if id(v) not in frozen]  # type: ignore[misc]
         own = {id(v) for v in self._trainable_weights}  # type: ignore[attr-defined]
@@ -66,7 +79,8 @@ class _FilteredWeights:
         listed = super().non_trainable_weights  # type: ignore[misc]
         known = {id(v) for v in listed}
         frozen = self._frozen_ids()
-        own = [v for v in self._trainable_weights if id(v) in frozen | known]  # type: ignore[attr-defined]
+        created = BACKEND.trainable_own_variables(self)
+        own = [v for v in created if id(v) in frozen | known]
         # HDF5 files list trainable weights, then the others. With those that may be trained
         # first among the others, the order in the file does not depend on what is trained.
         own.sort(key=lambda v: (not self._is_trained(v), not BACKEND.is_bias_like(v)))  # type: ignore[attr-defined]
@@ -125,12 +139,22 @@ class LegacyBackend(Backend):
         """Return the convolution of a Conv1D; causal inputs are already padded."""
         return base_op(inputs, kernel)
 
+    def sublayers(self, layer: Layer) -> list[Layer]:
+        inside = layer._flatten_modules(recursive=False, include_self=False)
+        return [x for module in inside for x in _outermost_layers(module)]
+
     def own_variables(self, layer: Layer) -> list[Variable]:
-        result: list[Variable] = layer._trainable_weights + layer._non_trainable_weights
-        return result
+        listed: list[Variable] = layer._trainable_weights + layer._non_trainable_weights
+        inside = _variables_in_modules(layer)
+        return layer._dedup_weights(listed + inside) if inside else listed
 
     def trainable_own_variables(self, layer: Layer) -> list[Variable]:
-        return list(layer._trainable_weights)
+        listed: list[Variable] = list(layer._trainable_weights)
+        inside = [v for v in _variables_in_modules(layer) if v.trainable]
+        return layer._dedup_weights(listed + inside) if inside else listed
+
+    def is_called(self) -> bool:
+        return bool(base_layer_utils.call_context().in_call)
 
     def random_states(self, layer: Layer) -> list[Variable]:
         return []  # the state is inside TensorFlow's operations
@@ -194,7 +218,9 @@ class LegacyBackend(Backend):
     def mark_uncompiled(self, model: Layer) -> None:
         model._is_compiled = False
 
-    def custom_gradient(self, function: Callable[..., Any], *args: Any) -> Any:
+    def custom_gradient(
+        self, function: Callable[..., Any], *args: Any, tangent: Any = None
+    ) -> Any:
         return tf.custom_gradient(function)(*args)
 
     def frozen_gradient(self, layer: Layer, call: Any, x: Tensor) -> Callable[..., Any] | None:
@@ -207,10 +233,7 @@ class LegacyBackend(Backend):
         return is_gelu(layer)
 
     def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
-        with tf.GradientTape(watch_accessed_variables=False) as tape:
-            tape.watch(x)
-            y = function(x)
-        return tape.gradient(y, x, dy)
+        return vjp(function, x, dy)
 
     def variable_scope(self, variable: Variable) -> contextlib.AbstractContextManager[Any]:
         strategy = getattr(variable, "distribute_strategy", None)
@@ -257,6 +280,32 @@ class LegacyBackend(Backend):
     def input_shapes(self, model: Layer) -> Any:
         """Return the nested shapes of the inputs that a model was built for."""
         return model._build_input_shape
+
+
+def _outermost_layers(module: tf.Module) -> list[Layer]:
+    """A layer itself; the layers that any other ``tf.Module`` holds."""
+    if isinstance(module, tf_keras.layers.Layer):
+        return [] if isinstance(module, tf_keras.metrics.Metric) else [module]
+    inside = module._flatten(recursive=False, predicate=lambda x: isinstance(x, tf.Module))
+    return [x for submodule in inside for x in _outermost_layers(submodule)]
+
+
+def _variables_in_modules(layer: Layer) -> list[Variable]:
+    """The variables that Keras trains with a layer, although neither it nor a layer inside it
+    created them: those of a ``tf.Module``, and those in a list of a model."""
+    found: list[Variable] = []
+    if isinstance(layer, tf_keras.Model):
+        for tracked in layer._self_tracked_trackables:
+            found += getattr(tracked, "_self_extra_variables", ())
+    modules = [
+        x
+        for x in layer._flatten_modules(recursive=False, include_self=False)
+        if not isinstance(x, tf_keras.layers.Layer)
+    ]
+    if not modules:
+        return found
+    of_layers = {id(v) for m in modules for x in _outermost_layers(m) for v in x.variables}
+    return found + [v for m in modules for v in m.variables if id(v) not in of_layers]
 
 
 def _closes_over(function: Any, variable: Variable) -> bool:

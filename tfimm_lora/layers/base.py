@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
@@ -14,6 +15,7 @@ from tfimm_lora.backend.interface import Layer, OriginalLayer, Tensor, Variable
 from tfimm_lora.config import LORA_VARIABLE_NAMES, LORA_WEIGHT_NAMES, LayerSettings
 from tfimm_lora.initializers import from_kernel
 from tfimm_lora.layers import dora, kernel_hook, mixed_batch
+from tfimm_lora.layers.call_signature import check_super_calls
 from tfimm_lora.layers.forward import LoRAForward
 from tfimm_lora.layers.state import (
     AdaptedState,
@@ -158,8 +160,37 @@ class LoRALayer(LoRAForward, Converted):
             shapes.update(kernel_lora_a0=a, kernel_lora_b0=b)
         return shapes
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        if name in LORA_VARIABLE_NAMES and self.__dict__.get(name, value) is not value:
+            raise AttributeError(
+                f"Received a {type(value).__name__} for the variable {name} of layer "
+                f"'{self.name}', which cannot be replaced. Assign values to it: "
+                f"layer.{name}.assign(values)."
+            )
+        super().__setattr__(name, value)
+
+    def _note_trainable(self, value: bool) -> None:
+        """Warn if ``trainable = True`` has no effect on an adapted layer."""
+        if value and backend_of(self).raw_trainable(self) and "_lora_state" in self.__dict__:
+            warnings.warn(
+                f"Received trainable=True for layer '{self.name}', which is adapted: its "
+                "factors are trained already, and its kernel stays frozen. To train the whole "
+                "layer, name it in lora_train_modules when you inject LoRA.",
+                stacklevel=3,
+            )
+
+    def _freeze_new_sublayers(self) -> None:
+        """Do nothing: the only layer inside is the dropout of the branch."""
+
     def _default_initializer(self) -> Any:
         return backend_of(self).default_initializer()
+
+    def _is_shown_to_others(self) -> bool:
+        """Whether the kernel attribute shows W + s A B to whatever reads it now: while another
+        layer is called, if the layer was built before LoRA was injected."""
+        state = self.__dict__.get("_lora_state")
+        injected = state is not None and state.original is not None
+        return injected and "kernel_lora_a" in self.__dict__ and backend_of(self).is_called()
 
     @property
     def _kernel_variable(self) -> Variable:
@@ -180,6 +211,7 @@ class LoRALayer(LoRAForward, Converted):
     @classmethod
     def check_support(cls, layer: Layer, settings: LayerSettings) -> None:
         """Raise a ValueError with the reason if ``layer`` cannot become one of this class."""
+        check_super_calls(original_class(type(layer)), layer.name)
         reason = backend_of(layer).refusal(layer)
         if reason is None and settings.lora_qkv:
             reason = cls._qkv_refusal(layer, settings)

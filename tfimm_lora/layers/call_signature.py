@@ -1,17 +1,18 @@
-"""Set the signature of ``call`` to that of the original layer.
-
-Keras inspects the signature of ``call`` to decide whether to pass ``training`` and masks.
-"""
+"""The ``call`` of a converted class: its signature, and what its code must not do."""
 
 from __future__ import annotations
 
+import dis
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 
 def with_signature_of(base: Any, mixin: Any) -> Callable[..., Any]:
-    """Return the ``call`` of ``mixin`` with the signature of the ``call`` of ``base``."""
+    """Return the ``call`` of ``mixin`` with the signature of the ``call`` of ``base``.
+
+    Keras inspects the signature to decide whether to pass ``training`` and masks.
+    """
     call: Callable[..., Any] = mixin.call
     signature = inspect.signature(base.call)
     first = list(signature.parameters)[1]
@@ -25,3 +26,40 @@ def with_signature_of(base: Any, mixin: Any) -> Callable[..., Any]:
     signed.__name__ = "call"
     signed.__doc__ = base.call.__doc__
     return signed
+
+
+def check_super_calls(cls: type, name: str) -> None:
+    """Raise a ValueError if a method of a class calls ``super(self.__class__, self)``.
+
+    In an object of a subclass, such as a converted layer, such a method calls itself for ever.
+
+    Args:
+        cls: The class of a layer.
+        name: The name of the layer, for the message.
+    """
+    for base in cls.__mro__:
+        if base.__module__.partition(".")[0] in ("keras", "tf_keras", "tensorflow"):
+            return
+        for method, function in vars(base).items():
+            # Layers are converted after __init__.
+            if method != "__init__" and _calls_super_of_own_class(function):
+                raise ValueError(
+                    f"Layer '{name}' cannot be part of a LoRA model: {base.__name__}.{method} "
+                    "calls super(self.__class__, self) or super(type(self), self), which calls "
+                    f"the same method again in any subclass. Write super().{method}(...)."
+                )
+
+
+def _calls_super_of_own_class(function: Any) -> bool:
+    code = getattr(function, "__code__", None)
+    if code is None or "super" not in code.co_names:
+        return False
+    loads = [x for x in dis.get_instructions(code) if x.opname.startswith("LOAD_")]
+    for position, load in enumerate(loads):
+        following = [x.argval for x in loads[position + 1 : position + 3]]
+        is_own_class = len(following) == 2 and (
+            following[1] == "__class__" or following[0] == "type"
+        )
+        if load.argval == "super" and is_own_class:
+            return True
+    return False

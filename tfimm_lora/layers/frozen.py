@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, OriginalLayer, Tensor, Variable
-from tfimm_lora.layers.call_signature import with_signature_of
+from tfimm_lora.layers.call_signature import check_super_calls, with_signature_of
 from tfimm_lora.layers.state import (
     Converted,
     FrozenState,
@@ -28,6 +30,9 @@ from tfimm_lora.layers.state import (
 #: Own variables that mark a layer whose statistics change during training.
 _STATISTICS = {"moving_mean", "moving_variance", "vector_u", "sn_u"}
 
+#: The ids of the layers whose running call is in inference mode.
+_in_inference: ContextVar[frozenset[int]] = ContextVar("in_inference", default=frozenset())
+
 _copying_plain_layers: ContextVar[bool] = ContextVar("copying", default=False)
 
 
@@ -38,6 +43,7 @@ class FrozenLayer(Converted):
     """
 
     name: str
+    trainable: bool
     _sync_trainability: Callable[[], None]
 
     @property
@@ -53,6 +59,40 @@ class FrozenLayer(Converted):
 
     def _after_build(self) -> None:
         self._sync_trainability()
+
+    def _note_trainable(self, value: bool) -> None:
+        """Warn if ``trainable = True`` has no effect on a frozen layer."""
+        backend = backend_of(self)
+        switched_on = value and not backend.raw_trainable(self)
+        trains = backend.sublayers(self) or any(map(self._is_trained, backend.own_variables(self)))
+        if not value or (switched_on and trains):
+            return
+        warnings.warn(
+            f"Received trainable=True for layer '{self.name}', which LoRA froze: its weights "
+            "stay frozen. To train them, name the layer in lora_train_modules (or pass "
+            "lora_train_classifier=True) when you inject LoRA.",
+            stacklevel=3,
+        )
+
+    def _freeze_new_sublayers(self) -> None:
+        """Freeze the layers that this layer created after LoRA was injected."""
+        state = self._lora_frozen
+        if state.sublayers is None:
+            return
+        backend = backend_of(self)
+        for child in backend.sublayers(self):
+            if child in state.sublayers:
+                continue
+            state.sublayers.add(child)
+            for _, layer in backend.walk(child):
+                if state_of(layer) is None:
+                    freeze_layer(layer, state.train_bias)
+            warnings.warn(
+                f"Layer '{self.name}' created layer '{child.name}' after LoRA was injected, so "
+                "the new layer is frozen. To train it, call the model once with training=True "
+                "before you inject LoRA, and name it in lora_train_modules.",
+                stacklevel=3,
+            )
 
     def get_config(self) -> dict[str, Any]:
         state = self._lora_frozen
@@ -80,13 +120,60 @@ class FrozenWithGradient(FrozenLayer):
 
 
 class FrozenStatisticsLayer(FrozenLayer):
-    """Mixin for batch and spectral normalization: frozen, and always in inference mode."""
+    """Mixin for layers with statistics, such as batch and spectral normalization: frozen, and
+    always in inference mode.
+
+    Layers that are not built yet are of this class, too, because only their variables show
+    whether they have statistics.
+    """
+
+    @property
+    def trainable(self) -> bool:  # type: ignore[override]
+        # Batch normalization that is not trainable is in inference mode, also in a subclass
+        # whose call asks for training.
+        return super().trainable and id(self) not in _in_inference.get()
+
+    @trainable.setter
+    def trainable(self, value: bool) -> None:
+        super(FrozenStatisticsLayer, type(self)).trainable.fset(self, value)  # type: ignore
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base_call = super().call  # type: ignore[misc]
-        given = inspect.signature(base_call).bind_partial(inputs, *args, **kwargs)
+        state = self._lora_frozen
+        if state.has_statistics is None:
+            state.has_statistics = has_statistics(self)
+        if not state.has_statistics:
+            return base_call(inputs, *args, **kwargs)
+        args, kwargs = _for_inference(base_call, inputs, *args, **kwargs)
+        token = _in_inference.set(_in_inference.get() | {id(self)})
+        try:
+            return _with_frozen_gradient(self, base_call, *args, **kwargs)
+        finally:
+            _in_inference.reset(token)
+
+
+def has_statistics(layer: Layer) -> bool:
+    """Whether a layer has statistics that change when it is called in training.
+
+    Of a layer with layers inside, only known names of variables show it: its other variables
+    may be constants, and in inference mode the dropout inside it would be off.
+    """
+    backend = backend_of(layer)
+    if {backend.variable_name(v) for v in backend.own_variables(layer)} & _STATISTICS:
+        return True
+    found = backend.statistics(layer) or backend.has_hidden_statistics(layer)
+    return bool(found) and not backend.sublayers(layer)
+
+
+def _for_inference(call: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+    """The arguments of a ``call``, with ``training=False`` if it takes that argument."""
+    signature = inspect.signature(call)
+    given = signature.bind_partial(*args, **kwargs)
+    if "training" in signature.parameters:
         given.arguments["training"] = False
-        return _with_frozen_gradient(self, base_call, *given.args, **given.kwargs)
+    elif "training" in given.kwargs:  # of **kwargs
+        return given.args, {**given.kwargs, "training": False}
+    return given.args, given.kwargs
 
 
 def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -100,6 +187,9 @@ def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwar
     y = call(backend.ops.stop_gradient(x), *args, **kwargs)
     return backend.custom_gradient(lambda x, y: (y, lambda dy: (gradient(x, dy), dy)), x, y)
 
+
+#: Keras' layers around the modules of other frameworks, which may have statistics.
+_WRAPPERS_OF_MODULES = ("JaxLayer", "FlaxLayer", "TorchModuleWrapper", "TFSMLayer")
 
 _frozen_classes: dict[tuple[type, bool], type] = {}
 _cheaper_calls: dict[type, Callable[..., Any]] = {}
@@ -141,7 +231,10 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
             namespace["call"] = _cheaper_calls[cls]
         bases = (mixin, backend.BuildHook, backend.FilteredWeights, cls)
         made = type(f"Frozen{cls.__name__}", bases, namespace)
-        backend.register(made, "FrozenStatistics" if statistics else "Frozen", cls)
+        # A model's own class creates its layers, so it is refused when it is saved, and need
+        # not be found by those who look through Keras' registry for models.
+        if not issubclass(cls, backend.keras.Model) or backend.is_keras_class(cls):
+            backend.register(made, "FrozenStatistics" if statistics else "Frozen", cls)
         _frozen_classes[key] = made
     return _frozen_classes[key]
 
@@ -153,7 +246,7 @@ def register_frozen_classes(backend: Backend) -> None:
         cls = getattr(layers, name)
         if isinstance(cls, type) and issubclass(cls, layers.Layer) and cls is not layers.Layer:
             frozen_class(cls)
-            if "Normalization" in name:
+            if "Normalization" in name or name in _WRAPPERS_OF_MODULES:
                 frozen_class(cls, statistics=True)
 
 
@@ -167,9 +260,11 @@ def freeze_layer(layer: Layer, train_bias: bool, refusal: str | None = None) -> 
     """
     backend = backend_of(layer)
     original = backend.original(layer)
-    names = {backend.variable_name(v) for v in backend.own_variables(layer)}
-    backend.swap_class(layer, frozen_class(original.cls, bool(names & _STATISTICS)))
-    set_state(layer, FrozenState(original, train_bias, refusal))
+    check_super_calls(original.cls, layer.name)
+    statistics = has_statistics(layer) or not (layer.built or backend.sublayers(layer))
+    backend.swap_class(layer, frozen_class(original.cls, statistics))
+    sublayers = weakref.WeakSet(backend.sublayers(layer))
+    set_state(layer, FrozenState(original, train_bias, refusal, sublayers))
     backend.set_raw_trainable(layer, True)
     layer._sync_trainability()
 

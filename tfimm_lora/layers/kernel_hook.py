@@ -3,7 +3,9 @@
 A subclass with a ``call`` of its own (a convolution that standardises its kernel, a user's
 dense layer) reads ``self.kernel`` and uses it as it likes. While such a call runs, the
 attribute shows W + s A B instead of the variable W, so that the layer computes what it would
-compute after merging. Outside of calls, and in other threads, it is the variable.
+compute after merging. The same holds for other layers that read the attribute in their calls
+(a head that is tied to an embedding). Outside of calls, and in other threads, it is the
+variable.
 """
 
 from __future__ import annotations
@@ -55,6 +57,8 @@ class KernelHook:
         call = running_call(layer)
         if call is not None:
             return call.read()
+        if layer._is_shown_to_others():
+            return layer._shown_kernel()
         try:
             return layer.__dict__[self.attribute]
         except KeyError:
@@ -66,8 +70,15 @@ class KernelHook:
         call = running_call(layer)
         if call is not None:
             call.write(value)
-        else:
-            layer.__dict__[self.attribute] = value
+            return
+        if "kernel_lora_a" in layer.__dict__ and value is not layer._kernel_variable:
+            raise ValueError(
+                f"Layer '{layer.name}' has LoRA, and something outside of it replaces its "
+                f"kernel (the attribute {self.attribute!r}), so that an update of the kernel "
+                "would be lost. Assign values with layer.kernel.assign(...). If a wrapper such "
+                "as weight normalization does it, leave the layer out of lora_targets."
+            )
+        layer.__dict__[self.attribute] = value
 
     def __delete__(self, layer: Layer) -> None:
         layer.__dict__.pop(self.attribute, None)

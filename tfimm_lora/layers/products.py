@@ -98,8 +98,12 @@ def effective_narrow(
     dx = dy (W + s A B)^T,  dA = s x^T (dy B^T),  dB = h^T dy,  and none for W.
 
     With ``train_a=False`` there is none for A, and h is kept for the gradient of B, not x
-    (LoRA-FA).
+    (LoRA-FA). In forward mode the derivative is that of ``effective``:
+
+    y' = x' (W + s A B) + s (x A') B + s (x A) B'.
     """
+    if backend.needs_plain_gradients():
+        return effective(product, x, kernel, a, b, scale)
 
     def forward(x: Tensor, kernel: Tensor, a: Tensor, b: Tensor) -> Any:
         kept = None if train_a else product.down(x, scale * a)
@@ -116,7 +120,23 @@ def effective_narrow(
 
         return y, grad
 
-    return backend.custom_gradient(forward, x, kernel, a, b)
+    def tangent(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+        x, kernel, a, b = primals
+        dx, _, da, db = tangents
+        kept = None if train_a else product.down(x, scale * a)
+
+        def linear(x: Tensor, kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            dy = product.apply(dx, effective_kernel(product, kernel, a, b, scale))
+            if not train_a:
+                return dy
+            dy = dy + product.up(product.down(x, scale * da), b)
+            return dy + product.up(product.down(x, scale * a), db)
+
+        # Computed again in the backward pass, so that no copy of a kernel is kept until then.
+        dy = backend.recomputed(linear, x, kernel, a, b)
+        return dy if kept is None else dy + product.up(kept, db)
+
+    return backend.custom_gradient(forward, x, kernel, a, b, tangent=tangent)
 
 
 def leading_shape(dynamic: Any, static: Sequence[int | None]) -> list[Any]:

@@ -8,6 +8,7 @@ its unmerged kernel and factors are kept in the state, so that they are restored
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -57,6 +58,10 @@ class FrozenState(ConvertedState):
     train_bias: bool = False
     #: Why it must not be saved as part of a whole model, or None.
     refusal: str | None = None
+    #: The layers directly inside it when it was frozen; None if it was loaded from a file.
+    sublayers: weakref.WeakSet[Layer] | None = None
+    #: Whether it has statistics, or None before that was found out.
+    has_statistics: bool | None = None
 
 
 @dataclass

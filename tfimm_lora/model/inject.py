@@ -11,10 +11,11 @@ from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
 from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, has_cheaper_call, unfreeze_layer
-from tfimm_lora.layers.state import ConvertedState, drop_state, set_state, state_of
+from tfimm_lora.layers.state import Converted, ConvertedState, drop_state, set_state, state_of
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import base_config, lora_base_of
 from tfimm_lora.model.state import drop_model_state, model_state, restore_replaced_weights
+from tfimm_lora.model.statistics import digests_of_statistics
 from tfimm_lora.model.targeting import check_ready, config_for, select
 
 
@@ -78,10 +79,12 @@ def adapt_model(model: Any, config: LoRAConfig, rebuilt_by_class: bool) -> None:
         for path, settings in chosen.settings.items():
             adapt_layer(chosen.layers[path], settings)
         freeze_rest(model, config.lora_train_bias, chosen.trained, rebuilt_by_class)
+        _require_agreement(model, chosen.trained)
     except BaseException:
         restore_layers(model)
         raise
     model_state(model).config = config
+    model_state(model).statistics = digests_of_statistics(model, chosen.trained)
     drop_compiled(model, "LoRA was injected into")
 
 
@@ -98,11 +101,31 @@ def freeze_rest(
             continue
         refusal = None if rebuilt_by_class else _saving_refusal(backend, path, layer)
         is_root_that_filters = layer is model and rebuilt_by_class
-        changes = backend.own_variables(layer) or refusal or has_cheaper_call(layer)
+        # A layer that is not built gets its variables when it is first called, in training.
+        late = not layer.built and not backend.sublayers(layer)
+        changes = backend.own_variables(layer) or refusal or has_cheaper_call(layer) or late
         if changes and not is_root_that_filters:
             freeze_layer(layer, train_bias == "all", refusal)
         else:
             _make_trainable(backend, layer, with_variables=False)
+
+
+def _require_agreement(model: Layer, trained: set[int]) -> None:
+    """Raise if Keras would train a variable that should be frozen."""
+    backend = backend_of(model)
+    expected: set[int] = set()
+    for _, layer in backend.walk(model):
+        own = backend.trainable_own_variables(layer)
+        if id(layer) not in trained:
+            own = [v for v in own if isinstance(layer, Converted) and layer._is_trained(v)]
+        expected |= {id(v) for v in own}
+    others = [v for v in model.trainable_weights if id(v) not in expected]
+    if others:
+        raise ValueError(
+            f"Model '{model.name}' trains variables that no layer of it holds, so that LoRA "
+            f"cannot freeze them: {', '.join(backend.variable_name(v) for v in others[:10])}. "
+            "Hold them in a Keras layer, with add_weight or as an attribute."
+        )
 
 
 def _make_trainable(backend: Backend, layer: Layer, with_variables: bool) -> None:

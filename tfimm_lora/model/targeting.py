@@ -20,7 +20,7 @@ from tfimm_lora.layer_paths import (
     value_for,
 )
 from tfimm_lora.layers import qkv
-from tfimm_lora.layers.conversion import lora_class, supported
+from tfimm_lora.layers.conversion import kernel_variable, lora_class, supported
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
@@ -151,6 +151,7 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
     _check_patterns(chosen, config)
     _add_settings(chosen, backend, config)
     _check_support(chosen)
+    _check_shared_variables(chosen, backend, walked)
     return chosen
 
 
@@ -314,3 +315,41 @@ def _check_support(chosen: Selection) -> None:
         chosen.errors.append(ValueError("; ".join(messages)))
     for path, problem in problems.items():
         chosen.drop([path], problem)
+
+
+def _check_shared_variables(
+    chosen: Selection, backend: Backend, walked: list[tuple[str, Layer]]
+) -> None:
+    """Add an error for layers to adapt whose kernel or bias other layers use, too.
+
+    Merging changes these variables, and would change the other layers with them.
+    """
+    owners: dict[int, list[tuple[str, Layer]]] = {}
+    for path, layer in walked:
+        for variable in backend.own_variables(layer):
+            owners.setdefault(id(variable), []).append((path, layer))
+    problems = []
+    for path, settings in chosen.settings.items():
+        layer = chosen.layers[path]
+        merged = [("kernel", kernel_variable(layer))]
+        merged += [("bias", layer.bias)] if settings.lora_bias else []
+        for name, variable in merged:
+            own = owners.get(id(variable), [])
+            if not any(x is layer for _, x in own):
+                problems.append(f"the {name} of '{path}' is not a variable of that layer")
+            others = [
+                f"'{p or x.name}'"
+                for p, x in own
+                if x is not layer and not backend.leaves_kernel_alone(x)
+            ]
+            if others:
+                problems.append(f"the {name} of '{path}' is also that of {', '.join(others)}")
+    if problems:
+        chosen.errors.append(
+            ValueError(
+                f"Received layers to adapt that share variables: {'; '.join(problems)}. An "
+                "update merged into a shared variable would change every layer that uses it. "
+                "Leave these layers out of lora_targets (or name them in lora_exclude), or "
+                "give each its own variable."
+            )
+        )

@@ -1,0 +1,50 @@
+"""Find the statistics that changed in training although they are neither trained nor saved.
+
+In a LoRA model batch normalization and the like run in inference mode. Other layers may change
+variables of their own as they please. An adapter does not hold these, so a model with the
+adapter would differ from the trained one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from typing import Any
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Layer, Variable
+from tfimm_lora.layers.state import original_class
+
+
+def digests_of_statistics(model: Layer, trained: set[int]) -> dict[int, bytes]:
+    """The digest of each such variable by its id.
+
+    Args:
+        model: The model.
+        trained: The ids of the fully trained layers, whose statistics are saved.
+    """
+    found = _statistics(model)
+    return {id(v): _digest(layer, v) for _, layer, v in found if id(layer) not in trained}
+
+
+def changed_statistics(model: Layer, digests: dict[int, bytes]) -> list[str]:
+    """The paths of the variables whose digest is another one now."""
+    return [
+        f"{path}/{backend_of(layer).variable_name(variable)}"
+        for path, layer, variable in _statistics(model)
+        if digests.get(id(variable), b"") not in (b"", _digest(layer, variable))
+    ]
+
+
+def _statistics(model: Layer) -> Iterator[tuple[str, Layer, Variable]]:
+    """The statistics of layers of other classes than Keras', with the paths of the layers."""
+    backend = backend_of(model)
+    for path, layer in backend.walk(model):
+        if not backend.is_keras_class(original_class(type(layer))):
+            for variable in backend.statistics(layer):
+                yield path, layer, variable
+
+
+def _digest(layer: Layer, variable: Any) -> bytes:
+    value = backend_of(layer).to_numpy(variable)
+    return hashlib.blake2b(value.tobytes(), digest_size=16).digest()
