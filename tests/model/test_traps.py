@@ -253,3 +253,186 @@ assert len(model.trainable_weights) == len(model.weights)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+class MergedForAMoment(keras.callbacks.Callback):
+    """Merges and unmerges at every occasion within fit, evaluate and predict."""
+
+    def _merge(self, *args, **kwargs):
+        lora.merge_lora_weights(self.model)
+        lora.unmerge_lora_weights(self.model)
+
+    on_train_begin = on_epoch_begin = on_epoch_end = on_train_end = _merge
+    on_test_begin = on_test_batch_end = on_predict_batch_end = _merge
+    # On JAX, Keras writes the variables back at the end of an epoch only.
+    on_train_batch_end = (
+        _merge if BACKEND != "jax" else keras.callbacks.Callback.on_train_batch_end
+    )
+
+
+@pytest.mark.backends
+def test_merging_within_fit_evaluate_and_predict_changes_nothing():
+    results = []
+    for callbacks in ([], [MergedForAMoment()]):
+        keras.utils.set_random_seed(0)
+        model = keras.Sequential(
+            [keras.Input((4,)), keras.layers.Dense(8, name="fc"), keras.layers.Dense(3)]
+        )
+        lora.inject_lora(model, lora_rank=2)
+        model.compile("adam", "mse")
+        x, y = normal(8, 4), normal(8, 3)
+        options = dict(verbose=0, batch_size=4, callbacks=callbacks)
+        model.fit(x, y, epochs=3, shuffle=False, validation_data=(x, y), **options)
+        loss = model.evaluate(x, y, **options)
+        results.append([*values(model.weights), loss, model.predict(x, **options)])
+    for plain, merged in zip(*results):
+        np.testing.assert_allclose(merged, plain, rtol=1e-5, atol=1e-6)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("form", ["factored", "effective"])
+@pytest.mark.parametrize("size", [1, 3])
+def test_pictures_with_an_unknown_number_of_channels(size, form, monkeypatch):
+    import tensorflow as tf
+
+    from tfimm_lora.layers import forms
+
+    monkeypatch.setattr(forms, "choose", lambda *args: forms.Form(form, "narrow"))
+    model = keras.Sequential(
+        [
+            keras.Input((8, 8, 3)),
+            keras.layers.Conv2D(6, size, name="colour"),
+            keras.layers.GlobalAveragePooling2D(),
+            keras.layers.Dense(3, name="head"),
+        ]
+    )
+    lora.inject_lora(model, lora_rank=2)
+    randomise(model)
+    x = np.random.default_rng(0).integers(0, 255, (4, 8, 8, 3), "uint8")
+    pngs = [tf.io.encode_png(picture).numpy() for picture in x]
+    pictures = tf.data.Dataset.from_tensor_slices((pngs, np.zeros((4, 3), "float32")))
+    pictures = pictures.map(
+        lambda png, y: (
+            tf.image.resize(tf.io.decode_image(png, expand_animations=False), (8, 8)),
+            y,
+        )
+    )
+    expected = run(model, x.astype("float32"))
+    found = model.predict(pictures.map(lambda x, y: x).batch(4), verbose=0)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
+    model.compile("adam", "mse")
+    model.fit(pictures.batch(4), verbose=0)
+
+
+class SuperOfOwnClass(keras.layers.BatchNormalization):
+    def call(self, inputs, training=None):
+        return super(self.__class__, self).call(inputs, training=training)
+
+
+class SuperOfType(keras.layers.Dense):
+    def build(self, shape):
+        super(type(self), self).build(shape)
+
+
+class SuperInInit(keras.layers.Dense):
+    """Common and harmless: the layer is converted after it was created."""
+
+    def __init__(self, *args, **kwargs):
+        super(self.__class__, self).__init__(*args, **kwargs)
+
+    def call(self, inputs):
+        assert type(self).__name__ and super().__class__ is not None
+        return super().call(inputs)
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize("make", [SuperOfOwnClass, lambda: SuperOfType(8)])
+def test_super_of_the_own_class_is_refused_and_nothing_changes(make):
+    model = keras.Sequential(
+        [keras.Input((4,)), keras.layers.Dense(8, name="fc"), make(), keras.layers.Dense(3)]
+    )
+    x, classes = normal(2, 4), [type(layer) for layer in model.layers]
+    before = run(model, x)
+    with pytest.raises(ValueError, match=r"super\(self.__class__, self\).*Write super\(\)"):
+        lora.inject_lora(model, lora_rank=2)
+    assert [type(layer) for layer in model.layers] == classes
+    np.testing.assert_array_equal(run(model, x), before)
+
+
+def test_super_of_the_own_class_in_init_does_no_harm():
+    model = keras.Sequential(
+        [keras.Input((4,)), SuperInInit(8, name="fc"), keras.layers.Dense(3)]
+    )
+    before = run(model, normal(2, 4))
+    lora.inject_lora(model, lora_rank=2)
+    np.testing.assert_allclose(run(model, normal(2, 4)), before, rtol=1e-6)
+
+
+@pytest.mark.skipif(LEGACY, reason="keras_hub is for Keras 3")
+def test_converted_models_are_not_found_in_the_registry_of_keras():
+    class Task(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.fc, self.head = keras.layers.Dense(4), keras.layers.Dense(3)
+
+        def call(self, x):
+            return self.head(self.fc(x))
+
+    model = Task()
+    run(model, normal(2, 4))
+    lora.inject_lora(model, lora_rank=2)
+    registered = keras.saving.get_custom_objects().values()
+    assert not [c for c in registered if isinstance(c, type) and issubclass(c, Task)]
+
+
+class Branches(keras.layers.Dense):
+    """Reads its kernel in both branches of a condition."""
+
+    def call(self, x):
+        if LEGACY or BACKEND == "tensorflow":
+            import tensorflow as tf
+
+            return tf.cond(
+                tf.reduce_mean(x) > 0,
+                lambda: tf.matmul(x, self.kernel),
+                lambda: tf.matmul(-x, self.kernel),
+            )
+        ops = keras.ops
+        return ops.cond(
+            ops.mean(x) > 0,
+            lambda: ops.matmul(x, self.kernel),
+            lambda: ops.matmul(-x, self.kernel),
+        )
+
+
+class Loop(keras.layers.Dense):
+    """Reads its kernel in a loop that is part of the graph."""
+
+    def call(self, x):
+        if LEGACY:
+            import tensorflow as tf
+
+            for _ in tf.range(2):
+                x = tf.matmul(x, self.kernel)
+            return x
+        return keras.ops.fori_loop(0, 2, lambda _, x: keras.ops.matmul(x, self.kernel), x)
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize("cls", [Branches, Loop])
+def test_a_kernel_that_is_read_in_a_branch_or_a_loop(cls):
+    model = keras.Sequential([keras.Input((4,)), cls(4, use_bias=False, name="inner")])
+    x = normal(2, 4)
+    before = model.predict(x, verbose=0)
+    lora.inject_lora(model, lora_rank=2, lora_targets=["inner"])
+    np.testing.assert_allclose(model.predict(x, verbose=0), before, rtol=1e-5, atol=1e-6)
+    randomise(model)
+    adapted = model.predict(x, verbose=0)
+    model.compile("adam", "mse")
+    factors = values(model.trainable_weights)
+    model.fit(x, np.zeros((2, 4)), verbose=0)
+    for variable, value in zip(model.trainable_weights, factors):
+        assert np.abs(array(variable) - value).max() > 0
+        variable.assign(value)
+    lora.merge_lora_weights(model)
+    np.testing.assert_allclose(model.predict(x, verbose=0), adapted, rtol=1e-5, atol=1e-6)

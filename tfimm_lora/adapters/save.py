@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
@@ -15,6 +16,7 @@ from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.state import config_of, model_state
+from tfimm_lora.model.statistics import changed_statistics
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 
@@ -31,6 +33,10 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
 
     Raises:
         ValueError: If the model has no LoRA layers or is not built.
+
+    Warns:
+        UserWarning: If variables that are not trained changed since LoRA was injected, and are
+            not in the adapter.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -52,6 +58,7 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
         bias = "none"
     else:
         bias = "lora_only" if len(of_lora_layers) == len(outside) else "all"
+    _warn_of_statistics(model, {id(weight.variable) for weight in weights})
     config, disabled_values = config_of(model), model_state(model).while_disabled
     return Adapter(
         updates,
@@ -118,6 +125,19 @@ def fully_trained(names: ModuleNames) -> tuple[tuple[str, ...], list[ModelWeight
         weights.append(weight)
     require_unique([(weight.target.name, weight.key) for weight in weights], "weights")
     return tuple(sorted(modules)), weights
+
+
+def _warn_of_statistics(model: Any, held: set[int]) -> None:
+    """Warn if variables that are not trained changed, and the adapter does not hold them."""
+    changed = changed_statistics(model, held)
+    if changed:
+        warnings.warn(
+            f"The variables {', '.join(changed[:10])} of model '{model.name}' are not trained, "
+            "but changed after LoRA was injected. The adapter does not hold them, so a model "
+            "with the adapter will differ. Name their layers in lora_train_modules, which "
+            "trains and saves them as a whole.",
+            stacklevel=3,
+        )
 
 
 def base_model_name(model: Any) -> str:

@@ -87,6 +87,14 @@ class Backend(ABC):
         """The number of devices over which a ``keras.distribution`` spread a variable."""
         return 1
 
+    def runs_eagerly(self) -> bool:
+        """Whether operations are computed at once, and not only recorded in a graph."""
+        if self.framework() != "tensorflow":
+            return self.framework() == "torch"
+        import tensorflow as tf
+
+        return bool(tf.executing_eagerly())
+
     @contextlib.contextmanager
     def eagerly(self) -> Iterator[None]:
         """Within this block functions that TensorFlow compiles run as Python, with values."""

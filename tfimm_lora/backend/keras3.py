@@ -40,12 +40,15 @@ class _FilteredWeights:
 
     @trainable.setter
     def trainable(self, value: bool) -> None:
-        # The setter of a layer or model around this one calls this setter, too.
-        if sys._getframe(1).f_code is not keras.layers.Layer.trainable.fset.__code__:
-            self._note_trainable(value)  # type: ignore[attr-defined]
         # Keras sets the flags of all variables inside, also of those that stay frozen.
         keras.layers.Layer.trainable.fset(self, value)
         self._sync_trainability()
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        # On TensorFlow the setter is not called if the value is the same as before.
+        if name == "trainable" and not _is_set_by_layer_around():
+            self._note_trainable(value)  # type: ignore[attr-defined]
+        super().__setattr__(name, value)
 
     def enable_lora(self, *args: Any, **kwargs: Any) -> None:
         """Refuse Keras' own LoRA, whose factors this layer would never use."""
@@ -62,6 +65,15 @@ class _FilteredWeights:
             trained = self.trainable and self._is_trained(variable)  # type: ignore[attr-defined]
             if variable.trainable != trained:
                 variable.trainable = trained
+
+
+def _is_set_by_layer_around() -> bool:
+    """Whether ``trainable`` is being set because it is set for a layer or model around."""
+    setter = keras.layers.Layer.trainable.fset.__code__
+    frame: Any = sys._getframe(2)
+    while frame.f_code.co_name == "__setattr__":
+        frame = frame.f_back
+    return frame.f_code is setter
 
 
 def _own_variables(layer: Layer) -> list[Variable]:

@@ -63,7 +63,12 @@ class _FilteredWeights:
 
     def _frozen_ids(self) -> set[int]:
         own = BACKEND.own_variables(self)
-        return {id(v) for v in own if not self._is_trained(v)}  # type: ignore[attr-defined]
+        frozen = {id(v) for v in own if not self._is_trained(v)}  # type: ignore[attr-defined]
+        # A module lists the variables of the layers inside it whether they are frozen or not.
+        for module in _modules(self):
+            for layer in _outermost_layers(module):
+                frozen |= {id(v) for v in layer.non_trainable_variables}
+        return frozen
 
     @property
     def trainable_weights(self) -> list[Variable]:
@@ -297,15 +302,16 @@ def _variables_in_modules(layer: Layer) -> list[Variable]:
     if isinstance(layer, tf_keras.Model):
         for tracked in layer._self_tracked_trackables:
             found += getattr(tracked, "_self_extra_variables", ())
-    modules = [
-        x
-        for x in layer._flatten_modules(recursive=False, include_self=False)
-        if not isinstance(x, tf_keras.layers.Layer)
-    ]
-    if not modules:
-        return found
-    of_layers = {id(v) for m in modules for x in _outermost_layers(m) for v in x.variables}
-    return found + [v for m in modules for v in m.variables if id(v) not in of_layers]
+    for module in _modules(layer):
+        of_layers = {id(v) for x in _outermost_layers(module) for v in x.variables}
+        found += [v for v in module.variables if id(v) not in of_layers]
+    return found
+
+
+def _modules(layer: Layer) -> list[tf.Module]:
+    """The modules directly inside a layer that are no layers."""
+    inside = layer._flatten_modules(recursive=False, include_self=False)
+    return [x for x in inside if not isinstance(x, tf_keras.layers.Layer)]
 
 
 def _closes_over(function: Any, variable: Variable) -> bool:

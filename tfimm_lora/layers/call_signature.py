@@ -54,12 +54,17 @@ def _calls_super_of_own_class(function: Any) -> bool:
     code = getattr(function, "__code__", None)
     if code is None or "super" not in code.co_names:
         return False
-    loads = [x for x in dis.get_instructions(code) if x.opname.startswith("LOAD_")]
-    for position, load in enumerate(loads):
-        following = [x.argval for x in loads[position + 1 : position + 3]]
-        is_own_class = len(following) == 2 and (
-            following[1] == "__class__" or following[0] == "type"
-        )
-        if load.argval == "super" and is_own_class:
-            return True
+    steps = []
+    for instruction in dis.get_instructions(code):
+        if instruction.opname.startswith("LOAD_"):
+            steps.append(instruction.argval)
+        elif instruction.opname.startswith("CALL"):
+            steps.append("()")
+    for position, step in enumerate(steps):
+        if step == "super":
+            own, *following = steps[position + 1 : position + 5] or [None]
+            if following[:2] == ["__class__", own]:  # super(self.__class__, self)
+                return True
+            if own == "type" and following[1:] == ["()", following[0]]:  # super(type(self), ...
+                return True
     return False

@@ -10,7 +10,7 @@ import numpy as np
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
-from tfimm_lora.layers import forms, kernel_hook
+from tfimm_lora.layers import forms, kernel_hook, mixed_batch
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
 from tfimm_lora.layers.forward import Factors
@@ -50,6 +50,8 @@ class ConvolutionProduct:
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return self.convolve(x, a)
 
+    plain_down = down
+
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         if not self.last:
             return self._einsum("nr*,ro->no*", h, b)
@@ -77,15 +79,20 @@ class ConvolutionProduct:
     def _einsum(self, equation: str, x: Tensor, y: Tensor) -> Tensor:
         return self.ops.einsum(equation.replace("*", self.space), x, y)
 
-    def _rows(self, x: Tensor) -> Tensor:
+    def _rows(self, x: Tensor, channels: int | None = None) -> Tensor:
         """A tensor with its channels last as a matrix, with a row for each place."""
-        return self.ops.reshape(x, (-1, x.shape[-1]))
+        return self.ops.reshape(x, (-1, channels or x.shape[-1]))
 
     def _over_channels(
-        self, function: Callable[[Tensor], Tensor], x: Tensor, channels: int
+        self,
+        function: Callable[[Tensor], Tensor],
+        x: Tensor,
+        channels: int,
+        given: int | None = None,
     ) -> Tensor:
-        """Apply a function of rows to a tensor with its channels last."""
-        rows = function(self._rows(x))
+        """Apply a function of rows to a tensor with its channels last. If their number is
+        unknown, as in pictures that were decoded in a graph, it must be given."""
+        rows = function(self._rows(x, given))
         return self.ops.reshape(rows, (*leading_shape(self.ops.shape(x), x.shape), channels))
 
 
@@ -98,11 +105,17 @@ class PointwiseProduct(ConvolutionProduct):
     """
 
     def down(self, x: Tensor, a: Tensor) -> Tensor:
-        flat = self._rows(a)
-        return self._over_channels(lambda rows: self.matrix.down(rows, flat), x, a.shape[-1])
+        return self._down(self.matrix.down, x, a)
+
+    def plain_down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self._down(self.matrix.plain_down, x, a)
+
+    def _down(self, matmul: Callable[[Tensor, Tensor], Tensor], x: Tensor, a: Tensor) -> Tensor:
+        flat, (channels, rank) = self._rows(a), a.shape[-2:]
+        return self._over_channels(lambda rows: matmul(rows, flat), x, rank, channels)
 
     def down_factor_gradient(self, x: Tensor, a: Tensor, dh: Tensor) -> Tensor:
-        flat = self.backend.factor_gradient(self._rows(x), self._rows(dh))
+        flat = self.backend.factor_gradient(self._rows(x, a.shape[-2]), self._rows(dh))
         return self.ops.reshape(flat, a.shape)
 
 
@@ -158,7 +171,17 @@ class ConvUpdate(LoRALayer):
         if self.groups > 1 or not has_keras_call(type(self), "convolution_op"):
             return self._convolve(inputs, kernel)
         running.reached_product = True
+        if kernel is not self._kernel_variable and self._does_with(kernel):
+            return self._convolve(inputs, kernel)
         return self._adapted(inputs, self._places(tuple(inputs.shape)))
+
+    def _does_with(self, kernel: Tensor) -> bool:
+        """Whether the effective kernel, which the call of a subclass was given, is used rather
+        than the other forms of the product. In a graph they are cheaper, and the kernel, which
+        is not used then, is not computed."""
+        backend, settings = backend_of(self), self.lora
+        branch = settings.lora_dropout or settings.lora_bias or mixed_batch.current()
+        return backend.runs_eagerly() and not branch and backend.dtype_of(kernel) == "float32"
 
     def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         return super().convolution_op(inputs, kernel)  # type: ignore[misc]

@@ -35,6 +35,9 @@ class MatrixProduct:
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         return self.backend.factor_matmul(h, b)
 
+    def plain_down(self, x: Tensor, a: Tensor) -> Tensor:
+        return self.backend.narrow_matmul(x, a)
+
     def apply_with_gradient(
         self, x: Tensor, kernel: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:

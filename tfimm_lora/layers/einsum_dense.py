@@ -52,6 +52,8 @@ class EinsumProduct:
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return self._einsum(x, self.inputs, a, self.a, self.h)
 
+    plain_down = down
+
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         return self._einsum(h, self.h, b, self.b, self.outputs)
 

@@ -62,10 +62,14 @@ class FrozenLayer(Converted):
 
     def _note_trainable(self, value: bool) -> None:
         """Warn if ``trainable = True`` has no effect on a frozen layer."""
+        if not value or state_of(self) is None:
+            return
         backend = backend_of(self)
-        switched_on = value and not backend.raw_trainable(self)
-        trains = backend.sublayers(self) or any(map(self._is_trained, backend.own_variables(self)))
-        if not value or (switched_on and trains):
+        switched_on = not backend.raw_trainable(self)
+        trains = backend.sublayers(self) or any(
+            map(self._is_trained, backend.own_variables(self))
+        )
+        if switched_on and trains:
             return
         warnings.warn(
             f"Received trainable=True for layer '{self.name}', which LoRA froze: its weights "

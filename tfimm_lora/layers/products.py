@@ -40,6 +40,9 @@ class Product(Protocol):
 
     # For ``effective_narrow``:
 
+    def plain_down(self, x: Tensor, a: Tensor) -> Tensor:
+        """``down`` without gradients of its own, because it is part of a gradient."""
+
     def apply_with_gradient(
         self, x: Tensor, kernel: Tensor
     ) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
@@ -106,13 +109,13 @@ def effective_narrow(
         return effective(product, x, kernel, a, b, scale)
 
     def forward(x: Tensor, kernel: Tensor, a: Tensor, b: Tensor) -> Any:
-        kept = None if train_a else product.down(x, scale * a)
+        kept = None if train_a else product.plain_down(x, scale * a)
         adapted = effective_kernel(product, kernel, a, b, scale)
         y, input_gradient = product.apply_with_gradient(x, adapted)
 
         def grad(dy: Tensor) -> tuple[Tensor | None, ...]:
             dx, da = input_gradient(dy), None
-            h = product.down(x, scale * a) if kept is None else kept
+            h = product.plain_down(x, scale * a) if kept is None else kept
             if train_a:
                 dh = product.up_input_gradient(b, dy)
                 da = scale * product.down_factor_gradient(x, a, dh)

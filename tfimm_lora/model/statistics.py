@@ -14,6 +14,7 @@ from typing import Any
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, Variable
 from tfimm_lora.layers.state import original_class
+from tfimm_lora.model.state import model_state
 
 
 def digests_of_statistics(model: Layer, trained: set[int]) -> dict[int, bytes]:
@@ -27,12 +28,19 @@ def digests_of_statistics(model: Layer, trained: set[int]) -> dict[int, bytes]:
     return {id(v): _digest(layer, v) for _, layer, v in found if id(layer) not in trained}
 
 
-def changed_statistics(model: Layer, digests: dict[int, bytes]) -> list[str]:
-    """The paths of the variables whose digest is another one now."""
+def changed_statistics(model: Layer, held: set[int]) -> list[str]:
+    """The paths of the variables whose digest is another one now.
+
+    Args:
+        model: The model.
+        held: The ids of variables that do not count, because an adapter holds them.
+    """
+    digests = model_state(model).statistics
     return [
         f"{path}/{backend_of(layer).variable_name(variable)}"
         for path, layer, variable in _statistics(model)
-        if digests.get(id(variable), b"") not in (b"", _digest(layer, variable))
+        if id(variable) in digests.keys() - held
+        and digests[id(variable)] != _digest(layer, variable)
     ]
 
 
