@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests.helpers.kerases import LEGACY, array, ids, keras, randomise, run, values
+from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, randomise, run, values
 from tfimm_lora.model.merge import lora_layers
 
 # Float32 through some ten layers.
@@ -105,6 +105,41 @@ def fit_changes_exactly_the_named_variables(spec, path):
         moved = [np.abs(array(v) - old).max() > 0 for v, old in zip(named, before)]
         # A key's bias cancels in the softmax, and a ReLU may never be on.
         assert sum(moved) >= len(named) - (0 if train_bias == "none" else 4)
+
+
+class Trained(keras.callbacks.Callback):
+    """Records which variables Keras trains, at the start, in and at the end of fit."""
+
+    def on_train_begin(self, logs=None):
+        self.seen = [ids(self.model.trainable_weights)]
+
+    def on_train_batch_end(self, batch, logs=None):
+        self.seen.append(ids(self.model.trainable_weights))
+
+    def on_train_end(self, logs=None):
+        self.seen.append(ids(self.model.trainable_weights))
+
+
+def keras_trains_what_is_reported(spec, path):
+    """Before, during and after fit; what the optimizer holds state for, too."""
+    model = adapted(spec, lora_train_bias="all")
+    named = lora.lora_trainable_weights(model, train_bias="all")
+    others = lora.lora_non_trainable_weights(model, train_bias="all")
+    still, trained = values(others), Trained()
+    assert ids(model.trainable_weights) == ids(named)
+    compile_for(model, run_eagerly=BACKEND == "tensorflow")  # tracing takes longer
+    x, y = spec.inputs(), spec.labels()
+    model.fit(x, y, batch_size=len(x) // 2, verbose=0, callbacks=[trained])
+    assert len(trained.seen) == 4 and all(seen == ids(named) for seen in trained.seen)
+    assert ids(model.trainable_weights) == ids(named)
+    for variable, value in zip(others, still):
+        np.testing.assert_array_equal(array(variable), value, err_msg=variable.name)
+    # Adam has two variables for each that it trains, and some of its own.
+    optimizer = model.optimizer.variables
+    shapes = [tuple(v.shape) for v in (optimizer() if callable(optimizer) else optimizer)]
+    expected = [tuple(v.shape) for v in named]
+    assert all(shapes.count(shape) >= 2 * expected.count(shape) for shape in set(expected))
+    assert len(shapes) - 2 * len(expected) <= 2
 
 
 def merges_and_unmerges_without_loss(spec, path):
@@ -302,6 +337,7 @@ def adapts_trains_merges_and_comes_back(spec, path):
 PROMISES = [
     starts_with_the_same_outputs_and_variables,
     everybody_agrees_on_what_is_trained,
+    keras_trains_what_is_reported,
     fit_changes_exactly_the_named_variables,
     merges_and_unmerges_without_loss,
     respects_trainable_and_undoes_it,

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -287,6 +288,31 @@ def test_merging_within_fit_evaluate_and_predict_changes_nothing():
         results.append([*values(model.weights), loss, model.predict(x, **options)])
     for plain, merged in zip(*results):
         np.testing.assert_allclose(merged, plain, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize("size", [1, 3])
+def test_training_a_merged_model_says_so(size):
+    layer = keras.layers.Conv2D(4, size) if size > 1 else keras.layers.Dense(4)
+    model = keras.Sequential(
+        [
+            keras.Input((4, 4, 3)),
+            layer,
+            keras.layers.Flatten(),
+            keras.layers.Dense(2, name="head"),
+        ]
+    )
+    lora.inject_lora(model, lora_rank=2, lora_train_classifier=True)
+    model.compile("sgd", "mse")
+    lora.merge_lora_weights(model)
+    x, y = normal(4, 4, 4, 3), normal(4, 2)
+    with pytest.warns(UserWarning, match="merged.*unmerge_lora_weights"):
+        model.fit(x, y, verbose=0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        model.predict(x, verbose=0)
+        lora.unmerge_lora_weights(model)
+        model.fit(x, y, verbose=0)
 
 
 @on_tensorflow

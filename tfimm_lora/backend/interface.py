@@ -192,6 +192,10 @@ class Backend(ABC):
         """Whether a layer of this Keras is being called in this thread."""
 
     @abstractmethod
+    def is_called_in_training(self) -> bool:
+        """Whether a layer is being called in this thread with ``training=True``."""
+
+    @abstractmethod
     def is_compiled(self, model: Layer) -> bool:
         """Whether ``compile`` was called on the model."""
 

@@ -146,6 +146,10 @@ class Keras3Backend(Backend):
     def is_called(self) -> bool:
         return global_state.get_global_attribute("current_call_ctx") is not None
 
+    def is_called_in_training(self) -> bool:
+        context = global_state.get_global_attribute("current_call_ctx")
+        return getattr(context, "training", None) is True
+
     def has_hidden_statistics(self, layer: Layer) -> bool:
         if keras.backend.backend() != "torch":
             return False

@@ -161,6 +161,9 @@ class LegacyBackend(Backend):
     def is_called(self) -> bool:
         return bool(base_layer_utils.call_context().in_call)
 
+    def is_called_in_training(self) -> bool:
+        return base_layer_utils.call_context().training is True
+
     def random_states(self, layer: Layer) -> list[Variable]:
         return []  # the state is inside TensorFlow's operations
 

@@ -25,6 +25,12 @@ from tfimm_lora.layers.state import (
     set_state,
 )
 
+#: The same for every layer, so that Python shows it once.
+_MERGED_IN_TRAINING = (
+    "A merged LoRA model is called with training=True. While it is merged, its factors have no "
+    "effect and get no gradient. Call unmerge_lora_weights before you train it."
+)
+
 _building_for_other_weights: ContextVar[bool] = ContextVar("building", default=False)
 
 
@@ -279,6 +285,8 @@ class LoRALayer(LoRAForward, Converted):
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """The call of a class of its own, which is shown the effective kernel."""
+        if self.merged and backend_of(self).is_called_in_training():
+            warnings.warn(_MERGED_IN_TRAINING, stacklevel=2)
         with kernel_hook.kernel_shown_as(self, self._shown_kernel()) as running:
             outputs = self._base_call(inputs, *args, **kwargs)
         # Once is enough: a call that Keras or the user compiled runs no Python again.

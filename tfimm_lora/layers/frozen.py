@@ -132,7 +132,7 @@ class FrozenStatisticsLayer(FrozenLayer):
     """
 
     @property
-    def trainable(self) -> bool:  # type: ignore[override]
+    def trainable(self) -> bool:
         # Batch normalization that is not trainable is in inference mode, also in a subclass
         # whose call asks for training.
         return super().trainable and id(self) not in _in_inference.get()

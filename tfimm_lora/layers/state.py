@@ -28,6 +28,10 @@ Values = dict[str, np.ndarray]
 class Converted:
     """Base of the classes that LoRA makes from others: adapted and frozen layers, models."""
 
+    def _is_trained(self, variable: Variable) -> bool:
+        """Whether one of the layer's own variables is trained."""
+        raise NotImplementedError
+
 
 def original_class(cls: type) -> type:
     """The class that a converted class was made from; any other class is returned as it is."""
