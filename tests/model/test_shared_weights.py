@@ -84,6 +84,21 @@ def test_a_head_tied_to_an_embedding_merges_without_loss(dora):
     np.testing.assert_allclose(run(model, x), before, rtol=1e-5, atol=1e-6)
 
 
+def test_a_kernel_in_the_graph_of_a_functional_model_is_refused():
+    layer, entry = layers.Embedding(9, 4, name="embed"), keras.Input((2,), dtype="int32")
+    rows = layer(entry)
+    if LEGACY:
+        import tensorflow as tf
+
+        outputs = tf.matmul(rows, layer.embeddings, transpose_b=True)
+    else:
+        outputs = keras.ops.einsum("abc,dc->abd", rows, layer.embeddings)
+    model = keras.Model(entry, layers.Dense(2, name="head")(outputs), name="whole")
+    with pytest.raises(ValueError, match="'embed' is also that of an operation.*'whole'"):
+        lora.inject_lora(model, lora_rank=2, lora_targets=["embed"])
+    lora.inject_lora(model, lora_rank=2, lora_targets=["head"])
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="with tf.Variable and a gradient tape")
 def test_the_gradient_through_a_tied_head_is_the_true_one():
     import tensorflow as tf

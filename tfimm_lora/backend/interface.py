@@ -175,6 +175,11 @@ class Backend(ABC):
         """The layer whose output a symbolic tensor is, and the inputs of that call."""
 
     @abstractmethod
+    def variables_in_graph(self, model: Layer) -> list[Variable]:
+        """The variables that the graph of a functional model itself holds, as the arguments of
+        its operations; empty for any other layer."""
+
+    @abstractmethod
     def input_shapes(self, model: Layer) -> Any:
         """The shapes of the inputs that a model was built for, nested as they are, or
         None if that is unknown."""

@@ -371,6 +371,13 @@ class Keras3Backend(Backend):
         layer, index, _ = tensor._keras_history
         return layer, list(layer._inbound_nodes[index].input_tensors)
 
+    def variables_in_graph(self, model: Layer) -> list[Variable]:
+        if not self.is_functional(model):
+            return []
+        nodes = [node for operation in model.operations for node in operation._inbound_nodes]
+        arguments = keras.tree.flatten([(n.arguments.args, n.arguments.kwargs) for n in nodes])
+        return [x for x in arguments if isinstance(x, keras.Variable)]
+
     @contextlib.contextmanager
     def dtype_policy(self, name: Any) -> Iterator[None]:
         policy = keras.config.dtype_policy()

@@ -276,6 +276,13 @@ class LegacyBackend(Backend):
         inputs = node.keras_inputs
         return node.layer, list(inputs)
 
+    def variables_in_graph(self, model: Layer) -> list[Variable]:
+        if not self.is_functional(model):
+            return []
+        nodes = [node for at_depth in model._nodes_by_depth.values() for node in at_depth]
+        arguments = tf.nest.flatten([(node.call_args, node.call_kwargs) for node in nodes])
+        return [x for x in arguments if isinstance(x, tf.Variable)]
+
     @contextlib.contextmanager
     def dtype_policy(self, name: Any) -> Iterator[None]:
         policy = tf_keras.mixed_precision.global_policy()

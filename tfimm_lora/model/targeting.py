@@ -324,24 +324,24 @@ def _check_shared_variables(
 
     Merging changes these variables, and would change the other layers with them.
     """
-    owners: dict[int, list[tuple[str, Layer]]] = {}
+    users: dict[int, list[tuple[Any, str]]] = {}
     for path, layer in walked:
         for variable in backend.own_variables(layer):
-            owners.setdefault(id(variable), []).append((path, layer))
+            if not backend.leaves_kernel_alone(layer):
+                users.setdefault(id(variable), []).append((layer, f"'{path or layer.name}'"))
+        for variable in backend.variables_in_graph(layer):
+            what = f"an operation in the graph of '{path or layer.name}'"
+            users.setdefault(id(variable), []).append((None, what))
     problems = []
     for path, settings in chosen.settings.items():
         layer = chosen.layers[path]
         merged = [("kernel", kernel_variable(layer))]
         merged += [("bias", layer.bias)] if settings.lora_bias else []
         for name, variable in merged:
-            own = owners.get(id(variable), [])
-            if not any(x is layer for _, x in own):
+            found = users.get(id(variable), [])
+            if not any(user is layer for user, _ in found):
                 problems.append(f"the {name} of '{path}' is not a variable of that layer")
-            others = [
-                f"'{p or x.name}'"
-                for p, x in own
-                if x is not layer and not backend.leaves_kernel_alone(x)
-            ]
+            others = [what for user, what in found if user is not layer]
             if others:
                 problems.append(f"the {name} of '{path}' is also that of {', '.join(others)}")
     if problems:
