@@ -131,13 +131,25 @@ class ModelWeight(NamedTuple):
         """The layer that owns the variable."""
         return self.target.layer
 
-    def value(self) -> np.ndarray:
-        """Return the value in torch's order of axes; of a merged layer, unmerged."""
+    def raw_value(self) -> np.ndarray:
+        """Return the value of the variable; of a merged layer, unmerged."""
         if isinstance(self.layer, LoRALayer):
-            value = self.layer.value_of(self.variable, merged=False)
-        else:
-            value = backend_of(self.layer).to_numpy(self.variable)
-        value = to_torch(value, self.target)
+            return self.layer.value_of(self.variable, merged=False)
+        value: np.ndarray = backend_of(self.layer).to_numpy(self.variable)
+        return value
+
+    def assign_raw(self, value: np.ndarray) -> None:
+        """Assign a value to the variable. A merged layer is merged again, with this value."""
+        merged = isinstance(self.layer, LoRALayer) and self.layer.merged
+        if merged:
+            self.layer.unmerge_weights()
+        self.variable.assign(value)
+        if merged:
+            self.layer.merge_weights()
+
+    def value(self) -> np.ndarray:
+        """Return ``raw_value`` in torch's order of axes."""
+        value = to_torch(self.raw_value(), self.target)
         return value[..., None, None] if self.is_convolution else value
 
     def fits(self, value: np.ndarray) -> bool:
@@ -147,7 +159,7 @@ class ModelWeight(NamedTuple):
     def assign(self, value: np.ndarray) -> None:
         """Assign a value of an adapter to the variable."""
         dtype = backend_of(self.layer).to_numpy(self.variable).dtype
-        self.variable.assign(to_keras(value, self.target).astype(dtype))
+        self.assign_raw(to_keras(value, self.target).astype(dtype))
 
     def is_bias(self) -> bool:
         """Whether the variable is a bias or the like."""

@@ -81,6 +81,8 @@ def update_of(layer: Any) -> LayerUpdate:
 def values_for(layer: Any, update: LayerUpdate) -> Values:
     """The values of an adapted layer's variables with which it computes an update.
 
+    The magnitude is left to ``magnitude_for``, since it depends on the kernel.
+
     The layer keeps its scale; if that of the update differs, b includes the ratio. A layer
     whose initial update is subtracted takes an update of twice its rank: its own, and the
     initial one.
@@ -100,16 +102,24 @@ def values_for(layer: Any, update: LayerUpdate) -> Values:
         (a, b), (a0, b0) = layer._halves(a, b)
         values = {"kernel_lora_a": a, "kernel_lora_b": b}
         values.update(kernel_lora_a0=a0, kernel_lora_b0=-b0)
-    if update.magnitude is not None:
-        norms = _norms(layer, layer.lora_values()["kernel"])
-        offset = (update.magnitude.astype("float64") - norms).astype("float32")
-        shape = shapes["kernel_lora_magnitude"]
-        values["kernel_lora_magnitude"] = layer.outputs_from_torch(offset, shape)
     if update.bias is not None:
         scale = settings.lora_scale
         shift = update.bias * np.float64(update.scale / scale if scale else 0.0)
         values["kernel_lora_shift"] = shift.astype("float32")
     return {name: x.reshape(shapes[name]) for name, x in values.items()}
+
+
+def magnitude_for(layer: Any, update: LayerUpdate) -> Values:
+    """The value of the variable d = m - |W| with which a layer has the magnitude m of an update.
+
+    The kernel W must have its final value: what an adapter replaces or restores comes first.
+    """
+    if update.magnitude is None:
+        return {}
+    norms = _norms(layer, layer.lora_values()["kernel"])
+    offset = (update.magnitude.astype("float64") - norms).astype("float32")
+    shape = _shapes(layer)["kernel_lora_magnitude"]
+    return {"kernel_lora_magnitude": layer.outputs_from_torch(offset, shape).reshape(shape)}
 
 
 def columns_for(layer: Any, update: LayerUpdate) -> Factors:
