@@ -39,6 +39,7 @@ class ModuleNames:
         layers: Path -> layer, for every layer in the model.
         modules: Path of a layer -> its module path.
         paths: Module path -> path of the layer. It also has the names of timm's older layout.
+        is_tfimm: Whether it is a model of tfimm, whose modules have timm's names.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,7 +50,7 @@ class ModuleNames:
         self._convolutions = [
             key for cls in classes for key in _CONVOLUTIONS_IN_TIMM.get(cls.__name__, ())
         ]
-        self._is_tfimm = hasattr(model, "cfg") and any(
+        self.is_tfimm = hasattr(model, "cfg") and any(
             cls.__module__.partition(".")[0] == "tfimm" for cls in classes
         )
         self._stable = _stable_paths(self.layers)
@@ -60,7 +61,7 @@ class ModuleNames:
         require_unique([(path, self.modules[path]) for path in adaptable], "layers")
 
     def _old_module(self, path: str) -> str:
-        return key_of_path(path) if self._is_tfimm else path.replace("/", ".")
+        return key_of_path(path) if self.is_tfimm else path.replace("/", ".")
 
     def _module(self, path: str) -> str:
         return self._current(self._old_module(path))
@@ -98,7 +99,7 @@ class ModuleNames:
             path, _, leaf = target.name.rpartition("/")
             stable = self._stable.get(path, path)
             named = target._replace(name=f"{stable}/{leaf}" if stable else leaf)
-            if self._is_tfimm:
+            if self.is_tfimm:
                 old = named.keys
                 key = self._current(_key(named))
             else:
