@@ -48,7 +48,9 @@ class RandomConfigs:
             return self.end_of(self.random.choice(self.adaptable)).lstrip("0123456789.") or "fc"
         if kind < 0.9:
             return self.random.choice(self.adaptable)
-        return self.random.choice([self.end_of(self.random.choice(self.modules)), "nothing.here"])
+        return self.random.choice(
+            [self.end_of(self.random.choice(self.modules)), "nothing.here"]
+        )
 
     def names(self, most):
         return [self.name() for _ in range(self.random.randint(1, most))]

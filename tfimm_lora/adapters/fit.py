@@ -9,10 +9,12 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.base_architecture import architecture_differences
+from tfimm_lora.adapters.incomplete import missing_weights
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
 from tfimm_lora.adapters.torch_layout import (
     DoesNotFit,
+    branch_bias_refusal,
     kernel_shape,
     kinds_agree,
     magnitude_for,
@@ -60,6 +62,7 @@ def weight_values(names: ModuleNames, adapter: AdapterData) -> WeightValues:
     """
     problems = architecture_differences(names.model, adapter)
     problems += _layer_problems(names, adapter.layers)
+    problems += missing_weights(names, adapter)
     # Current names last: they take precedence over an equal older name of another layer.
     known = {key: weight for weight in names.weights for key in weight.old_keys}
     known.update({weight.key: weight for weight in names.weights})
@@ -140,6 +143,9 @@ def _layer_problems(names: ModuleNames, updates: Any) -> list[str]:
 
 def _layer_problem(layer: Any, module: str, update: LayerUpdate) -> list[str]:
     shape, kind = kernel_shape(layer), sure_kind(layer)
+    refusal = branch_bias_refusal(layer) if update.bias is not None else None
+    if refusal:
+        return [f"{module} cannot have the bias of the branch (lora_bias) in it: {refusal}"]
     if _without_ones(shape) != _without_ones(update.shape):
         return [f"{module} is of shape {shape}, the update {update.shape}"]
     if kind is not None and not kinds_agree(kind, update.kind):

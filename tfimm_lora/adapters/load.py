@@ -1,10 +1,10 @@
 """``load_adapter``: load an adapter into a live model, in place.
 
 The steps are: check that everything fits (``fit.py``); if the model lacks the LoRA that the
-adapter needs, inject it (``lora_arguments.py``); replace the weights that the adapter holds, and
-restore those that only the last adapter replaced; assign the updates to the layers. The updates
-come last because a DoRA magnitude depends on the kernel. Until the assignments, any failure
-restores the model.
+adapter needs, inject it (``lora_arguments.py``); replace the weights that the adapter holds,
+and restore those that only the last adapter replaced; assign the updates to the layers. The
+updates come last because a DoRA magnitude depends on the kernel. Until the assignments, any
+failure restores the model.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from tfimm_lora.adapters.fit import (
     weight_values,
 )
 from tfimm_lora.adapters.former_lora import FormerLoRA
+from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
 from tfimm_lora.adapters.save import fully_trained
@@ -35,10 +36,11 @@ from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_base_of
 from tfimm_lora.model.state import ReplacedWeight, model_state
 from tfimm_lora.model.targeting import require_built
+from tfimm_lora.validation import check_keywords
 
 
 def load_adapter(
-    model: Any, adapter: Adapter | str | os.PathLike[str], **hub_options: Any
+    model: Any, adapter: Adapter | str | os.PathLike[str], **load_options: Any
 ) -> Any:
     """Load an adapter into a model, in place.
 
@@ -54,7 +56,7 @@ def load_adapter(
     Args:
         model: A built Keras model, with or without LoRA.
         adapter: An ``Adapter``, a folder, or "hf://user/repo".
-        **hub_options: As in ``Adapter.load``.
+        **load_options: For a path, as in ``Adapter.load``: subfolder, revision, cache_dir.
 
     Returns:
         The same model.
@@ -67,7 +69,9 @@ def load_adapter(
 
     Warns:
         UserWarning: If the model has fully trained weights that the adapter does not hold.
-            They keep their values.
+            They keep their values. Also if the file lacks layers or fully trained modules that
+            its config selects in this model (it is incomplete, or of a smaller model), or has
+            layers that its config does not select.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -80,10 +84,12 @@ def load_adapter(
         'LoRADense'
     """
     if not isinstance(adapter, Adapter):
-        adapter = Adapter.load(adapter, **hub_options)
+        check_keywords(load_options, ("subfolder", "revision", "cache_dir"), "load_adapter")
+        adapter = Adapter.load(adapter, **load_options)
     require_built(model)
     names = ModuleNames(model)
     weights = weight_values(names, adapter)
+    warn_if_incomplete(names, adapter, stacklevel=2)
     unaffected: list[ModelWeight] = []
     if not names.adapted():
         fitted = _inject(model, adapter)
@@ -169,9 +175,9 @@ def _replace_weights(
     }
     for weight in names.weights:
         original = state.replaced.get(weight.key)
-        if original is not None and original.variable is weight.variable:
-            if weight.key not in kept:
-                weight.assign_raw(original.before)
+        is_its = original is not None and original.variable is weight.variable
+        if is_its and weight.key not in kept:
+            weight.assign_raw(original.before)
     for weight, value in weights:
         weight.assign(value)
     state.replaced = kept

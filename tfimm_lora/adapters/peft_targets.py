@@ -5,7 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
-from tfimm_lora.adapters.lora_arguments import exact_targets, layers_of_module
+from tfimm_lora.adapters.lora_arguments import exact_names, exact_targets, layers_of_module
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.adapters.torch_layout import sure_kind
@@ -26,8 +26,8 @@ def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:
     modules_to_save matches the end of a name, after a dot or not. While
     ``LoRAConfig.from_peft`` keeps names as they are, this function translates them, as
     ``load_adapter`` does: in some families (Swin, PVTv2, PoolFormer) timm's names differ from
-    tfimm's. "all-linear", and a config without target_modules, mean every supported layer except
-    the classifier.
+    tfimm's. "all-linear", and a config without target_modules, mean every supported layer
+    except the classifier.
 
     Args:
         model: A built model without LoRA.
@@ -65,7 +65,9 @@ def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:
     whole = outermost(m for m in with_parents(names.modules.values()) if selection.trains(m))
     full = [path for module in whole for path in layers_of_module(names, module)]
     if selection.targets is None or selection.is_all_linear:
-        chosen = {p: m for p, m in modules.items() if p not in heads and not selection.excludes(m)}
+        chosen = {
+            p: m for p, m in modules.items() if p not in heads and not selection.excludes(m)
+        }
     else:
         chosen = {path: m for path, m in modules.items() if selection.adapts(m)}
     _warn_of_unknown_names(fields, selection, modules, names)
@@ -89,7 +91,7 @@ def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:
         "lora_exclude": None,
         "lora_layers": None,
         "lora_layers_pattern": None,
-        "lora_train_modules": full,
+        "lora_train_modules": exact_names(full, names.layers),
     }
 
 
@@ -156,8 +158,8 @@ def _warn_of_unknown_names(
         ]
     if unknown:
         warnings.warn(
-            f"The PEFT config has names that model '{names.model.name}' does not have, and that "
-            f"have no effect: {', '.join(unknown)}. {_known(modules)}",
+            f"The PEFT config has names that model '{names.model.name}' does not have, and "
+            f"that have no effect: {', '.join(unknown)}. {_known(modules)}",
             stacklevel=3,
         )
 

@@ -110,7 +110,7 @@ def values_for(layer: Any, update: LayerUpdate) -> Values:
 
 
 def magnitude_for(layer: Any, update: LayerUpdate) -> Values:
-    """The value of the variable d = m - |W| with which a layer has the magnitude m of an update.
+    """The value of the variable d = m - |W| with which a layer has an update's magnitude m.
 
     The kernel W must have its final value: what an adapter replaces or restores comes first.
     """
@@ -154,6 +154,18 @@ def kernel_in_torch_order(layer: Layer, kernel: np.ndarray) -> np.ndarray:
     """The value of a layer's kernel in the shape of ``kernel_shape``."""
     turned: np.ndarray = _lora_class(layer).kernel_to_torch(layer, kernel)
     return turned
+
+
+def branch_bias_refusal(layer: Layer) -> str | None:
+    """Why the branch of a layer cannot have a bias, or None."""
+    cls = _lora_class(layer)
+    reason: str | None = cls._branch_refusal(layer) or cls._bias_refusal(layer)
+    return reason
+
+
+def can_have_dropout(layer: Layer) -> bool:
+    """Whether the branch of a layer can have dropout."""
+    return _lora_class(layer)._branch_refusal(layer) is None
 
 
 def moves_only_its_blocks(update: LayerUpdate) -> bool:

@@ -1,8 +1,8 @@
 """Which modules a PEFT config selects, by PEFT's own rules.
 
-The rules are those of ``check_target_module_exists`` and ``_set_trainable`` in PEFT. They differ
-from those of ``lora_targets`` in details, some of which are accidents of PEFT's implementation,
-but decide which modules an adapter file contains.
+The rules are those of ``check_target_module_exists`` and ``_set_trainable`` in PEFT. They
+differ from those of ``lora_targets`` in details, some of which are accidents of PEFT's
+implementation, but decide which modules an adapter file contains.
 """
 
 from __future__ import annotations

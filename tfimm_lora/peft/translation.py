@@ -215,7 +215,8 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
         "lora_alpha": alpha,
         "lora_bias": values["lora_bias"],
         "lora_dropout": values["lora_dropout"],
-        "modules_to_save": [_dotted(n) for n in values["lora_train_modules"]] or None,
+        "modules_to_save": [_dotted(n).strip(".") for n in values["lora_train_modules"]]
+        or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_dotted(k): v for k, v in values["lora_rank_pattern"].items()},
