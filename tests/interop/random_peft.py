@@ -115,3 +115,19 @@ class RandomConfigs:
         if self.levels and self.chance(0.7):
             some = self.random.choices([*self.levels, "layer", "stages|blocks", r"\w+"], k=2)
             fields["layers_pattern"] = some if self.chance(0.4) else some[0]
+
+    def adapter(self):
+        """The fields of an adapter that PEFT can train, save and load."""
+        fields = self.targets()
+        while self.chance(0.5):  # more of those that choose little
+            fields = self.targets()
+        fields["bias"] = self.random.choice(["none", "none", "lora_only", "all"])
+        kind = self.random.random()
+        if kind < 0.3:
+            fields["use_dora"] = True
+        elif kind < 0.4 and fields["bias"] == "none":
+            fields["lora_bias"] = True
+        fields["use_rslora"] = self.chance(0.3)
+        if self.chance(0.3):
+            fields["lora_dropout"] = 0.1
+        return fields

@@ -25,9 +25,8 @@ def warn_if_incomplete(names: ModuleNames, adapter: AdapterData, stacklevel: int
     if selected is None:
         return
     adapted = {names.paths.get(module) for module in adapter.layers}
-    missing = [
-        m for m, (found, _) in _trained_modules(names, adapter, selected).items() if not found
-    ]
+    trained = _trained_modules(names, adapter, selected)
+    missing = [module for module, (found, _) in trained.items() if not found]
     extra = []
     if selected.targets is not None and not selected.is_all_linear:
         missing += [

@@ -175,8 +175,9 @@ def _replace_weights(
     }
     for weight in names.weights:
         original = state.replaced.get(weight.key)
-        is_its = original is not None and original.variable is weight.variable
-        if is_its and weight.key not in kept:
+        if original is None or original.variable is not weight.variable:
+            continue
+        if weight.key not in kept:
             weight.assign_raw(original.before)
     for weight, value in weights:
         weight.assign(value)

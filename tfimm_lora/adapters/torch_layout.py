@@ -176,14 +176,18 @@ def moves_only_its_blocks(update: LayerUpdate) -> bool:
     return bool(chosen) and qkv.moves_only(update.b.T, chosen, layout)
 
 
-def weight_norm(layer: Layer) -> float:
-    """The Frobenius norm of a layer's frozen kernel."""
+def base_kernel(layer: Layer) -> np.ndarray:
+    """The frozen kernel of a layer, adapted or not, in torch's order and in float64."""
     if isinstance(layer, LoRALayer):
         kernel = layer.lora_values()["kernel"]
     else:
-        backend = backend_of(layer)
-        kernel = max(map(backend.to_numpy, backend.own_variables(layer)), key=np.size)
-    return float(np.linalg.norm(kernel.astype("float64")))
+        kernel = backend_of(layer).to_numpy(kernel_variable(layer))
+    return kernel_in_torch_order(layer, kernel.astype("float64"))
+
+
+def weight_norm(layer: Layer) -> float:
+    """The Frobenius norm of a layer's frozen kernel."""
+    return float(np.linalg.norm(base_kernel(layer)))
 
 
 def _lora_class(layer: Layer) -> Any:
