@@ -145,7 +145,7 @@ def _layer_problem(layer: Any, module: str, update: LayerUpdate) -> list[str]:
     shape, kind = kernel_shape(layer), sure_kind(layer)
     refusal = branch_bias_refusal(layer) if update.bias is not None else None
     if refusal:
-        return [f"{module} cannot have the bias of the branch (lora_bias) in it: {refusal}"]
+        return [f"{module} cannot take the bias of its branch (lora_bias): {refusal}"]
     if _without_ones(shape) != _without_ones(update.shape):
         return [f"{module} is of shape {shape}, the update {update.shape}"]
     if kind is not None and not kinds_agree(kind, update.kind):

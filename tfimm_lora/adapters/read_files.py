@@ -369,11 +369,11 @@ def _full_modules(
             raise ValueError(f"has no tensors for modules_to_save {unused}")
         return tuple(sorted(config.modules))
     found = [m for m in around if m not in adapted and config.selection.trains(m)]
-    inner = sorted(set(found) - set(outermost(found)))
+    inner = [module for module in found if module.rpartition(".")[0] in found]
     if inner:
         raise ValueError(
-            f"has modules_to_save={list(config.modules)!r}, which names {inner[0]} and a "
-            "module around it. PEFT trains a copy of the outer one, saves other values of the "
-            "inner one, and cannot load the file. Train it again with the outer name only"
+            f"has modules_to_save={list(config.modules)!r}, which names {inner[0]} and the "
+            "module that it is in. PEFT trains a copy of the outer one, saves other values of "
+            "the inner one, and cannot load the file. Train it again with the outer name only"
         )
-    return tuple(sorted(found))
+    return tuple(outermost(found))
