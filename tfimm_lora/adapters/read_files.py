@@ -279,11 +279,9 @@ def _plain_weights(
     """Return the weights that are not of updates by their names in the model."""
     weights: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
-        name = key
-        if key not in whole:
-            if is_copy(key, tensors):
-                continue
-            name = in_model(key, adapted)
+        if key not in whole and is_copy(key, tensors):
+            continue
+        name = in_model(key, adapted)
         if name in weights:
             raise ValueError(f"has two values for {name}")
         weights[name] = value
