@@ -166,6 +166,8 @@ def test_copies_that_bias_all_writes_of_whole_modules_are_left_out(tmp_path):
         f"{P}head.{level}.bias": normal(3, seed=99)
         for level in ("original_module", "modules_to_save")
     }
+    # In a module of several layers PEFT leaves the name of the adapter in the key.
+    copies[f"{P}part1.modules_to_save.default.norm.bias"] = normal(8, seed=98)
     biases = {f"{P}{module}.bias": normal(8, seed=3) for module in NORMS}
     biases[f"{P}part0.fc.base_layer.bias"] = normal(8, seed=4)
     folder = write(

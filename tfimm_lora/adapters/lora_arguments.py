@@ -85,7 +85,7 @@ def layers_of_module(names: ModuleNames, module: str) -> list[str]:
     """
     inside = _owners(names, module, current=True) or _owners(names, module, current=False)
     path = names.paths.get(module)
-    if path is not None:
+    if path is not None and inside:
         below = [w.path for w in names.weights if f"{w.path}/".startswith(f"{path}/")]
         if set(below) == set(inside):
             return [path]

@@ -41,11 +41,15 @@ def ambiguous(names: Iterable[str]) -> list[str]:
 
 
 def is_copy(name: str, names: Container[str]) -> bool:
-    """Whether a weight is a copy that PEFT made of another one among ``names``."""
+    """Whether a weight is a copy that PEFT made of another one among ``names``.
+
+    Within a module of several layers the name of the adapter may follow PEFT's level.
+    """
     levels = name.split(".")
     return any(
-        level in _COPIES and ".".join(levels[:i] + levels[i + 1 :]) in names
+        level in _COPIES and ".".join(levels[:i] + levels[i + 1 + more :]) in names
         for i, level in enumerate(levels[:-1])
+        for more in (0, 1)
     )
 
 
