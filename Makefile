@@ -54,7 +54,7 @@ test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported
 test-interop: $(VENV)/.made-interop  ## Compare with timm and PEFT on torch: weights, adapters, training
 	$(LEGACY) tests/interop
 
-test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 240 random files with PEFT (30 minutes)
+test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 random files with PEFT (30 minutes)
 	TFIMM_LORA_LONG_PEFT_TESTS=1 TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -s -rA \
 		-o timeout=3600 tests/interop/test_peft_random_targets.py tests/interop/test_peft_random_files.py
 

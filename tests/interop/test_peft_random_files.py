@@ -24,8 +24,9 @@ MODELS = {
     "resnet18": 64,
     "convnext_tiny": 32,
     "efficientnet_b0": 64,
+    "swin_tiny_patch4_window7_224": 224,
 }
-SEEDS = cases(short=6, long=60)
+SEEDS = cases(short=4, long=50)
 DTYPES = (None, None, torch.float16, torch.bfloat16)
 
 
@@ -76,6 +77,17 @@ def write(wrapped, folder, dtype):
 @torch.no_grad()
 def logits(wrapped, x):
     return wrapped(timm_models.to_torch(x)).numpy()
+
+
+@torch.no_grad()
+def rounding(theirs, folder, x, expected):
+    """How far PEFT's own logits are from those in float64, relative to the largest.
+
+    Some random adapters make activations grow a hundredfold, and rounding errors with them.
+    """
+    wrapped = peft.PeftModel.from_pretrained(copy.deepcopy(theirs), str(folder)).eval().double()
+    exact = wrapped(timm_models.to_torch(x).double()).numpy()
+    return np.abs(expected - exact).max() / np.abs(exact).max()
 
 
 def reloaded(theirs, folder, x):
@@ -146,7 +158,10 @@ def test_files_of_peft_loaded_one_after_another_give_its_logits(name, tmp_path):
             largest = max(largest, error)
             told["the same logits"] += 1
             if error > 1e-4:
-                wrong.append(f"{case}: relative error {error:.1e}")
+                own = rounding(theirs, folder, x, expected)
+                told["of which PEFT itself rounds by more than 5e-5"] += own > 5e-5
+                if error > 3 * own:
+                    wrong.append(f"{case}: relative error {error:.1e}, of PEFT {own:.1e}")
             if alarms:
                 wrong.append(f"{case}: {alarms}")
             if seed % 5 == 0:
