@@ -374,8 +374,9 @@ class LoRAConfig(SharedSettings):
         target that is the full name of a module is adapted whatever layers_to_transform says,
         layers_pattern never finds a number at the end of a level ("block3"), and
         modules_to_save matches the end of a name after a dot or not. Here "all-linear" means
-        every supported layer except the classifier, not only linear layers. A new classifier is trained even if modules_to_save
-        does not name it, unless ``lora_train_classifier=False`` is given.
+        every supported layer except the classifier, not only linear layers. A new classifier
+        is trained even if modules_to_save does not name it, unless
+        ``lora_train_classifier=False`` is given.
 
         Args:
             source: An adapter_config.json or its folder, its fields as a dictionary, or a
