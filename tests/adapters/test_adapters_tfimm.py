@@ -153,8 +153,9 @@ def test_a_lora_class_of_any_initialization_takes_adapters_like_an_injected_mode
         randomise(tuned)
         adapter, expected = lora.adapter_of(tuned), run(tuned, x)
         made = lora.convert_to_lora_model(base, **settings)
-        injected = lora.inject_lora(tiny.make(), **settings)
-        lora.transfer_weights(base, injected)
+        plain = tiny.make()
+        lora.transfer_weights(base, plain)
+        injected = lora.inject_lora(plain, lora_train_classifier=False, **settings)
         for model in (made, injected):
             lora.load_adapter(model, adapter)
             np.testing.assert_allclose(run(model, x), expected, rtol=1e-4, atol=1e-5)

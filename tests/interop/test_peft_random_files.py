@@ -159,7 +159,7 @@ def test_files_of_peft_loaded_one_after_another_give_its_logits(name, tmp_path):
             told["the same logits"] += 1
             if error > 1e-4:
                 own = rounding(theirs, folder, x, expected)
-                told["of which PEFT itself rounds by more than 5e-5"] += own > 5e-5
+                told["of which PEFT itself rounds by more than 5e-5"] += int(own > 5e-5)
                 if error > 3 * own:
                     wrong.append(f"{case}: relative error {error:.1e}, of PEFT {own:.1e}")
             if alarms:
