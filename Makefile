@@ -19,7 +19,7 @@ LEGACY  = TF_USE_LEGACY_KERAS=1 $(PYTEST)
 KERAS3  = TF_USE_LEGACY_KERAS=0 $(PYTEST)
 
 .PHONY: help demo test test-legacy test-keras3 test-long test-backends test-jax test-torch \
-	test-oldest test-interop test-wheel benchmark experiment docs quality clean
+	test-oldest test-interop test-peft-random test-wheel benchmark experiment docs quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -53,6 +53,10 @@ test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported
 
 test-interop: $(VENV)/.made-interop  ## Compare with timm and PEFT on torch: weights, adapters, training
 	$(LEGACY) tests/interop
+
+test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 random files with PEFT (30 minutes)
+	TFIMM_LORA_LONG_PEFT_TESTS=1 TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -s -rA \
+		-o timeout=3600 tests/interop/test_peft_random_targets.py tests/interop/test_peft_random_files.py
 
 test-wheel: $(VENV)/.made-wheel  ## Build the sdist and the wheel, check them, and use the wheel elsewhere
 	$(PY) -m pytest tests/wheel

@@ -292,7 +292,8 @@ class LoRAConfig(SharedSettings):
             of a level, as in Keras: "block" is the pattern for ``block3/fc`` and
             ``block_3/fc``. In a list, the first pattern that occurs in a path counts.
         lora_train_modules: Names of layers that are fully trained, with all layers inside
-            them, each the end of a path (PEFT's modules_to_save). Default none.
+            them, each the end of a path, or with a leading "/" a full path (PEFT's
+            modules_to_save). Default none.
         lora_train_bias: "none" (default), "lora_only" (biases of adapted layers) or
             "all" (every bias-like variable of the model).
         lora_train_classifier: Whether the classifier is fully trained. None (default)
@@ -369,9 +370,13 @@ class LoRAConfig(SharedSettings):
 
         Modules are mapped to layers of the same name: "blocks.0.attn.qkv" is
         ``blocks/0/attn/qkv``. For models whose layers have other names in timm use
-        ``lora_arguments_from_peft``. Here "all-linear" means every supported layer except the
-        classifier, not only linear layers. A new classifier is trained even if modules_to_save
-        does not name it, unless ``lora_train_classifier=False`` is given.
+        ``lora_arguments_from_peft``, which also follows PEFT's rules to the letter: there a
+        target that is the full name of a module is adapted whatever layers_to_transform says,
+        layers_pattern never finds a number at the end of a level ("block3"), and
+        modules_to_save matches the end of a name after a dot or not. Here "all-linear" means
+        every supported layer except the classifier, not only linear layers. A new classifier
+        is trained even if modules_to_save does not name it, unless
+        ``lora_train_classifier=False`` is given.
 
         Args:
             source: An adapter_config.json or its folder, its fields as a dictionary, or a

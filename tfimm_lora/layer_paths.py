@@ -20,7 +20,8 @@ def matches(path: str, targets: str | Iterable[str]) -> bool:
 
     A string is a regular expression for the full path. In a list each entry is a full path or
     the end of one, beginning after a separator: "fc1" matches ``mlp/fc1`` and not
-    ``mlp/xfc1``.
+    ``mlp/xfc1``. An entry that begins with a separator is a full path: "/fc1" matches only
+    ``fc1``.
 
     Example:
         >>> matches("blocks/3/mlp/fc1", ["mlp.fc1"]), matches("blocks/3/mlp/fc1", "fc1")
@@ -39,10 +40,10 @@ def without_counts(path: str) -> str:
 
 
 def is_suffix(path: str, name: str) -> bool:
-    """Whether ``name`` is the path, or the end of it after a separator."""
+    """Whether ``name`` is the path, or the end of it after a separator; with one, the path."""
     path = (path if "#" in name else without_counts(path)).replace(".", "/")
-    name = name.replace(".", "/").strip("/")
-    return path == name or path.endswith("/" + name)
+    name = name.replace(".", "/").rstrip("/")
+    return f"/{path}" == name or path == name or path.endswith("/" + name)
 
 
 def value_for(path: str, pattern: Mapping[str, Any], default: Any) -> Any:

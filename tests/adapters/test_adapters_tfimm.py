@@ -136,6 +136,32 @@ def test_lora_class_takes_an_adapter_of_another_rank(tmp_path):
     assert len(model.trainable_weights) == len(wide.trainable_weights)
 
 
+INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
+
+
+@pytest.mark.parametrize("freeze_a", [False, True])
+@pytest.mark.parametrize("init", INITIALIZATIONS)
+def test_a_lora_class_of_any_initialization_takes_adapters_like_an_injected_model(
+    init, freeze_a
+):
+    """Also an adapter of the same rank, and one of an initialization of its own."""
+    tiny = ARCHITECTURES["vit"]
+    base, x = tiny.make(), digits(2, tiny.size)[0]
+    settings = dict(lora_rank=2, lora_init=init, lora_freeze_a=freeze_a)
+    for other in (dict(lora_rank=2), dict(lora_rank=3), settings):
+        tuned = lora.convert_to_lora_model(base, **other)
+        randomise(tuned)
+        adapter, expected = lora.adapter_of(tuned), run(tuned, x)
+        made = lora.convert_to_lora_model(base, **settings)
+        plain = tiny.make()
+        lora.transfer_weights(base, plain)
+        injected = lora.inject_lora(plain, lora_train_classifier=False, **settings)
+        for model in (made, injected):
+            lora.load_adapter(model, adapter)
+            np.testing.assert_allclose(run(model, x), expected, rtol=1e-4, atol=1e-5)
+        assert len(made.trainable_weights) == len(injected.trainable_weights)
+
+
 @pytest.mark.parametrize("settings", [dict(lora_init="pissa"), dict(lora_freeze_a=True)])
 def test_lora_of_an_adapter_does_not_keep_other_settings_of_the_lora_class(settings):
     """The new LoRA has defaults beside the adapter's settings, as with inject_lora."""

@@ -306,12 +306,19 @@ def test_lookup_in_a_model_names_all_that_is_not_there():
         "modules_to_save": ["fc7"],
         "rank_pattern": {"fc6": 2},
     }
-    with pytest.raises(ValueError, match="'fc9'.*'fc8'.*'fc7'.*'fc6'.*hidden"):
-        lora_arguments_from_peft(model, peft)
-    with pytest.raises(ValueError, match="exclude_modules with 'fc.'"):
+    with pytest.warns(UserWarning, match="'fc9'.*'fc8'.*'fc7'.*'fc6'.*hidden"):
+        assert lora_arguments_from_peft(model, peft)["lora_targets"] == ["hidden"]
+    with pytest.warns(UserWarning, match="exclude_modules with 'fc.'"):
         lora_arguments_from_peft(
             model, {"target_modules": ["hidden"], "exclude_modules": "fc."}
         )
+    for nothing in ([], ""):
+        with pytest.raises(ValueError, match="which selects no module"):
+            lora_arguments_from_peft(model, {"target_modules": nothing})
+        with pytest.raises(ValueError, match="which selects no module"):
+            LoRAConfig.from_peft({"target_modules": nothing})
+    with pytest.raises(ValueError, match="layers_to_transform=1 with target_modules='hid"):
+        LoRAConfig.from_peft({"target_modules": "hidden", "layers_to_transform": 1})
     with pytest.raises(ValueError, match="leaves no layer"):
         lora_arguments_from_peft(model, {"target_modules": "fc."})
     everything = lora_arguments_from_peft(

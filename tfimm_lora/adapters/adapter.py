@@ -30,8 +30,10 @@ class Adapter(AdapterData):
         base_model: The model that the adapter was trained on: a hub id, a tfimm name, or "".
         bias: Which biases were trained: "none", "lora_only" or "all".
         dropout: The lora_dropout of the training.
+        selection: What the config of its file selects, or None. ``load_adapter`` uses it to
+            find layers that the file lacks.
 
-    Two adapters are equal if all of these are exactly equal.
+    Two adapters are equal if all of these but the selection are exactly equal.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -44,19 +46,30 @@ class Adapter(AdapterData):
     """
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], **hub_options: Any) -> Adapter:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        subfolder: str | None = None,
+        revision: str | None = None,
+        cache_dir: str | None = None,
+    ) -> Adapter:
         """Read an adapter from a folder or from the hub.
 
         Args:
             path: A folder with ``adapter_config.json`` and ``adapter_model.safetensors``, as
                 written by ``save`` or PEFT; or "hf://user/repo" for a repository on the hub.
-            **hub_options: For the hub: revision, cache_dir.
+            subfolder: The folder of the adapter within the path or repository. PEFT saves an
+                adapter whose name is not "default" in a folder of its name.
+            revision: For the hub: branch, tag or commit. Default: the main branch.
+            cache_dir: For the hub: the folder for downloads.
 
         Returns:
             The adapter.
 
         Raises:
             FileNotFoundError: If the folder, a file or the repository does not exist.
+            TypeError: If an option is for the hub and the path is a folder.
             ValueError: If a file is damaged or uses an unsupported feature; the message names
                 it. Nothing is ever unpickled.
             ImportError: If safetensors or huggingface_hub is needed and not installed.
@@ -70,12 +83,15 @@ class Adapter(AdapterData):
             Adapter(1 layers of rank 2, base_model='')
         """
         if is_hub_address(path):
-            path = download(os.fspath(path), **hub_options)
-        elif hub_options:
+            path = download(os.fspath(path), subfolder, revision, cache_dir)
+        elif revision is not None or cache_dir is not None:
             raise TypeError(
-                f"Received {', '.join(hub_options)} with path={os.fspath(path)!r}; expected "
-                "them only with a path on the hub, 'hf://user/repo'."
+                f"Received revision={revision!r} and cache_dir={cache_dir!r} with path="
+                f"{os.fspath(path)!r}; expected them only with a path on the hub, "
+                "'hf://user/repo'."
             )
+        elif subfolder is not None:
+            path = os.path.join(path, subfolder)
         return cls(*read(path)._values())
 
     def save(self, path: str | os.PathLike[str], format: str | None = None) -> None:

@@ -9,11 +9,25 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate, same_arrays
+from tfimm_lora.peft.matching import PeftSelection
+
+
+class FileSelection(NamedTuple):
+    """What the config of an adapter's file selects, to find what the file lacks.
+
+    Attributes:
+        modules: The modules that the config selects.
+        layers: The layers in the file. The selection says nothing about an adapter that was
+            given others since.
+    """
+
+    modules: PeftSelection
+    layers: frozenset[str]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -30,6 +44,7 @@ class AdapterData:
     base_model: str = ""
     bias: str = "none"
     dropout: float = 0.0
+    selection: FileSelection | None = None
 
     def __post_init__(self) -> None:
         frozen = {}
@@ -84,7 +99,8 @@ class AdapterData:
     def _values(self) -> tuple[Any, ...]:
         """Return the values of the fields, in order, as plain containers."""
         containers = (dict(self.layers), dict(self.weights))
-        return (*containers, self.modules, self.base_model, self.bias, self.dropout)
+        others = (self.modules, self.base_model, self.bias, self.dropout, self.selection)
+        return (*containers, *others)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._values()

@@ -18,6 +18,9 @@ from tfimm_lora.adapters.combine_trained_weights import (
 )
 from tfimm_lora.adapters.combine_updates import CombinationMethod, Loss, Term, norm_of_sum
 from tfimm_lora.adapters.decompose import result_dtype
+from tfimm_lora.adapters.fit import check_fits
+from tfimm_lora.adapters.module_names import ModuleNames
+from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.validation import check_number
 
 #: ``combine_adapters`` warns if truncation loses more than this share of the norm.
@@ -61,11 +64,12 @@ def combine_adapters(
     ==================  ====================================================================
 
     With DoRA this combines the directions. The magnitudes are averaged, sum w_i m_i / sum w_i,
-    which needs no base model. (No low-rank update is the exact sum of two such adapters.)
-    Biases of the branches are summed, w_i s_i c_i.
+    which needs no base model. No low-rank update is the exact sum of two such adapters, so with
+    DoRA no combination type is exact, "cat" included; ``combination_errors(..., model=model)``
+    returns the error. Biases of the branches are summed, w_i s_i c_i.
 
-    "cat" is the default because it is exact for every input, and a larger rank costs nothing
-    once the adapter is merged. Pass "svd" and a rank for a smaller adapter.
+    "cat" is the default because without DoRA it is exact for every input, and a larger rank
+    costs nothing once the adapter is merged. Pass "svd" and a rank for a smaller adapter.
 
     Args:
         adapters: The adapters, all of the same base model.
@@ -135,24 +139,36 @@ def combine_adapters(
 
 
 def combination_errors(
-    combined: Adapter, adapters: Sequence[Adapter], weights: Sequence[float] | None = None
+    combined: Adapter,
+    adapters: Sequence[Adapter],
+    weights: Sequence[float] | None = None,
+    *,
+    model: Any = None,
 ) -> dict[str, float]:
     """Compute the error of each layer of a combined adapter, relative to the exact sum.
 
-    The error is |dW - sum w_i dW_i| / |sum w_i dW_i| in Frobenius norm, computed from the
-    factors. After "svd" it is the error of the truncation; after "linear" or "ties" it is the
-    distance from the sum. Any adapters can be compared, also two single ones.
+    With the kernel W_i of a layer with adapter i, and W of the base model, the exact sum of the
+    changes is D = sum w_i (W_i - W), and the error of the combined kernel W_c is
+    |W_c - W - D| / |D| in Frobenius norm. Without DoRA W_i - W is the update dW_i, and the
+    error is computed from the factors. With DoRA W_i is m_i (W + dW_i) / |W + dW_i|, so the
+    base model is needed.
+
+    After "svd" it is the error of the truncation; after "linear" or "ties" it is the distance
+    from the sum. Any adapters can be compared, also two single ones. Biases and fully trained
+    weights are not measured.
 
     Args:
         combined: The combined adapter.
         adapters, weights: As in ``combine_adapters``.
+        model: The base model, with or without LoRA. Needed if an adapter has DoRA magnitudes.
 
     Returns:
-        Module path -> relative error. It is infinite if the sum is zero and the update of
+        Module path -> relative error. It is infinite if the sum is zero and the change by
         ``combined`` is not.
 
     Raises:
-        TypeError, ValueError: As ``combine_adapters``.
+        TypeError, ValueError: As ``combine_adapters``. Also ValueError if an adapter has
+            magnitudes and no model is given, or if an adapter does not fit the model.
 
     Example:
         >>> import numpy as np, tfimm_lora as lora
@@ -167,12 +183,43 @@ def combination_errors(
     expected = _terms(adapters, weights)
     differences = _terms([*adapters, combined], [*weights, -1.0])
     _check_layers(differences, CombinationMethod("cat"))
+    with_dora = [
+        path
+        for path, own in differences.items()
+        if any(u.magnitude is not None for u, _ in own)
+    ]
+    if with_dora and model is None:
+        raise ValueError(
+            f"Received adapters with magnitudes (DoRA) in {listed(with_dora)}, and no model; "
+            "their kernels depend on those of the base model. Pass model=the base model."
+        )
+    kernels = _base_kernels(model, [*adapters, combined]) if with_dora else {}
     errors = {}
     for path, difference in differences.items():
-        error = norm_of_sum(difference)
-        size = norm_of_sum(expected.get(path, []))
+        own = expected.get(path, [])
+        if path in kernels:
+            error = _norm_of_changes(difference, kernels[path])
+            size = _norm_of_changes(own, kernels[path])
+        else:
+            error, size = norm_of_sum(difference), norm_of_sum(own)
         errors[path] = error / size if size else (math.inf if error else 0.0)
     return errors
+
+
+def _base_kernels(model: Any, adapters: Sequence[Adapter]) -> dict[str, np.ndarray]:
+    """Return the base kernel of every layer that an adapter changes, in torch's order."""
+    for adapter in adapters:
+        check_fits(model, adapter)
+    names = ModuleNames(model)
+    paths = {path for adapter in adapters for path in adapter.layers}
+    return {path: base_kernel(names.layers[names.paths[path]]) for path in paths}
+
+
+def _norm_of_changes(terms: Sequence[Term], kernel: np.ndarray) -> float:
+    """Return the Frobenius norm of sum w_i (W_i - W); 0 if it is only rounding."""
+    changes = [w * (u.effective_kernel(kernel) - kernel.reshape(u.shape)) for u, w in terms]
+    norm = float(np.linalg.norm(sum(changes, np.zeros(1))))
+    return norm if norm > 1e-13 * np.linalg.norm(kernel) else 0.0
 
 
 def _terms(adapters: Sequence[Adapter], weights: Sequence[float]) -> dict[str, list[Term]]:

@@ -61,10 +61,11 @@ def disable_adapter(model: Any) -> Iterator[Any]:
             weight.variable.assign(originals[weight.key].before)
         yield model
     finally:
-        for layer in disabled:
-            layer.enable()
+        # Before the layers, which are merged again with the biases that they have then.
         for weight in weights:
             weight.assign(tuned[weight.key])
+        for layer in disabled:
+            layer.enable()
         if is_outermost:
             state.while_disabled = {}
 

@@ -113,6 +113,10 @@ def extract_adapter(
     layers = extract_updates(differences, rank, energy, kinds)
     layers = {module: _as_float32(update) for module, update in layers.items()}
     modules, weights, lost = _full_weights(names, others, set(layers))
+    # As in PEFT, a fully trained module has all of its weights in the file.
+    for key, weight in before.items():
+        if key not in weights and names.modules.get(weight.path) in modules:
+            weights[key] = weight.value()
     if lost:
         warnings.warn(
             f"{', '.join(lost)} changed, but an adapter cannot hold them. They are left out.",

@@ -3,33 +3,47 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.base_architecture import architecture_differences
+from tfimm_lora.adapters.incomplete import missing_weights
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
 from tfimm_lora.adapters.torch_layout import (
     DoesNotFit,
+    branch_bias_refusal,
     kernel_shape,
     kinds_agree,
+    magnitude_for,
     sure_kind,
     values_for,
 )
 from tfimm_lora.layer_paths import nearest
 from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.state import Values
 from tfimm_lora.model.classifier import classifier_paths
-
-#: LoRA layers with the values of their variables by name.
-LayerValues = list[tuple[LoRALayer, dict[str, np.ndarray]]]
 
 #: Weights of a model with the values that an adapter has for them.
 WeightValues = list[tuple[ModelWeight, np.ndarray]]
 
 #: The number of problems that an error message lists.
 _MAX_LISTED = 20
+
+
+class FittedUpdate(NamedTuple):
+    """An update that fits a LoRA layer, with the values of the layer's variables for it."""
+
+    layer: LoRALayer
+    update: LayerUpdate
+    values: Values
+
+    def assign(self) -> None:
+        """Assign the update to the layer, whose kernel must have its final value."""
+        magnitude = magnitude_for(self.layer, self.update)
+        self.layer.assign_update({**self.values, **magnitude})
 
 
 def check_fits(model: Any, adapter: AdapterData) -> None:
@@ -48,6 +62,7 @@ def weight_values(names: ModuleNames, adapter: AdapterData) -> WeightValues:
     """
     problems = architecture_differences(names.model, adapter)
     problems += _layer_problems(names, adapter.layers)
+    problems += missing_weights(names, adapter)
     # Current names last: they take precedence over an equal older name of another layer.
     known = {key: weight for weight in names.weights for key in weight.old_keys}
     known.update({weight.key: weight for weight in names.weights})
@@ -70,8 +85,8 @@ def weight_values(names: ModuleNames, adapter: AdapterData) -> WeightValues:
     return values
 
 
-def layer_values(names: ModuleNames, adapter: AdapterData) -> LayerValues:
-    """Return the LoRA layers of a model with the values of the adapter in Keras' order.
+def fitted_updates(names: ModuleNames, adapter: AdapterData) -> list[FittedUpdate]:
+    """Return the update of each LoRA layer of a model, with its values in Keras' order.
 
     Raises:
         DoesNotFit: If the model has LoRA in other layers, or of another rank or variant.
@@ -81,13 +96,13 @@ def layer_values(names: ModuleNames, adapter: AdapterData) -> LayerValues:
     differing = sorted(set(layers) ^ set(updates))
     if differing:
         raise DoesNotFit(f"has LoRA in other layers: {', '.join(differing)}")
-    values = []
+    fitted = []
     for path, layer in layers.items():
         try:
-            values.append((layer, values_for(layer, updates[path])))
+            fitted.append(FittedUpdate(layer, updates[path], values_for(layer, updates[path])))
         except DoesNotFit as error:
             raise DoesNotFit(f"{names.modules[path]} {error}") from error
-    return values
+    return fitted
 
 
 def does_not_fit_error(
@@ -128,6 +143,9 @@ def _layer_problems(names: ModuleNames, updates: Any) -> list[str]:
 
 def _layer_problem(layer: Any, module: str, update: LayerUpdate) -> list[str]:
     shape, kind = kernel_shape(layer), sure_kind(layer)
+    refusal = branch_bias_refusal(layer) if update.bias is not None else None
+    if refusal:
+        return [f"{module} cannot take the bias of its branch (lora_bias): {refusal}"]
     if _without_ones(shape) != _without_ones(update.shape):
         return [f"{module} is of shape {shape}, the update {update.shape}"]
     if kind is not None and not kinds_agree(kind, update.kind):

@@ -20,11 +20,17 @@ def is_hub_address(path: str | os.PathLike[str]) -> bool:
     return os.fspath(path).startswith(SCHEME)
 
 
-def download(address: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+def download(
+    address: str,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    cache_dir: str | None = None,
+) -> Path:
     """Download an adapter from the hub, unless it is in the cache.
 
     Args:
         address: "hf://user/repo", or "hf://user/repo@revision".
+        subfolder: The folder of the adapter within the repository. Default: its root.
         revision: Branch, tag or commit. Default: the revision of the address, or else the
             main branch.
         cache_dir: Folder for downloads. Default: the cache of huggingface_hub (HF_HOME).
@@ -45,8 +51,9 @@ def download(address: str, revision: str | None = None, cache_dir: str | None = 
             "'hf://user/repo@revision'."
         )
     repository = Repository(found[1], revision or found[2], cache_dir)
-    repository.download(CONFIG)
-    return repository.download(WEIGHTS).parent
+    inside = f"{subfolder.strip('/')}/" if subfolder else ""
+    repository.download(inside + CONFIG)
+    return repository.download(inside + WEIGHTS).parent
 
 
 def huggingface_hub() -> ModuleType:

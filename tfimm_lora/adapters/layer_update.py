@@ -112,6 +112,23 @@ class LayerUpdate:
         product: np.ndarray = self.scale * (b @ a)
         return product.reshape(self.shape)
 
+    def effective_kernel(self, kernel: np.ndarray) -> np.ndarray:
+        """Compute the adapted weight from the base weight, in float64.
+
+        It is W + dW, or with a magnitude m (W + dW) / |W + dW|. An output whose W + dW is zero
+        stays zero.
+
+        Args:
+            kernel: W, of the shape of the update, up to axes of size 1: (out, in, ...).
+        """
+        adapted: np.ndarray = kernel.reshape(self.shape).astype("float64") + self.delta()
+        if self.magnitude is None:
+            return adapted
+        norms = np.linalg.norm(adapted.reshape(len(adapted), -1), axis=1)
+        gains = self.magnitude / np.where(norms, norms, 1.0)
+        scaled: np.ndarray = adapted * gains.reshape(-1, *(1 for _ in adapted.shape[1:]))
+        return scaled
+
     def singular_values(self) -> np.ndarray:
         """Compute the singular values of dW as a matrix (out, in * kernel size).
 

@@ -1,8 +1,10 @@
 """``load_adapter``: load an adapter into a live model, in place.
 
 The steps are: check that everything fits (``fit.py``); if the model lacks the LoRA that the
-adapter needs, inject it (``lora_arguments.py``); assign the factors to the layers; replace the
-weights that the adapter holds. Until the assignments, any failure restores the model.
+adapter needs, inject it (``lora_arguments.py``); replace the weights that the adapter holds,
+and restore those that only the last adapter replaced; assign the updates to the layers. The
+updates come last because a DoRA magnitude depends on the kernel. Until the assignments, any
+failure restores the model.
 """
 
 from __future__ import annotations
@@ -15,27 +17,30 @@ from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.fit import (
-    LayerValues,
+    FittedUpdate,
     WeightValues,
     does_not_fit_error,
-    layer_values,
+    fitted_updates,
     weight_values,
 )
+from tfimm_lora.adapters.former_lora import FormerLoRA
+from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
-from tfimm_lora.adapters.save import adapter_of, fully_trained
+from tfimm_lora.adapters.save import fully_trained
 from tfimm_lora.adapters.torch_layout import DoesNotFit
 from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.model.inject import adapt_model, inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_base_of
-from tfimm_lora.model.state import ReplacedWeight, config_of, model_state
+from tfimm_lora.model.state import ReplacedWeight, model_state
 from tfimm_lora.model.targeting import require_built
+from tfimm_lora.validation import check_keywords
 
 
 def load_adapter(
-    model: Any, adapter: Adapter | str | os.PathLike[str], **hub_options: Any
+    model: Any, adapter: Adapter | str | os.PathLike[str], **load_options: Any
 ) -> Any:
     """Load an adapter into a model, in place.
 
@@ -51,7 +56,7 @@ def load_adapter(
     Args:
         model: A built Keras model, with or without LoRA.
         adapter: An ``Adapter``, a folder, or "hf://user/repo".
-        **hub_options: As in ``Adapter.load``.
+        **load_options: For a path, as in ``Adapter.load``: subfolder, revision, cache_dir.
 
     Returns:
         The same model.
@@ -64,7 +69,9 @@ def load_adapter(
 
     Warns:
         UserWarning: If the model has fully trained weights that the adapter does not hold.
-            They keep their values.
+            They keep their values. Also if the file lacks layers or fully trained modules that
+            its config selects in this model (it is incomplete, or of a smaller model), or has
+            layers that its config does not select.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -77,62 +84,60 @@ def load_adapter(
         'LoRADense'
     """
     if not isinstance(adapter, Adapter):
-        adapter = Adapter.load(adapter, **hub_options)
+        check_keywords(load_options, ("subfolder", "revision", "cache_dir"), "load_adapter")
+        adapter = Adapter.load(adapter, **load_options)
     require_built(model)
     names = ModuleNames(model)
     weights = weight_values(names, adapter)
+    warn_if_incomplete(names, adapter, stacklevel=2)
     unaffected: list[ModelWeight] = []
     if not names.adapted():
-        factors = _inject(model, adapter)
+        fitted = _inject(model, adapter)
     else:
         _require_enabled(names)
         unaffected = _unaffected_weights(names, adapter)
         try:
-            factors = layer_values(names, adapter)
+            fitted = fitted_updates(names, adapter)
         except DoesNotFit:
-            factors = _replace_lora(model, adapter)
-    for layer, values in factors:
-        layer.assign_update(values)
-    _replace_weights(model, weights, unaffected)
+            fitted = _replace_lora(model, adapter)
+    _replace_weights(names, weights, unaffected)
+    for each in fitted:
+        each.assign()
     return model
 
 
-def _inject(model: Any, adapter: Adapter) -> LayerValues:
-    """Inject LoRA into a model without it, and return the values for its layers."""
+def _inject(model: Any, adapter: Adapter) -> list[FittedUpdate]:
+    """Inject LoRA into a model without it, and return the updates for its layers."""
     inject_lora(model, **lora_arguments(model, adapter))
     try:
-        return layer_values(ModuleNames(model), adapter)
+        return fitted_updates(ModuleNames(model), adapter)
     except DoesNotFit as error:
         remove_lora(model, merge=False)
         raise does_not_fit_error(model, adapter, [str(error)]) from error
 
 
-def _replace_lora(model: Any, adapter: Adapter) -> LayerValues:
-    """Replace the LoRA of a model, and return the values for the new layers.
+def _replace_lora(model: Any, adapter: Adapter) -> list[FittedUpdate]:
+    """Replace the LoRA of a model, and return the updates for the new layers.
 
-    If that fails, the former LoRA is injected again.
+    If that fails, the former LoRA is injected again, with its values.
     """
     inject = _injection(model, adapter)
-    former, config = adapter_of(model), config_of(model)
     arguments = lora_arguments(model, adapter)
-    former_arguments = config.arguments() if config else lora_arguments(model, former)
-    originals = dict(model_state(model).replaced)
+    former = FormerLoRA(model)
     # `_replace_weights` decides which of them get their original values.
     model_state(model).replaced = {}
     remove_lora(model, merge=False)
     try:
         inject(arguments)
-        values = layer_values(ModuleNames(model), adapter)
+        fitted = fitted_updates(ModuleNames(model), adapter)
     except ValueError as error:
         if has_lora(model):
             remove_lora(model, merge=False)
-        inject(former_arguments)
-        for layer, factors in layer_values(ModuleNames(model), former):
-            layer.assign_update(factors)
+        inject(former.arguments)
+        former.restore()
         raise does_not_fit_error(model, adapter, [str(error)]) from error
-    finally:
-        model_state(model).replaced = originals
-    return values
+    model_state(model).replaced = former.replaced
+    return fitted
 
 
 def _injection(model: Any, adapter: Adapter) -> Callable[[dict[str, Any]], Any]:
@@ -158,20 +163,25 @@ def _injection(model: Any, adapter: Adapter) -> Callable[[dict[str, Any]], Any]:
     return inject
 
 
-def _replace_weights(model: Any, weights: WeightValues, unaffected: list[ModelWeight]) -> None:
+def _replace_weights(
+    names: ModuleNames, weights: WeightValues, unaffected: list[ModelWeight]
+) -> None:
     """Assign the adapter's weights, and restore those that only the last adapter replaced."""
-    originals, backend = model_state(model).replaced, backend_of(model)
+    state = model_state(names.model)
     kept = {
-        weight.key: originals.get(weight.key)
-        or ReplacedWeight(weight.variable, backend.to_numpy(weight.variable))
+        weight.key: state.replaced.get(weight.key)
+        or ReplacedWeight(weight.variable, weight.raw_value())
         for weight in (*(weight for weight, _ in weights), *unaffected)
     }
-    for key, original in originals.items():
-        if key not in kept:
-            original.variable.assign(original.before)
+    for weight in names.weights:
+        original = state.replaced.get(weight.key)
+        if original is None or original.variable is not weight.variable:
+            continue
+        if weight.key not in kept:
+            weight.assign_raw(original.before)
     for weight, value in weights:
         weight.assign(value)
-    model_state(model).replaced = kept
+    state.replaced = kept
 
 
 def _require_enabled(names: ModuleNames) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any
 
 from tfimm_lora.adapters.adapter_data import AdapterData
@@ -11,7 +12,7 @@ from tfimm_lora.adapters.fit import weight_values
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
-from tfimm_lora.adapters.torch_layout import moves_only_its_blocks
+from tfimm_lora.adapters.torch_layout import can_have_dropout, moves_only_its_blocks
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.qkv import layout_of
@@ -30,7 +31,7 @@ def lora_arguments(model: Any, adapter: AdapterData) -> dict[str, Any]:
     names = ModuleNames(model)
     weight_values(names, adapter)
     updates = {names.paths[module]: x for module, x in adapter.layers.items()}
-    qkv = _common_qkv(updates)
+    qkv, layers = _common_qkv(updates), [names.layers[path] for path in updates]
     ranks = {path: _lora_rank(names.layers[path], x, qkv) for path, x in updates.items()}
     rank = Counter(ranks.values()).most_common(1)[0][0]
     scale = Counter(x.scale for x in updates.values()).most_common(1)[0][0]
@@ -48,11 +49,14 @@ def lora_arguments(model: Any, adapter: AdapterData) -> dict[str, Any]:
         lora_alpha_pattern={} if unscaled else exact_pattern(alphas, scale * rank),
         lora_use_dora=adapter.use_dora,
         lora_bias=adapter.branch_bias,
-        lora_dropout=adapter.dropout,
+        # Without effect on what the adapter computes, so it is no reason to refuse one.
+        lora_dropout=adapter.dropout if all(map(can_have_dropout, layers)) else 0.0,
         lora_targets=exact_targets(list(updates), list(names.layers)),
         lora_qkv=qkv,
         lora_train_bias=adapter.bias,
-        lora_train_modules=[path for path in full if not (has_heads and path in heads)],
+        lora_train_modules=exact_names(
+            [path for path in full if not (has_heads and path in heads)], names.layers
+        ),
         lora_train_classifier=has_heads,
     )
     return config.arguments()
@@ -75,17 +79,39 @@ def exact_targets(paths: list[str], all_paths: list[str]) -> list[str] | str:
 def layers_of_module(names: ModuleNames, module: str) -> list[str]:
     """Return the paths of the layers of a fully trained module.
 
-    A module that is only a list in torch has no layer of its own here; its members are
-    returned.
+    It is one path if the module has a layer of its own with the same weights. A module that is
+    only a list in torch has none, and in some families a layer has another place than in timm
+    (the downsampling of Swin): then it is the paths of the layers that own the weights.
     """
-    if module in names.paths:
-        return [names.paths[module]]
-    inside = [
+    inside = _owners(names, module, current=True) or _owners(names, module, current=False)
+    path = names.paths.get(module)
+    if path is not None and inside:
+        below = [w.path for w in names.weights if f"{w.path}/".startswith(f"{path}/")]
+        if set(below) == set(inside):
+            return [path]
+    return inside
+
+
+def exact_names(paths: list[str], all_paths: Iterable[str]) -> list[str]:
+    """Return names that mean exactly these layers where a name may be the end of a path.
+
+    A path that is also the end of another one begins with a separator.
+    """
+    others = list(all_paths)
+    return [
+        f"/{path}" if any(x.endswith(f"/{path}") for x in others) else path for path in paths
+    ]
+
+
+def _owners(names: ModuleNames, module: str, current: bool) -> list[str]:
+    """Return the paths of the layers whose weights a module has, by current or older keys."""
+    found = [
         weight.path
         for weight in names.weights
-        if any(key.startswith(f"{module}.") for key in (weight.key, *weight.old_keys))
+        for key in ((weight.key,) if current else weight.old_keys)
+        if key.startswith(f"{module}.")
     ]
-    return list(dict.fromkeys(inside))
+    return list(dict.fromkeys(found))
 
 
 def _lora_rank(layer: Any, update: LayerUpdate, qkv: str | None) -> int:

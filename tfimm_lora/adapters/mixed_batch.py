@@ -12,6 +12,7 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.fit import check_fits
+from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.adapters.module_names import ModuleNames
@@ -75,6 +76,7 @@ def attach_adapters(
                 "load_adapter."
             )
         check_fits(model, adapter)
+        warn_if_incomplete(ModuleNames(model), adapter, stacklevel=2)
     injected = _inject_if_needed(model, loaded)
     try:
         attached = _stacked_factors(model, loaded)

@@ -39,6 +39,7 @@ class ModuleNames:
         layers: Path -> layer, for every layer in the model.
         modules: Path of a layer -> its module path.
         paths: Module path -> path of the layer. It also has the names of timm's older layout.
+        is_tfimm: Whether it is a model of tfimm, whose modules have timm's names.
     """
 
     def __init__(self, model: Any) -> None:
@@ -49,7 +50,7 @@ class ModuleNames:
         self._convolutions = [
             key for cls in classes for key in _CONVOLUTIONS_IN_TIMM.get(cls.__name__, ())
         ]
-        self._is_tfimm = hasattr(model, "cfg") and any(
+        self.is_tfimm = hasattr(model, "cfg") and any(
             cls.__module__.partition(".")[0] == "tfimm" for cls in classes
         )
         self._stable = _stable_paths(self.layers)
@@ -60,7 +61,7 @@ class ModuleNames:
         require_unique([(path, self.modules[path]) for path in adaptable], "layers")
 
     def _old_module(self, path: str) -> str:
-        return key_of_path(path) if self._is_tfimm else path.replace("/", ".")
+        return key_of_path(path) if self.is_tfimm else path.replace("/", ".")
 
     def _module(self, path: str) -> str:
         return self._current(self._old_module(path))
@@ -98,7 +99,7 @@ class ModuleNames:
             path, _, leaf = target.name.rpartition("/")
             stable = self._stable.get(path, path)
             named = target._replace(name=f"{stable}/{leaf}" if stable else leaf)
-            if self._is_tfimm:
+            if self.is_tfimm:
                 old = named.keys
                 key = self._current(_key(named))
             else:
@@ -131,13 +132,25 @@ class ModelWeight(NamedTuple):
         """The layer that owns the variable."""
         return self.target.layer
 
-    def value(self) -> np.ndarray:
-        """Return the value in torch's order of axes; of a merged layer, unmerged."""
+    def raw_value(self) -> np.ndarray:
+        """Return the value of the variable; of a merged layer, unmerged."""
         if isinstance(self.layer, LoRALayer):
-            value = self.layer.value_of(self.variable, merged=False)
-        else:
-            value = backend_of(self.layer).to_numpy(self.variable)
-        value = to_torch(value, self.target)
+            return self.layer.value_of(self.variable, merged=False)
+        value: np.ndarray = backend_of(self.layer).to_numpy(self.variable)
+        return value
+
+    def assign_raw(self, value: np.ndarray) -> None:
+        """Assign a value to the variable. A merged layer is merged again, with this value."""
+        merged = isinstance(self.layer, LoRALayer) and self.layer.merged
+        if merged:
+            self.layer.unmerge_weights()
+        self.variable.assign(value)
+        if merged:
+            self.layer.merge_weights()
+
+    def value(self) -> np.ndarray:
+        """Return ``raw_value`` in torch's order of axes."""
+        value = to_torch(self.raw_value(), self.target)
         return value[..., None, None] if self.is_convolution else value
 
     def fits(self, value: np.ndarray) -> bool:
@@ -147,7 +160,7 @@ class ModelWeight(NamedTuple):
     def assign(self, value: np.ndarray) -> None:
         """Assign a value of an adapter to the variable."""
         dtype = backend_of(self.layer).to_numpy(self.variable).dtype
-        self.variable.assign(to_keras(value, self.target).astype(dtype))
+        self.assign_raw(to_keras(value, self.target).astype(dtype))
 
     def is_bias(self) -> bool:
         """Whether the variable is a bias or the like."""

@@ -18,6 +18,7 @@ from tfimm_lora.peft.fields import (
     unsupported,
     whole,
 )
+from tfimm_lora.peft.matching import PeftSelection
 from tfimm_lora.utils.optional_imports import require
 
 #: Longer regular expressions take too long to compile.
@@ -36,6 +37,12 @@ class PeftConfig(PeftFields):
     Args:
         fields: The parsed file.
 
+    Attributes:
+        own: Whether it is this package's extension of the format.
+        selection: The modules that the config selects.
+        names_are_exact: Whether this package wrote the names, as full paths, and nobody edited
+            them since. In PEFT a name in modules_to_save is the end of any number of paths.
+
     Raises:
         ValueError: If a field has a wrong type or is not supported; the message names all
             unsupported fields.
@@ -44,6 +51,8 @@ class PeftConfig(PeftFields):
     def __init__(self, fields: Any) -> None:
         super().__init__(fields)
         self.own = fields["peft_type"] == OWN_TYPE
+        self.names_are_exact = False
+        self.selection = PeftSelection.of(_checked_names(fields), _match_untrusted)
         _refuse_unsupported(fields)
 
     def scale_of(self, module: str, rank: int) -> float:
@@ -93,12 +102,17 @@ def _ends_with_name(module: str, name: str, any_dot: bool) -> bool:
 
 
 def _matches_untrusted(module: str, pattern: str) -> bool:
+    return _match_untrusted(rf"(.*\.)?({pattern})$", module, False) is not None
+
+
+def _match_untrusted(pattern: str, text: str, whole: bool) -> Any:
     """Match an untrusted pattern, with a timeout, which the standard library lacks."""
     regex: Any = require("regex", extra="weights", why="A regular expression in an adapter")
     if len(pattern) > _MAX_PATTERN:
         raise ValueError(f"has a pattern of {len(pattern)} characters ({pattern[:40]!r}...)")
+    function = regex.fullmatch if whole else regex.match
     try:
-        found = regex.match(rf"(.*\.)?({pattern})$", module, timeout=_MATCH_SECONDS)
+        return function(pattern, text, timeout=_MATCH_SECONDS)
     except TimeoutError as error:
         raise ValueError(
             f"has the pattern {pattern!r}, which takes too long to match"
@@ -107,7 +121,21 @@ def _matches_untrusted(module: str, pattern: str) -> bool:
         raise ValueError(
             f"has the pattern {pattern!r}, which is not a regular expression: {error}"
         ) from error
-    return found is not None
+
+
+def _checked_names(fields: dict[str, Any]) -> dict[str, Any]:
+    """Return the fields that select modules, after a check of their types."""
+    names = ("target_modules", "exclude_modules", "modules_to_save", "layers_pattern")
+    for name in names:
+        given = fields.get(name)
+        listed = isinstance(given, list) and all(isinstance(x, str) for x in given)
+        if not (given is None or isinstance(given, str) or listed):
+            raise ValueError(f"has {name}={given!r}, expected names")
+    blocks = fields.get("layers_to_transform")
+    for number in blocks if isinstance(blocks, list) else [blocks]:
+        if number is not None and (isinstance(number, bool) or not isinstance(number, int)):
+            raise ValueError(f"has layers_to_transform={blocks!r}, expected whole numbers")
+    return {name: fields.get(name) for name in (*names, "layers_to_transform")}
 
 
 def _refuse_unsupported(fields: dict[str, Any]) -> None:

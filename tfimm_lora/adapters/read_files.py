@@ -11,13 +11,13 @@ import json
 import math
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
-from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.adapters.adapter_data import AdapterData, FileSelection
 from tfimm_lora.adapters.file_format import (
     CONFIG,
     METADATA_KEY,
@@ -28,24 +28,21 @@ from tfimm_lora.adapters.file_format import (
     safetensors,
 )
 from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate
-from tfimm_lora.adapters.peft_config import PeftConfig
+from tfimm_lora.adapters.peft_config import PeftConfig, target_modules
+from tfimm_lora.adapters.tensor_names import (
+    FACTOR,
+    NAMED_FACTOR,
+    OTHER_FACTOR,
+    in_model,
+    is_copy,
+)
+from tfimm_lora.peft.matching import outermost, with_parents
 
 #: Far more than any adapter has. A larger file is damaged or hostile.
 _MAX_BYTES = {CONFIG: 4 << 20, WEIGHTS: 8 << 30}
 _MAX_HEADER = 16 << 20
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
-
-_FACTOR = re.compile(
-    r"(?P<module>.+)\.(?:(?P<factor>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<bias>lora_B\.bias))"
-)
-
-#: PEFT's names of tensors that belong to unsupported variants of LoRA.
-_OTHER_FACTOR = re.compile(r"\.lora_(magnitude_vector|[A-Z]|embedding_[A-Z])(\.|$)")
-
-#: Levels that PEFT inserts in the names of weights.
-_PEFT_LEVELS = (".base_layer.", ".original_module.", ".modules_to_save.")
 
 _T = TypeVar("_T")
 
@@ -64,6 +61,8 @@ def read(path: str | os.PathLike[str]) -> AdapterData:
     tensors, metadata = _with_path(weights, lambda: _read_tensors(weights))
     content = _config_bytes(folder, metadata)
     config = _with_path(folder / CONFIG, lambda: PeftConfig(_parsed(content)))
+    if metadata.get("config") == hashlib.sha256(content).hexdigest():
+        config.names_are_exact = True
     return _with_path(folder, lambda: _assembled(tensors, metadata, config))
 
 
@@ -87,13 +86,27 @@ def _check_size(folder: Path, name: str) -> None:
                 " It has adapter_model.bin, which is pickled and never read; save it again in "
                 "PEFT with safe_serialization=True."
             )
-        raise FileNotFoundError(f"The adapter '{folder}' has no file {name}.{hint}")
+        raise FileNotFoundError(
+            f"The adapter '{folder}' has no file {name}.{hint}{_subfolders_hint(folder)}"
+        )
     size = path.stat().st_size
     if size > _MAX_BYTES[name]:
         raise ValueError(
             f"The adapter file '{path}' has {size} bytes; expected at most "
             f"{_MAX_BYTES[name]}. It is damaged or not an adapter."
         )
+
+
+def _subfolders_hint(folder: Path) -> str:
+    """Return which subfolders hold adapters: PEFT saves one that has a name in a subfolder."""
+    try:
+        found = sorted(path.parent.name for path in folder.glob(f"*/{CONFIG}"))
+    except OSError:
+        return ""
+    if not found:
+        return ""
+    listed = ", ".join(found[:10]) + (", ..." if len(found) > 10 else "")
+    return f" Its subfolders with adapters: {listed}. Pass for example subfolder={found[0]!r}."
 
 
 def _config_bytes(folder: Path, metadata: dict[str, Any]) -> bytes:
@@ -154,6 +167,8 @@ def _own_metadata(text: str | None) -> dict[str, Any]:
     valid = isinstance(metadata, dict) and all(
         isinstance(metadata.get(name, {}), dict) for name in ("kinds", "qkv", "scales")
     )
+    whole = metadata.get("whole", []) if valid else []
+    valid = valid and isinstance(whole, list) and all(isinstance(x, str) for x in whole)
     if not valid:
         raise ValueError("has damaged metadata of tfimm_lora")
     version = metadata.get("version")
@@ -171,7 +186,7 @@ def _own_metadata(text: str | None) -> dict[str, Any]:
 def _assembled(
     tensors: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
 ) -> AdapterData:
-    factors, weights = _sorted_tensors(tensors)
+    factors, weights = _sorted_tensors(tensors, metadata.get("whole", []))
     layers = {
         module: _update(module, found, metadata, config) for module, found in factors.items()
     }
@@ -181,25 +196,60 @@ def _assembled(
     outside = [k for k in weights if not any(k.startswith(f"{m}.") for m in modules)]
     odd = [k for k in outside if config.bias == "none" or not re.search(r"bias|\.beta$", k)]
     if odd:
-        raise ValueError(f"has tensors that its config does not explain: {', '.join(odd)}")
-    return AdapterData(layers, weights, modules, config.base_model, config.bias, config.dropout)
+        raise ValueError(
+            f"has tensors that its config does not explain: {', '.join(odd)} (bias="
+            f"{config.bias!r}, modules_to_save={list(config.modules)})"
+        )
+    return AdapterData(
+        layers,
+        weights,
+        modules,
+        config.base_model,
+        config.bias,
+        config.dropout,
+        _selection(config, layers),
+    )
+
+
+def _selection(config: PeftConfig, layers: dict[str, LayerUpdate]) -> FileSelection | None:
+    """Return what the config selects, or None if its names are known to be exact.
+
+    Raises:
+        ValueError: If layers are missing of which the exact names are known.
+    """
+    if not config.names_are_exact:
+        return FileSelection(config.selection, frozenset(layers))
+    given = config.selection.targets
+    if given is not None and _names(given) != _names(target_modules(layers)):
+        raise ValueError(
+            f"has values for {len(layers)} layers, and its config names others: {given}"
+        )
+    return None
+
+
+def _names(targets: str | Collection[str]) -> str | list[str]:
+    return targets if isinstance(targets, str) else sorted(targets)
 
 
 def _sorted_tensors(
-    tensors: dict[str, np.ndarray],
+    tensors: dict[str, np.ndarray], whole: Collection[str]
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Return module path -> the tensors of its update, and key -> fully trained weight.
 
     The tensors of an update are named "A", "B", "magnitude" and "bias". Those of an embedding
     also have the name "embedding".
+
+    Args:
+        tensors: The tensors of the file by key.
+        whole: The keys of fully trained weights that look like tensors of an update.
     """
     factors: dict[str, dict[str, np.ndarray]] = {}
-    weights: dict[str, np.ndarray] = {}
+    others: dict[str, np.ndarray] = {}
     for key, value in tensors.items():
         if not key.startswith(PREFIX):
             raise ValueError(f"has the key {key!r}, expected keys that begin with {PREFIX!r}")
         name = key[len(PREFIX) :]
-        found = _FACTOR.fullmatch(name)
+        found = None if name in whole else FACTOR.fullmatch(name)
         if found:
             own = factors.setdefault(found["module"], {})
             vector = next((name for name in ("magnitude", "bias") if found[name]), None)
@@ -209,15 +259,33 @@ def _sorted_tensors(
             own[factor] = value
             if found["embedding"]:
                 own["embedding"] = value
-        elif _OTHER_FACTOR.search(name):
+        elif name not in whole and (named := NAMED_FACTOR.fullmatch(name)):
+            raise ValueError(
+                f"has the key {key!r} with the name of an adapter, "
+                f"{named['name'] or named['other']!r}, as in the state dict of a PEFT model; "
+                "expected the keys of a saved adapter, without it. Save it with "
+                "PeftModel.save_pretrained"
+            )
+        elif name not in whole and OTHER_FACTOR.search(name):
             raise ValueError(f"has {key!r}, of a variant that is not supported")
         elif not name.endswith(".num_batches_tracked"):
-            for level in _PEFT_LEVELS:
-                name = name.replace(level, ".")
-            if name in weights:
-                raise ValueError(f"has two values for {name}")
-            weights[name] = value
-    return factors, weights
+            others[name] = value
+    return factors, _plain_weights(others, set(factors), whole)
+
+
+def _plain_weights(
+    tensors: dict[str, np.ndarray], adapted: set[str], whole: Collection[str]
+) -> dict[str, np.ndarray]:
+    """Return the weights that are not of updates by their names in the model."""
+    weights: dict[str, np.ndarray] = {}
+    for key, value in tensors.items():
+        if key not in whole and is_copy(key, tensors):
+            continue
+        name = in_model(key, adapted)
+        if name in weights:
+            raise ValueError(f"has two values for {name}")
+        weights[name] = value
+    return weights
 
 
 def _update(
@@ -234,6 +302,12 @@ def _update(
             article = "a" if name in found else "no"
             raise ValueError(f"has {article} {name} for {module}, and {field}={expected}")
     a, b = found["A"], found["B"]
+    if a.ndim == b.ndim > 2 and a.shape[0] > b.shape[1] and a.shape[0] % b.shape[1] == 0:
+        raise ValueError(
+            f"has A {a.shape} and B {b.shape} for {module}, as PEFT writes them for a "
+            "convolution with groups. These are not supported, nor can PEFT merge them: leave "
+            "such layers out of target_modules"
+        )
     fitting = a.ndim == b.ndim >= 2 and a.shape[0] == b.shape[1] and min(a.shape + b.shape)
     if not fitting or any(size != 1 for size in b.shape[2:]):
         raise ValueError(f"has A {a.shape} and B {b.shape} for {module}, which do not fit")
@@ -281,20 +355,23 @@ def _qkv(module: str, metadata: dict[str, Any]) -> tuple[str, str] | None:
 def _full_modules(
     config: PeftConfig, weights: dict[str, np.ndarray], adapted: set[str]
 ) -> tuple[str, ...]:
-    """Return the paths of the fully trained modules that modules_to_save names."""
-    matches = {name: _named_modules(name, weights, adapted) for name in config.modules}
-    unused = [name for name, modules in matches.items() if not modules]
-    if unused:
-        raise ValueError(f"has no tensors for modules_to_save {unused}")
-    return tuple(sorted({module for modules in matches.values() for module in modules}))
+    """Return the paths of the fully trained modules that modules_to_save names.
 
-
-def _named_modules(name: str, weights: dict[str, np.ndarray], adapted: set[str]) -> list[str]:
-    """Return the modules with this path, or else those whose path ends in it, as in PEFT.
-
-    A layer with factors is not fully trained.
+    This package writes full paths. In PEFT a name is the end of one or more paths, and names
+    that the model does not have are ignored. A layer with factors is not fully trained.
     """
-    if any(key.startswith(f"{name}.") for key in weights) and name not in adapted:
-        return [name]
-    found = (re.match(rf"(.*\.)?{re.escape(name)}(?=\.)", key) for key in weights)
-    return list(dict.fromkeys(m[0] for m in found if m and m[0] not in adapted))
+    around = with_parents(key.rpartition(".")[0] for key in weights)
+    if config.names_are_exact:
+        unused = [name for name in config.modules if name not in around]
+        if unused:
+            raise ValueError(f"has no tensors for modules_to_save {unused}")
+        return tuple(sorted(config.modules))
+    found = [m for m in around if m not in adapted and config.selection.trains(m)]
+    inner = [module for module in found if module.rpartition(".")[0] in found]
+    if inner:
+        raise ValueError(
+            f"has modules_to_save={list(config.modules)!r}, which names {inner[0]} and the "
+            "module that it is in. PEFT trains a copy of the outer one, saves other values of "
+            "the inner one, and cannot load the file. Train it again with the outer name only"
+        )
+    return tuple(outermost(found))

@@ -81,6 +81,8 @@ def update_of(layer: Any) -> LayerUpdate:
 def values_for(layer: Any, update: LayerUpdate) -> Values:
     """The values of an adapted layer's variables with which it computes an update.
 
+    The magnitude is left to ``magnitude_for``, since it depends on the kernel.
+
     The layer keeps its scale; if that of the update differs, b includes the ratio. A layer
     whose initial update is subtracted takes an update of twice its rank: its own, and the
     initial one.
@@ -100,16 +102,24 @@ def values_for(layer: Any, update: LayerUpdate) -> Values:
         (a, b), (a0, b0) = layer._halves(a, b)
         values = {"kernel_lora_a": a, "kernel_lora_b": b}
         values.update(kernel_lora_a0=a0, kernel_lora_b0=-b0)
-    if update.magnitude is not None:
-        norms = _norms(layer, layer.lora_values()["kernel"])
-        offset = (update.magnitude.astype("float64") - norms).astype("float32")
-        shape = shapes["kernel_lora_magnitude"]
-        values["kernel_lora_magnitude"] = layer.outputs_from_torch(offset, shape)
     if update.bias is not None:
         scale = settings.lora_scale
         shift = update.bias * np.float64(update.scale / scale if scale else 0.0)
         values["kernel_lora_shift"] = shift.astype("float32")
     return {name: x.reshape(shapes[name]) for name, x in values.items()}
+
+
+def magnitude_for(layer: Any, update: LayerUpdate) -> Values:
+    """The value of the variable d = m - |W| with which a layer has an update's magnitude m.
+
+    The kernel W must have its final value: what an adapter replaces or restores comes first.
+    """
+    if update.magnitude is None:
+        return {}
+    norms = _norms(layer, layer.lora_values()["kernel"])
+    offset = (update.magnitude.astype("float64") - norms).astype("float32")
+    shape = _shapes(layer)["kernel_lora_magnitude"]
+    return {"kernel_lora_magnitude": layer.outputs_from_torch(offset, shape).reshape(shape)}
 
 
 def columns_for(layer: Any, update: LayerUpdate) -> Factors:
@@ -146,6 +156,18 @@ def kernel_in_torch_order(layer: Layer, kernel: np.ndarray) -> np.ndarray:
     return turned
 
 
+def branch_bias_refusal(layer: Layer) -> str | None:
+    """Why the branch of a layer cannot have a bias, or None."""
+    cls = _lora_class(layer)
+    reason: str | None = cls._branch_refusal(layer) or cls._bias_refusal(layer)
+    return reason
+
+
+def can_have_dropout(layer: Layer) -> bool:
+    """Whether the branch of a layer can have dropout."""
+    return _lora_class(layer)._branch_refusal(layer) is None
+
+
 def moves_only_its_blocks(update: LayerUpdate) -> bool:
     """Whether an update is zero outside of the blocks of a projection that it names."""
     if update.qkv is None or update.b.ndim != 2:
@@ -154,14 +176,18 @@ def moves_only_its_blocks(update: LayerUpdate) -> bool:
     return bool(chosen) and qkv.moves_only(update.b.T, chosen, layout)
 
 
-def weight_norm(layer: Layer) -> float:
-    """The Frobenius norm of a layer's frozen kernel."""
+def base_kernel(layer: Layer) -> np.ndarray:
+    """The frozen kernel of a layer, adapted or not, in torch's order and in float64."""
     if isinstance(layer, LoRALayer):
         kernel = layer.lora_values()["kernel"]
     else:
-        backend = backend_of(layer)
-        kernel = max(map(backend.to_numpy, backend.own_variables(layer)), key=np.size)
-    return float(np.linalg.norm(kernel.astype("float64")))
+        kernel = backend_of(layer).to_numpy(kernel_variable(layer))
+    return kernel_in_torch_order(layer, kernel.astype("float64"))
+
+
+def weight_norm(layer: Layer) -> float:
+    """The Frobenius norm of a layer's frozen kernel."""
+    return float(np.linalg.norm(base_kernel(layer)))
 
 
 def _lora_class(layer: Layer) -> Any:

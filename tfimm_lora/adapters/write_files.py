@@ -25,6 +25,7 @@ from tfimm_lora.adapters.file_format import (
 )
 from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate
 from tfimm_lora.adapters.peft_config import config_fields
+from tfimm_lora.adapters.tensor_names import ambiguous, in_file
 from tfimm_lora.utils.atomic_files import write_file
 
 
@@ -81,10 +82,7 @@ def _serialized(adapter: AdapterData, config_hash: str) -> bytes:
         for name, value in _tensors_of(update).items():
             tensors[f"{PREFIX}{module}.{name}"] = np.ascontiguousarray(value)
     for key, value in adapter.weights.items():
-        module, _, leaf = key.rpartition(".")
-        inside = ".base_layer." if module in adapter.layers else "."
-        name = f"{PREFIX}{module}{inside}{leaf}" if module else f"{PREFIX}{leaf}"
-        tensors[name] = np.ascontiguousarray(value)
+        tensors[f"{PREFIX}{in_file(key, adapter.layers)}"] = np.ascontiguousarray(value)
     metadata = {"format": "pt", METADATA_KEY: _own_metadata(adapter, config_hash)}
     return _with_ordered_metadata(safetensors().numpy.save(tensors, metadata))
 
@@ -108,11 +106,12 @@ def _tensors_of(update: LayerUpdate) -> dict[str, np.ndarray]:
 def _own_metadata(adapter: AdapterData, config_hash: str) -> str:
     metadata: dict[str, Any] = {"version": METADATA_VERSION, "config": config_hash}
     layers = adapter.layers.items()
-    optional: dict[str, dict[str, Any]] = {
+    optional: dict[str, Any] = {
         "kinds": {m: x.kind for m, x in layers if x.kind in OWN_KINDS},
         "qkv": {m: list(x.qkv) for m, x in layers if x.qkv},
         # alpha / rank may differ from the scale by rounding.
         "scales": {m: x.scale for m, x in layers if x.alpha / x.rank != x.scale},
+        "whole": ambiguous(in_file(key, adapter.layers) for key in adapter.weights),
     }
     metadata.update({name: value for name, value in optional.items() if value})
     return json.dumps(metadata, separators=(",", ":"))

@@ -83,7 +83,12 @@ def combine_command(
         )
     for warning in caught:
         note(f"warning: {warning.message}")
-    errors = combination_errors(combined, given, numbers)
+    errors = {}
+    if combined.use_dora:
+        note("warning: the error of a combination with DoRA depends on the base model; see")
+        note("tfimm_lora.combination_errors(..., model=model).")
+    else:
+        errors = combination_errors(combined, given, numbers)
     combined.save(out)
     ranks = sorted({update.rank for update in combined.layers.values()})
     finite = [error for error in errors.values() if error != float("inf")]

@@ -192,6 +192,9 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
     for layer in layers.values():
         layer._require_enabled("removed")
     if not merge:
+        for layer in layers.values():
+            if layer.merged:  # which restores a merged bias, so it comes first
+                layer.unmerge_weights()
         restore_replaced_weights(model)
     if merge:
         for layer in layers.values():

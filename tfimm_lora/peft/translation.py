@@ -24,7 +24,8 @@ from tfimm_lora.peft.fields import (
 )
 
 #: The layers_pattern that corresponds to none in PEFT: a number below the second level.
-_PEFT_ANY_LEVEL = r"[^.]+\.[^.]*"
+#: The end keeps it from matching the end of a name, as a pattern for Keras' names may.
+_PEFT_ANY_LEVEL = r"[^.]+\.[^.]*(?=\.)"
 
 #: The prefixes of the initializations that have the same name here as in PEFT.
 _INITIALIZATIONS = ("gaussian", "pissa", "olora", "orthogonal", "eva")
@@ -78,10 +79,7 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
     problems = unsupported(fields) + problem
     if fields.get("ensure_weight_tying"):
         problems.append("ensure_weight_tying=True")
-    layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern")
-    patterns = [pattern] if isinstance(pattern, str) and pattern else pattern or []
-    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
-        raise ValueError(f"has layers_pattern={pattern!r}, expected names of levels")
+    patterns, layers = _layers_patterns(fields), fields.get("layers_to_transform")
     problems += [
         f"layers_pattern={p!r} (PEFT applies the | to its whole expression)"
         for p in patterns
@@ -112,8 +110,44 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def _layers_patterns(fields: dict[str, Any]) -> list[str]:
+    """Return layers_pattern as a list.
+
+    Raises:
+        ValueError: As ``arguments_from``.
+    """
+    layers, pattern = fields.get("layers_to_transform"), fields.get("layers_pattern")
+    patterns = [pattern] if isinstance(pattern, str) and pattern else pattern or []
+    if not isinstance(patterns, list) or not all(isinstance(p, str) for p in patterns):
+        raise ValueError(f"has layers_pattern={pattern!r}, expected names of levels")
+    if layers is not None and isinstance(fields.get("target_modules"), str):
+        raise ValueError(
+            f"has layers_to_transform={layers!r} with target_modules="
+            f"{fields['target_modules']!r}, expected a list of names"
+        )
+    return patterns
+
+
+def with_grouped_patterns(fields: dict[str, Any]) -> dict[str, Any]:
+    """Put every layers_pattern that PEFT would split at a "|" in parentheses.
+
+    ``arguments_from`` refuses such a pattern, whose meaning in PEFT it cannot express. This is
+    for callers that choose the layers by ``PeftSelection``.
+    """
+    given = fields.get("layers_pattern")
+    patterns = [given] if isinstance(given, str) else given
+    if not patterns or not isinstance(patterns, list):
+        return fields
+    grouped = [f"(?:{p})" if _is_bare_alternative(str(p)) else p for p in patterns]
+    return {**fields, "layers_pattern": grouped}
+
+
 def _names_from(fields: dict[str, Any], name: str) -> str | list[str] | None:
     given = fields.get(name)
+    if name == "target_modules" and given in ("", []):
+        raise ValueError(
+            f"has target_modules={given!r}, which selects no module, expected names"
+        )
     if given is None or isinstance(given, str):
         return given or None
     if not isinstance(given, list) or not all(isinstance(x, str) for x in given):
@@ -181,7 +215,8 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
         "lora_alpha": alpha,
         "lora_bias": values["lora_bias"],
         "lora_dropout": values["lora_dropout"],
-        "modules_to_save": [_dotted(n) for n in values["lora_train_modules"]] or None,
+        "modules_to_save": [_dotted(n).strip(".") for n in values["lora_train_modules"]]
+        or None,
         "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_dotted(k): v for k, v in values["lora_rank_pattern"].items()},
