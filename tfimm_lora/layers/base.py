@@ -185,9 +185,6 @@ class LoRALayer(LoRAForward, Converted):
                 stacklevel=3,
             )
 
-    def _freeze_new_sublayers(self) -> None:
-        """Do nothing: the only layer inside is the dropout of the branch."""
-
     def _default_initializer(self) -> Any:
         return backend_of(self).default_initializer()
 

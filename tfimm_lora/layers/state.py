@@ -32,6 +32,12 @@ class Converted:
         """Whether one of the layer's own variables is trained."""
         raise NotImplementedError
 
+    def _note_trainable(self, value: bool) -> None:
+        """Warn if setting ``trainable`` to this value has no effect."""
+
+    def _freeze_new_sublayers(self) -> None:
+        """Freeze the layers that were created inside after LoRA was injected."""
+
 
 def original_class(cls: type) -> type:
     """The class that a converted class was made from; any other class is returned as it is."""
