@@ -8,6 +8,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, ids, keras, normal, randomise, run, values
+from tests.helpers.selection import long_except
 from tfimm_lora.model.merge import lora_layers
 
 if not LEGACY:
@@ -138,9 +139,9 @@ def test_list_models():
     "train_bias, merged, form",
     [
         ("none", False, "keras"),
-        ("all", True, "keras"),
-        ("all", False, "savedmodel"),
-        ("none", True, "savedmodel"),
+        pytest.param("all", True, "keras", marks=pytest.mark.long),
+        pytest.param("all", False, "savedmodel", marks=pytest.mark.long),
+        pytest.param("none", True, "savedmodel", marks=pytest.mark.long),
     ],
 )
 def test_saved_lora_model_loads_and_trains_on(tmp_path, train_bias, merged, form):
@@ -168,6 +169,7 @@ def test_saved_lora_model_loads_and_trains_on(tmp_path, train_bias, merged, form
     assert sum(moved) >= len(moved) - 2
 
 
+@pytest.mark.long
 def test_model_path_of_a_lora_model_keeps_the_adaptation(tmp_path):
     """The ancestor dropped it without a word."""
     model = lora.create_model("tiny_convnext", lora_rank=3)
@@ -218,8 +220,10 @@ def test_conversion_keeps_the_dtype_policy(policy):
     np.testing.assert_allclose(run(regular, x).astype("float32"), y, atol=2e-2)
 
 
-@pytest.mark.parametrize("kind", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("name", ["convnext", "vit"])
+@pytest.mark.parametrize(
+    "kind", long_except(["mixed_float16", "mixed_bfloat16"], ["mixed_float16"])
+)
+@pytest.mark.parametrize("name", long_except(["convnext", "vit"], ["convnext"]))
 def test_models_train_in_16_bits(kind, name, policy):
     policy(kind)
     model = lora.create_model(f"tiny_{name}", lora_rank=2)
@@ -230,7 +234,7 @@ def test_models_train_in_16_bits(kind, name, policy):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", ["convnext", "vit"])
+@pytest.mark.parametrize("name", long_except(["convnext", "vit"], ["vit"]))
 def test_models_train_the_same_under_xla(name):
     results = []
     weights = None

@@ -116,9 +116,8 @@ NEEDS_TORCH = "adapters_between_keras_and_pytorch"
 
 def notebooks():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        long = [pytest.mark.long] if path.stem.startswith("compare") else []
         if path.stem != NEEDS_TORCH:
-            yield pytest.param(path, id=path.stem, marks=long)
+            yield pytest.param(path, id=path.stem, marks=pytest.mark.long)
 
 
 @pytest.mark.parametrize("path", list(notebooks()))

@@ -16,7 +16,7 @@ TRACING = {
     contracts.weight_files_load_and_train_on,
     contracts.whole_files_load_and_train_on_or_are_refused,
 }
-QUICK = {"functional", "vit" if LEGACY else "nested"}
+QUICK = {"functional"} if LEGACY else {"functional", "nested"}
 EVERY = [
     pytest.param(
         spec,

@@ -7,6 +7,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, ids, keras, randomise, run, values
+from tests.helpers.selection import long_except
 from tfimm_lora.model.merge import lora_layers
 
 if not LEGACY:
@@ -36,7 +37,7 @@ def leaves(model):
     return {path.rpartition("/")[2] for path in lora_layers(model)}
 
 
-@classifiers
+@pytest.mark.parametrize("name", long_except(CLASSIFIERS, {"vit", "resnet", "convnext"}))
 def test_adapts_trains_merges_saves_and_comes_back(name, tmp_path):
     tiny = ARCHITECTURES[name]
     base = tiny.make()
