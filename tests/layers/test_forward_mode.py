@@ -76,7 +76,13 @@ def forward_derivative(model, x, dx, compiled):
 
 
 @pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("options", [{}, {"lora_use_dora": True}], ids=["lora", "dora"])
+@pytest.mark.parametrize(
+    "options",
+    [
+        pytest.param({}, id="lora"),
+        pytest.param({"lora_use_dora": True}, id="dora", marks=pytest.mark.long),
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_derivative_is_that_of_the_merged_model(kind, options, compiled, monkeypatch):
     for form in FORMS if kind in ("dense", "conv", "pointwise") else ["whole"]:
