@@ -16,7 +16,7 @@ from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.state import config_of, model_state
-from tfimm_lora.model.statistics import changed_statistics
+from tfimm_lora.model.changed_statistics import changed_statistics
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 

@@ -31,7 +31,7 @@ class ModelState:
     replaced: dict[str, ReplacedWeight] = field(default_factory=dict)
     #: The values of such weights while the adapter is disabled, by key; else empty.
     while_disabled: dict[str, Any] = field(default_factory=dict)
-    #: The digests of statistics when LoRA was injected; see ``statistics``.
+    #: The digests of statistics when LoRA was injected; see ``changed_statistics``.
     statistics: dict[int, bytes] = field(default_factory=dict)
     #: The names of the adapters of a mixed batch, or None if none are attached.
     attached: tuple[str, ...] | None = None
