@@ -13,10 +13,10 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.layer_paths import is_suffix
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer
+from tfimm_lora.model.changed_statistics import changed_statistics
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.state import config_of, model_state
-from tfimm_lora.model.changed_statistics import changed_statistics
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 

@@ -12,10 +12,10 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
 from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, has_cheaper_call, unfreeze_layer
 from tfimm_lora.layers.state import Converted, ConvertedState, drop_state, set_state, state_of
+from tfimm_lora.model.changed_statistics import digests_of_statistics
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import base_config, lora_base_of
 from tfimm_lora.model.state import drop_model_state, model_state, restore_replaced_weights
-from tfimm_lora.model.changed_statistics import digests_of_statistics
 from tfimm_lora.model.targeting import check_ready, config_for, select
 
 
