@@ -219,7 +219,8 @@ class Backend(ABC):
             if self.is_model(layer):
                 for name in ("train_function", "test_function", "predict_function"):
                     if getattr(layer, name, None) is not None:
-                        getattr(layer, f"make_{name}")(force=True)
+                        setattr(layer, name, None)
+                        getattr(layer, f"make_{name}")()
 
     def note_caller(self, model: Layer, caller: Layer) -> None:
         """Record that a model is called by another, whose traced functions depend on it."""
@@ -242,7 +243,10 @@ class Backend(ABC):
         """Give a layer its original class and trainability back."""
         self.swap_class(layer, original.cls)
         self.set_raw_trainable(layer, original.trainable)
-        self.restore_flags(layer, original.flags)
+        # Variables that were created since have the flags of a new layer.
+        created = self.created_flags(layer).items()
+        flags = {key: value and original.trainable for key, value in created}
+        self.restore_flags(layer, {**flags, **original.flags})
 
     def set_raw_trainable(self, layer: Layer, value: bool) -> None:
         """Set ``trainable`` of the layer alone, not of its variables and sublayers."""
@@ -492,13 +496,14 @@ class Backend(ABC):
         self,
         function: Callable[..., Any],
         *args: Tensor,
-        tangent: Callable[[Any, Any], Tensor] | None = None,
+        tangent: Callable[[Any, Any], list[Tensor]] | None = None,
     ) -> Any:
         """Call ``function(*args) -> (y, grad)``. ``grad(dy)`` returns a tuple with the
         gradient of each argument, None for those that need no gradient.
 
         JAX has forward-mode derivatives only with ``tangent(args, tangents)``, which returns
-        that of y and is linear in those of the arguments. It takes the gradient from it, too.
+        the terms of that of y, linear in those of the arguments (None for zero). It takes the
+        gradient from it, too.
         """
 
     def needs_plain_gradients(self) -> bool:

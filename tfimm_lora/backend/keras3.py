@@ -241,13 +241,7 @@ class Keras3Backend(Backend):
         # JAX requires a cotangent for every argument.
         zeros = keras.backend.backend() == "jax"
         if zeros and tangent is not None:
-            import jax
-
-            differentiable = jax.custom_jvp(lambda *tensors: function(*tensors)[0])
-            differentiable.defjvp(
-                lambda primals, tangents: (differentiable(*primals), tangent(primals, tangents))
-            )
-            return differentiable(*args)
+            return _with_tangent(lambda *tensors: function(*tensors)[0], tangent)(*args)
 
         def keras_function(*tensors: Any) -> Any:
             y, grad = function(*tensors)
@@ -391,6 +385,22 @@ class Keras3Backend(Backend):
         """Return the nested shapes of the inputs that a model was built for, or None."""
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         return next(iter(shapes.values())) if len(shapes) == 1 else None
+
+
+def _with_tangent(function: Callable[..., Any], tangent: Any) -> Callable[..., Any]:
+    """A function of JAX with this derivative; see ``Backend.custom_gradient``."""
+    import jax
+    from jax.custom_derivatives import SymbolicZero
+
+    differentiable = jax.custom_jvp(function)
+
+    def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        y = differentiable(*primals)
+        terms = tangent(primals, [None if isinstance(t, SymbolicZero) else t for t in tangents])
+        return y, sum(terms[1:], terms[0]) if terms else jax.numpy.zeros_like(y)
+
+    differentiable.defjvp(rule, symbolic_zeros=True)
+    return differentiable
 
 
 @contextlib.contextmanager

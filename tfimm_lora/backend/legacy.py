@@ -66,7 +66,7 @@ class _FilteredWeights:
         frozen = {id(v) for v in own if not self._is_trained(v)}  # type: ignore[attr-defined]
         # A module lists the variables of the layers inside it whether they are frozen or not.
         for module in _modules(self):
-            for layer in _outermost_layers(module):
+            for layer in _outermost_layers(module, {id(self)}):
                 frozen |= {id(v) for v in layer.non_trainable_variables}
         return frozen
 
@@ -146,7 +146,7 @@ class LegacyBackend(Backend):
 
     def sublayers(self, layer: Layer) -> list[Layer]:
         inside = layer._flatten_modules(recursive=False, include_self=False)
-        return [x for module in inside for x in _outermost_layers(module)]
+        return [x for module in inside for x in _outermost_layers(module, {id(layer)})]
 
     def own_variables(self, layer: Layer) -> list[Variable]:
         listed: list[Variable] = layer._trainable_weights + layer._non_trainable_weights
@@ -297,12 +297,16 @@ class LegacyBackend(Backend):
         return model._build_input_shape
 
 
-def _outermost_layers(module: tf.Module) -> list[Layer]:
-    """A layer itself; the layers that any other ``tf.Module`` holds."""
+def _outermost_layers(module: tf.Module, seen: set[int]) -> list[Layer]:
+    """A layer itself; the layers that any other ``tf.Module`` holds. Modules may refer to each
+    other; those whose ids were seen are left out."""
+    if id(module) in seen:
+        return []
+    seen.add(id(module))
     if isinstance(module, tf_keras.layers.Layer):
         return [] if isinstance(module, tf_keras.metrics.Metric) else [module]
     inside = module._flatten(recursive=False, predicate=lambda x: isinstance(x, tf.Module))
-    return [x for submodule in inside for x in _outermost_layers(submodule)]
+    return [x for submodule in inside for x in _outermost_layers(submodule, seen)]
 
 
 def _variables_in_modules(layer: Layer) -> list[Variable]:
@@ -313,13 +317,16 @@ def _variables_in_modules(layer: Layer) -> list[Variable]:
         for tracked in layer._self_tracked_trackables:
             found += getattr(tracked, "_self_extra_variables", ())
     for module in _modules(layer):
-        of_layers = {id(v) for x in _outermost_layers(module) for v in x.variables}
+        layers = _outermost_layers(module, {id(layer)})
+        of_layers = {id(v) for x in layers for v in x.variables}
         found += [v for v in module.variables if id(v) not in of_layers]
     return found
 
 
 def _modules(layer: Layer) -> list[tf.Module]:
     """The modules directly inside a layer that are no layers."""
+    if not getattr(layer, "_self_tracked_trackables", None):
+        return []
     inside = layer._flatten_modules(recursive=False, include_self=False)
     return [x for x in inside if not isinstance(x, tf_keras.layers.Layer)]
 

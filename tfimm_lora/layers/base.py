@@ -190,10 +190,8 @@ class LoRALayer(LoRAForward, Converted):
 
     def _is_shown_to_others(self) -> bool:
         """Whether the kernel attribute shows W + s A B to whatever reads it now: while another
-        layer is called, if the layer was built before LoRA was injected."""
-        state = self.__dict__.get("_lora_state")
-        injected = state is not None and state.original is not None
-        return injected and "kernel_lora_a" in self.__dict__ and backend_of(self).is_called()
+        layer is called."""
+        return "kernel_lora_a" in self.__dict__ and backend_of(self).is_called()
 
     @property
     def _kernel_variable(self) -> Variable:

@@ -15,7 +15,9 @@ def with_signature_of(base: Any, mixin: Any) -> Callable[..., Any]:
     """
     call: Callable[..., Any] = mixin.call
     signature = inspect.signature(base.call)
-    first = list(signature.parameters)[1]
+    parameters = list(signature.parameters.values())[1:]
+    positional = parameters and parameters[0].kind is not inspect.Parameter.KEYWORD_ONLY
+    first = parameters[0].name if positional else None
 
     def signed(self: Any, *args: Any, **kwargs: Any) -> Any:
         if not args and first in kwargs:

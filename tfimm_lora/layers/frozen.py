@@ -58,6 +58,7 @@ class FrozenLayer(Converted):
         return self._lora_frozen.train_bias and backend_of(self).is_bias_like(variable)
 
     def _after_build(self) -> None:
+        self._freeze_new_sublayers()
         self._sync_trainability()
 
     def _note_trainable(self, value: bool) -> None:
@@ -141,16 +142,18 @@ class FrozenStatisticsLayer(FrozenLayer):
     def trainable(self, value: bool) -> None:
         super(FrozenStatisticsLayer, type(self)).trainable.fset(self, value)  # type: ignore
 
-    def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    def call(self, *args: Any, **kwargs: Any) -> Tensor:
         base_call = super().call  # type: ignore[misc]
         state = self._lora_frozen
         if state.has_statistics is None:
             state.has_statistics = has_statistics(self)
         if not state.has_statistics:
-            return base_call(inputs, *args, **kwargs)
-        args, kwargs = _for_inference(base_call, inputs, *args, **kwargs)
+            return base_call(*args, **kwargs)
+        args, kwargs = _for_inference(base_call, *args, **kwargs)
         token = _in_inference.set(_in_inference.get() | {id(self)})
         try:
+            if not args:
+                return base_call(**kwargs)
             return _with_frozen_gradient(self, base_call, *args, **kwargs)
         finally:
             _in_inference.reset(token)
@@ -159,14 +162,39 @@ class FrozenStatisticsLayer(FrozenLayer):
 def has_statistics(layer: Layer) -> bool:
     """Whether a layer has statistics that change when it is called in training.
 
-    Of a layer with layers inside, only known names of variables show it: its other variables
-    may be constants, and in inference mode the dropout inside it would be off.
+    Names that Keras uses show it. Under other names, a vector (or more) in a layer without
+    layers inside counts. A single number may be the rate of a dropout, which would be off in
+    inference mode, as would be the dropout in layers inside.
     """
     backend = backend_of(layer)
     if {backend.variable_name(v) for v in backend.own_variables(layer)} & _STATISTICS:
         return True
-    found = backend.statistics(layer) or backend.has_hidden_statistics(layer)
-    return bool(found) and not backend.sublayers(layer)
+    found = any(len(v.shape) for v in backend.statistics(layer))
+    return (found or backend.has_hidden_statistics(layer)) and not backend.sublayers(layer)
+
+
+def keeps_statistics(layer: Layer) -> bool:
+    """Whether a layer is frozen and always in inference mode, so that its statistics stay."""
+    if not isinstance(layer, FrozenStatisticsLayer) or not has_statistics(layer):
+        return False
+    is_norm = isinstance(layer, backend_of(layer).keras.layers.BatchNormalization)
+    return (
+        is_norm or "training" in inspect.signature(original_class(type(layer)).call).parameters
+    )
+
+
+def is_in_inference_unasked(layer: Layer) -> bool:
+    """Whether a layer of a user's class is in inference mode because of a guess: it has
+    statistics by no name that Keras uses, and is no normalization of Keras'."""
+    backend, cls = backend_of(layer), original_class(type(layer))
+    norm = getattr(backend.keras.layers, "BatchNormalization", ())
+    names = {backend.variable_name(v) for v in backend.own_variables(layer)}
+    return (
+        keeps_statistics(layer)
+        and not backend.is_keras_class(cls)
+        and not issubclass(cls, norm)
+        and not names & _STATISTICS
+    )
 
 
 def _for_inference(call: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
@@ -184,7 +212,7 @@ def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwar
     """Return the result of a bound ``call``, with the cheaper gradient of a frozen layer for x
     if there is one."""
     backend = backend_of(layer)
-    gradient = backend.frozen_gradient(layer, call.__func__, x)
+    gradient = backend.frozen_gradient(layer, getattr(call, "__func__", None), x)
     if gradient is None:
         return call(x, *args, **kwargs)
     # The gradient of a trained bias still flows through y.

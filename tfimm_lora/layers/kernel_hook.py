@@ -11,11 +11,13 @@ variable.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any
 
 from tfimm_lora.backend.interface import Layer
+from tfimm_lora.layers import mixed_batch
 
 #: The running call of each layer, by the id of the layer.
 _calls: ContextVar[Mapping[int, RunningCall]] = ContextVar("calls", default={})  # noqa: B039
@@ -57,7 +59,8 @@ class KernelHook:
         call = running_call(layer)
         if call is not None:
             return call.read()
-        if layer._is_shown_to_others():
+        if layer._is_shown_to_others() and not _is_read_in_build():
+            mixed_batch.require_none(layer)
             return layer._shown_kernel()
         try:
             return layer.__dict__[self.attribute]
@@ -82,6 +85,18 @@ class KernelHook:
 
     def __delete__(self, layer: Layer) -> None:
         layer.__dict__.pop(self.attribute, None)
+
+
+def _is_read_in_build() -> bool:
+    """Whether the attribute is read by the ``build`` of a layer around, which needs the
+    variable. (Keras builds a layer within its first call.)"""
+    frame: Any = sys._getframe(2)
+    while frame is not None:
+        name = frame.f_code.co_name.removeprefix("tf__")  # of AutoGraph
+        if name in ("build", "call"):
+            return bool(name == "build")
+        frame = frame.f_back
+    return False
 
 
 def running_call(layer: Layer) -> RunningCall | None:

@@ -158,6 +158,20 @@ def require_applied(layer: Layer, name: str, assignment: Assignment, merged: boo
     )
 
 
+def require_none(layer: Layer) -> None:
+    """Raise if adapters were chosen per example and another layer reads the kernel of one.
+
+    Args:
+        layer: The adapted layer, whose effective kernel would have to differ per example.
+    """
+    if current() is not None:
+        raise ValueError(
+            f"Layer '{layer.name}' cannot use an adapter for each example; another layer uses "
+            "its kernel, too (as a head that is tied to an embedding does). Leave the layer out "
+            "of lora_targets, or load one adapter at a time."
+        )
+
+
 def _trailing_sizes(backend: Backend, tensor: Tensor) -> list[Any]:
     dynamic = backend.ops.shape(tensor)
     return [dynamic[i + 1] if size is None else size for i, size in enumerate(tensor.shape[1:])]

@@ -123,21 +123,24 @@ def effective_narrow(
 
         return y, grad
 
-    def tangent(primals: Sequence[Tensor], tangents: Sequence[Tensor]) -> Tensor:
+    def tangent(primals: Sequence[Tensor], tangents: Sequence[Tensor | None]) -> list[Tensor]:
         x, kernel, a, b = primals
         dx, _, da, db = tangents
-        kept = None if train_a else product.down(x, scale * a)
 
-        def linear(x: Tensor, kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
-            dy = product.apply(dx, effective_kernel(product, kernel, a, b, scale))
-            if not train_a:
-                return dy
-            dy = dy + product.up(product.down(x, scale * da), b)
-            return dy + product.up(product.down(x, scale * a), db)
+        def through_input(kernel: Tensor, a: Tensor, b: Tensor) -> Tensor:
+            return product.apply(dx, effective_kernel(product, kernel, a, b, scale))
+
+        def through_b(x: Tensor, a: Tensor) -> Tensor:
+            return product.up(product.down(x, scale * a), db)
 
         # Computed again in the backward pass, so that no copy of a kernel is kept until then.
-        dy = backend.recomputed(linear, x, kernel, a, b)
-        return dy if kept is None else dy + product.up(kept, db)
+        terms = [] if dx is None else [backend.recomputed(through_input, kernel, a, b)]
+        if da is not None:
+            terms.append(product.up(product.down(x, scale * da), b))
+        if db is not None:
+            kept = not train_a
+            terms.append(through_b(x, a) if kept else backend.recomputed(through_b, x, a))
+        return terms
 
     return backend.custom_gradient(forward, x, kernel, a, b, tangent=tangent)
 

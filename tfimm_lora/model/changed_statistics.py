@@ -13,6 +13,7 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, Variable
+from tfimm_lora.layers.frozen import keeps_statistics
 from tfimm_lora.layers.state import original_class
 from tfimm_lora.model.state import model_state
 
@@ -45,10 +46,11 @@ def changed_statistics(model: Layer, held: set[int]) -> list[str]:
 
 
 def _statistics(model: Layer) -> Iterator[tuple[str, Layer, Variable]]:
-    """The statistics of layers of other classes than Keras', with the paths of the layers."""
+    """The statistics that are not kept, of other classes than Keras', with their paths."""
     backend = backend_of(model)
     for path, layer in backend.walk(model):
-        if not backend.is_keras_class(original_class(type(layer))):
+        own_class = not backend.is_keras_class(original_class(type(layer)))
+        if own_class and not keeps_statistics(layer):
             for variable in backend.statistics(layer):
                 yield path, layer, variable
 

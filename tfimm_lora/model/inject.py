@@ -10,7 +10,13 @@ from tfimm_lora.backend.interface import Backend, Layer
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import adapt_layer, restore_layer
-from tfimm_lora.layers.frozen import FrozenLayer, freeze_layer, has_cheaper_call, unfreeze_layer
+from tfimm_lora.layers.frozen import (
+    FrozenLayer,
+    freeze_layer,
+    has_cheaper_call,
+    is_in_inference_unasked,
+    unfreeze_layer,
+)
 from tfimm_lora.layers.state import Converted, ConvertedState, drop_state, set_state, state_of
 from tfimm_lora.model.changed_statistics import digests_of_statistics
 from tfimm_lora.model.merge import has_lora, lora_layers
@@ -93,6 +99,7 @@ def freeze_rest(
 ) -> None:
     """Freeze every layer that is neither adapted nor fully trained (``trained``, ids)."""
     backend = backend_of(model)
+    in_inference = []
     for path, layer in backend.walk(model):
         if isinstance(layer, LoRALayer):
             continue
@@ -102,12 +109,22 @@ def freeze_rest(
         refusal = None if rebuilt_by_class else _saving_refusal(backend, path, layer)
         is_root_that_filters = layer is model and rebuilt_by_class
         # A layer that is not built gets its variables when it is first called, in training.
-        late = not layer.built and not backend.sublayers(layer)
+        is_container = backend.is_model(layer) and backend.is_keras_class(type(layer))
+        late = not layer.built and not is_container
         changes = backend.own_variables(layer) or refusal or has_cheaper_call(layer) or late
         if changes and not is_root_that_filters:
             freeze_layer(layer, train_bias == "all", refusal)
+            in_inference += [path] if is_in_inference_unasked(layer) else []
         else:
             _make_trainable(backend, layer, with_variables=False)
+    if in_inference:
+        warnings.warn(
+            f"The layers {', '.join(in_inference[:10])} have variables that are not trained, "
+            "which are taken for statistics. While LoRA is in the model they run with "
+            "training=False, so that these do not change. If a layer should behave as in "
+            "training, name it in lora_train_modules.",
+            stacklevel=4,
+        )
 
 
 def _require_agreement(model: Layer, trained: set[int]) -> None:

@@ -349,7 +349,7 @@ def _check_shared_variables(
             ValueError(
                 f"Received layers to adapt that share variables: {'; '.join(problems)}. An "
                 "update merged into a shared variable would change every layer that uses it. "
-                "Leave these layers out of lora_targets (or name them in lora_exclude), or "
-                "give each its own variable."
+                "Leave these layers out of lora_targets (or name them in lora_exclude), give "
+                "each its own variable, or hold the layer instead of its variable."
             )
         )
