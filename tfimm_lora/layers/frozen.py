@@ -177,10 +177,10 @@ def keeps_statistics(layer: Layer) -> bool:
     """Whether a layer is frozen and always in inference mode, so that its statistics stay."""
     if not isinstance(layer, FrozenStatisticsLayer) or not has_statistics(layer):
         return False
-    is_norm = isinstance(layer, backend_of(layer).keras.layers.BatchNormalization)
-    return (
-        is_norm or "training" in inspect.signature(original_class(type(layer)).call).parameters
-    )
+    if isinstance(layer, backend_of(layer).keras.layers.BatchNormalization):
+        return True
+    cls: Any = original_class(type(layer))
+    return "training" in inspect.signature(cls.call).parameters
 
 
 def is_in_inference_unasked(layer: Layer) -> bool:

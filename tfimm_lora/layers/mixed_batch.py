@@ -167,8 +167,8 @@ def require_none(layer: Layer) -> None:
     if current() is not None:
         raise ValueError(
             f"Layer '{layer.name}' cannot use an adapter for each example; another layer uses "
-            "its kernel, too (as a head that is tied to an embedding does). Leave the layer out "
-            "of lora_targets, or load one adapter at a time."
+            "its kernel, too (as a head that is tied to an embedding does). Leave the layer "
+            "out of lora_targets, or load one adapter at a time."
         )
 
 
