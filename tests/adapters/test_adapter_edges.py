@@ -372,3 +372,54 @@ def test_weights_of_one_name_matter_only_where_they_are_trained():
     lora.inject_lora(model, lora_train_modules=["own"])
     with pytest.raises(ValueError, match="both be called 'own.scale'"):
         lora.adapter_of(model)
+
+
+@pytest.fixture
+def two_adapters(tmp_path):
+    """A folder with the adapters "one" and "two" in folders of their own."""
+    pytest.importorskip("safetensors")
+    update = lora.LayerUpdate(np.ones((2, 4), "float32"), np.ones((3, 2), "float32"))
+    for name in ("one", "two"):
+        lora.Adapter({"fc": update}).save(tmp_path / name)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "subfolder, error, message",
+    [
+        ("three", FileNotFoundError, "subfolder='three'.*one, two.*subfolder='one'"),
+        ("../two", ValueError, "inside the path"),
+        ("/two", ValueError, "inside the path"),
+        (3, TypeError, "subfolder=3; expected a string"),
+    ],
+)
+def test_a_wrong_subfolder_is_named(two_adapters, subfolder, error, message):
+    with pytest.raises(error, match=message):
+        lora.Adapter.load(two_adapters, subfolder=subfolder)
+    with pytest.raises((ValueError, TypeError)):
+        lora.Adapter.load("hf://user/repo", subfolder="../x" if error is not TypeError else 3)
+
+
+def test_options_of_a_path_are_not_dropped_where_there_is_none(two_adapters):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="fc")])
+    adapter = lora.Adapter.load(two_adapters, subfolder="one")
+    with pytest.raises(TypeError, match="Received subfolder with an Adapter"):
+        lora.load_adapter(model, adapter, subfolder="two")
+    assert [type(layer).__name__ for layer in model.layers] == ["Dense"]
+
+
+def test_a_model_that_is_not_built_is_named(two_adapters):
+    unbuilt = keras.Sequential([keras.layers.Dense(3, name="fc")], name="unbuilt")
+    adapter = lora.Adapter.load(two_adapters, subfolder="one")
+    update = adapter.layers["fc"]
+    dora = lora.Adapter(
+        {"fc": lora.LayerUpdate(update.a, update.b, magnitude=np.ones(3, "float32"))}
+    )
+    for use in (
+        lambda: lora.combination_errors(dora, [dora], model=unbuilt),
+        lambda: lora.load_adapter(unbuilt, adapter),
+        lambda: lora.attach_adapters(unbuilt, {"one": adapter}),
+        lambda: adapter.summary(unbuilt),
+    ):
+        with pytest.raises(ValueError, match="'unbuilt', which is not built"):
+            use()

@@ -8,7 +8,7 @@ from typing import Any
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.hub_download import download, is_hub_address
-from tfimm_lora.adapters.read_files import read
+from tfimm_lora.adapters.read_files import check_subfolder, find_subfolder, read
 from tfimm_lora.adapters.summary import summary
 from tfimm_lora.adapters.write_files import write
 
@@ -69,9 +69,10 @@ class Adapter(AdapterData):
 
         Raises:
             FileNotFoundError: If the folder, a file or the repository does not exist.
-            TypeError: If an option is for the hub and the path is a folder.
-            ValueError: If a file is damaged or uses an unsupported feature; the message names
-                it. Nothing is ever unpickled.
+            TypeError: If an option is for the hub and the path is a folder, or ``subfolder`` is
+                not a string.
+            ValueError: If ``subfolder`` is not inside the path; or if a file is damaged or uses
+                an unsupported feature, which the message names. Nothing is ever unpickled.
             ImportError: If safetensors or huggingface_hub is needed and not installed.
 
         Example:
@@ -82,6 +83,7 @@ class Adapter(AdapterData):
             >>> lora.Adapter.load(folder)
             Adapter(1 layers of rank 2, base_model='')
         """
+        check_subfolder(subfolder)
         if is_hub_address(path):
             path = download(os.fspath(path), subfolder, revision, cache_dir)
         elif revision is not None or cache_dir is not None:
@@ -91,7 +93,7 @@ class Adapter(AdapterData):
                 "'hf://user/repo'."
             )
         elif subfolder is not None:
-            path = os.path.join(path, subfolder)
+            path = find_subfolder(path, subfolder)
         return cls(*read(path)._values())
 
     def save(self, path: str | os.PathLike[str], format: str | None = None) -> None:

@@ -35,7 +35,6 @@ from tfimm_lora.model.inject import adapt_model, inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_base_of
 from tfimm_lora.model.state import ReplacedWeight, model_state
-from tfimm_lora.model.targeting import require_built
 from tfimm_lora.validation import check_keywords
 
 
@@ -63,6 +62,7 @@ def load_adapter(
 
     Raises:
         FileNotFoundError, ImportError: As ``Adapter.load``.
+        TypeError: If options are given with an ``Adapter``, which is loaded already.
         ValueError: If a file is damaged or not supported; or if the adapter does not fit. The
             message names all layers and weights that are missing or have another shape. The
             model is unchanged.
@@ -83,10 +83,15 @@ def load_adapter(
         >>> type(model.layers[-1]).__name__
         'LoRADense'
     """
-    if not isinstance(adapter, Adapter):
-        check_keywords(load_options, ("subfolder", "revision", "cache_dir"), "load_adapter")
+    check_keywords(load_options, ("subfolder", "revision", "cache_dir"), "load_adapter")
+    if isinstance(adapter, Adapter):
+        if load_options:
+            raise TypeError(
+                f"Received {', '.join(load_options)} with an Adapter; expected options only "
+                "with a path. Pass them to Adapter.load."
+            )
+    else:
         adapter = Adapter.load(adapter, **load_options)
-    require_built(model)
     names = ModuleNames(model)
     weights = weight_values(names, adapter)
     warn_if_incomplete(names, adapter, stacklevel=2)

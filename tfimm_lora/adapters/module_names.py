@@ -16,6 +16,7 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
+from tfimm_lora.model.targeting import require_built
 from tfimm_lora.zoo.weights.key_layouts import layout_of_model
 from tfimm_lora.zoo.weights.keys import (
     CheckpointVariable,
@@ -43,6 +44,7 @@ class ModuleNames:
     """
 
     def __init__(self, model: Any) -> None:
+        require_built(model)
         self.model = model
         self.layers = {path: x for path, x in backend_of(model).walk(model) if path}
         self._layout = layout_of_model(model)

@@ -66,6 +66,32 @@ def read(path: str | os.PathLike[str]) -> AdapterData:
     return _with_path(folder, lambda: _assembled(tensors, metadata, config))
 
 
+def check_subfolder(subfolder: str | None) -> None:
+    """Raise unless a subfolder is None or a path inside the folder around it."""
+    if subfolder is not None and not isinstance(subfolder, str):
+        raise TypeError(f"Received subfolder={subfolder!r}; expected a string.")
+    if subfolder is not None and (os.path.isabs(subfolder) or ".." in Path(subfolder).parts):
+        raise ValueError(
+            f"Received subfolder={subfolder!r}; expected a folder inside the path. Pass the "
+            "folder itself as the path."
+        )
+
+
+def find_subfolder(path: str | os.PathLike[str], subfolder: str) -> Path:
+    """Return a folder inside a path.
+
+    Raises:
+        FileNotFoundError: If it does not exist; the message names those with adapters.
+    """
+    folder = Path(path) / subfolder
+    if not folder.is_dir():
+        raise FileNotFoundError(
+            f"Received subfolder={subfolder!r}, which is not a folder in '{os.fspath(path)}'."
+            f"{_subfolders_hint(Path(path))}"
+        )
+    return folder
+
+
 def _with_path(path: Path, step: Callable[[], _T]) -> _T:
     """Return the result of ``step``, and add the path to the message of its errors."""
     try:
