@@ -171,11 +171,11 @@ class ConvUpdate(LoRALayer):
         if self.groups > 1 or not has_keras_call(type(self), "convolution_op"):
             return self._convolve(inputs, kernel)
         running.reached_product = True
-        if kernel is not self._kernel_variable and self._does_with(kernel):
+        if kernel is not self._kernel_variable and self._uses_shown_kernel(kernel):
             return self._convolve(inputs, kernel)
         return self._adapted(inputs, self._places(tuple(inputs.shape)))
 
-    def _does_with(self, kernel: Tensor) -> bool:
+    def _uses_shown_kernel(self, kernel: Tensor) -> bool:
         """Whether the effective kernel, which the call of a subclass was given, is used rather
         than the other forms of the product. In a graph they are cheaper, and the kernel, which
         is not used then, is not computed."""

@@ -26,9 +26,7 @@ from tfimm_lora.layers.state import (
     set_state,
     state_of,
 )
-
-#: Own variables that mark a layer whose statistics change during training.
-_STATISTICS = {"moving_mean", "moving_variance", "vector_u", "sn_u"}
+from tfimm_lora.layers.statistics import for_inference, has_known_statistics, has_statistics
 
 #: The ids of the layers whose running call is in inference mode.
 _in_inference: ContextVar[frozenset[int]] = ContextVar("in_inference", default=frozenset())
@@ -149,7 +147,7 @@ class FrozenStatisticsLayer(FrozenLayer):
             state.has_statistics = has_statistics(self)
         if not state.has_statistics:
             return base_call(*args, **kwargs)
-        args, kwargs = _for_inference(base_call, *args, **kwargs)
+        args, kwargs = for_inference(base_call, *args, **kwargs)
         token = _in_inference.set(_in_inference.get() | {id(self)})
         try:
             if not args:
@@ -157,20 +155,6 @@ class FrozenStatisticsLayer(FrozenLayer):
             return _with_frozen_gradient(self, base_call, *args, **kwargs)
         finally:
             _in_inference.reset(token)
-
-
-def has_statistics(layer: Layer) -> bool:
-    """Whether a layer has statistics that change when it is called in training.
-
-    Names that Keras uses show it. Under other names, a vector (or more) in a layer without
-    layers inside counts. A single number may be the rate of a dropout, which would be off in
-    inference mode, as would be the dropout in layers inside.
-    """
-    backend = backend_of(layer)
-    if {backend.variable_name(v) for v in backend.own_variables(layer)} & _STATISTICS:
-        return True
-    found = any(len(v.shape) for v in backend.statistics(layer))
-    return (found or backend.has_hidden_statistics(layer)) and not backend.sublayers(layer)
 
 
 def keeps_statistics(layer: Layer) -> bool:
@@ -188,24 +172,12 @@ def is_in_inference_unasked(layer: Layer) -> bool:
     statistics by no name that Keras uses, and is no normalization of Keras'."""
     backend, cls = backend_of(layer), original_class(type(layer))
     norm = getattr(backend.keras.layers, "BatchNormalization", ())
-    names = {backend.variable_name(v) for v in backend.own_variables(layer)}
     return (
         keeps_statistics(layer)
         and not backend.is_keras_class(cls)
         and not issubclass(cls, norm)
-        and not names & _STATISTICS
+        and not has_known_statistics(layer)
     )
-
-
-def _for_inference(call: Any, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
-    """The arguments of a ``call``, with ``training=False`` if it takes that argument."""
-    signature = inspect.signature(call)
-    given = signature.bind_partial(*args, **kwargs)
-    if "training" in signature.parameters:
-        given.arguments["training"] = False
-    elif "training" in given.kwargs:  # of **kwargs
-        return given.args, {**given.kwargs, "training": False}
-    return given.args, given.kwargs
 
 
 def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
