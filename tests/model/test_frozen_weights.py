@@ -371,8 +371,40 @@ def test_layers_that_are_created_in_training_are_frozen_with_a_warning(eagerly):
         fitted(model, epochs=1, run_eagerly=eagerly)
     still = values(model.extra.weights)
     model.fit(normal(8, 4), normal(8, 3), verbose=0)
-    for variable, value in zip(model.extra.weights[:-2], still):
+    assert len(still) == 6
+    for variable, value in zip(model.extra.weights, still):
         np.testing.assert_array_equal(array(variable), value)
+
+
+@legacy_only
+def test_statistics_of_layers_created_in_a_traced_step_stay_after_it():
+    """Also within the same fit, and in a layer that is not the model itself."""
+
+    class Inner(layers.Layer):
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.first, self.norm = layers.LayerNormalization(name="first"), None
+
+        def call(self, x, training=False):
+            x = self.first(x)
+            if training and self.norm is None:
+                self.norm = layers.BatchNormalization(name="late_norm")
+            return self.norm(x, training=training) if training else x
+
+    class Statistics(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append(array(inner.norm.moving_mean).copy())
+
+    inner, seen = Inner(name="inner"), []
+    model = around(inner)
+    lora.inject_lora(model, lora_rank=2)
+    model.compile("sgd", "mse")
+    x, y = normal(16, 4) + 2, normal(16, 3)
+    with pytest.warns(UserWarning, match="created layer 'late_norm'"):
+        model.fit(x, y, batch_size=4, epochs=2, verbose=0, callbacks=[Statistics()])
+    assert len(seen) == 8
+    for later in seen[1:]:
+        np.testing.assert_array_equal(later, seen[0])
 
 
 # -- switching layers on --------------------------------------------------------------------
