@@ -220,10 +220,6 @@ class LegacyBackend(Backend):
     def remove_sublayer(self, layer: Layer, attribute: str) -> None:
         delattr(layer, attribute)
 
-    def reset_functions(self, model: Layer) -> None:
-        with tf.init_scope():  # Keras reads a variable for it, also while a step is traced
-            super().reset_functions(model)
-
     def is_compiled(self, model: Layer) -> bool:
         return bool(getattr(model, "_is_compiled", False))
 

@@ -83,21 +83,19 @@ class FrozenLayer(Converted):
         if state.sublayers is None:
             return
         backend = backend_of(self)
-        new = [x for x in backend.sublayers(self) if x not in state.sublayers]
-        for child in new:
+        for child in backend.sublayers(self):
+            if child in state.sublayers:
+                continue
             state.sublayers.add(child)
             for _, layer in backend.walk(child):
                 if state_of(layer) is None:
-                    freeze_layer(layer, state.train_bias, model=state.model)
+                    freeze_layer(layer, state.train_bias)
             warnings.warn(
                 f"Layer '{self.name}' created layer '{child.name}' after LoRA was injected, so "
                 "the new layer is frozen. To train it, call the model once with training=True "
                 "before you inject LoRA, and name it in lora_train_modules.",
                 stacklevel=3,
             )
-        model = state.model() if new and state.model else None
-        if model is not None:  # the running step was traced with the layers not frozen
-            backend.reset_functions(model)
 
     def get_config(self) -> dict[str, Any]:
         state = self._lora_frozen
@@ -256,19 +254,13 @@ def register_frozen_classes(backend: Backend) -> None:
                 frozen_class(cls, statistics=True)
 
 
-def freeze_layer(
-    layer: Layer,
-    train_bias: bool,
-    refusal: str | None = None,
-    model: weakref.ref[Any] | None = None,
-) -> None:
+def freeze_layer(layer: Layer, train_bias: bool, refusal: str | None = None) -> None:
     """Freeze the own variables of a layer, all or (``train_bias``) all but its biases.
 
     Args:
         layer: The layer.
         train_bias: Whether its bias-like variables are trained.
         refusal: Why it must not be saved as part of a whole model, or None.
-        model: The model that LoRA is injected into.
     """
     backend = backend_of(layer)
     original = backend.original(layer)
@@ -276,7 +268,7 @@ def freeze_layer(
     statistics = has_statistics(layer) or not (layer.built or backend.sublayers(layer))
     backend.swap_class(layer, frozen_class(original.cls, statistics))
     sublayers = weakref.WeakSet(backend.sublayers(layer))
-    set_state(layer, FrozenState(original, train_bias, refusal, sublayers, model))
+    set_state(layer, FrozenState(original, train_bias, refusal, sublayers))
     backend.set_raw_trainable(layer, True)
     layer._sync_trainability()
 

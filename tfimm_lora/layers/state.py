@@ -70,8 +70,6 @@ class FrozenState(ConvertedState):
     refusal: str | None = None
     #: The layers directly inside it when it was frozen; None if it was loaded from a file.
     sublayers: weakref.WeakSet[Layer] | None = None
-    #: The model that LoRA was injected into, to trace its functions again if needed.
-    model: weakref.ref[Any] | None = None
     #: Whether it has statistics, or None before that was found out.
     has_statistics: bool | None = None
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import weakref
 from typing import Any
 
 from tfimm_lora.backend import backend_of
@@ -114,7 +113,7 @@ def freeze_rest(
         late = not layer.built and not is_container
         changes = backend.own_variables(layer) or refusal or has_cheaper_call(layer) or late
         if changes and not is_root_that_filters:
-            freeze_layer(layer, train_bias == "all", refusal, weakref.ref(model))
+            freeze_layer(layer, train_bias == "all", refusal)
             in_inference += [path] if is_in_inference_unasked(layer) else []
         else:
             _make_trainable(backend, layer, with_variables=False)
