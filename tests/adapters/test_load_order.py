@@ -12,7 +12,7 @@ from tfimm_lora.adapters import load
 from tfimm_lora.adapters.torch_layout import DoesNotFit
 from tfimm_lora.model.merge import has_lora, lora_layers
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = [pytest.mark.backends, *LONG_ON_LEGACY]
 
 K = keras.layers
 CLOSE = dict(rtol=1e-5, atol=1e-5)

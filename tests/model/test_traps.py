@@ -481,3 +481,34 @@ def test_a_kernel_that_is_read_in_a_branch_or_a_loop(cls):
         variable.assign(value)
     lora.merge_lora_weights(model)
     np.testing.assert_allclose(model.predict(x, verbose=0), adapted, rtol=1e-5, atol=1e-6)
+
+
+class PassesItsKernelOn(keras.layers.Conv2D):
+    """Hands its kernel to the convolution, as padding layers do."""
+
+    def call(self, x):
+        return self.convolution_op(x, self.kernel)
+
+
+@pytest.mark.backends
+@pytest.mark.parametrize("eager", [True, False])
+def test_an_eager_convolution_uses_the_kernel_that_it_was_given(eager, monkeypatch):
+    from tfimm_lora.layers.forward import LoRAForward
+
+    if BACKEND == "jax" and eager:
+        pytest.skip("on JAX the forms are those of compiled code")
+    model = keras.Sequential([keras.Input((6, 6, 3)), PassesItsKernelOn(4, 3, name="conv")])
+    lora.inject_lora(model, lora_rank=2, lora_targets=["conv"])
+    randomise(model)
+    computed, adapted = [], LoRAForward._adapted
+
+    def counted(self, *args):
+        computed.append(self.name)
+        return adapted(self, *args)
+
+    monkeypatch.setattr(LoRAForward, "_adapted", counted)
+    x = normal(2, 6, 6, 3)
+    found = run(model, x) if eager else model.predict(x, verbose=0)
+    assert bool(computed) is not (eager or BACKEND == "torch")
+    lora.merge_lora_weights(model)
+    np.testing.assert_allclose(run(model, x), found, rtol=1e-5, atol=1e-5)
