@@ -387,12 +387,12 @@ class Keras3Backend(Backend):
         return next(iter(shapes.values())) if len(shapes) == 1 else None
 
 
-def _with_tangent(function: Callable[..., Any], tangent: Any) -> Callable[..., Any]:
+def _with_tangent(function: Callable[..., Any], tangent: Any) -> Any:
     """A function of JAX with this derivative; see ``Backend.custom_gradient``."""
     import jax
     from jax.custom_derivatives import SymbolicZero
 
-    differentiable = jax.custom_jvp(function)
+    differentiable: Any = jax.custom_jvp(function)
 
     def rule(primals: Any, tangents: Any) -> tuple[Any, Any]:
         y = differentiable(*primals)
