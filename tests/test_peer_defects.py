@@ -43,8 +43,8 @@ DEFECTS = {
         "model_contracts.py::merges_and_unmerges_without_loss",
     ],
     ("Keras 3, KerasHub", "the gradient of the whole kernel is formed"): [
-        "test_products.py::test_no_gradient_of_the_whole_kernel_is_formed",
-        f"{HERE}::test_the_gradient_of_a_whole_kernel_is_not_formed",
+        "test_products.py::test_no_gradient_of_the_full_kernel_is_formed",
+        f"{HERE}::test_the_gradient_of_the_full_kernel_is_not_formed",
     ],
     ("KerasHub", "adapters go by the index of a layer (#2701)"): [
         f"{HERE}::test_adapters_go_by_name_and_not_by_the_order_of_layers",
@@ -58,8 +58,8 @@ DEFECTS = {
     ],
     ("PEFT", "statistics of batch normalisation drift and are not saved (#1732)"): [
         "model_contracts.py::fit_changes_exactly_the_named_variables",
-        "test_adapters.py::test_modules_trained_whole_keep_their_statistics",
-        "test_layer_paths.py::test_batch_norm_in_a_trained_layer_trains_with_its_statistics",
+        "test_adapters.py::test_fully_trained_modules_keep_their_statistics",
+        "test_layer_paths.py::test_batch_norm_in_a_trained_layer_updates_its_statistics",
         f"{HERE}::test_an_adapter_is_all_that_training_changed_under_batch_normalisation",
     ],
     ("PEFT", "combining with rsLoRA is off by the root of the rank (#3449)"): [
@@ -72,8 +72,8 @@ DEFECTS = {
         "test_adapters.py::test_combined_adapters_load_and_add_up",
     ],
     ("PEFT", "merging and unmerging in bfloat16 drifts"): [
-        "test_layers.py::test_hundred_merges_leave_the_bits",
-        "test_layers.py::test_small_update_does_not_drown_in_16_bits",
+        "test_layers.py::test_hundred_merges_leave_identical_kernels",
+        "test_layers.py::test_a_small_update_survives_in_16_bits",
     ],
     ("PEFT", "all-linear on a CNN adapts its head only"): [
         f"{HERE}::test_all_linear_on_a_cnn_is_its_convolutions_and_not_its_head",
@@ -83,7 +83,7 @@ DEFECTS = {
         f"{HERE}::test_a_depthwise_adapter_is_smaller_than_its_layer",
     ],
     ("PEFT", "batches of several adapters take a product for each of them (#804)"): [
-        f"{HERE}::test_a_mixed_batch_takes_as_many_products_however_many_adapters",
+        f"{HERE}::test_the_products_of_a_mixed_batch_do_not_depend_on_the_number_of_adapters",
         "test_adapters.py::test_each_row_is_what_its_adapter_alone_gives",
     ],
     ("PEFT, Keras 3, KerasHub", "no part of a fused qkv alone (#852)"): [
@@ -251,7 +251,7 @@ def test_a_depthwise_adapter_is_smaller_than_its_layer(window, channels, rank):
 
 
 @on_tensorflow
-def test_a_mixed_batch_takes_as_many_products_however_many_adapters():
+def test_the_products_of_a_mixed_batch_do_not_depend_on_the_number_of_adapters():
     import tensorflow as tf
 
     def products(count):
@@ -330,7 +330,7 @@ KERNELS = {
 
 @on_tensorflow
 @pytest.mark.parametrize("name", KERNELS)
-def test_the_gradient_of_a_whole_kernel_is_not_formed(name):
+def test_the_gradient_of_the_full_kernel_is_not_formed(name):
     """The search finds it where the kernel is trained. For kernels so small that it is cheaper
     than what avoids it, as these are, it is formed by default."""
     make, shape = KERNELS[name]

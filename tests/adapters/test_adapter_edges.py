@@ -65,7 +65,7 @@ def test_a_layer_whose_name_ends_anothers_keeps_its_scale_and_rank(rank, tmp_pat
 
 
 @pytest.mark.parametrize("rank, alpha", [(5, 1), (7, 3), (3, 1), (11, 0.1)])
-def test_scales_come_back_to_the_last_bit(rank, alpha, tmp_path):
+def test_scales_are_restored_exactly(rank, alpha, tmp_path):
     adapter = lora.Adapter({"a.fc": update(rank, alpha / np.sqrt(rank))})
     adapter.save(tmp_path)
     assert lora.Adapter.load(tmp_path) == adapter
@@ -105,7 +105,7 @@ def copy_of(model, *names):
     return fresh
 
 
-def test_choosing_where_nothing_is_attached_is_an_error():
+def test_choosing_without_attached_adapters_is_an_error():
     model, x = tuned(SPEC, lora_targets=["hidden"]), SPEC.inputs(2)
     adapter = lora.adapter_of(model)
     with pytest.raises(ValueError, match="none are attached"), lora.use_adapters(["a"] * 2):
@@ -147,7 +147,7 @@ def test_weights_trained_here_stay_in_what_is_saved_later(kept, rank):
     )
 
 
-def test_removing_lora_forgets_or_gives_back_what_was_replaced():
+def test_removing_lora_keeps_or_restores_replaced_weights():
     with_head = lora.adapter_of(tuned(SPEC, lora_train_classifier=True))
     without = lora.adapter_of(tuned(SPEC))
     x = SPEC.inputs()
@@ -200,7 +200,7 @@ def test_two_layers_of_one_name_in_the_file_are_refused():
         lora.adapter_of(model)
 
 
-def test_classifier_and_a_layer_of_its_name_are_told_apart(tmp_path):
+def test_classifier_and_a_layer_of_its_name_are_distinguished(tmp_path):
     entry = keras.Input((4,))
     inner = keras.Model(entry, layers.Dense(4, name="fc")(entry), name="block")
     outer = keras.Input((4,))
@@ -219,7 +219,7 @@ def test_nothing_left_to_adapt_is_an_error():
     assert not has_lora(model)
 
 
-def test_scale_starts_anew_with_other_weights(tmp_path):
+def test_scale_restarts_with_other_weights(tmp_path):
     model = lora.inject_lora(SPEC.make(), lora_rank=2)  # B is zero
     model.save_weights(weights_file(tmp_path))
     for seed, layer in enumerate(lora_layers(model).values()):
@@ -232,7 +232,7 @@ def test_scale_starts_anew_with_other_weights(tmp_path):
         np.testing.assert_array_equal(array(layer.kernel_lora_b), 0)
 
 
-def test_unbuilt_model_says_so():
+def test_an_unbuilt_model_is_an_error():
     model = keras.Sequential([layers.Dense(3)])
     with pytest.raises(ValueError, match="not built"):
         lora.load_adapter(model, lora.Adapter({"fc": update()}))
@@ -260,7 +260,7 @@ def test_updates_that_no_file_could_hold_are_refused(a, b, scale):
         lora.LayerUpdate(a, b, scale)
 
 
-def test_a_card_that_somebody_wrote_stays(tmp_path):
+def test_an_edited_card_is_kept(tmp_path):
     adapter = lora.Adapter({"fc": update()})
     adapter.save(tmp_path)
     assert "Written by tfimm_lora" in (tmp_path / "README.md").read_text()

@@ -93,7 +93,7 @@ def test_classifier_and_biases_are_in_the_file(train_bias, tmp_path):
     assert lora.adapter_of(base) == adapter
 
 
-def test_modules_trained_whole_keep_their_statistics(tmp_path):
+def test_fully_trained_modules_keep_their_statistics(tmp_path):
     spec = tiny_models.GENERIC[0]
     model = tuned(spec, lora_train_modules=["bn2"])
     bn = model.get_layer("bn2")
@@ -252,7 +252,7 @@ def test_switching_needs_no_new_trace(merged):
     assert lora.adapter_of(model) == one
 
 
-def test_another_alpha_is_taken_up_by_b():
+def test_another_alpha_is_absorbed_by_b():
     spec = tiny_models.GENERIC[1]
     strong = tuned(spec, lora_alpha=8)
     adapter, x = lora.adapter_of(strong), spec.inputs()
@@ -261,7 +261,7 @@ def test_another_alpha_is_taken_up_by_b():
     np.testing.assert_allclose(run(model, x), run(strong, x), **CLOSE)
 
 
-def test_other_ranks_and_layers_are_put_in_anew():
+def test_other_ranks_and_layers_are_injected_again():
     spec = tiny_models.GENERIC[0]
     wide = tuned(
         spec,
@@ -290,7 +290,7 @@ def test_other_ranks_and_layers_are_put_in_anew():
     assert lora.adapter_of(model) != given
 
 
-def test_replaced_weights_come_back_with_the_next_adapter():
+def test_replaced_weights_are_restored_before_the_next_adapter():
     spec = tiny_models.GENERIC[0]
     with_head = lora.adapter_of(tuned(spec, lora_train_classifier=True, lora_train_bias="all"))
     model = spec.make()
@@ -501,7 +501,7 @@ def test_combined_adapters_load_and_add_up():
 
 
 @GENERIC
-def test_extracted_adapter_explains_a_model_trained_whole(spec):
+def test_extracted_adapter_approximates_a_fully_trained_model(spec):
     base = spec.make()
     changed = spec.make()
     lora.transfer_weights(base, changed)

@@ -198,7 +198,7 @@ def test_each_row_of_a_batch_has_its_own_adapter(name):
     np.testing.assert_allclose(given, expected, atol=1e-5 * np.abs(expected).max())
 
 
-def test_extracted_adapter_of_a_model_trained_whole():
+def test_extracted_adapter_of_a_fully_trained_model():
     """Also with a new classifier; all but ConvNeXt's layer scale has a place in it."""
     tiny = ARCHITECTURES["convnext"]
     base, tuned = tiny.make(), tiny.make(nb_classes=5)

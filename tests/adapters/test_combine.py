@@ -153,7 +153,7 @@ def test_weights_are_one_by_default():
 
 
 @pytest.mark.parametrize("combination_type", COMBINATION_TYPES)
-def test_inputs_stay_as_they_are_and_results_are_the_same_each_time(combination_type):
+def test_inputs_are_unchanged_and_results_reproducible(combination_type):
     adapters, weights = [adapter(1), adapter(2, scale=2.0)], [1.0, -0.5]
     before = copies(adapters)
     first, again = (
@@ -185,7 +185,7 @@ def test_a_negative_weight_is_the_negated_adapter(combination_type):
 
 
 @pytest.mark.parametrize("combination_type", ["cat", "svd", "linear"])
-def test_an_adapter_minus_itself_is_nothing(combination_type):
+def test_an_adapter_minus_itself_is_zero(combination_type):
     one = adapter(1)
     options = {"rank": 2} if combination_type == "svd" else {}
     gone = combine_adapters([one, one], [1.0, -1.0], combination_type, **options)
@@ -470,7 +470,7 @@ def with_head(seed, **fields):
     return adapter(seed, weights=weights, **fields)
 
 
-def test_weights_trained_whole_stay_if_all_have_the_same():
+def test_identical_fully_trained_weights_are_kept():
     one = with_head(1)
     two = replace(adapter(2), weights=one.weights, modules=("head",), bias="lora_only")
     combined = combine_adapters([one, two], [1.0, 5.0])
@@ -478,7 +478,7 @@ def test_weights_trained_whole_stay_if_all_have_the_same():
     assert (combined.modules, combined.bias) == (("head",), "lora_only")
 
 
-def test_different_weights_trained_whole_need_a_choice():
+def test_different_fully_trained_weights_need_a_choice():
     one, two, none = with_head(1), with_head(2), adapter(3)
     with pytest.raises(ValueError, match=r"head\.weight, linear\.bias.*trained_whole=0.*'aver"):
         combine_adapters([one, two])
@@ -490,7 +490,7 @@ def test_different_weights_trained_whole_need_a_choice():
     assert (dict(without.weights), without.modules, without.bias) == ({}, (), "none")
 
 
-def test_weights_trained_whole_are_averaged_on_request():
+def test_fully_trained_weights_are_averaged_on_request():
     one, two = with_head(1), with_head(2)
     combined = combine_adapters([one, two], [3.0, 1.0], trained_whole="average")
     for key in one.weights:
@@ -512,7 +512,7 @@ def test_counters_stay_whole_numbers_in_the_average():
     assert value.dtype == np.array(3).dtype and value == 6
 
 
-def test_a_layer_is_not_both_adapted_and_trained_whole():
+def test_a_layer_is_not_both_adapted_and_fully_trained():
     one = adapter(1, weights={"linear.weight": np.ones((5, 6))}, kinds=("conv",))
     with pytest.raises(ValueError, match="fully trained linear"):
         combine_adapters([one, adapter(2)], trained_whole=0)
@@ -520,7 +520,7 @@ def test_a_layer_is_not_both_adapted_and_trained_whole():
 
 
 @pytest.mark.parametrize("choice", [2, -1, "mean", True, 0.5])
-def test_choice_of_weights_trained_whole_is_checked(choice):
+def test_choice_of_fully_trained_weights_is_checked(choice):
     with pytest.raises(ValueError, match="Received trained_whole="):
         combine_adapters([with_head(1), with_head(2)], trained_whole=choice)
 
@@ -655,7 +655,7 @@ def test_extraction_is_the_best_of_its_rank(shape):
 @pytest.mark.parametrize(
     "energy, rank", [(0.1, 1), (25 / 35, 1), (0.72, 2), (0.97, 2), (0.98, 3), (1.0, 3)]
 )
-def test_energy_gives_the_smallest_rank_that_holds_it(energy, rank):
+def test_energy_gives_the_smallest_rank_that_keeps_it(energy, rank):
     difference = spectrum(5.0, 3.0, 1.0)
     found = extract_update(difference, energy=energy - 1e-9 if energy < 1 else energy)
     assert found.rank == rank

@@ -171,7 +171,7 @@ def test_no_damaged_file_is_left_in_the_cache(hub):
         assert not content.endswith(b"\0!"), blob
 
 
-def test_what_is_not_there_says_so(hub):
+def test_missing_files_are_explained(hub):
     kind, message = hub["outcomes"]["timm/nothing"]
     assert kind == "FileNotFoundError"
     assert "'timm/nothing' does not exist" in message and "HF_TOKEN" in message
@@ -235,7 +235,7 @@ print("OUTCOMES" + json.dumps(outcomes))
 """
 
 
-def test_adapters_go_to_the_hub_and_come_back(tmp_path):
+def test_adapters_round_trip_through_the_hub(tmp_path):
     import numpy as np
 
     import tfimm_lora as lora

@@ -50,7 +50,7 @@ def assert_comes_back(make, folder, **arguments):
 
 
 @pytest.mark.parametrize("word", WORDS)
-def test_a_layer_called_like_a_level_of_peft_comes_back(word, tmp_path):
+def test_a_layer_named_like_a_level_of_peft_round_trips(word, tmp_path):
     for index, arguments in enumerate(
         (
             dict(lora_targets=["fc"], lora_train_modules=[word]),
@@ -63,14 +63,14 @@ def test_a_layer_called_like_a_level_of_peft_comes_back(word, tmp_path):
 
 
 @pytest.mark.parametrize("pair", list(itertools.combinations(WORDS[:9], 2)), ids="-".join)
-def test_two_layers_called_like_levels_of_peft_come_back(pair, tmp_path):
+def test_two_layers_named_like_levels_of_peft_round_trip(pair, tmp_path):
     for index, (target, whole) in enumerate((pair, pair[::-1])):
         arguments = dict(lora_targets=[target], lora_train_modules=[whole])
         folder = tmp_path / str(index)
         assert_comes_back(lambda: nested(*pair), folder, lora_train_bias="all", **arguments)
 
 
-def test_a_layer_in_one_that_is_called_like_a_level_comes_back(tmp_path):
+def test_a_layer_inside_one_named_like_a_level_round_trips(tmp_path):
     def make():
         keras.utils.set_random_seed(0)
         parts = [
@@ -161,7 +161,7 @@ def test_only_the_module_of_a_short_name_is_trained_after_loading(tmp_path):
     assert ids(fresh.get_layer("norm").weights) <= trained
 
 
-def test_copies_that_bias_all_writes_of_whole_modules_are_left_out(tmp_path):
+def test_copies_of_fully_trained_modules_written_by_bias_all_are_ignored(tmp_path):
     copies = {
         f"{P}head.{level}.bias": normal(3, seed=99)
         for level in ("original_module", "modules_to_save")
@@ -186,7 +186,7 @@ def test_copies_that_bias_all_writes_of_whole_modules_are_left_out(tmp_path):
     lora.load_adapter(towers(), folder)
 
 
-def test_a_module_in_another_whole_one_whose_values_peft_mixes_up_is_refused(tmp_path):
+def test_nested_fully_trained_modules_that_peft_cannot_reload_are_refused(tmp_path):
     folder = write(tmp_path, whole=["part1.norm"], modules_to_save=["part1", "part1.norm"])
     with pytest.raises(ValueError, match="names part1.norm and the module that it is in"):
         lora.Adapter.load(folder)
@@ -282,7 +282,7 @@ def test_an_adapter_whose_layers_were_changed_raises_no_alarm(tmp_path):
 # -- messages -------------------------------------------------------------------------------
 
 
-def test_a_state_dict_of_a_model_is_told_from_a_file(tmp_path):
+def test_a_state_dict_of_a_model_is_distinguished_from_a_file(tmp_path):
     for key in (
         "fc.lora_A.default.weight",
         "fc.lora_B.cats.bias",

@@ -152,7 +152,7 @@ def test_layers_in_16_bits_are_left_to_keras(name, policy):
     np.testing.assert_array_equal(found, expected)
 
 
-def test_taking_lora_out_gives_every_class_back():
+def test_removing_lora_restores_every_class():
     layer, x = made("gelu")
     model = frozen(layer, x.shape)
     assert type(layer) is not layers.Activation

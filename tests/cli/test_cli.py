@@ -248,7 +248,7 @@ def test_no_name_is_cut_where_stdout_is_no_terminal(call, monkeypatch):
     assert err.strip() == f"{len(known_models())} of {len(known_models())} models"
 
 
-def test_names_stay_whole_on_a_narrow_terminal(call, monkeypatch):
+def test_names_are_not_cut_on_a_narrow_terminal(call, monkeypatch):
     monkeypatch.setattr("sys.stdout.isatty", lambda: True)
     for columns in ("40", "80"):
         monkeypatch.setenv("COLUMNS", columns)
@@ -390,7 +390,7 @@ def test_plan_refuses_what_cannot_be_planned(words, message, call, model_file):
 # -- inspect --------------------------------------------------------------------------------
 
 
-def test_numbers_of_an_adapter_are_those_of_the_whole_updates(saved, document):
+def test_numbers_of_an_adapter_are_those_of_the_full_updates(saved, document):
     adapter = several(rank=3)
     found = document("inspect", saved("one", adapter))
     assert [x["layer"] for x in found["layers"]] == [
@@ -475,7 +475,7 @@ def test_plot_draws_every_layer(saved, call, tmp_path):
     assert svg.count("<!-- blocks.") == 3 and "effective rank" in svg
 
 
-def test_plot_replaces_nothing_unasked_and_leaves_nothing_half_done(
+def test_a_plot_replaces_a_file_only_on_request_and_is_complete(
     saved, call, tmp_path, monkeypatch
 ):
     path, plot = saved("one", several()), tmp_path / "pictures" / "plot.png"
@@ -565,7 +565,7 @@ def test_methods_are_those_of_combine_adapters(words, arguments, saved, call, tm
     assert "UserWarning" not in err
 
 
-def test_a_loss_by_truncation_is_told(saved, call, tmp_path):
+def test_a_loss_by_truncation_is_reported(saved, call, tmp_path):
     paths = [saved(f"{i}", lora.Adapter({"fc": update(2, seed=9 * i)})) for i in range(2)]
     words = ["combine", *paths, "--method", "svd", "--rank", "1", "--out", tmp_path / "out"]
     out, err = call(*words, "--json")
@@ -577,7 +577,7 @@ def test_a_loss_by_truncation_is_told(saved, call, tmp_path):
     assert error == pytest.approx(expected, rel=1e-5)
 
 
-def test_combining_replaces_nothing_unasked(saved, call, tmp_path):
+def test_combining_replaces_a_file_only_on_request(saved, call, tmp_path):
     one, out = saved("one", several()), saved("out", several(seed=3))
     (out / "mine.txt").write_text("kept")
     before = contents(out)
@@ -630,7 +630,7 @@ def test_adapters_that_do_not_fit_together_are_refused(saved, call, tmp_path):
 # -- diff -----------------------------------------------------------------------------------
 
 
-def test_distances_are_those_of_the_whole_updates(saved, document):
+def test_distances_are_those_of_the_full_updates(saved, document):
     one, other = several(rank=2), several(rank=3, seed=4, bias="lora_only", dropout=0.1)
     found = document("diff", saved("one", one), saved("other", other))
     assert not found["identical"]
@@ -684,14 +684,14 @@ def test_what_only_one_adapter_has_is_listed(saved, document, call):
         assert text in out
 
 
-def test_nothing_against_nothing_is_the_same(saved, document):
+def test_two_empty_states_are_equal(saved, document):
     none = lora.LayerUpdate(normal(2, 5), np.zeros((6, 2), "float32"))
     other = lora.LayerUpdate(normal(2, 5, seed=1), none.b)
     paths = saved("one", lora.Adapter({"z": none})), saved("two", lora.Adapter({"z": other}))
     assert document("diff", *paths)["layers"][0]["distance"] == 0
 
 
-def test_magnitudes_and_biases_of_branches_are_told(tmp_path, capsys):
+def test_magnitudes_and_biases_of_branches_are_reported(tmp_path, capsys):
     plain = lora.LayerUpdate(np.ones((1, 3)), np.ones((4, 1)))
     for name, more in (
         ("plain", {}),

@@ -106,7 +106,7 @@ def test_evaluate_other_pictures_also_of_some_of_the_classes_only(run, tmp_path,
     assert lines[0][-3:] == ["-", "-", "-"]  # nothing is known of a class without pictures
 
 
-def test_evaluate_takes_val_of_what_is_split_and_tells_of_what_was_trained_on(
+def test_evaluate_uses_the_validation_part_and_warns_of_training_pictures(
     run, tmp_path, capsys
 ):
     train, val = run.split.train.pictures[0], run.split.val.pictures[0]
@@ -171,7 +171,7 @@ def test_evaluate_writes_pictures_and_predictions(run, model, tmp_path, capsys):
         (("predict", "RUN", "x.png", "--top", "0"), 2, "--top"),
     ],
 )
-def test_what_cannot_be_done_is_said(run, arguments, code, message, capsys):
+def test_impossible_requests_are_explained(run, arguments, code, message, capsys):
     given = [run.path if word == "RUN" else word for word in arguments]
     found, out, err = ask(capsys, *given)
     assert (found, out) == (code, "") and message in err and "Traceback" not in err
@@ -218,7 +218,7 @@ def test_predict_files_and_folders_as_the_model_does(run, model, folder, capsys)
     assert f"{100 * first['probability']:.1f} %" in out
 
 
-def test_predict_goes_on_after_what_cannot_be_read_and_fails_at_the_end(run, folder, capsys):
+def test_predict_continues_after_unreadable_files_and_fails_at_the_end(run, folder, capsys):
     break_picture(folder / "9.png")
     gone = folder / "gone\x1b[2J.png"
     code, out, err = ask(capsys, "predict", run.path, gone, folder, "--json")

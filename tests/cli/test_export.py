@@ -161,7 +161,7 @@ def test_a_savedmodel_of_keras_is_opened_and_one_without_is_refused(tmp_path, ca
     ],
 )
 @pytest.mark.parametrize("command", ["export", "merge"])
-def test_what_cannot_be_opened_is_said(tmp_path, call, command, source, words):
+def test_unreadable_files_are_explained(tmp_path, call, command, source, words):
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.keras").write_text("no model")
     out, err = call(command, tmp_path / source, "--out", tmp_path / "m.keras", expect=1)

@@ -121,7 +121,7 @@ def test_a_keras_file_holds_ordinary_layers_and_no_optimizer(tmp_path):
 
 
 @pytest.mark.backends
-def test_a_merged_model_stays_merged_and_gives_its_bits_back(tmp_path):
+def test_a_merged_model_stays_merged_and_is_restored_exactly(tmp_path):
     model = adapted()
     before = values(model.weights)
     lora.merge_lora_weights(model)
@@ -136,7 +136,7 @@ def test_a_merged_model_stays_merged_and_gives_its_bits_back(tmp_path):
 @pytest.mark.backends
 @pytest.mark.skipif(BACKEND == "tensorflow", reason="TensorFlow writes them all")
 @pytest.mark.parametrize("format", ["savedmodel", "tflite", "onnx"])
-def test_other_backends_are_told_what_to_do(tmp_path, format):
+def test_other_backends_get_advice(tmp_path, format):
     with pytest.raises(ValueError, match=f"on {BACKEND}.*KERAS_BACKEND=tensorflow"):
         export(adapted(), tmp_path / NAMES[format])
     assert not os.listdir(tmp_path)
@@ -267,7 +267,7 @@ def test_a_model_of_unknown_inputs_takes_its_shape_from_check_inputs(tmp_path, m
 
 @on_tensorflow
 @pytest.mark.parametrize("format", ["keras", "savedmodel"])  # a file and a folder
-def test_a_file_that_differs_is_an_error_and_nothing_is_left(tmp_path, monkeypatch, format):
+def test_a_different_file_is_an_error_and_is_removed(tmp_path, monkeypatch, format):
     path = tmp_path / NAMES[format]
     model = adapted()
     export(model, path)
@@ -326,7 +326,7 @@ def test_a_model_that_gives_no_numbers_is_refused(tmp_path):
 
 
 @on_tensorflow
-def test_a_batch_of_one_that_is_built_in_is_found(tmp_path):
+def test_a_fixed_batch_size_of_one_is_found(tmp_path):
     @keras.saving.register_keras_serializable(package="tests")
     class One(layers.Layer):
         def call(self, x):
@@ -461,7 +461,7 @@ def test_a_model_of_16_bits_is_written_in_float32(tmp_path, policy, name):
 
 
 @on_tensorflow
-def test_a_model_that_is_another_in_16_bits_is_found(tmp_path, policy):
+def test_a_model_that_differs_in_16_bits_is_reported(tmp_path, policy):
     """What is to be seen are differences of about 1 of numbers about 1000, in steps of 4."""
     policy("mixed_bfloat16")
     entry = keras.Input((4,))
@@ -600,7 +600,7 @@ def test_sizes_that_do_not_depend_on_the_batch_become_numbers():
 
 
 @on_tensorflow
-def test_a_graph_with_a_loop_is_left_as_it_is():
+def test_a_graph_with_a_loop_is_unchanged():
     import tensorflow as tf
 
     from tfimm_lora.exporting.static_shapes import with_static_shapes
@@ -612,7 +612,7 @@ def test_a_graph_with_a_loop_is_left_as_it_is():
 
 
 @on_tensorflow
-def test_a_model_with_a_loop_of_its_own_is_converted(tmp_path):
+def test_a_model_with_a_custom_loop_is_converted(tmp_path):
     import tensorflow as tf
 
     @keras.saving.register_keras_serializable(package="tests")
@@ -676,7 +676,7 @@ def test_tfimm_models_that_ask_for_sizes_roll_or_have_groups(tmp_path, name, for
 
 @pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
-def test_a_class_that_keras_cannot_load_is_said_so(tmp_path):
+def test_a_class_that_keras_cannot_load_is_an_error(tmp_path):
     from tests.helpers.tiny_architectures import ARCHITECTURES
 
     with pytest.raises(

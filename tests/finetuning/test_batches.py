@@ -481,7 +481,7 @@ def test_no_random_crop_is_enlarged_from_a_picture_that_is_large_enough():
 
 
 @pytest.mark.backends
-def test_fit_trains_on_endless_epochs_and_goes_on_where_it_was(tmp_path):
+def test_fit_trains_on_endless_epochs_and_resumes(tmp_path):
     split = find_pictures(write_digits(tmp_path, each=8))
     pre = Preprocessing((8, 8), (0.5,) * 3, (0.5,) * 3, crop_pct=1.0)
     light = Augmentation(scale=(0.8, 1.0))

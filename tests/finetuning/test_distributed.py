@@ -225,7 +225,7 @@ def start_workers(*commands):
 
 @pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="Keras 3 cannot")
-def test_two_workers_train_as_one_device_and_go_on_after_a_kill(folder, tmp_path):
+def test_two_workers_train_as_one_device_and_resume_after_a_kill(folder, tmp_path):
     plain = settings(folder, strategy="multiworker")
     other = settings(folder, "model", strategy="multiworker")
     other["lora"]["lora_dropout"] = 0.1

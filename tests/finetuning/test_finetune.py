@@ -167,7 +167,7 @@ def test_the_model_ends_with_the_weights_of_the_best_epoch(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_patience_ends_a_training_and_resuming_does_not_go_on(tmp_path):
+def test_patience_ends_a_training_and_resuming_keeps_it_ended(tmp_path):
     options = {"epochs": 30, "learning_rate": 0.3, "patience": 2}
     result = trained(net(), tmp_path, **options)
     assert result.stopped_early
@@ -295,7 +295,7 @@ def test_only_the_last_and_the_best_state_are_kept(tmp_path):
         kept.last()
 
 
-def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
+def test_a_file_is_written_completely_or_not_at_all(tmp_path, monkeypatch):
     path = tmp_path / "file"
     write_file(path, "before")
 
@@ -309,7 +309,7 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
 
 @pytest.mark.long
-def test_a_killed_training_goes_on_to_the_same_weights(tmp_path):
+def test_a_killed_training_resumes_to_identical_weights(tmp_path):
     """kill -9 in the middle of an epoch, then another process."""
     code = textwrap.dedent("""
         import sys, time

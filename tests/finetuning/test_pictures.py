@@ -159,7 +159,7 @@ def test_nested_folders_and_every_kind_of_name_are_found_and_hidden_ones_are_not
     assert sorted(found) == sorted(wanted) and split.labels == ("a", "b")
 
 
-def test_files_that_are_no_pictures_are_told_of(tmp_path):
+def test_files_that_are_not_pictures_are_reported(tmp_path):
     classes(tmp_path, "a", "b")
     touch(tmp_path, "a/x.heic", "b/y.HEIC", "b/README")
     with pytest.warns(UserWarning, match=r"2 \.heic, 1 without extension") as caught:
@@ -207,7 +207,7 @@ def test_folders_that_cannot_be_used_say_why_and_what_to_do(tmp_path):
         refused(tmp_path, f"validation={share}", "between 0 and 1", validation=share)
 
 
-def test_classes_of_val_that_train_has_not_are_refused_and_the_reverse_is_told(tmp_path):
+def test_classes_missing_in_train_are_refused_and_those_missing_in_val_reported(tmp_path):
     classes(tmp_path / "train", "a", "b", "c", each=1)
     classes(tmp_path / "val", "a", "b", each=1)
     with pytest.warns(UserWarning, match="classes: c"):
@@ -216,7 +216,7 @@ def test_classes_of_val_that_train_has_not_are_refused_and_the_reverse_is_told(t
     refused(tmp_path, "in val that are not in train: d", "a, b, c")
 
 
-def test_pictures_beside_train_and_val_are_told_of(tmp_path):
+def test_pictures_beside_train_and_val_are_reported(tmp_path):
     touch(write_split(tmp_path), "overview.png")
     with pytest.warns(UserWarning, match=r"beside train/ and val/: overview\.png"):
         find_pictures(tmp_path)
@@ -230,7 +230,7 @@ def test_the_same_file_twice_is_refused(tmp_path, into):
 
 
 @pytest.mark.parametrize("pair", [("Cat", "cat"), ("big cat", "big  cat"), ("é", "e\u0301")])
-def test_labels_that_hardly_differ_are_told_of(tmp_path, pair):
+def test_labels_that_hardly_differ_are_reported(tmp_path, pair):
     classes(tmp_path, *pair)
     with pytest.warns(UserWarning, match="differ only in case or spaces"):
         assert len(find_pictures(tmp_path).labels) == 2
@@ -287,7 +287,7 @@ def test_csv_may_say_the_split(tmp_path):
         ),
     ],
 )
-def test_csv_that_cannot_be_used_says_why(tmp_path, text, error, words):
+def test_an_unusable_csv_is_explained(tmp_path, text, error, words):
     classes(tmp_path, "x")
     refused(write_csv(tmp_path, text), *words, error=error)
 
@@ -599,7 +599,7 @@ def test_refusing_names_the_first_and_counts_all(tmp_path):
         check_pictures(split, "stop")
 
 
-def test_skipping_stops_where_a_class_or_everything_would_be_gone(tmp_path):
+def test_skipping_is_refused_if_a_class_or_everything_would_be_lost(tmp_path):
     split = find_pictures(write_split(tmp_path, each=2))
     for i in range(2):
         break_picture(tmp_path / "train" / "1" / f"{i}.png", "empty")

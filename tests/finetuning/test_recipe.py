@@ -140,7 +140,7 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(folder, 
 
 
 @pytest.mark.long
-def test_a_killed_run_is_resumed_to_the_very_weights(folder, tmp_path):
+def test_a_killed_run_is_resumed_to_identical_weights(folder, tmp_path):
     def command(out):
         return [sys.executable, "-m", "tfimm_lora", *arguments(folder, out, "--resume")]
 
@@ -284,7 +284,7 @@ def test_the_command_line_does_it_all(folder, tmp_path, capsys):
         (["--validation", "1.5"], "validation"),
     ],
 )
-def test_wrong_arguments_are_said_and_leave_nothing(folder, tmp_path, capsys, more, said):
+def test_wrong_arguments_are_refused_and_write_nothing(folder, tmp_path, capsys, more, said):
     assert main(arguments(folder, tmp_path / "run", *more)) == 1
     captured = capsys.readouterr()
     assert said in captured.err and "Traceback" not in captured.err and not captured.out

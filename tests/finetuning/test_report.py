@@ -205,7 +205,7 @@ def test_files_are_evaluated_and_predicted_alike_and_as_numpy_reads_them(digits,
     np.testing.assert_allclose(of_true, got[np.arange(12), labels], rtol=1e-4)
 
 
-def test_files_that_cannot_be_read_are_told_between_the_others(digits, tmp_path):
+def test_unreadable_files_are_reported_between_the_others(digits, tmp_path):
     model = net()
     paths = [picture.path for picture in digits.pictures]
     whole = dict(predict_pictures(model, paths, UNIT))
@@ -309,7 +309,7 @@ def assert_nothing_is_cut_off(image, paper):
 
 
 @pytest.mark.parametrize("dark, paper", [(False, (255, 255, 255)), (True, (23, 27, 33))])
-def test_drawings_are_whole_for_few_and_for_many_classes(tmp_path, dark, paper):
+def test_plots_are_complete_for_few_and_for_many_classes(tmp_path, dark, paper):
     settings = dict(matplotlib.rcParams)
     for name, history, best in (("a", HISTORY, 2), ("b", HISTORY[:1], None)):
         draw_curves(history, tmp_path / f"{name}.png", best, dark=dark)
@@ -372,7 +372,7 @@ def test_mistakes_are_drawn_and_what_is_right_is_not(tmp_path):
         draw_mistakes(Evaluation.of(np.eye(2), np.arange(2)), tmp_path / "x.png")
 
 
-def test_a_file_is_drawn_whole_or_not_at_all(tmp_path):
+def test_a_plot_is_written_completely_or_not_at_all(tmp_path):
     (tmp_path / "c.xyz").write_text("mine")
     with pytest.raises(ValueError, match="xyz"):
         draw_curves(HISTORY, tmp_path / "c.xyz")
@@ -447,7 +447,7 @@ def assert_has_the_numbers(text, run, evaluation):
         assert number in text, number
 
 
-def test_the_report_is_whole_escaped_and_alone(run, evaluation):
+def test_the_report_is_complete_escaped_and_self_contained(run, evaluation):
     text = (run.path / "report.html").read_text(encoding="utf-8")
     assert text.startswith("<!DOCTYPE html>")
     page = Page(text)

@@ -305,7 +305,7 @@ def test_every_model_keeps_its_outputs_and_its_budget(kind):
 
 
 @pytest.mark.parametrize("kind", tiny_models.MODELS, ids=tiny_models.IDS)
-def test_a_model_trains_afterwards_as_ever(kind):
+def test_a_model_trains_the_same_afterwards(kind):
     model = kind.make()
     lora.inject_lora(model, lora_rank=2)
     x = normal(16, *kind.input_shape, seed=3)
@@ -424,7 +424,7 @@ FIRST = UNEVEN[:, :6]
     ],
     ids=str,
 )
-def test_a_layers_scale_stays(arguments):
+def test_a_layers_scale_is_kept(arguments):
     model = two(lora_rank=3, **arguments)
     scales = {path: layer.lora.scale for path, layer in lora_layers(model).items()}
     ranks = lora.initialize_eva(model, [UNEVEN])
@@ -587,7 +587,7 @@ def test_a_compiled_model_whose_ranks_change_must_be_compiled_again():
         model.fit(UNEVEN, UNEVEN[:, :3], verbose=0)
 
 
-def test_a_compiled_model_whose_ranks_stay_goes_on():
+def test_a_compiled_model_keeps_training_if_ranks_stay():
     model = two(lora_rank=3)
     model.compile("adam", "mse")
     model.evaluate(UNEVEN, UNEVEN[:, :3], verbose=0)
@@ -666,7 +666,7 @@ def test_a_model_of_several_inputs():
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="tf.function")
-def test_a_call_that_the_user_compiled_is_seen_into():
+def test_a_compiled_call_is_inspected():
     import tensorflow as tf
 
     class Compiled(keras.Model):

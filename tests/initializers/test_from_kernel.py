@@ -152,7 +152,7 @@ def test_gaussian_has_the_deviation_of_one_over_the_rank(rank):
 
 
 @pytest.mark.parametrize("method", ALL)
-def test_the_same_seed_gives_the_same_bits(method):
+def test_the_same_seed_gives_identical_values(method):
     w = rng(5).normal(size=(30, 24))
     one, same, other = (initial_factors(method, w, 4, 1.0, rng(seed)) for seed in (1, 1, 2))
     np.testing.assert_array_equal(one.a, same.a)
@@ -217,7 +217,7 @@ def test_known_names_pass(name):
         ("", ""),
     ],
 )
-def test_unknown_names_are_told_the_nearest(name, nearest):
+def test_unknown_names_suggest_the_nearest(name, nearest):
     with pytest.raises(ValueError, match=f"nearest first: {nearest}") as error:
         check_init(name)
     assert all(known in str(error.value) for known in KNOWN) and repr(name) in str(error.value)

@@ -111,7 +111,7 @@ def test_pvt_agrees_with_the_implementation_of_its_authors(tmp_path):
     timm_models.assert_agree(run(model, x), timm_models.run(theirs, x))
 
 
-def test_names_with_torch_files_only_go_tfimms_own_way(tmp_path, monkeypatch):
+def test_names_with_only_torch_files_are_loaded_by_tfimm(tmp_path, monkeypatch):
     theirs = authors_module("pvt").pvt_tiny(pretrained=False)
     torch.manual_seed(0)
     timm_models.prepare(theirs, None)

@@ -168,7 +168,7 @@ def test_what_peft_can_configure_is_read(kind, theirs, ours, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "convnext_tiny", "efficientnet_b0"])
-def test_dora_of_convolutions_goes_both_ways(name, theirs, ours, tmp_path):
+def test_dora_of_convolutions_converts_both_ways(name, theirs, ours, tmp_path):
     size, targets, _ = MODELS[name]
     x, model = timm_models.images(size), ours(name)
     wrapped = adapted(theirs(name), r=3, lora_alpha=5, use_dora=True, target_modules=targets)
@@ -193,7 +193,7 @@ class Tokens(torch.nn.Module):
         return self.fc(self.emb(ids))
 
 
-def test_dora_of_an_embedding_goes_both_ways(tmp_path):
+def test_dora_of_an_embedding_converts_both_ways(tmp_path):
     torch.manual_seed(0)
     plain = Tokens()
     base = {key: value.detach().numpy() for key, value in plain.state_dict().items()}
@@ -290,7 +290,7 @@ def test_parts_of_projections_are_exact_in_peft_at_a_wider_rank(parts, theirs, o
     assert lora.adapter_of(again) == lora.adapter_of(model)
 
 
-def test_new_classifier_and_biases_go_both_ways(theirs, ours, tmp_path):
+def test_new_classifier_and_biases_convert_both_ways(theirs, ours, tmp_path):
     """A head for 13 classes, trained here, in a timm model for 13 classes."""
     x = timm_models.images(64)
     model = lora.convert_to_lora_model(

@@ -29,7 +29,7 @@ def test_peft_makes_the_same_of_a_config_that_went_through_ours(name):
 
 
 @pytest.mark.parametrize("arguments", REPRESENTABLE)
-def test_peft_takes_what_is_written_and_gives_it_back(arguments, tmp_path):
+def test_peft_reads_our_files_and_writes_the_same(arguments, tmp_path):
     config = LoRAConfig(**arguments)
     theirs = peft.LoraConfig(**config.to_peft())
     assert LoRAConfig.from_peft(theirs) == _sorted(config)
@@ -55,7 +55,7 @@ STARTS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", "eva")
 
 
 @pytest.mark.parametrize("start", [True, *STARTS, False])
-def test_every_start_is_taken_or_refused_by_name(start):
+def test_every_initialization_is_accepted_or_refused_by_name(start):
     theirs = peft.LoraConfig(init_lora_weights=start, target_modules=["fc1"])
     if start is False:
         with pytest.raises(ValueError, match=f"init_lora_weights={start!r}"):

@@ -42,7 +42,7 @@ def assert_equal_up_to_signs(ours, theirs, atol):
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("rank, alpha", [(4, 4), (4, 16), (8, 2), (10, 5)])
 @pytest.mark.parametrize("method", ["pissa", "olora"])
-def test_factors_and_what_is_left_of_the_base_are_pefts(method, shape, rank, alpha):
+def test_factors_and_residual_kernel_are_those_of_peft(method, shape, rank, alpha):
     w = kernel(*shape)
     theirs = adapted(w, method, rank, alpha)
     scale = alpha / rank

@@ -55,7 +55,7 @@ def test_layer_trains_the_same_when_compiled_by_xla(case):
         np.testing.assert_allclose(compiled, plain, rtol=1e-4, atol=1e-5)
 
 
-def test_small_update_does_not_drown_in_16_bits(policy):
+def test_a_small_update_survives_in_16_bits(policy):
     """An update below the rounding of the kernel still reaches the output."""
     policy("mixed_bfloat16")
     layer = lora.LoRADense(4, lora_rank=1, use_bias=False)
@@ -86,7 +86,7 @@ def test_pure_bfloat16_layer_keeps_its_factors_in_float32():
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float32", "float64"])
-def test_hundred_merges_leave_the_bits(dtype):
+def test_hundred_merges_leave_identical_kernels(dtype):
     """PEFT's bfloat16 weights drift (a third of them after 100 cycles)."""
     layer = lora.LoRADense(16, lora_rank=2, dtype=dtype)
     run(layer, normal(2, 16))

@@ -141,7 +141,7 @@ def products_of_shape(graph, *shapes):
 
 @on_tensorflow
 @pytest.mark.parametrize("product", forms.PRODUCTS)
-def test_no_gradient_of_the_whole_kernel_is_formed(product):
+def test_no_gradient_of_the_full_kernel_is_formed(product):
     """The backward pass holds no tensor of the kernel's shape but the kernel itself."""
     layer, x = lora.LoRADense(320, lora_rank=2, use_bias=False), normal(2, 7, 300)
     run(layer, x)
@@ -156,7 +156,7 @@ def test_no_gradient_of_the_whole_kernel_is_formed(product):
 
 
 @on_tensorflow
-def test_whole_gradient_is_formed_where_it_is_asked_for():
+def test_the_whole_gradient_is_formed_on_request():
     layer, x = lora.LoRADense(320, lora_rank=2, use_bias=False), normal(2, 7, 300)
     run(layer, x)
     with lora.use_form(gradients="whole"):

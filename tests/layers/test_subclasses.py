@@ -127,7 +127,7 @@ def test_call_that_ignores_the_kernel_is_refused():
         run(unbuilt, normal(2, 5))
 
 
-def test_convolution_of_its_own_is_used_and_not_split():
+def test_a_custom_convolution_is_used_and_not_split():
     x = normal(2, 5, 5, 3)
     layer = converted(Scaling(4, 3), x)
     expected = reference.convolution(x, updated_kernel(layer) ** 2, (1, 1), "valid", (1, 1))
@@ -143,7 +143,7 @@ def test_subclass_without_a_call_of_its_own_keeps_its_config():
     assert twin.note == "mine" and twin.lora.rank == 2 and isinstance(twin, Named)
 
 
-def test_class_of_ones_own_loads_once_its_lora_class_is_known(tmp_path):
+def test_a_custom_class_loads_once_its_lora_class_is_registered(tmp_path):
     x = normal(2, 3)
     layer = converted(Named(4, note="mine"), x)
     entry = keras.Input((3,))
@@ -154,7 +154,7 @@ def test_class_of_ones_own_loads_once_its_lora_class_is_known(tmp_path):
     np.testing.assert_allclose(run(loaded, x), run(model, x), **CLOSE)
 
 
-def test_class_defined_anew_takes_the_place_of_the_old_one():
+def test_a_class_that_is_defined_again_replaces_the_old_one():
     """As when a cell of a notebook is run twice."""
 
     def define():

@@ -71,7 +71,7 @@ def test_output_is_that_of_the_reference_merged_or_not(case):
 
 @pytest.mark.backends
 @EVERY
-def test_layer_starts_as_its_base_and_goes_back_to_its_very_bits(case):
+def test_layer_starts_as_its_base_and_is_restored_exactly(case):
     x, base = case.inputs(), case.make_base()
     before = run(base, x)
     lora.convert_to_lora_layer(base, lora_alpha=case.alpha, **case.lora_args)
@@ -213,7 +213,7 @@ def test_dropout_is_on_the_branch_alone(variant):
     assert (np.abs(draws.mean(axis=0) - still) < 6 * error + 1e-3).all()
 
 
-def test_a_small_change_of_a_magnitude_does_not_drown_in_16_bits(policy):
+def test_a_small_change_of_a_magnitude_survives_in_16_bits(policy):
     """1.01 is 1.0078 in bfloat16; many outputs, each rounded, show its true value."""
     policy("mixed_bfloat16")
     layer = lora.LoRADense(8, lora_rank=1, use_bias=False, lora_use_dora=True)
@@ -337,7 +337,7 @@ EACH = pytest.mark.parametrize("variant", list(VARIANTS))
 
 
 @EACH
-def test_adapter_of_a_variant_goes_through_a_file(variant, tmp_path):
+def test_adapter_of_a_variant_round_trips(variant, tmp_path):
     model = tuned(variant)
     expected = run(model, X)
     lora.save_adapter(model, tmp_path)

@@ -109,7 +109,7 @@ class Twins(keras.Model):
         return self.head(self.second(self.first(x)))
 
 
-def test_layers_of_one_name_are_all_adapted_merged_and_taken_out():
+def test_layers_of_one_name_are_all_adapted_merged_and_restored():
     model, x = Twins(lambda: layers.Dense(8, name="fc")), normal(3, 8)
     run(model, x)
     lora.inject_lora(model, lora_targets=["fc"])
@@ -173,7 +173,7 @@ def test_lora_models_with_numbered_names_transfer_their_factors():
     np.testing.assert_allclose(run(dst, x), run(src, x), rtol=1e-6)
 
 
-def test_only_the_classifier_is_trained_not_what_is_called_like_it():
+def test_only_the_classifier_is_trained_not_layers_of_a_similar_name():
     backbone = dense_model("fc1", "head")
     entry = keras.Input((8,))
     model = keras.Model(entry, layers.Dense(3, name="head")(backbone(entry)))
@@ -237,7 +237,7 @@ def test_single_layer_of_an_adapted_model_is_not_adapted_behind_its_back():
     assert type(head).__name__ == "FrozenDense"
 
 
-def test_model_whose_adapted_part_was_taken_out_can_be_freed():
+def test_a_model_whose_lora_was_removed_can_be_freed():
     backbone, model = nested_pair()
     lora.inject_lora(model, lora_targets=["fc1"])
     lora.remove_lora(backbone)
@@ -271,7 +271,7 @@ def test_failure_half_way_leaves_the_model_as_it_was(monkeypatch):
 
 
 @pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
-def test_lora_architecture_inside_another_model_is_taken_out_whole():
+def test_lora_is_removed_from_an_architecture_inside_another_model():
     from tfimm.architectures.vit import ViT
 
     vit = tiny_models.TFIMM[1].make()

@@ -86,7 +86,7 @@ class RunningNorm(layers.Layer):
 
 
 @pytest.mark.parametrize("cls", [WithKwargs, AlwaysTraining, WithoutTraining, RunningNorm])
-def test_statistics_stay(cls):
+def test_statistics_stay_frozen(cls):
     model = lora.inject_lora(around(cls(name="norm")), lora_rank=2)
     stays(model, model.get_layer("norm").weights)
 
@@ -167,7 +167,7 @@ class Counter(layers.Layer):
         return x * self.calls
 
 
-def test_saving_names_statistics_that_changed_nevertheless(tmp_path):
+def test_saving_names_statistics_that_changed(tmp_path):
     pytest.importorskip("safetensors")
     model = lora.inject_lora(around(Counter(name="counter")), lora_rank=2)
     with warnings.catch_warnings():
@@ -206,7 +206,7 @@ def test_modules_that_refer_to_each_other_and_to_their_layer_stay():
 
 @legacy_only
 @pytest.mark.parametrize("where", ["attribute", "list", "nested", "model"])
-def test_variables_of_a_module_stay(where):
+def test_variables_of_a_module_stay_frozen(where):
     import tensorflow as tf
 
     class Linear(tf.Module):
@@ -257,7 +257,7 @@ def test_variables_of_a_module_stay(where):
 
 
 @pytest.mark.skipif(BACKEND != "torch", reason="of torch")
-def test_a_torch_module_stays():
+def test_a_torch_module_stays_frozen():
     import torch
 
     def make():
@@ -276,7 +276,7 @@ def test_a_torch_module_stays():
 
 
 @pytest.mark.skipif(BACKEND != "jax", reason="of JAX")
-def test_a_jax_layer_stays():
+def test_a_jax_layer_stays_frozen():
     import jax.numpy as jnp
 
     def init(rng, inputs, training=False):
@@ -314,7 +314,7 @@ class Late(keras.Model):
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras itself fails to train such a model on JAX")
-def test_layers_that_are_built_in_training_stay():
+def test_layers_that_are_built_in_training_stay_frozen():
     model = Late()
     run(model, normal(2, 4))
     assert not model.aux.built
@@ -347,7 +347,7 @@ class Block(layers.Layer):
 
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras itself fails to train such a model on JAX")
-def test_blocks_that_are_built_in_training_stay_and_come_back():
+def test_blocks_that_are_built_in_training_stay_frozen_and_reload():
     model = Late()
     model.aux = Block(name="aux")
     run(model, normal(2, 4))

@@ -125,7 +125,7 @@ def test_model_without_a_classifier_has_none():
     assert adapted_paths(lora.inject_lora(residual)) == ["fc"]
 
 
-def test_classifier_is_trained_whole_on_request():
+def test_classifier_is_fully_trained_on_request():
     model = lora.inject_lora(tiny_models.functional(), lora_train_classifier=True)
     out = model.get_layer("out")
     assert type(out) is keras.layers.Dense
@@ -142,7 +142,7 @@ def test_trainable_layers_that_do_not_exist_are_an_error():
         lora.lora_trainable_weights(model, train_bias="some")
 
 
-def test_batch_norm_in_a_trained_layer_trains_with_its_statistics():
+def test_batch_norm_in_a_trained_layer_updates_its_statistics():
     model = tiny_models.functional()
     lora.inject_lora(model)
     named = lora.lora_trainable_weights(model, trainable_layers=["bn1"])
@@ -216,7 +216,7 @@ def test_wrong_layer_among_good_ones_leaves_the_model_alone():
     assert len(model.trainable_weights) == 4
 
 
-def test_compiled_model_says_that_it_must_be_compiled_again():
+def test_a_compiled_model_must_be_compiled_again():
     model = tiny_models.functional()
     model.compile("sgd", "mse")
     x = normal(2, 8, 8, 3)
@@ -265,7 +265,7 @@ def fused():
     return keras.Model(entry, keras.layers.Dense(2, name="out")(x))
 
 
-def test_a_fused_layer_of_ones_own_goes_by_its_name():
+def test_a_custom_fused_layer_is_found_by_name():
     model, x = fused(), normal(2, 4, 6)
     before = run(model, x)
     lora.inject_lora(model, lora_rank=2, lora_qkv="v")
@@ -307,7 +307,7 @@ def test_parts_of_what_is_not_fused_are_refused():
         lora.LoRAConv2D(9, 3, lora_qkv="q")
 
 
-def test_modules_named_are_trained_whole_and_not_adapted():
+def test_named_modules_are_fully_trained_and_not_adapted():
     model = lora.inject_lora(tiny_models.subclassed(), lora_train_modules=["block1", "bn"])
     names = lora.lora_trainable_weights(model, trainable_layers=["block1", "bn"])
     assert {id(v) for v in model.trainable_weights} == {id(v) for v in names}

@@ -40,7 +40,7 @@ def test_model(spec, promise, tmp_path):
     LEGACY or BACKEND != "tensorflow", reason="of Keras 3, tested on TensorFlow"
 )
 @pytest.mark.parametrize("spec", APPLICATIONS, ids=[m.name for m in APPLICATIONS])
-def test_applications_adapt_train_merge_and_come_back(spec, tmp_path):
+def test_applications_adapt_train_merge_and_reload(spec, tmp_path):
     contracts.adapts_trains_merges_and_comes_back(spec, tmp_path)
 
 

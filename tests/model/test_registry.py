@@ -203,7 +203,7 @@ def test_registered_class_without_lora_layers_is_an_error():
         lora.convert_to_lora_model(net())
 
 
-def test_class_that_says_itself_what_is_trained():
+def test_a_class_that_defines_what_is_trained():
     class Own(LoRANet):
         cfg_class = LoRANetConfig
 

@@ -84,7 +84,7 @@ def test_a_head_tied_to_an_embedding_merges_without_loss(dora):
     np.testing.assert_allclose(run(model, x), before, rtol=1e-5, atol=1e-6)
 
 
-def test_a_tied_head_has_no_adapter_for_each_example():
+def test_a_tied_head_is_refused_in_mixed_batches():
     model, x = Tied(layers.Embedding(9, 4, name="embed")), np.array([[1, 2], [3, 8]])
     run(model, x)
     lora.inject_lora(model, lora_rank=2, lora_targets=["embed"])

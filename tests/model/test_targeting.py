@@ -269,7 +269,7 @@ def reasons(model, **arguments):
     return {row.path: row.reason for row in explain_targets(model, **arguments)}
 
 
-def test_every_reason_is_told():
+def test_every_reason_is_given():
     told = reasons(
         tiny_models.subclassed(),
         lora_targets=r"block.*|head",

@@ -292,7 +292,7 @@ def test_merging_within_fit_evaluate_and_predict_changes_nothing():
 
 @pytest.mark.backends
 @pytest.mark.parametrize("size", [1, 3])
-def test_training_a_merged_model_says_so(size):
+def test_training_a_merged_model_warns(size):
     layer = keras.layers.Conv2D(4, size) if size > 1 else keras.layers.Dense(4)
     model = keras.Sequential(
         [

@@ -72,7 +72,7 @@ def test_what_peft_adapts_in_timm_is_adapted_in_tfimm(name):
         check(lora.inject_lora(model, **config.arguments()), name)
 
 
-def test_a_config_goes_to_peft_and_back():
+def test_a_config_round_trips_through_peft():
     for name in GOLDEN:
         fields = GOLDEN[name]["fields"]
         config = LoRAConfig.from_peft(fields)
@@ -133,7 +133,7 @@ REPRESENTABLE = [
 ]
 
 
-def test_what_both_can_say_comes_back_the_same():
+def test_settings_that_both_formats_have_round_trip():
     for arguments in REPRESENTABLE:
         config = LoRAConfig(**arguments)
         assert LoRAConfig.from_peft(config.to_peft()) == config
@@ -166,7 +166,7 @@ def test_a_scale_of_one_is_written_as_the_number_that_gives_it():
         lora.remove_lora(model)
 
 
-def test_an_expression_of_paths_becomes_one_of_modules():
+def test_a_pattern_of_paths_becomes_one_of_modules():
     targets = r"(.*/)?blocks\/[01]/[^/]*/fc\d"
     fields = LoRAConfig(lora_targets=targets, lora_exclude=r".*/fc2").to_peft()
     assert fields["target_modules"] == r"(.*\.)?blocks\.[01]\.[^\.]*\.fc\d"
@@ -371,7 +371,7 @@ def test_configs_of_architectures_know_their_own_targets():
     assert default["target_modules"] == ["attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2"]
 
 
-def test_a_setting_that_the_translation_does_not_know_is_refused():
+def test_a_setting_that_cannot_be_translated_is_refused():
     values = {**lora.LoRAConfig(lora_targets=["fc"]).arguments(), "lora_new": 2}
     with pytest.raises(ValueError, match=r"lora_new=2 \(PEFT has no such field"):
         translation.fields_from(values, lora.LoRAConfig.presets())

@@ -511,7 +511,7 @@ def test_an_optimizer_that_was_compiled_before_is_watched():
 
 
 @quiet
-def test_an_interrupted_training_leaves_nothing_behind():
+def test_an_interrupted_training_removes_its_hooks():
     model = two_layers()
     model.compile("adam", "mse")
 

@@ -280,7 +280,7 @@ def test_config_makes_the_same_optimizer_again():
     assert again.get_config() == made.get_config()
 
 
-def test_a_saved_model_goes_on_as_if_it_had_not_been_saved(tmp_path):
+def test_a_saved_model_continues_like_the_original(tmp_path):
     if BACKEND == "torch":
         pytest.skip("the same on every backend")
     model = small()

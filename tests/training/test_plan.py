@@ -141,7 +141,7 @@ def test_reasons_for_leaving_layers_out():
 
 
 @pytest.mark.skipif(not LEGACY, reason="of tfimm")
-def test_targets_of_an_architecture_are_told_from_those_without_parts():
+def test_targets_with_and_without_parts_are_distinguished():
     from tests.helpers.tiny_architectures import ARCHITECTURES
 
     model = ARCHITECTURES["pvt"].make()

@@ -38,7 +38,7 @@ def leaves(model):
 
 
 @pytest.mark.parametrize("name", long_except(CLASSIFIERS, {"vit", "resnet", "convnext"}))
-def test_adapts_trains_merges_saves_and_comes_back(name, tmp_path):
+def test_adapts_trains_merges_saves_and_reloads(name, tmp_path):
     tiny = ARCHITECTURES[name]
     base = tiny.make()
     x, y = digits(16, tiny.size)

@@ -149,7 +149,7 @@ def test_logits_are_those_of_timm(name):
 
 
 @pytest.mark.parametrize("name", FILES)
-def test_layout_is_told_by_the_keys(name):
+def test_layout_is_inferred_from_the_keys(name):
     layout = find_layout(load_file(path_of(name)))
     found = LAYOUTS.index(layout) if layout else None
     assert found == (RENAMED.index(name) if name in RENAMED else None)
@@ -297,7 +297,7 @@ def test_checkpoint_in_several_files(tensors, tmp_path):
         lora.load_timm_weights(model, tmp_path)
 
 
-def test_what_is_no_checkpoint_says_so(tmp_path):
+def test_what_is_not_a_checkpoint_is_an_error(tmp_path):
     model = make("convnext")
     before = state(model)
     whole = path_of("convnext").read_bytes()
