@@ -84,23 +84,29 @@ def _loading_problem(model: Any, path: Path) -> str | None:
 
 
 def _save_as_one_layer(model: Any, inputs: Inputs, path: Path) -> bool:
-    """Save a functional model around the model; return whether it can be loaded.
-
-    The batch size of one only serves to build the layers: the Transformers of tfimm need a
-    known one for it. The loaded model takes any batch size.
-    """
+    """Save a functional model around the model; return whether it can be loaded."""
     keras = backend_of(model).keras
-    symbolic = inputs.pack(
-        [
-            keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)
-            for t in inputs.tensors
-        ]
-    )
+    symbolic = symbolic_inputs(model, inputs)
     try:
         keras.Model(symbolic, model(symbolic)).save(path)
     except Exception:  # noqa: BLE001 - classes that need concrete values raise anything
         return False
     return _loading_problem(model, path) is None
+
+
+def symbolic_inputs(model: Any, inputs: Inputs) -> Any:
+    """The inputs as symbolic tensors, for a functional model around a model.
+
+    The batch size of one only serves to build the layers: the Transformers of tfimm need a
+    known one for it. The loaded model takes any batch size.
+    """
+    keras = backend_of(model).keras
+    return inputs.pack(
+        [
+            keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)
+            for t in inputs.tensors
+        ]
+    )
 
 
 def _packages(config: Any) -> Iterator[str]:
