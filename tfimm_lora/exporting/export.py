@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -261,10 +262,12 @@ def _check(request: ExportRequest, model: Any, result: comparison.Comparison) ->
             "tolerance= if this accuracy is sufficient."
         )
     if result.agreement is not None and result.agreement < comparison.AGREEMENT:
+        same = math.floor(1000 * result.agreement) / 10  # not rounded up to the bound
         raise ValueError(
             f"Model '{model.name}' exported as {request.kind} has the same top class as the "
-            f"model for only {result.agreement:.0%} of the samples; expected at least "
-            f"{comparison.AGREEMENT:.0%}. Nothing was written to {request.path}. {remedy}."
+            f"model for only {same:g} % of the samples; expected at least "
+            f"{100 * comparison.AGREEMENT:g} %. Nothing was written to {request.path}. "
+            f"{remedy}."
         )
 
 

@@ -93,10 +93,15 @@ def with_softmax(model: Layer, symbolic_input: Callable[[], Any]) -> Layer:
     backend = backend_of(model)
     keras = backend.keras
     end = _end(backend, model)
-    if end is not None and end.is_last and backend.is_rebuilt_with_layers(end.model):
-        if end.name == "linear" and isinstance(end.layer, keras.layers.Dense):
-            end.layer.activation = keras.activations.softmax
-            return model
+    if (
+        end is not None
+        and end.is_last
+        and end.name == "linear"
+        and isinstance(end.layer, keras.layers.Dense)
+        and backend.is_rebuilt_with_layers(end.model)
+    ):
+        end.layer.activation = keras.activations.softmax
+        return model
     softmax = keras.layers.Softmax(name=_new_name(model, "softmax"))
     if backend.is_functional(model) or isinstance(model, keras.Sequential):
         return keras.Model(model.input, softmax(model.output), name=model.name)
