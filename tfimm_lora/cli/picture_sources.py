@@ -272,11 +272,11 @@ def _reason(error: Exception) -> str:
     if isinstance(error, urllib.error.HTTPError):
         return f"the server answered {error.code} {error.reason}".rstrip()
     if isinstance(error, TimeoutError):
-        return f"no answer within {TIMEOUT:.0f} s"
+        return f"no answer within {TIMEOUT:g} s"
     if isinstance(error, urllib.error.URLError):
         reason = error.reason
         if isinstance(reason, TimeoutError):
-            return f"no answer within {TIMEOUT:.0f} s"
+            return f"no answer within {TIMEOUT:g} s"
         text = reason.strerror if isinstance(reason, OSError) else None
         return f"the server cannot be reached: {text or reason}"
     return str(error) or type(error).__name__
