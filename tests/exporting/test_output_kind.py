@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 
 import numpy as np
 import pytest
@@ -28,6 +29,15 @@ def classifier(end=None, width=8, name="classifier"):
     is_layer = end is not None and not isinstance(end, str)
     x = layers.Dense(3, activation=None if is_layer else end, name="head")(x)
     return keras.Model(entry, end(x) if is_layer else x, name=name)
+
+
+def convolutional(end=None):
+    """As MobileNet: a convolution of one pixel is the classifier."""
+    x = entry = keras.Input((8, 8, 3))
+    x = layers.GlobalAveragePooling2D(keepdims=True)(x)
+    x = layers.Conv2D(3, 1, name="preds")(layers.Dropout(0.5)(x))
+    x = layers.Reshape((3,))(x)
+    return keras.Model(entry, layers.Activation(end, name="predictions")(x))
 
 
 def within(end):
@@ -95,6 +105,8 @@ def sidecar(done):
         (lambda: stacked("softmax"), "softmax"),
         (lambda: stacked("tanh"), "tanh"),
         (lambda: own(True), None),
+        (lambda: convolutional(), "linear"),
+        (lambda: convolutional("softmax"), "softmax"),
         (lambda: adapted(classifier("softmax")), "softmax"),
     ],
 )
@@ -163,15 +175,33 @@ def test_int8_returns_the_softmax_of_the_logits(tmp_path):
     assert done.returns == "probabilities" and done.agreement >= 0.9
 
 
-@on_tensorflow
-def test_onnx_has_it_in_its_metadata(tmp_path):
-    import onnx
+def metadata(format, path):
+    """The metadata inside a file."""
+    if format == "onnx":
+        import onnx
 
-    for probabilities, expected in ((True, "probabilities"), (None, "logits")):
-        path = tmp_path / f"{expected}.onnx"
-        export(classifier(), path, probabilities=probabilities)
-        told = {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
-        assert told["returns"] == expected
+        return {p.key: json.loads(p.value) for p in onnx.load(path).metadata_props}
+    if format == "tflite":
+        return json.loads(zipfile.ZipFile(path).read("metadata.json"))
+    return json.loads((path / "assets.extra" / "metadata.json").read_text(encoding="utf-8"))
+
+
+@on_tensorflow
+@pytest.mark.parametrize("format", ["savedmodel", "tflite", "onnx"])
+def test_the_metadata_of_a_file_are_inside_it(tmp_path, format):
+    model, more = classifier(), {"mean": [0.5] * 3, "std": [0.25] * 3}
+    done = export(model, tmp_path / NAMES[format], labels=["a", "b", "ü"], preprocessing=more)
+    assert metadata(format, done.path) == {
+        "returns": "logits",
+        "labels": ["a", "b", "ü"],
+        "preprocessing": more,
+        "preprocessing_included": False,
+    }
+    again = export(model, done.path, probabilities=True, overwrite=True)
+    assert metadata(format, again.path)["returns"] == "probabilities"
+    x = normal(2, 8, 8, 3)
+    expected = softmax(run(model, x).astype("float64"), axis=1)
+    np.testing.assert_allclose(load(format, again.path)(x), expected, atol=1e-6)
 
 
 # -- every kind of model --------------------------------------------------------------------
@@ -186,8 +216,9 @@ def test_onnx_has_it_in_its_metadata(tmp_path):
         lambda: own(False),
         lambda: classifier(layers.Flatten()),
         lambda: classifier(layers.Activation("linear")),
+        lambda: convolutional(),
     ],
-    ids=["nested", "sequential", "own", "flatten", "linear"],
+    ids=["nested", "sequential", "own", "flatten", "linear", "convolutional"],
 )
 def test_a_softmax_is_added_to_any_model(tmp_path, make):
     model = make()
@@ -197,6 +228,7 @@ def test_a_softmax_is_added_to_any_model(tmp_path, make):
     np.testing.assert_allclose(load("keras", done.path)(x), expected, atol=1e-6)
     again = export(model, tmp_path / "logits.keras")
     np.testing.assert_allclose(load("keras", again.path)(x), run(model, x), atol=1e-5)
+    assert (done.returns, again.returns) == ("probabilities", "logits")
 
 
 @pytest.mark.backends
@@ -208,8 +240,9 @@ def test_a_softmax_is_added_to_any_model(tmp_path, make):
         lambda: classifier(layers.Softmax()),
         lambda: classifier(layers.Activation("softmax")),
         lambda: classifier("sigmoid"),
+        lambda: convolutional("softmax"),
     ],
-    ids=["nested", "sequential", "layer", "activation", "sigmoid"],
+    ids=["nested", "sequential", "layer", "activation", "sigmoid", "convolutional"],
 )
 def test_a_softmax_or_sigmoid_is_removed(tmp_path, make):
     model = make()

@@ -57,13 +57,13 @@ def read_description(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def onnx_metadata(
+def file_metadata(
     labels: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | None,
     included: bool,
     returns: str | None,
 ) -> dict[str, str]:
-    """The description for the metadata of an ONNX file, whose values are texts in JSON."""
+    """The metadata inside a file. The values are texts in JSON, as ONNX requires texts."""
     values = {
         "returns": returns,
         "labels": None if labels is None else list(labels),

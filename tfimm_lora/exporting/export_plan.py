@@ -11,7 +11,7 @@ import numpy as np
 
 from tfimm_lora.exporting import pictures, writers
 from tfimm_lora.exporting.comparison import Outputs
-from tfimm_lora.exporting.description import onnx_metadata
+from tfimm_lora.exporting.description import file_metadata
 from tfimm_lora.exporting.request import ExportRequest
 from tfimm_lora.exporting.serving import Inputs, inputs_of, outputs_for, traced
 from tfimm_lora.model.output_activation import with_softmax
@@ -134,13 +134,13 @@ class ExportPlan:
             finish=tf.nn.softmax if add_softmax else None,
             inline=request.format != "savedmodel",
         )
+        metadata = file_metadata(
+            self.labels, self.preprocessing, self.prepare is not None, returns
+        )
         if request.format == "savedmodel":
-            writers.write_savedmodel(function, path)
+            writers.write_savedmodel(function, path, metadata)
         elif request.format == "tflite":
-            writers.write_tflite(function, path, request.quantize, samples)
+            writers.write_tflite(function, path, request.quantize, samples, metadata)
         else:
-            metadata = onnx_metadata(
-                self.labels, self.preprocessing, self.prepare is not None, returns
-            )
             writers.write_onnx(function, path, request.opset, metadata)
         return ()

@@ -36,14 +36,14 @@ def kind_of(model: Any, outputs: Outputs) -> str | None:
         return PROBABILITY
     if y.ndim != 2 or y.shape[1] < 2:
         return None
-    if activation is None and _like_softmax(y):
+    if activation is not None:
+        return LOGITS if activation == "linear" else None
+    if _like_softmax(y):
         return PROBABILITY
-    if activation not in (None, "linear") or not classifier_paths(model):
-        return None
-    # The layers after the classifier are not all known. A ReLU, for example, leaves no negative
-    # outputs; the classifiers of tfimm return logits.
-    is_certain = activation == "linear" or classifier_names(getattr(model, "cfg", None))
-    return LOGITS if is_certain or (y < 0).any() else None
+    # The end of the model is not known. After a ReLU, for example, no output is negative.
+    # The classifiers of tfimm return logits.
+    is_logits = classifier_names(getattr(model, "cfg", None)) or (y < 0).any()
+    return LOGITS if classifier_paths(model) and is_logits else None
 
 
 def _like_softmax(y: np.ndarray) -> bool:

@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from tfimm_lora.utils.optional_imports import require
 
 #: The name of the signature in SavedModel and TFLite files.
 SIGNATURE = "serving_default"
+
+#: The name of the file with the metadata in SavedModel and TFLite files.
+METADATA = "metadata.json"
 
 
 def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
@@ -125,10 +128,13 @@ def _packages(config: Any) -> Iterator[str]:
         yield from _packages(value)
 
 
-def write_savedmodel(traced: Any, path: Path) -> None:
+def write_savedmodel(
+    traced: Any, path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a concrete function as the only signature of a SavedModel.
 
-    It contains variables and the graph but no layers, so it can be loaded without Keras.
+    It contains variables and the graph but no layers, so it can be loaded without Keras. The
+    metadata are written to the folder "assets.extra", which TensorFlow reserves for them.
     """
     import tensorflow as tf
 
@@ -137,9 +143,14 @@ def write_savedmodel(traced: Any, path: Path) -> None:
     module.held = [outside for outside, _ in traced.graph.captures]
     with quiet("tensorflow"):
         tf.saved_model.save(module, str(path), signatures={SIGNATURE: traced})
+    if metadata is not None:
+        (path / "assets.extra").mkdir()
+        (path / "assets.extra" / METADATA).write_text(_json(metadata), encoding="utf-8")
 
 
-def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) -> None:
+def write_tflite(
+    traced: Any, path: Path, quantize: str | None, samples: Any, metadata: Mapping[str, str]
+) -> None:
     """Write a concrete function as a TFLite file.
 
     Args:
@@ -148,6 +159,8 @@ def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) ->
         quantize: None, "float16" (weights), "dynamic" (weights in int8) or "int8" (weights
             and activations; inputs and outputs stay float32).
         samples: Inputs to measure the ranges of the activations, for "int8".
+        metadata: The metadata, appended as a file in a zip archive, as TFLite defines for files
+            such as labels.
 
     Raises:
         ValueError: if TFLite does not support an operation.
@@ -177,6 +190,14 @@ def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) ->
         message = _unsupported_message("TFLite", unsupported, "SavedModel or ONNX")
         raise ValueError(message) from error
     path.write_bytes(content)
+    with zipfile.ZipFile(path, "a") as archive:  # appended, since the file is not an archive
+        archive.writestr(zipfile.ZipInfo(METADATA), _json(metadata))
+
+
+def _json(metadata: Mapping[str, str]) -> str:
+    """The metadata as one JSON document. Their values are texts in JSON."""
+    values = {name: json.loads(text) for name, text in metadata.items()}
+    return json.dumps(values, indent=2) + "\n"
 
 
 def write_onnx(traced: Any, path: Path, opset: int, properties: dict[str, str]) -> None:
