@@ -113,15 +113,19 @@ def test_a_name_with_the_characters_of_a_pattern_is_a_file(folder, document):
 
 def test_all_that_is_left_out_in_a_folder_is_reported(folder, ask, document):
     shutil.copy("pics/0.png", "pics/.hidden.png")
+    shutil.copy("pics/0.png", "pics/more/IMG_1")  # without a suffix, the content decides
+    (folder / "pics" / "README").write_text("not a picture")
     (folder / "pics" / ".cache").mkdir()
     (folder / "pics" / "more" / "loop").symlink_to(folder / "pics")
     code, data = document("pics", "pics/1.png", "pics/../pics/2.png")
-    assert code == 0 and len(data["predictions"]) == 4
+    assert code == 0 and len(data["predictions"]) == 5
+    assert paths(data)[-1] == "pics/more/IMG_1"
     assert sorted((x["path"], x["reason"]) for x in data["left_out"]) == [
         ("pics/../pics/2.png", "given more than once"),
         ("pics/.cache", "hidden"),
         ("pics/.hidden.png", "hidden"),
         ("pics/1.png", "given more than once"),
+        ("pics/README", "not a picture"),
         ("pics/more/loop", "a link to a folder listed already"),
         ("pics/notes.txt", "without the suffix of a picture"),
     ]

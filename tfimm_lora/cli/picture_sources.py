@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from tfimm_lora.cli.app import note
-from tfimm_lora.finetuning.data.folders import EXTENSIONS, natural_order, some
+from tfimm_lora.finetuning.data.findings import some
+from tfimm_lora.finetuning.data.picture_files import (
+    EXTENSIONS,
+    is_hidden,
+    is_picture,
+    natural_order,
+)
 from tfimm_lora.finetuning.report.formatting import byte_text, readable
 from tfimm_lora.utils.suggestions import close_names
 from tfimm_lora.version import __version__
@@ -33,7 +39,6 @@ MOST_BYTES = 100_000_000
 TIMEOUT, MOST_SECONDS = 20.0, 120.0
 
 _BLOCK = 1 << 16
-_NO_SUFFIX = "without the suffix of a picture"
 
 
 class Problem(NamedTuple):
@@ -62,7 +67,7 @@ def find_pictures(given: Iterable[str]) -> Found:
     """Find the pictures in files, folders, patterns such as "holiday/**/*.jpg", and URLs.
 
     A file that is named is a picture whatever its suffix. In folders and for patterns, the
-    suffix decides.
+    suffix decides or, for a file without one, its first bytes.
     """
     found, seen = Found(), set[str]()
     for text in given:
@@ -127,7 +132,7 @@ def _below(folder: str, found: Found) -> list[str]:
         for name in sorted(folders, key=natural_order):
             path = os.path.join(above, name)
             real = os.path.realpath(path)
-            if name.startswith(".") or name == "__MACOSX":
+            if is_hidden(name):
                 found.left_out.append(Problem(path, "hidden"))
             elif real in visited:
                 found.left_out.append(Problem(path, "a link to a folder listed already"))
@@ -157,13 +162,16 @@ def _matching(pattern: str, found: Found) -> Iterator[str]:
 
 
 def _is_left_out(path: str, name: str, found: Found) -> bool:
-    """Whether a file is not a picture by its name; if so, record it."""
-    reason = "hidden" if name.startswith(".") else None
-    if reason is None and not name.lower().endswith(EXTENSIONS):
-        reason = _NO_SUFFIX
-    if reason is not None:
-        found.left_out.append(Problem(path, reason))
-    return reason is not None
+    """Whether a file in a folder or of a pattern is not a picture; if so, record it."""
+    if is_hidden(name):
+        reason = "hidden"
+    elif is_picture(path):
+        return False
+    else:
+        has_suffix = os.path.splitext(name)[1]
+        reason = "without the suffix of a picture" if has_suffix else "not a picture"
+    found.left_out.append(Problem(path, reason))
+    return True
 
 
 def note_left_out(found: Found) -> None:
