@@ -257,7 +257,7 @@ def test_an_unfinished_run_is_named(finished, tmp_path, call):
     changed = config.replace("  epochs: 2\n", "  epochs: 5\n")
     (folder / "config.yaml").write_text(changed, encoding="utf-8")
     _, err = call("export", folder, "--out", tmp_path / "m.onnx")
-    assert f"warning: {folder} is unfinished: 2 of 5 epochs are complete" in err
+    assert f"warning: the run in {folder} is unfinished: 2 of 5 epochs are complete" in err
     assert f"tfimm-lora finetune --out {folder} --resume" in err
 
 

@@ -28,7 +28,7 @@ from tfimm_lora.finetuning.run import CONFIG, Run
 
 EXAMPLES = """Examples:
 
-tfimm-lora export runs/flowers --out flowers.onnx
+tfimm-lora export runs/flowers --out flowers.onnx --probabilities
 
 tfimm-lora export runs/flowers --out flowers.tflite --include-preprocessing
 

@@ -43,8 +43,8 @@ def merge_command(
     """Merge the LoRA updates into the weights and write the ordinary model.
 
     It has ordinary layers, is as large and fast as the base model, and loads
-    without this package. A tfimm model needs tfimm and tf-keras. It returns
-    probabilities if the base model ended in a softmax, else logits.
+    without this package. A tfimm model needs tfimm and tf-keras. The model
+    returns probabilities if the base model ended in a softmax, else logits.
     """
     checked_format(out, "keras", overwrite)
     opened = open_source(source)

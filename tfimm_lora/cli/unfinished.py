@@ -12,6 +12,7 @@ def warn_if_unfinished(run: Run) -> None:
         return  # without an epoch there is no model, which is an error of its own
     done, requested = run.unfinished
     note(
-        f"warning: {run.path} is unfinished: {done} of {requested} epochs are complete. The "
-        f"best of them is used. Resume it with: tfimm-lora finetune --out {run.path} --resume"
+        f"warning: the run in {run.path} is unfinished: {done} of {requested} epochs are "
+        "complete. The best of them is used. Resume it with: "
+        f"tfimm-lora finetune --out {run.path} --resume"
     )
