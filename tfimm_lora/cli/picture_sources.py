@@ -113,8 +113,10 @@ def _missing(path: str) -> str:
         return f"it is a link to {os.readlink(path)}, which does not exist"
     if folder and not os.path.isdir(folder):
         return f"there is no folder {folder}"
-    with os.scandir(folder or ".") as entries:
-        near = close_names(name, [entry.name for entry in entries])
+    try:
+        near = close_names(name, os.listdir(folder or "."))
+    except OSError:  # a folder that may not be listed
+        near = []
     return "it does not exist" + (f"; most similar: {', '.join(near[:3])}" if near else "")
 
 

@@ -65,7 +65,7 @@ def without_output_activation(model: Layer) -> Layer:
     """
     backend = backend_of(model)
     end = _end(backend, model)
-    if end is not None and backend.is_rebuilt_with_layers(end.model):
+    if end is not None and all(map(backend.is_rebuilt_with_layers, (model, end.model))):
         linear = backend.keras.activations.linear
         if callable(getattr(end.layer, "activation", None)):
             end.layer.activation = linear
@@ -98,7 +98,7 @@ def with_softmax(model: Layer, symbolic_input: Callable[[], Any]) -> Layer:
         and end.is_last
         and end.name == "linear"
         and isinstance(end.layer, keras.layers.Dense)
-        and backend.is_rebuilt_with_layers(end.model)
+        and all(map(backend.is_rebuilt_with_layers, (model, end.model)))
     ):
         end.layer.activation = keras.activations.softmax
         return model
@@ -122,7 +122,9 @@ def _end(backend: Backend, model: Layer) -> _End | None:
         layers = model.layers if isinstance(model, backend.keras.Sequential) else []
         ends = [layer for layer in layers if not _keeps_values(layer)]
         last = ends[-1] if ends else None
-        return last and _end_at(backend, last, model, [], last is layers[-1])
+        if last is None:
+            return None
+        return _end_at(backend, last, model, [], last is layers[-1])
     if len(model.outputs) != 1:
         return None
     last, inputs = backend.made_by(model.outputs[0])
@@ -137,7 +139,7 @@ def _end_at(
 ) -> _End | None:
     if backend.is_model(layer):
         end = _end(backend, layer)
-        return end and end._replace(is_last=end.is_last and is_last)
+        return None if end is None else end._replace(is_last=end.is_last and is_last)
     name = _activation(layer)
     return None if name is None else _End(name, layer, model, inputs, is_last)
 
