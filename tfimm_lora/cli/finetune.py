@@ -14,6 +14,7 @@ from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_lora_fields, parse_size, parse_targets
 from tfimm_lora.finetuning.distributed.strategy import is_chief
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.page import evaluate_run
 from tfimm_lora.finetuning.run import CONFIG, RECIPE, Run, read_yaml
 
@@ -189,14 +190,15 @@ def finetune(
     result["report"] = str(run.path / "report.html")
 
     def show() -> None:
-        share = result["trainable"] / result["parameters"]
+        share = percent(result["trainable"] / result["parameters"], 2)
+        pictures = f"{len(evaluation.predictions)} validation pictures"
         print(
-            f"accuracy {evaluation.accuracy:.1%} on {len(evaluation.predictions)} validation "
-            f"pictures (epoch {result['best_epoch']}), with {share:.2%} of the parameters "
-            "trained"
+            f"accuracy {percent(evaluation.accuracy)} on {pictures} "
+            f"(epoch {result['best_epoch']}), with {share} of the parameters trained"
         )
         if test is not None:
-            print(f"accuracy {test.accuracy:.1%} on {len(test.predictions)} test pictures")
+            pictures = f"{len(test.predictions)} test pictures"
+            print(f"accuracy {percent(test.accuracy)} on {pictures}")
         print(f"adapter: {run.adapter}\nreport:  {result['report']}")
 
     emit(result, as_json, show)

@@ -8,9 +8,10 @@ import typer
 
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_targets
-from tfimm_lora.cli.tables import byte_text, show_facts, show_table
+from tfimm_lora.cli.tables import show_facts, show_table
 from tfimm_lora.finetuning.activation_memory import activation_bytes
 from tfimm_lora.finetuning.base_model import open_base_model
+from tfimm_lora.finetuning.report.formatting import byte_text, percent
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.plan import Plan, plan
 
@@ -125,7 +126,7 @@ def show(result: Plan, data: dict[str, Any], show_all: bool) -> None:
             "x".join(map(str, x.shape)),
             str(x.rank),
             f"{x.parameters:,}",
-            f"{100 * x.parameters / x.kernel:.1f} %",
+            percent(x.parameters / x.kernel),
         ]
         for x in result.layers
     ]
@@ -173,7 +174,7 @@ def _show_numbers(result: Plan) -> None:
         [
             ("parameters", f"{result.total:,}"),
             ("trained", f"{result.trainable:,} ({listed})"),
-            ("share", f"{100 * result.share:.2f} %"),
+            ("share", percent(result.share, 2)),
             ("classifier", f"{result.classifier_total:,}"),
             ("adapter", f"{result.adapter_bytes:,} bytes ({byte_text(result.adapter_bytes)})"),
         ]

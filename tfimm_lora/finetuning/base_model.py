@@ -16,6 +16,7 @@ from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
+from tfimm_lora.model.output_activation import PROBABILITIES, output_activation
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.utils.suggestions import close_names
 from tfimm_lora.validation import check_choice
@@ -46,12 +47,15 @@ class BaseModel:
         preprocessing: How pictures become its input.
         new_classifier: Whether the classifier was replaced for the requested number of classes.
         from_scratch: Whether the weights are random, so that the model cannot be recreated.
+        returned_probabilities: Whether the saved model ended in a softmax or sigmoid, which was
+            removed.
     """
 
     model: Any
     preprocessing: Preprocessing
     new_classifier: bool
     from_scratch: bool
+    returned_probabilities: bool = False
 
 
 def open_base_model(
@@ -267,6 +271,7 @@ def _from_file(path: str, classes: int | None, normalisation: str | None) -> Bas
             f"{path} contains a LoRA model; expected an ordinary model. Save the result of "
             "convert_to_regular_model instead."
         )
+    returned_probabilities = output_activation(loaded) in PROBABILITIES
     model, is_new = _with_logits(backend, loaded, classes)
     shape = backend.input_shapes(model) or model.input_shape
     if not all(isinstance(side, int) for side in shape[1:4]) or len(shape) != 4:
@@ -278,7 +283,7 @@ def _from_file(path: str, classes: int | None, normalisation: str | None) -> Bas
     preprocessing = Preprocessing(
         (height, width), (0.0,) * 3, (1.0,) * 3, in_channels=channels, crop_pct=1.0
     )
-    return BaseModel(model, preprocessing, new_classifier=is_new, from_scratch=False)
+    return BaseModel(model, preprocessing, is_new, False, returned_probabilities)
 
 
 def _with_logits(backend: Backend, model: Any, classes: int | None) -> tuple[Any, bool]:

@@ -308,6 +308,7 @@ def _begin(
     facts: dict[str, Any] = {
         "preprocessing": base.preprocessing.to_dict(),
         "new_classifier": base.new_classifier,
+        "base_returned_probabilities": base.returned_probabilities,
         "base_sha256": base_hash(recipe.to_dict()),
         "trained_on": split.train.counts(),
         "validated_on": split.val.counts(),

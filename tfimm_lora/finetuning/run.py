@@ -127,6 +127,22 @@ class Run:
         return Preprocessing.from_dict(self._fact("preprocessing"))
 
     @property
+    def base_returned_probabilities(self) -> bool:
+        """Whether the model ended in a softmax or sigmoid before it was fine-tuned."""
+        return bool(self.facts.get("base_returned_probabilities"))
+
+    @property
+    def unfinished(self) -> tuple[int, int] | None:
+        """The number of completed and of requested epochs of a run that can be resumed.
+
+        None if all epochs are complete or the training was stopped early.
+        """
+        done, requested = len(self.history), int(self.recipe["epochs"])
+        if done >= requested or self.facts.get("stopped_early"):
+            return None
+        return done, requested
+
+    @property
     def history(self) -> list[dict[str, float]]:
         """The metrics of each epoch."""
         return read_metrics(self.path / METRICS)

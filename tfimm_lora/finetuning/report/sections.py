@@ -11,7 +11,14 @@ from typing import Any
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.metrics import Evaluation, Prediction
-from tfimm_lora.finetuning.report.formatting import duration, percent
+from tfimm_lora.finetuning.report.formatting import (
+    byte_text,
+    decimal,
+    duration,
+    interval,
+    percent,
+    probability,
+)
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag, thumbnail
 from tfimm_lora.finetuning.report.plots import (
     draw_confusion,
@@ -49,11 +56,11 @@ def result(evaluation: Evaluation, kind: str = "validation") -> Html:
         _number(
             "Accuracy",
             percent(evaluation.accuracy),
-            f"95 % interval: {percent(low)} to {percent(high)}",
+            f"95 % interval: {interval(low, high)}",
             class_="main",
         ),
         _number("Balanced accuracy", percent(evaluation.balanced_accuracy), "mean of classes"),
-        _number("Loss", f"{evaluation.loss:.3f}", "cross-entropy"),
+        _number("Loss", decimal(evaluation.loss, 3), "cross-entropy"),
         _number(
             "Calibration error",
             percent(evaluation.calibration_error),
@@ -133,7 +140,7 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{full}"),
         ("Targets", named),
         ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
-        ("Adapter", f"{adapter.size / 1e6:.2f} MB"),
+        ("Adapter", byte_text(adapter.size)),
         ("Pictures", f"{pictures}, in {recipe['data']}"),
         ("Input", f"{size[0]} x {size[1]} pixels, {run.preprocessing.in_channels} channels"),
         ("Augmentation", recipe["augmentation"]),
@@ -227,7 +234,7 @@ def _mistake(run: Run, mistake: Prediction) -> Html:
             "figcaption",
             tag("span", mistake.true, class_="true"),
             tag("span", f"→\N{NO-BREAK SPACE}{mistake.predicted}", class_="predicted"),
-            tag("span", percent(mistake.probability)),
+            tag("span", probability(mistake.probability)),
             tag("span", path if inside.startswith("..") else inside, class_="path"),
         ),
     )
