@@ -2,10 +2,10 @@
 
 Run ``TF_USE_LEGACY_KERAS=1 python tools/make_architectures.py``. It creates each of the 285
 models, which takes about forty minutes on one core. With ``--text`` it creates none: it keeps
-the numbers and writes what surrounds them again. tests/zoo/test_families.py compares the page with
-the code. The numbers, families, input sizes and targets are also written into the package, for
-``tfimm-lora models``, with those of keras.applications; tests/zoo/test_model_table.py compares them
-with the installed packages.
+the numbers and writes what surrounds them again. tests/zoo/test_families.py compares the page
+with the code. The numbers, families, input sizes and targets are also written into the package,
+for ``tfimm-lora models``, with those of keras.applications; tests/zoo/test_model_table.py
+compares them with the installed packages.
 """
 
 import gc

@@ -10,6 +10,8 @@ from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_targets
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table
 from tfimm_lora.finetuning.activation_memory import activation_bytes
+from tfimm_lora.finetuning.base.early import check_model
+from tfimm_lora.finetuning.base.names import canonical_name
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.plan import Plan, plan
@@ -69,6 +71,7 @@ def plan_command(
     Nothing is trained and no weights are downloaded. The size of the adapter is
     the size of its files. Memory is given for float32.
     """
+    check_model(model)
     import_tensorflow()
     # A model file does not store the normalization. The plan does not depend on it.
     opened = open_base_model(model, classes=classes, normalisation="unit")
@@ -88,7 +91,7 @@ def plan_command(
         shape = (*preprocessing.input_size, preprocessing.in_channels)
         _add_activations(memory, base, arguments, shape, batch_size)
     data = {
-        "model": model,
+        "model": canonical_name(model),
         **result.to_dict(),
         "optimizer": optimizer,
         "batch_size": batch_size,

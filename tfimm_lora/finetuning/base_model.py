@@ -61,8 +61,8 @@ def open_base_model(
     if is_model_file(name):
         if pretrained or weights is not None:
             raise ValueError(
-                f"Received the model file {name!r} with pretrained or weights; expected neither. "
-                "The file contains the weights."
+                f"Received the model file {name!r} with pretrained or weights; expected "
+                "neither. The file contains the weights."
             )
         base = open_file(name, classes, normalisation, input_size)
     elif name.startswith(APPLICATIONS):

@@ -93,7 +93,7 @@ def _is_dense(backend: Backend, layer: Layer) -> bool:
 
 
 def _is_convolution_of_a_vector(backend: Backend, layer: Layer, inputs: list[Tensor]) -> bool:
-    """Whether a layer is a 1x1 convolution of a single position: the same product as a dense layer."""
+    """Whether a layer is a 1x1 convolution of a single position, as good as a dense layer."""
     if not isinstance(layer, backend.keras.layers.Conv2D) or len(inputs) != 1:
         return False
     channels_last = layer.data_format == "channels_last"

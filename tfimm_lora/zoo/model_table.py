@@ -1,8 +1,8 @@
 """What is known about the models of tfimm and Keras Applications without importing either.
 
-``models.json`` beside this module is written by ``tools/make_architectures.py``, because building
-all 285 models of tfimm takes forty minutes and importing TensorFlow takes seconds. A test compares
-it with the installed packages.
+``models.json`` beside this module is written by ``tools/make_architectures.py``, because
+building all 285 models of tfimm takes forty minutes and importing TensorFlow takes seconds. A
+test compares it with the installed packages.
 """
 
 from __future__ import annotations

@@ -12,8 +12,8 @@ def with_logits(backend: Backend, model: Any, classes: int | None) -> tuple[Any,
     """Remove the softmax at the end of a model and set its number of classes.
 
     The classifier is a dense layer, or a 1x1 convolution whose output is flattened. It may be
-    inside models that are inside ``model``. The softmax may be its activation, or a layer of any
-    of these models.
+    inside models that are inside ``model``. The softmax may be its activation, or a layer of
+    any of these models.
 
     Args:
         backend: The backend of the model.

@@ -56,5 +56,6 @@ def downloading(name: str, cache: str) -> Iterator[None]:
 def _not_loaded(name: str, cache: str, error: Exception) -> ConnectionError:
     reason = str(error).strip().rstrip(".")
     return ConnectionError(
-        f"The pretrained weights of {name} could not be loaded: {reason}. {cache} {WAYS_FORWARD}"
+        f"The pretrained weights of {name} could not be loaded: {reason}. {cache} "
+        f"{WAYS_FORWARD}"
     )

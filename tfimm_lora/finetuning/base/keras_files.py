@@ -43,6 +43,30 @@ def saved_by(path: str | os.PathLike[str]) -> SavedBy:
     return SavedBy(legacy, version, tuple(p for p in _PACKAGES if p in named))
 
 
+def check_saved_by(path: str | os.PathLike[str]) -> SavedBy:
+    """Raise an error if a .keras file needs another Keras, or packages that are not installed.
+
+    A file without classes of other packages may load in the other Keras, too, so it is tried.
+
+    Raises:
+        ImportError, ValueError: as ``load_keras_model``.
+    """
+    file = saved_by(path)
+    if file.packages and _is_other_keras(file):
+        raise _other_keras(os.fspath(path), file)
+    for package in file.packages:
+        if not installed(package):
+            raise ImportError(
+                f"{os.fspath(path)} contains classes of {_PACKAGES[package]}, which is not "
+                f"installed. Install it with: pip install {_PACKAGES[package]}"
+            )
+    return file
+
+
+def _is_other_keras(file: SavedBy) -> bool:
+    return file.legacy is not None and file.legacy != uses_legacy_keras()
+
+
 def load_keras_model(path: str | os.PathLike[str]) -> Any:
     """Load a saved Keras model of either Keras that this process can load.
 
@@ -58,20 +82,14 @@ def load_keras_model(path: str | os.PathLike[str]) -> Any:
             Keras.
     """
     path = os.fspath(path)
-    file, backend = saved_by(path), default_backend()
-    if file.legacy is not None and file.legacy != uses_legacy_keras() and file.packages:
-        raise _other_keras(path, file)
+    file, backend = check_saved_by(path), default_backend()
     for package in file.packages:
-        if not installed(package):
-            raise ImportError(
-                f"{path} contains classes of {_PACKAGES[package]}, which is not installed. "
-                f"Install it with: pip install {_PACKAGES[package]}"
-            )
         require(package, extra="hub", why=path)
+    other = f"{LEGACY_SWITCH}={0 if uses_legacy_keras() else 1}"
     try:
         return backend.keras.models.load_model(path, compile=False)
     except Exception as error:  # Keras raises anything for files of another version
-        if file.legacy is not None and file.legacy != uses_legacy_keras():
+        if _is_other_keras(file):
             raise _other_keras(path, file) from error
         if os.path.isdir(path) and not uses_legacy_keras():
             raise ValueError(
@@ -81,6 +99,7 @@ def load_keras_model(path: str | os.PathLike[str]) -> Any:
         raise ValueError(
             f"{path} cannot be loaded by {backend.keras.__name__} "
             f"{backend.keras.__version__}: {error}"
+            + ("" if file.version else f". If the other Keras wrote it, set {other}.")
         ) from error
 
 

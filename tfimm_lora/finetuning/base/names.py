@@ -44,8 +44,8 @@ def canonical_name(name: str) -> str:
 
     Args:
         name: A name as typed: of a tfimm model, of a model of ``keras.applications`` with or
-            without "applications/", or of a timm checkpoint ("vit_tiny_patch16_224.augreg_in21k",
-            "timm/...", "hf-hub:timm/..."), in any case, with "-" or "_".
+            without "applications/", or of a timm checkpoint ("resnet50.a1_in1k", "timm/...",
+            "hf-hub:timm/..."), in any case, with "-" or "_".
 
     Returns:
         A tfimm name, "applications/NAME", or "timm/ARCHITECTURE.TAG" for a checkpoint that is
@@ -170,8 +170,8 @@ def unknown_model(name: str) -> ValueError:
         near += [spelled[other] for other in close_names(plain, spelled, 3, similarity=0.6)]
     is_hub_id = name != _hub_name(name) or name.lower().startswith(TIMM)
     return ValueError(
-        f"Received model {name!r}; expected the name of a model of tfimm or Keras Applications, "
-        "or the path of a saved Keras model. "
+        f"Received model {name!r}; expected the name of a model of tfimm or Keras "
+        "Applications, or the path of a saved Keras model. "
         + (f"Most similar: {', '.join(near)}. " if near else "")
         + (
             "From the hub, only timm's checkpoints of tfimm's architectures can be loaded. "

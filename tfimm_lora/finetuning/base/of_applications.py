@@ -11,6 +11,7 @@ import numpy as np
 
 from tfimm_lora.backend import default_backend
 from tfimm_lora.finetuning.base.downloads import downloading
+from tfimm_lora.finetuning.base.early import not_in_keras3
 from tfimm_lora.finetuning.base.names import APPLICATIONS, unknown_model
 from tfimm_lora.finetuning.base.opened import BaseModel, Size
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
@@ -45,10 +46,7 @@ def open_application(
     known, short = applications(), name[len(APPLICATIONS) :]
     if short not in known:
         if short in applications_table():
-            raise ValueError(
-                f"Received model {name!r}, which Keras 3 does not have. Set the environment "
-                "variable TF_USE_LEGACY_KERAS=1 to use legacy Keras (tf_keras), which has it."
-            )
+            raise not_in_keras3(name)
         raise unknown_model(name)
     create = known[short]
     given = os.fspath(weights) if weights is not None else "imagenet" if pretrained else None

@@ -9,6 +9,7 @@ import numpy as np
 
 from tfimm_lora.backend import default_backend
 from tfimm_lora.finetuning.base.classifier import with_logits
+from tfimm_lora.finetuning.base.early import check_file
 from tfimm_lora.finetuning.base.keras_files import load_keras_model
 from tfimm_lora.finetuning.base.opened import NORMALISATIONS, BaseModel, Size
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
@@ -20,11 +21,7 @@ def open_file(
     path: str, classes: int | None, normalisation: str | None, input_size: Size
 ) -> BaseModel:
     """Load a saved model; see ``open_base_model``."""
-    if not os.path.exists(path):
-        raise FileNotFoundError(
-            f"Received model {path!r}, which does not exist; expected a saved Keras model, or "
-            "the name of a model. tfimm-lora models lists the names."
-        )
+    check_file(path)
     loaded = load_keras_model(path)
     if has_lora(loaded):
         raise ValueError(
@@ -72,8 +69,8 @@ def _size(
         if requested is not None and tuple(requested) != own:
             raise ValueError(
                 f"Received the model file {path!r} with input_size {requested[0]}x"
-                f"{requested[1]}; expected none, or {own[0]}x{own[1]}: the model takes pictures "
-                "of this size only."
+                f"{requested[1]}; expected none, or {own[0]}x{own[1]}: the model takes "
+                "pictures of this size only."
             )
         return (own[0], own[1]), shape[3]
     size = requested or (tuple(converter.image_size or ()) if converter is not None else ())
@@ -94,7 +91,7 @@ def _image_converter(model: Any) -> Any:
 
 
 def _of_keras_hub(converter: Any, default: Preprocessing) -> Preprocessing:
-    """The preprocessing of an ``ImageConverter``: pictures in [0, 255] times scale plus offset."""
+    """The preprocessing of an ``ImageConverter``: scale * picture + offset."""
     scale = _per_channel(converter.scale, 1.0, default.in_channels)
     offset = _per_channel(converter.offset, 0.0, default.in_channels)
     std = 1 / (255 * scale)

@@ -7,10 +7,10 @@ from typing import Any
 
 from tfimm_lora.backend import installed, uses_legacy_keras
 from tfimm_lora.finetuning.base.downloads import downloading, no_pretrained_weights
+from tfimm_lora.finetuning.base.early import check_tfimm
 from tfimm_lora.finetuning.base.names import (
     TIMM,
     is_known,
-    same_application,
     tfimm_architecture,
     unknown_model,
 )
@@ -24,8 +24,8 @@ from tfimm_lora.zoo.weights.hub_ids import WITHOUT_WEIGHTS, hub_id
 from tfimm_lora.zoo.weights.pretrained import create_from_file, create_pretrained
 
 _CACHE = (
-    "They are downloaded once: start the command with a connection to the hub (HF_ENDPOINT), or "
-    "copy the cache of another machine and set HF_HOME."
+    "They are downloaded once: start the command with a connection to the hub (HF_ENDPOINT), "
+    "or copy the cache of another machine and set HF_HOME."
 )
 
 
@@ -39,7 +39,7 @@ def open_tfimm(
         classes, pretrained, weights, input_size: As for ``open_base_model``.
     """
     if is_known(name):
-        _require_usable(name)
+        check_tfimm(name)
     elif not (installed("tfimm") and uses_legacy_keras()):
         raise unknown_model(name)
     tfimm = import_tfimm()
@@ -80,18 +80,6 @@ def open_tfimm(
         from_scratch=weights is None and not pretrained,
         weights=text,
     )
-
-
-def _require_usable(name: str) -> None:
-    """Raise for a known name if tfimm cannot be used here, with the names of both remedies."""
-    same = same_application(name)
-    try:
-        if installed("tfimm") and uses_legacy_keras():
-            return
-        import_tfimm()
-    except (ImportError, RuntimeError) as error:
-        remedy = f" Keras Applications has a similar model: {same}." if same else ""
-        raise type(error)(f"{name} is a model of tfimm. {error}{remedy}") from error
 
 
 def _pretrained(tfimm: Any, name: str, requested: dict[str, Any]) -> Any:

@@ -107,14 +107,12 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
     targets = recipe["lora"].get("lora_targets") or "default of the architecture"
     named = targets if isinstance(targets, str) else ", ".join(targets)
-    weights = "pretrained" if recipe["pretrained"] else recipe["weights"]
-    default = "weights of the file" if facts["base_sha256"] else "random weights"
     train, val = sum(facts["trained_on"].values()), sum(facts["validated_on"].values())
     share = percent(facts["trainable"] / facts["parameters"], 2)
     full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
     return [
-        ("Model", f"{recipe['model']} ({weights or default})"),
+        ("Model", f"{recipe['model']} ({_weights(run)})"),
         ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{full}"),
         ("Targets", named),
         ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
@@ -131,6 +129,15 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ("Training time", duration(facts["seconds"])),
         ("Software", ", ".join(versions)),
     ]
+
+
+def _weights(run: Run) -> str:
+    """The origin of the base weights; runs of earlier versions do not record it."""
+    if "base_origin" in run.facts:
+        return str(run.facts["base_origin"])
+    default = "weights of the file" if run.facts["base_sha256"] else "random weights"
+    named = "pretrained" if run.recipe["pretrained"] else run.recipe["weights"]
+    return str(named or default)
 
 
 def _both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
