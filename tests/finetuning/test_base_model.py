@@ -1,4 +1,4 @@
-"""Opening the model to fine-tune: classifiers of every kind, files of both Kerases, keras_hub."""
+"""Opening the model to fine-tune: any classifier, files of both Kerases, keras_hub."""
 
 import json
 import shutil

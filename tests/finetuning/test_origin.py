@@ -248,7 +248,7 @@ def test_a_digest_depends_on_weights_and_not_on_names():
 def test_what_cannot_work_is_reported_before_the_pictures_are_read(
     folder, tmp_path, capsys, monkeypatch, more, words
 ):
-    monkeypatch.setattr(recipe_module, "check_pictures", lambda *a, **k: pytest.fail("read"))
+    monkeypatch.setattr(recipe_module, "check_data", lambda *a, **k: pytest.fail("read"))
     model = str(folder / "model.keras")
     assert main(arguments(folder, tmp_path / "run", *more, model=model)) == 1
     out, err = capsys.readouterr()
