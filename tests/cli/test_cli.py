@@ -20,6 +20,7 @@ from tfimm_lora.cli import inspect as inspect_module
 from tfimm_lora.cli.app import app
 from tfimm_lora.cli.models import known_models
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.zoo.model_table import tfimm_models
 
 pytestmark = LONG_ON_LEGACY
 
