@@ -100,6 +100,7 @@ def contents(folder):
         ["--help"],
         ["--version"],
         ["no-such-command"],
+        ["models"],
         *([name, "--help"] for name in commands.COMMANDS),
         ["plan", "--no-such-option"],
     ],
@@ -123,6 +124,25 @@ print(code, sorted({{"tensorflow", "keras", "tf_keras", "jax", "torch"}} & set(s
     assert done.returncode == 0, done.stderr
     expected = 2 if any("no-such" in word for word in argv) else 0
     assert done.stdout.splitlines()[-1] == f"{expected} []"
+
+
+@pytest.mark.skipif(LEGACY, reason="legacy Keras is TensorFlow's")
+def test_plan_of_an_application_does_not_wait_for_tensorflow():
+    """Keras counts the weights on NumPy: the same numbers in half of the time."""
+    code = """
+import sys
+from tfimm_lora.cli import main
+sys.argv[1:] = ["plan", "MobileNetV2", "--rank", "4", "--json"]
+code = main()
+print(code, "tensorflow" in sys.modules, file=sys.stderr)
+"""
+    environ = {k: v for k, v in os.environ.items() if k != "KERAS_BACKEND"}
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, env=environ
+    )
+    assert done.stderr.splitlines()[-1] == "0 False", done.stderr
+    total = keras.applications.MobileNetV2(weights=None).count_params()
+    assert json.loads(done.stdout)["total"] == total
 
 
 # -- the command line itself ----------------------------------------------------------------

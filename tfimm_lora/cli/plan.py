@@ -6,12 +6,12 @@ from typing import Annotated, Any
 
 import typer
 
-from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
+from tfimm_lora.cli.app import Json, app, emit, import_keras_to_count, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_targets
 from tfimm_lora.cli.tables import byte_text, show_facts, show_table
 from tfimm_lora.finetuning.activation_memory import activation_bytes
 from tfimm_lora.finetuning.base.early import check_model
-from tfimm_lora.finetuning.base.names import canonical_name
+from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.plan import Plan, plan
@@ -72,7 +72,10 @@ def plan_command(
     the size of its files. Memory is given for float32.
     """
     check_model(model)
-    import_tensorflow()
+    if canonical_name(model).startswith(APPLICATIONS) and batch_size is None:
+        import_keras_to_count()
+    else:
+        import_tensorflow()
     # A model file does not store the normalization. The plan does not depend on it.
     opened = open_base_model(model, classes=classes, normalisation="unit")
     base, preprocessing = opened.model, opened.preprocessing
