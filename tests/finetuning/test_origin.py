@@ -287,5 +287,5 @@ def test_adapters_of_random_tfimm_models_carry_no_checkpoint():
         if "beta" in variable.name or "bias" in variable.name:
             variable.assign(rng.normal(size=tuple(variable.shape)))
     trained = lora.convert_to_lora_model(random, lora_rank=2)
-    assert lora.adapter_of(trained).base_model == "timm/resnet18.a1_in1k"
+    assert lora.adapter_of(trained).base_model == "timm/resnet18.tv_in1k"
     assert lora.adapter_of(trained, "mine").base_model == "mine"

@@ -86,9 +86,10 @@ def not_in_keras3(name: str) -> ValueError:
 
 
 def _is_cached(name: str) -> bool:
-    """Whether a user may have put a model of this name into tfimm's own cache."""
+    """Whether a model of this name is in tfimm's own cache."""
+    tfimm = sys.modules.get("tfimm")
+    if tfimm is not None and hasattr(tfimm, "utils"):
+        return bool(tfimm.utils.cached_model_path(name))
     home = os.environ.get("XDG_CACHE_HOME", "~/.cache")
     folder = os.environ.get("TFIMM_HOME", os.path.join(home, "tfimm"))
-    return "tfimm" in sys.modules or os.path.exists(
-        os.path.join(os.path.expanduser(folder), name)
-    )
+    return os.path.exists(os.path.join(os.path.expanduser(folder), name))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import re
@@ -104,11 +105,13 @@ def load_keras_model(path: str | os.PathLike[str]) -> Any:
 
 
 def _other_keras(path: str, file: SavedBy) -> ValueError:
-    here = default_backend().keras
+    # The version without importing Keras, which would take seconds.
+    package = "tf_keras" if uses_legacy_keras() else "keras"
+    here = f"{package} {importlib.metadata.version(package)}"
     needed, switch = ("legacy Keras (tf_keras)", 1) if file.legacy else ("Keras 3", 0)
     missing = " and install tf-keras" if file.legacy and not installed("tf_keras") else ""
     return ValueError(
         f"{path} was saved by {needed}, version {file.version}, but this process runs "
-        f"{here.__name__} {here.__version__}. Set the environment variable "
+        f"{here}. Set the environment variable "
         f"{LEGACY_SWITCH}={switch}{missing}, and start again."
     )

@@ -28,7 +28,7 @@ class BaseModel:
         new_classifier: Whether the classifier was replaced for the requested number of classes.
         from_scratch: Whether the weights are random, so that the model cannot be recreated.
         weights: The origin of the weights, as the console and the report name it: "pretrained
-            weights timm/resnet18.a1_in1k", "random weights", "weights of model.keras".
+            weights timm/resnet18.tv_in1k", "random weights", "weights of model.keras".
     """
 
     model: Any
