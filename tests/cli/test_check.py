@@ -66,6 +66,14 @@ def test_the_usable_pictures_can_be_used(tmp_path, call):
     call(data, "--usable", usable, "--overwrite", code=1)
 
 
+def test_a_class_that_loses_its_validation_pictures_is_named(tmp_path, call):
+    data = write_split(tmp_path / "my digits", each=2)
+    break_picture(data / "val" / "1" / "0.png", "empty")
+    out = call(data, code=1).out
+    assert "No validation pictures of these classes can be used: 1." in out
+    assert f"finetune --data '{data}' would leave out 1 picture" in out
+
+
 def test_too_few_pictures_write_nothing(tmp_path, call):
     data = touch(tmp_path / "digits", "a/1.png", "a/2.png", "b/1.png")
     shown = call(data, "--usable", tmp_path / "usable.csv", code=1)

@@ -171,6 +171,7 @@ def test_a_killed_run_is_resumed_to_identical_weights(folder, tmp_path):
     assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
+@pytest.mark.long
 def test_a_finished_run_is_trained_on_for_more_epochs(folder, tmp_path, capsys):
     out = tmp_path / "run"
     assert main([*arguments(folder, out), "--patience", "9"]) == 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from collections import Counter
 from pathlib import Path
@@ -138,11 +139,12 @@ def _show_counts(split: Split, left_out: Counter[str]) -> None:
 
 def _verdict(pictures: Path, checked: DataCheck) -> str:
     """What finetune does with these pictures, and how to continue."""
+    data = shlex.quote(str(pictures))
     if not checked.errors and not checked.problems:
-        return f"finetune --data {pictures} can use all {len(checked.split or ())} pictures"
+        return f"finetune --data {data} can use all {len(checked.split or ())} pictures"
     continuing = (
         f"Repair the data, or continue without the files concerned:\n"
-        f"  tfimm-lora check {pictures} --usable usable.csv\n"
+        f"  tfimm-lora check {data} --usable usable.csv\n"
         f"  tfimm-lora finetune --data usable.csv ..."
     )
     if checked.split is None:
@@ -150,4 +152,4 @@ def _verdict(pictures: Path, checked: DataCheck) -> str:
     if checked.errors:
         return f"{count(len(checked.errors), 'error')} would stop finetune. {continuing}"
     left = count(len(checked.problems), "picture")
-    return f"finetune --data {pictures} would leave out {left}"
+    return f"finetune --data {data} would leave out {left}"

@@ -14,6 +14,7 @@ from tfimm_lora.finetuning.data.findings import (
     Problem,
     count,
     raise_errors,
+    some,
 )
 from tfimm_lora.finetuning.data.pictures import inspect_pictures, without
 
@@ -99,4 +100,13 @@ def check_data(
         split = without(listed, problems)
     except ValueError as error:
         findings.append(Finding(ERROR, str(error)))
+    else:
+        before, after = listed.val.counts(), split.val.counts()
+        lost = [label for label in before if before[label] and not after[label]]
+        if lost:
+            message = (
+                "No validation pictures of these classes can be used: "
+                f"{some(lost)}. The model cannot be evaluated on them."
+            )
+            findings.append(Finding(WARNING, message))
     return DataCheck(listed, split, tuple(problems), tuple(findings))
