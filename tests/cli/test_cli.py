@@ -307,7 +307,7 @@ def test_plan_counts_what_can_be_counted_by_hand(model_file, document, tmp_path)
     # As a stranger would do it: load, adapt, save.
     model = keras.models.load_model(model_file)
     lora.inject_lora(model, lora_rank=2, lora_alpha=6)
-    lora.save_adapter(model, tmp_path / "adapter")
+    lora.save_adapter(model, tmp_path / "adapter", base_model=model_file.name)
     written = {name: len(data) for name, data in contents(tmp_path / "adapter").items()}
     assert found["adapter_files"] == written
     assert found["adapter_bytes"] == sum(written.values())

@@ -14,7 +14,9 @@ from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.model.inject import inject_lora
+from tfimm_lora.model.state import RANDOM, base_name, record_base_name
 from tfimm_lora.training.plan import Plan, plan
+from tfimm_lora.zoo.weights.hub_ids import hub_id
 
 EXAMPLES = """Examples:
 
@@ -79,6 +81,10 @@ def plan_command(
     # A model file does not store the normalization. The plan does not depend on it.
     opened = open_base_model(model, classes=classes, normalisation="unit")
     base, preprocessing = opened.model, opened.preprocessing
+    if opened.from_scratch:
+        # The files of the adapter are those of finetune, which loads pretrained weights.
+        plain = (base_name(base) or "").removesuffix(RANDOM)
+        record_base_name(base, hub_id(plain) or plain)
     new = opened.new_classifier if train_classifier is None else train_classifier
     arguments = {
         "lora_rank": rank,

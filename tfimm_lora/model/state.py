@@ -13,7 +13,8 @@ from tfimm_lora.config import LoRAConfig
 
 _STATE = "_lora_model"
 _BASE_NAME = "_lora_base_name"
-_RANDOM = " (random weights)"
+#: The end of the name of a base model with random weights.
+RANDOM = " (random weights)"
 
 
 class ReplacedWeight(NamedTuple):
@@ -84,12 +85,12 @@ def random_weights(name: str) -> str:
         >>> random_weights("convnext_tiny")
         'convnext_tiny (random weights)'
     """
-    return name if name.endswith(_RANDOM) else name + _RANDOM
+    return name if name.endswith(RANDOM) else name + RANDOM
 
 
 def has_random_weights(name: str) -> bool:
     """Whether the name of a base model is one of ``random_weights``."""
-    return name.endswith(_RANDOM)
+    return name.endswith(RANDOM)
 
 
 def restore_replaced_weights(model: Layer) -> None:

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
+from tfimm_lora.backend import uses_legacy_keras
 from tfimm_lora.utils.suggestions import close_names
 from tfimm_lora.zoo.model_table import applications_table, tfimm_models
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
@@ -173,6 +174,11 @@ def unknown_model(name: str) -> ValueError:
         f"Received model {name!r}; expected the name of a model of tfimm or Keras "
         "Applications, or the path of a saved Keras model. "
         + (f"Most similar: {', '.join(near)}. " if near else "")
+        + (
+            "Those without applications/ need tfimm and TF_USE_LEGACY_KERAS=1. "
+            if not uses_legacy_keras() and any(x in tfimm_models() for x in near)
+            else ""
+        )
         + (
             "From the hub, only timm's checkpoints of tfimm's architectures can be loaded. "
             if is_hub_id
