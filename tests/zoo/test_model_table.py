@@ -28,7 +28,8 @@ def test_the_table_has_the_models_of_tfimm():
     import tfimm
 
     table = tfimm_models()
-    assert list(table) == lora.list_models()
+    # Other tests of this process register models of their own.
+    assert list(table) == [n for n in lora.list_models() if not n.startswith("tiny_")]
     for name, row in table.items():
         cls, cfg = tfimm.models.model_class(name), tfimm.models.model_config(name)
         targets = lora.lora_architecture(cls).cfg_class.presets()["default"]
