@@ -21,6 +21,7 @@ from tfimm_lora.exporting.export import export
 from tfimm_lora.exporting.exported import Exported, TensorInfo, description_path
 from tfimm_lora.exporting.opening import instructions
 from tfimm_lora.exporting.request import check_path, format_of
+from tfimm_lora.finetuning.base.keras_files import load_keras_model
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.report.formatting import byte_text, percent
@@ -189,14 +190,7 @@ def _load(path: Path) -> Any:
             "saved Keras model (.keras, .h5, or a SavedModel of legacy Keras)."
         )
     backend = default_backend()
-    name = backend.keras.__name__
-    try:
-        model = backend.keras.models.load_model(str(path), compile=False)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be loaded by {name}: {error}. If the other Keras wrote it, set "
-            f"TF_USE_LEGACY_KERAS={0 if name == 'tf_keras' else 1}."
-        ) from error
+    model = load_keras_model(path)
     if not isinstance(model, backend.keras.Model):
         raise ValueError(
             f"{path} is a SavedModel without a Keras model, which cannot be converted to "

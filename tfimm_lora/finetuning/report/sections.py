@@ -124,8 +124,6 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
     targets = recipe["lora"].get("lora_targets") or "default of the architecture"
     named = targets if isinstance(targets, str) else ", ".join(targets)
-    weights = "pretrained" if recipe["pretrained"] else recipe["weights"]
-    default = "weights of the file" if facts["base_sha256"] else "random weights"
     names = {"trained_on": "training", "validated_on": "validation", "tested_on": "testing"}
     pictures = ", ".join(
         f"{sum(facts[key].values()):,} for {name}"
@@ -136,7 +134,7 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
     return [
-        ("Model", f"{recipe['model']} ({weights or default})"),
+        ("Model", f"{recipe['model']} ({_weights(run)})"),
         ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{full}"),
         ("Targets", named),
         ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
@@ -153,6 +151,15 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ("Training time", duration(facts["seconds"])),
         ("Software", ", ".join(versions)),
     ]
+
+
+def _weights(run: Run) -> str:
+    """The origin of the base weights; runs of earlier versions do not record it."""
+    if "base_origin" in run.facts:
+        return str(run.facts["base_origin"])
+    default = "weights of the file" if run.facts["base_sha256"] else "random weights"
+    named = "pretrained" if run.recipe["pretrained"] else run.recipe["weights"]
+    return str(named or default)
 
 
 def _both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
