@@ -1,4 +1,4 @@
-"""Pictures without TensorFlow: random numbers, resizing, augmentation and batches are the same."""
+"""Pictures without TensorFlow: random numbers, resizing, augmentation and batches."""
 
 import numpy as np
 import pytest

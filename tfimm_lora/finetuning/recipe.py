@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tfimm_lora.backend import backend_of, default_backend, installed
+from tfimm_lora.backend import default_backend
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.config import LoRAConfig, lora_field_names
 from tfimm_lora.finetuning.data.augmentation import Augmentation
@@ -33,6 +33,7 @@ from tfimm_lora.finetuning.run import (
     base_hash,
     open_recipe_base,
 )
+from tfimm_lora.finetuning.tensorboard_logs import tensorboard
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.eva import initialize_eva
@@ -351,14 +352,6 @@ def _train(
         verbose=verbose,
     )
     return trained, time.monotonic() - started
-
-
-def tensorboard(model: Any, folder: Path) -> list[Any]:
-    """The Keras callback that writes TensorBoard logs, if TensorBoard is installed."""
-    if not installed("tensorboard"):
-        return []
-    callback = backend_of(model).keras.callbacks.TensorBoard
-    return [callback(str(folder), write_graph=False)]
 
 
 def class_weights(pictures: PictureSet) -> dict[int, float]:

@@ -96,9 +96,7 @@ class PictureBatches:
     def epoch(self, number: int) -> Any:
         """A ``tf.data.Dataset`` of one epoch, by its index from 0."""
         if not installed("tensorflow"):
-            return one_epoch(
-                self, number, shuffle=self.shuffle, augmentation=self.augmentation
-            )
+            return one_epoch(self, number, shuffle=self.shuffle, augmentation=self.augmentation)
         import tensorflow as tf
 
         batches = self._batches(

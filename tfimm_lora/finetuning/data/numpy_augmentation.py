@@ -94,7 +94,8 @@ def _coloured(augmentation: Augmentation, picture: np.ndarray, drawn: Any) -> np
     b, c, s = (1 + np.float32(getattr(augmentation, n)) * (2 * drawn[n] - 1) for n in names)
     mean = picture.mean((0, 1), dtype=np.float32)[None] @ grey
     matrix = c * b * (s * np.eye(channels, dtype=np.float32) + (1 - s) * grey)
-    return np.clip(picture @ matrix + (1 - c) * b * mean, 0, 255)
+    coloured: np.ndarray = np.clip(picture @ matrix + (1 - c) * b * mean, 0, 255)
+    return coloured
 
 
 def _turned(picture: np.ndarray, angle: Any) -> np.ndarray:

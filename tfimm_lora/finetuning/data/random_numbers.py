@@ -27,8 +27,8 @@ def uniform(seed: Seed, count: int) -> np.ndarray:
         [0.8441, 0.192]
     """
     mantissa = _bits(seed, count) & np.uint32(0x7FFFFF)
-    ones: np.ndarray = (mantissa | np.uint32(127 << 23)).view(np.float32)
-    return ones - np.float32(1)
+    numbers: np.ndarray = (mantissa | np.uint32(127 << 23)).view(np.float32) - np.float32(1)
+    return numbers
 
 
 def fold_in(seed: Seed, number: int, bits: int = 64) -> Seed:

@@ -52,11 +52,14 @@ def resized(pictures: np.ndarray, size: tuple[int, int], method: str) -> np.ndar
     for index in np.ndindex(*planes.shape[:-2]):
         # In float32, so that nothing is rounded to 8 bits.
         plane: Any = image_module.fromarray(np.ascontiguousarray(planes[index]))
-        result[index] = np.asarray(plane.resize((size[1], size[0]), image_module.Resampling[resampling]))
+        result[index] = np.asarray(
+            plane.resize((size[1], size[0]), image_module.Resampling[resampling])
+        )
     return np.moveaxis(result, -3, -1)
 
 
 def _nearest(before: int, after: int) -> np.ndarray:
     """The index of the nearest pixel for each pixel of a side that is resized."""
     places = (np.arange(after, dtype=np.float32) + np.float32(0.5)) * np.float32(before / after)
-    return np.minimum(places.astype(int), before - 1)
+    indices: np.ndarray = np.minimum(places.astype(int), before - 1)
+    return indices
