@@ -69,6 +69,14 @@ def automatic_selection() -> str:
     )
 
 
+def how_to_use_tensorflow() -> str:
+    """The end of an error message of Keras 3 on JAX or torch: how to use TensorFlow instead."""
+    first = (
+        "" if installed("tensorflow") else "Install TensorFlow (pip install tensorflow) and "
+    )
+    return f"{first}set KERAS_BACKEND=tensorflow" if first else "Set KERAS_BACKEND=tensorflow"
+
+
 def require_framework() -> None:
     """Raise an ImportError unless the framework that Keras 3 runs on is installed."""
     selected = selected_framework()

@@ -119,7 +119,7 @@ def seeded_arrays(inputs: Inputs, values: Mapping[str, Any] | None, n: int) -> l
             if not is_prepared or values is not None:
                 array = np.clip(128 + 60 * array, 0, 255).round()
             if is_prepared and values is not None:
-                array = preprocessing_function(values)(array).numpy()
+                array = np.asarray(preprocessing_function(values)(array))
         arrays.append(array.astype(tensor.dtype))
     return arrays
 

@@ -379,5 +379,5 @@ def _versions(backend: Backend) -> dict[str, str]:
     for name in {"tensorflow": 0, "tfimm": 0, framework: 0}:
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "__version__"):
-            versions[name] = module.__version__
+            versions[name] = str(module.__version__)  # torch's is a subclass, unknown to YAML
     return versions
