@@ -88,8 +88,9 @@ def require_framework() -> None:
             "Keras 3 needs TensorFlow, JAX or torch, and none of them is installed. Install "
             "one: pip install tensorflow, pip install jax, or pip install torch."
         )
+    by = f"{FRAMEWORK_SWITCH}={selected}" if os.environ.get(FRAMEWORK_SWITCH) else "keras.json"
     raise ImportError(
-        f"Keras 3 is set to run on {FRAMEWORKS[selected]} (KERAS_BACKEND={selected}), which is "
+        f"Keras 3 is set to run on {FRAMEWORKS[selected]} (by {by}), which is "
         f"not installed; {' and '.join(FRAMEWORKS[name] for name in others)} can be used. Set "
         f"KERAS_BACKEND={others[0]}, or install it: pip install {selected}."
     )
