@@ -12,6 +12,7 @@ from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import find_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.data.random_numbers import fold_in, shuffled, uniform
+from tfimm_lora.finetuning.distributed.devices import JaxDevices, padded
 from tfimm_lora.zoo.weights import preprocessing as preprocessing_module
 from tfimm_lora.zoo.weights.resizing import resized
 
@@ -143,3 +144,25 @@ def test_a_picture_that_became_unreadable_is_named(digits, without_tensorflow):
     break_picture(digits.pictures[0].path)
     with pytest.raises(ValueError, match=digits.pictures[0].path):
         collected(made.in_order())
+
+
+@pytest.mark.parametrize("class_weight", [None, {0: 2.0, 2: 0.5}])
+def test_padding_is_that_of_tensorflow(class_weight):
+    x, y = np.arange(14, dtype="float32").reshape(7, 2), np.arange(7, dtype="int32") % 3
+    dataset = tf.data.Dataset.from_tensor_slices((x, y)).batch(4)
+    size = JaxDevices._padded_size
+
+    class Two:
+        replicas = 2
+
+    def to_even(number, n, where):
+        return size(Two, number, n, where)
+
+    expected = list(padded(dataset, to_even, class_weight).as_numpy_iterator())
+    stream = ((x[i : i + 4], y[i : i + 4]) for i in (0, 4))
+    found = list(padded(stream, to_even, class_weight))
+    assert len(found) == len(expected) == 2 and len(found[1][0]) == 4
+    for one, other in zip(found, expected):
+        for array, wanted in zip(one, other):
+            np.testing.assert_array_equal(array, wanted)
+            assert array.dtype == wanted.dtype

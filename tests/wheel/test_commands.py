@@ -1,7 +1,7 @@
-"""The commands of README and docs run in new environments, made by the install lines of README.
+"""The commands of README and docs run in new environments, made by README's install lines.
 
-There is one environment for each kind of setup. The unpacked sdist stands for the clone in which
-the install lines run. Every command in a bash block is either run here or listed in ``NOT_RUN``.
+There is one environment for each kind of setup. The unpacked sdist stands for the clone in
+which the install lines run. Every command in a bash block is run here or listed in ``NOT_RUN``.
 """
 
 import os
