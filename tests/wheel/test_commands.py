@@ -31,15 +31,14 @@ DOCUMENTS = {
     "tensorflow": ["README.md", "docs/how-to/export.md"],
 }
 
-#: Commands that are not run here -> the reason.
+#: Commands that are not run here, as "document: command" -> the reason.
 NOT_RUN = {
     r"pip install \S*cli,torch": "torch is large; JAX shows that TensorFlow is not needed, and "
     "`make test-torch` runs the tests on torch",
     r"pip install \S*cli,tensorflow": "the tensorflow setup with fewer extras",
-    r"pip install \S*cli,onnx,demo,tensorflow": "the tensorflow setup with scikit-learn",
     r"make (demo|test)$": "CI runs them",
-    r"base\.keras|predict run pictures/3": "run by tests/docs/test_examples.py",
-    r"--strategy|^export '?TF_": "several devices: tests/finetuning/test_distributed.py",
+    r"^docs/tutorials/pictures-to-report.md": "run by tests/docs/test_examples.py",
+    r"^docs/how-to/several-devices.md": "tests/finetuning/test_distributed.py runs strategies",
 }
 
 #: So that the commands are quick, and need no network: replaced text -> its replacement.
@@ -51,8 +50,9 @@ SMALLER = {
 }
 
 
-def is_not_run(command):
-    return any(re.search(pattern, command) for pattern in NOT_RUN)
+def reasons_for(document, command):
+    """The patterns of ``NOT_RUN`` that match a command."""
+    return {p for p in NOT_RUN if re.search(p, f"{document}: {command}")}
 
 
 def is_installation(command):
@@ -64,7 +64,7 @@ def test_every_command_of_the_documents_is_run_or_has_a_reason():
     used = set()
     for document in documents():
         for command in commands_in(document):
-            reasons = {pattern for pattern in NOT_RUN if re.search(pattern, command)}
+            reasons = reasons_for(document, command)
             installs = any(re.search(pattern, command) for pattern in SETUPS.values())
             is_run = document in run_here and not is_installation(command)
             assert reasons or installs or is_run, (document, command)
@@ -109,7 +109,7 @@ def test_commands(setup, tmp_path):
         if "export.md" in document:  # it starts with a run
             (folder / "run").symlink_to(tmp_path / "README.md" / "run")
         for command in commands_in(document):
-            if not is_installation(command) and not is_not_run(command):
+            if not is_installation(command) and not reasons_for(document, command):
                 run("bash", "-ec", smaller(command), cwd=folder)
         assert (folder / "run" / "report.html").exists()
     if setup == "jax":
