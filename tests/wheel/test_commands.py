@@ -48,6 +48,8 @@ SMALLER = {
     # Building and compiling MobileNetV2 takes a minute on JAX.
     r"--model applications/MobileNetV2": "--model small.keras --normalisation unit --epochs 1",
     r"(finetune .*vit_tiny.*) --out run$": r"\1 --epochs 1 --out run",
+    # All commands of a document run in one folder, which then contains a run.
+    r"(usable\.csv.*) --out run$": r"\1 --out run-usable",
 }
 
 #: Saves small.keras with the Keras that the package selects.
