@@ -58,7 +58,7 @@ test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 r
 	TFIMM_LORA_LONG_PEFT_TESTS=1 TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -s -rA \
 		-o timeout=3600 tests/interop/test_peft_random_targets.py tests/interop/test_peft_random_files.py
 
-test-wheel: $(VENV)/.made-wheel  ## Build the sdist and the wheel, check them, and use the wheel elsewhere
+test-wheel: $(VENV)/.made-wheel  ## Build sdist and wheel; run the commands of README and docs in new environments
 	$(PY) -m pytest tests/wheel
 
 benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and other LoRAs

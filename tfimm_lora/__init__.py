@@ -16,9 +16,13 @@ from tfimm_lora.backend.import_hook import after_import as _after_import
 from tfimm_lora.zoo import families as _families
 
 _backend.prefer_legacy_for_tfimm()
+if not _backend.uses_legacy_keras():
+    _backend.prefer_installed_framework()
 
 _load, _, _names = _lazy_loader.attach_stub(__name__, __file__)
-_has_zoo = _backend.uses_legacy_keras() and _backend.installed("tfimm")
+_has_zoo = _backend.uses_legacy_keras() and all(
+    map(_backend.installed, ("tfimm", "tensorflow"))
+)
 
 __all__ = [name for name in _names if _has_zoo or name not in _families.__all__]
 

@@ -304,8 +304,8 @@ def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
     finetune_pictures(recipe(folder, epochs=1), tmp_path / "run", verbose="none")
     with pytest.raises(FileExistsError, match="--resume"):
         finetune_pictures(recipe(folder, epochs=1), tmp_path / "run")
-    with pytest.raises(ValueError, match="epochs=1, now 2"):
-        finetune_pictures(recipe(folder, epochs=2), tmp_path / "run", resume=True)
+    with pytest.raises(ValueError, match="seed=0, now 2"):
+        finetune_pictures(recipe(folder, epochs=1, seed=2), tmp_path / "run", resume=True)
     save_model(folder / "other.keras")
     run = Run.open(tmp_path / "run")
     run.recipe["model"] = str(folder / "other.keras")
@@ -493,4 +493,4 @@ def test_warnings_reach_the_command_line_as_notes(folder, tmp_path, capsys):
     data = ["--data", str(tmp_path / "digits"), "--epochs", "1"]
     assert main(arguments(folder, tmp_path / "run", *data)) == 0
     said = capsys.readouterr().err
-    assert "warning: " in said and "ignored files" in said and ".py:" not in said
+    assert "warning: " in said and "ignored 1 file" in said and ".py:" not in said

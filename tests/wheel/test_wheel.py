@@ -1,23 +1,20 @@
 """The sdist and the wheel: built, checked, installed outside the repository and used there."""
 
 import os
-import subprocess
 import sys
 import venv
 import zipfile
-from pathlib import Path
 
 import pytest
 
+from tests.wheel.conftest import ROOT, run
 from tfimm_lora.version import __version__
-
-ROOT = Path(__file__).parents[2]
 
 USE = """
 import sys
 import numpy as np
+import tfimm_lora as lora  # before Keras: it selects the framework that is installed
 import keras
-import tfimm_lora as lora
 
 assert "site-packages" in lora.__file__, lora.__file__
 assert lora.__version__ == sys.argv[1]
@@ -41,33 +38,13 @@ np.testing.assert_allclose(fresh.predict(x, verbose=0), after, rtol=1e-5, atol=1
 """
 
 
-def run(*command, **options):
-    done = subprocess.run(
-        [*map(str, command)],
-        capture_output=True,
-        text=True,
-        stdin=subprocess.DEVNULL,
-        **options,
-    )
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout
-
-
-@pytest.fixture(scope="module")
-def dist(tmp_path_factory):
-    """The sdist, and the wheel that is built from it."""
-    folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def installed(dist, tmp_path_factory):
     """The folder of the programs of a new environment that has the wheel."""
     folder = tmp_path_factory.mktemp("outside") / "venv"
     venv.create(folder, with_pip=True)
     (wheel,) = dist.glob("*.whl")
-    run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cli]")
+    run(folder / "bin" / "python", "-m", "pip", "install", "--quiet", f"{wheel}[cli,jax]")
     return folder / "bin"
 
 

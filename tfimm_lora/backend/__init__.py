@@ -7,15 +7,38 @@ layer, a model or a layer class, so one process may hold models of both.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 import weakref
 from typing import Any
 
+from tfimm_lora.backend.frameworks import (
+    FRAMEWORK_SWITCH,
+    LEGACY_SWITCH,
+    automatic_selection,
+    how_to_use_tensorflow,
+    installed,
+    prefer_installed_framework,
+    require_framework,
+    require_legacy_keras,
+)
 from tfimm_lora.backend.interface import Backend
 
-LEGACY_SWITCH = "TF_USE_LEGACY_KERAS"
+__all__ = [
+    "automatic_selection",
+    "backend_of",
+    "default_backend",
+    "how_to_use_tensorflow",
+    "installed",
+    "keras3_backend",
+    "legacy_backend",
+    "prefer_installed_framework",
+    "prefer_legacy_for_tfimm",
+    "uses_legacy_keras",
+]
+
+#: What legacy Keras with tfimm consists of.
+_FOR_TFIMM = ("tfimm", "tf_keras", "tensorflow")
 
 
 def prefer_legacy_for_tfimm(environ: Any = os.environ) -> None:
@@ -25,14 +48,9 @@ def prefer_legacy_for_tfimm(environ: Any = os.environ) -> None:
     environment variable when it is imported, so afterwards this has no effect.
     """
     undecided = LEGACY_SWITCH not in environ and "tensorflow" not in sys.modules
-    other_backend = environ.get("KERAS_BACKEND", "tensorflow") != "tensorflow"
-    if undecided and not other_backend and installed("tfimm") and installed("tf_keras"):
+    other_backend = environ.get(FRAMEWORK_SWITCH, "tensorflow") != "tensorflow"
+    if undecided and not other_backend and all(map(installed, _FOR_TFIMM)):
         environ[LEGACY_SWITCH] = "1"
-
-
-def installed(package: str) -> bool:
-    """Whether ``package`` can be imported, without importing it."""
-    return package in sys.modules or importlib.util.find_spec(package) is not None
 
 
 def uses_legacy_keras() -> bool:
@@ -41,7 +59,13 @@ def uses_legacy_keras() -> bool:
 
 
 def legacy_backend() -> Backend:
-    """The backend of legacy Keras."""
+    """The backend of legacy Keras.
+
+    Raises:
+        ImportError: if legacy Keras or TensorFlow is not installed.
+    """
+    if "tf_keras" not in sys.modules:
+        require_legacy_keras()
     # First, because importing it may lead here again; see ``import_hook``. A statement, because
     # layers call this function while AutoGraph converts them, which cannot convert importlib.
     import tf_keras  # noqa: F401
@@ -52,7 +76,13 @@ def legacy_backend() -> Backend:
 
 
 def keras3_backend() -> Backend:
-    """The backend of Keras 3."""
+    """The backend of Keras 3.
+
+    Raises:
+        ImportError: if the framework that it runs on is not installed.
+    """
+    if "keras" not in sys.modules:
+        require_framework()
     import keras  # noqa: F401
 
     from tfimm_lora.backend.keras3 import BACKEND

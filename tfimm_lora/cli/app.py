@@ -17,7 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
-from tfimm_lora.backend import uses_legacy_keras
+from tfimm_lora.backend import automatic_selection, installed, uses_legacy_keras
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.version import __version__
 
@@ -71,13 +71,19 @@ def _common_options(
 
 
 def import_tensorflow() -> None:
-    """Import TensorFlow without its start-up messages on stderr.
+    """Import TensorFlow, if it is installed, without its start-up messages on stderr.
 
     No setting silences the messages that are printed during the import, so stderr goes to a
-    temporary file meanwhile. Does nothing if TensorFlow is already imported or the user has
-    set ``TF_CPP_MIN_LOG_LEVEL``.
+    temporary file meanwhile. If TensorFlow is already imported or the user has set
+    ``TF_CPP_MIN_LOG_LEVEL``, nothing is silenced. Where TensorFlow is not installed, a note
+    names the framework that was selected instead.
     """
+    selection = automatic_selection()
+    if selection:
+        note(selection)
     if "tensorflow" in sys.modules or "TF_CPP_MIN_LOG_LEVEL" in os.environ:
+        return
+    if not installed("tensorflow"):
         return
     os.environ["TF_CPP_MIN_LOG_LEVEL"] = "3"
     stderr = os.dup(2)

@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from tfimm_lora.backend import how_to_use_tensorflow
 from tfimm_lora.cli.app import Json, app, emit, import_keras_to_count, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_targets
 from tfimm_lora.cli.tables import show_facts, show_table
@@ -123,7 +124,7 @@ def _add_activations(
     counts["lora"] = activation_bytes(base, shape, batch_size)
     for method, count in counts.items():
         if count is None:
-            note("activations are counted on TensorFlow only: set KERAS_BACKEND=tensorflow")
+            note(f"activations are counted on TensorFlow only. {how_to_use_tensorflow()}.")
             return
         memory[method]["activations"] = count
         memory[method]["together"] += count

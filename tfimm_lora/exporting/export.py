@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from tfimm_lora.backend import installed
 from tfimm_lora.exporting import comparison
 from tfimm_lora.exporting.comparison import Outputs
 from tfimm_lora.exporting.description import describe
@@ -274,6 +275,9 @@ def _check(request: ExportRequest, model: Any, result: comparison.Comparison) ->
 @contextlib.contextmanager
 def _without_tensor_float_32() -> Iterator[None]:
     """Disable TensorFloat-32, whose products on a GPU have only 10 bits of mantissa."""
+    if not installed("tensorflow"):
+        yield
+        return
     import tensorflow as tf
 
     before = tf.config.experimental.tensor_float_32_execution_enabled()

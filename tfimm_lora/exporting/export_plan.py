@@ -73,7 +73,7 @@ class ExportPlan:
             ValueError: if the model cannot be run on them.
         """
         if self.prepare is not None:
-            arrays = [self.prepare(arrays[0]).numpy()]
+            arrays = [np.asarray(self.prepare(arrays[0]))]
         try:
             return outputs_for(model, self.inputs, arrays)
         except Exception as error:

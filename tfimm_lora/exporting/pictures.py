@@ -11,6 +11,7 @@ import numpy as np
 
 from tfimm_lora.exporting.exported import TensorInfo
 from tfimm_lora.exporting.serving import PICTURES, Inputs
+from tfimm_lora.utils.nested import flatten
 from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
 
 _FIELDS = ("input_size", "mean", "std", "in_channels", "interpolation", "crop_pct")
@@ -118,7 +119,7 @@ def seeded_arrays(inputs: Inputs, values: Mapping[str, Any] | None, n: int) -> l
             if not is_prepared or values is not None:
                 array = np.clip(128 + 60 * array, 0, 255).round()
             if is_prepared and values is not None:
-                array = preprocessing_function(values)(array).numpy()
+                array = np.asarray(preprocessing_function(values)(array))
         arrays.append(array.astype(tensor.dtype))
     return arrays
 
@@ -142,16 +143,14 @@ def given_arrays(given: Any, inputs: Inputs, name: str) -> list[np.ndarray]:
     """The arrays of the caller, in the order and with the dtypes of the inputs.
 
     Args:
-        given: The arrays, in any structure that TensorFlow can flatten.
+        given: The arrays, in any structure of dicts, lists and tuples.
         inputs: The inputs of the file.
         name: The name of the argument, for error messages.
 
     Raises:
         ValueError: if the arrays do not fit the inputs or are not finite.
     """
-    import tensorflow as tf
-
-    arrays = [np.asarray(array) for array in tf.nest.flatten(given)]
+    arrays = [np.asarray(array) for array in flatten(given)]
     expected = ", ".join(str(t.shape) for t in inputs.tensors)
     shapes = ", ".join(str(a.shape) for a in arrays) or "nothing"
     if len(arrays) != len(inputs.tensors) or not all(map(_fits, arrays, inputs.tensors)):

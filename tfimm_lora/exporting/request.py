@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tfimm_lora.backend import backend_of
+from tfimm_lora.backend import backend_of, how_to_use_tensorflow
 from tfimm_lora.exporting.exported import description_path
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.validation import check_choice, check_number
@@ -176,8 +176,9 @@ def _check_framework(model: Any, format: str) -> None:
     if format != "keras" and framework != "tensorflow":
         raise ValueError(
             f"Received the format {format!r} for a model of Keras 3 on {framework}; expected "
-            "'keras'. For the other formats, export to a .keras file first, then load and "
-            "export it in a process with KERAS_BACKEND=tensorflow."
+            "'keras'. The other formats need TensorFlow. "
+            f"{how_to_use_tensorflow()}, in a process that loads and exports a .keras file "
+            "which was exported here."
         )
 
 

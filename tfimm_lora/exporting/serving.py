@@ -12,6 +12,7 @@ import numpy as np
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.exporting.exported import TensorInfo
+from tfimm_lora.utils.nested import flatten, pack_as
 
 #: The names of the input and output of a model that has only one.
 INPUT, PICTURES, OUTPUT = "inputs", "pictures", "outputs"
@@ -26,9 +27,7 @@ class Inputs:
 
     def pack(self, tensors: list[Any]) -> Any:
         """Pack a flat list of tensors into the structure."""
-        import tensorflow as tf
-
-        return tf.nest.pack_sequence_as(self.structure, tensors)
+        return pack_as(self.structure, tensors)
 
 
 def inputs_of(model: Any, check_inputs: Any) -> Inputs:
@@ -41,8 +40,6 @@ def inputs_of(model: Any, check_inputs: Any) -> Inputs:
     Raises:
         ValueError: if neither the model nor ``check_inputs`` defines the shapes.
     """
-    import tensorflow as tf
-
     structure = _structure_of(model)
     if structure is None:
         structure = check_inputs
@@ -54,15 +51,13 @@ def inputs_of(model: Any, check_inputs: Any) -> Inputs:
     names = _names(structure, INPUT, getattr(model, "input_names", None))
     tensors = [
         TensorInfo(name, (None, *tuple(t.shape)[1:]), _dtype_name(t.dtype))
-        for name, t in zip(names, tf.nest.flatten(structure))
+        for name, t in zip(names, flatten(structure))
     ]
     return Inputs(tuple(tensors), structure)
 
 
 def _structure_of(model: Any) -> Any:
     """The inputs as objects with shape and dtype, in the structure that the model takes."""
-    import tensorflow as tf
-
     backend = backend_of(model)
     if backend.is_functional(model):
         return model.input
@@ -76,7 +71,7 @@ def _structure_of(model: Any) -> Any:
     shapes = backend.input_shapes(model)
     if shapes is None:
         return None
-    return backend.map_shapes(lambda shape: tf.TensorSpec(shape, tf.float32), shapes)
+    return backend.map_shapes(lambda shape: TensorInfo("", tuple(shape), "float32"), shapes)
 
 
 def output_names(model: Any, outputs: Any) -> list[str]:
@@ -85,13 +80,11 @@ def output_names(model: Any, outputs: Any) -> list[str]:
 
 
 def _names(structure: Any, one: str, of_model: list[str] | None) -> list[str]:
-    import tensorflow as tf
-
-    flat = tf.nest.flatten(structure)
+    flat = flatten(structure)
     if len(flat) == 1:
         return [one]
     if isinstance(structure, dict) and len(structure) == len(flat):
-        names = sorted(structure)  # the order of tf.nest
+        names = sorted(structure)  # the order of flatten
     elif of_model and len(of_model) == len(flat):
         names = list(of_model)
     else:
@@ -106,20 +99,20 @@ def _dtype_name(dtype: Any) -> str:
 
 def outputs_for(model: Any, inputs: Inputs, arrays: list[np.ndarray]) -> dict[str, np.ndarray]:
     """Run a model on arrays and return its outputs by name."""
-    import tensorflow as tf
-
     given = inputs.pack([_tensor(model, array) for array in arrays])
     outputs = model(given, training=False)
     names = output_names(model, outputs)
     to_numpy = backend_of(model).to_numpy
-    return {name: to_numpy(y) for name, y in zip(names, tf.nest.flatten(outputs))}
+    return {name: to_numpy(y) for name, y in zip(names, flatten(outputs))}
 
 
 def _tensor(model: Any, array: np.ndarray) -> Any:
+    keras = backend_of(model).keras
+    if hasattr(keras, "ops"):
+        return keras.ops.convert_to_tensor(array)
     import tensorflow as tf
 
-    keras = backend_of(model).keras
-    return keras.ops.convert_to_tensor(array) if hasattr(keras, "ops") else tf.constant(array)
+    return tf.constant(array)
 
 
 def traced(

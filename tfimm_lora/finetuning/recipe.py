@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tfimm_lora.backend import backend_of, default_backend, installed
+from tfimm_lora.backend import default_backend
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.config import LoRAConfig, lora_field_names
 from tfimm_lora.finetuning.base.early import check_model
@@ -46,6 +46,7 @@ from tfimm_lora.finetuning.run import (
     one_writer,
     open_recipe_base,
 )
+from tfimm_lora.finetuning.tensorboard_logs import tensorboard
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.training.eva import initialize_eva
@@ -452,14 +453,6 @@ def _train(
     return trained, time.monotonic() - started
 
 
-def tensorboard(model: Any, folder: Path) -> list[Any]:
-    """The Keras callback that writes TensorBoard logs, if TensorBoard is installed."""
-    if not installed("tensorboard"):
-        return []
-    callback = backend_of(model).keras.callbacks.TensorBoard
-    return [callback(str(folder), write_graph=False)]
-
-
 def class_weights(pictures: PictureSet) -> dict[int, float]:
     """Class weights that balance the classes: n / (classes * n of the class).
 
@@ -485,5 +478,5 @@ def _versions(backend: Backend) -> dict[str, str]:
     for name in {"tensorflow": 0, "tfimm": 0, framework: 0}:
         module = sys.modules.get(name)
         if module is not None and hasattr(module, "__version__"):
-            versions[name] = module.__version__
+            versions[name] = str(module.__version__)  # torch's is a subclass, unknown to YAML
     return versions

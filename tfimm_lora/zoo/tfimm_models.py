@@ -12,14 +12,16 @@ def import_tfimm() -> Any:
     """Import tfimm.
 
     Raises:
-        ImportError: If it is not installed.
+        ImportError: If it, TensorFlow or legacy Keras is not installed.
         RuntimeError: If this process runs Keras 3, which tfimm cannot use.
     """
-    if not installed("tfimm"):
+    missing = [name for name in ("tfimm", "tensorflow") if not installed(name)]
+    if missing:
         raise ImportError(
-            "This function needs tfimm, which is not installed. Install it with: pip "
-            "install --no-deps --ignore-requires-python tfimm==0.2.14 && pip install "
-            "tf-keras markdown"
+            f"The models of tfimm need {' and '.join(missing)}, which cannot be imported. "
+            "Install them with legacy Keras: pip install --no-deps --ignore-requires-python "
+            'tfimm==0.2.14 && pip install "tf-keras<2.22" markdown. The models of '
+            "keras.applications, such as applications/MobileNetV2, do not need tfimm."
         )
     if not uses_legacy_keras():
         raise RuntimeError(

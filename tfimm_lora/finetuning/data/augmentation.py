@@ -12,24 +12,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from tfimm_lora.backend import installed
+from tfimm_lora.finetuning.data.numpy_augmentation import DRAWN, GREY, numpy_augmentation
 from tfimm_lora.validation import check_choice
 from tfimm_lora.zoo.weights.preprocessing import INTERPOLATIONS
-
-#: The random numbers of a picture, in [0, 1). Append new ones: the others must not change.
-_DRAWN = (
-    "area",
-    "ratio",
-    "top",
-    "left",
-    "flip",
-    "turn",
-    "brightness",
-    "contrast",
-    "saturation",
-)
-
-#: The weights of red, green and blue in grey (ITU-R 601).
-_GREY = (0.299, 0.587, 0.114)
 
 
 @dataclass(frozen=True)
@@ -130,17 +116,19 @@ class Augmentation:
 
         Returns:
             A function from a picture (h, w, c) of any numeric type in [0, 255] and a seed of
-            two integers to a float32 tensor (height, width, c) in [0, 255].
+            two integers to a float32 tensor (height, width, c) in [0, 255]. Without TensorFlow,
+            to a numpy array with the same values up to rounding.
         """
-        import tensorflow as tf
-
         method = INTERPOLATIONS.get(interpolation, interpolation)
+        if not installed("tensorflow"):
+            return numpy_augmentation(self, size, method, crop_pct)
+        import tensorflow as tf
 
         def augment(picture: Any, seed: Any) -> Any:
             picture = tf.convert_to_tensor(picture)
             # The algorithm is set because TensorFlow's default differs between devices.
-            numbers = tf.random.stateless_uniform((len(_DRAWN),), seed, alg="philox")
-            drawn = dict(zip(_DRAWN, tf.unstack(numbers)))
+            numbers = tf.random.stateless_uniform((len(DRAWN),), seed, alg="philox")
+            drawn = dict(zip(DRAWN, tf.unstack(numbers)))
             top, left, rows, columns = self._crop(tf, picture, size, crop_pct, drawn)
             picture = picture[top : top + rows, left : left + columns]
             picture = tf.image.resize(picture, size, method, antialias=True)
@@ -202,7 +190,7 @@ class Augmentation:
         if not (self.brightness or self.contrast or self.saturation):
             return picture
         channels = picture.shape[-1]
-        grey = tf.constant(_GREY if channels == 3 else (1 / channels,) * channels)[:, None]
+        grey = tf.constant(GREY if channels == 3 else (1 / channels,) * channels)[:, None]
         b, c, s = (
             1.0 + getattr(self, name) * (2 * drawn[name] - 1)
             for name in ("brightness", "contrast", "saturation")

@@ -1,4 +1,7 @@
-"""``PictureBatches``: batches of labelled pictures from tf.data, reproducible by seed."""
+"""``PictureBatches``: batches of labelled pictures, reproducible by seed.
+
+They are read with tf.data, or with threads where TensorFlow is not installed.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +10,10 @@ from typing import Any
 
 import numpy as np
 
+from tfimm_lora.backend import installed
 from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.dataset import PictureSet
+from tfimm_lora.finetuning.data.numpy_batches import endless_epochs, one_epoch
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 
@@ -35,6 +40,10 @@ class PictureBatches:
 
     If a picture has become unreadable since the check, the iteration raises a
     ``tf.errors.InvalidArgumentError`` with the path of the file.
+
+    Without TensorFlow, an epoch is a ``keras.utils.PyDataset`` and ``epochs`` a generator of
+    numpy arrays, with the same order and, up to rounding, the same pictures. An unreadable
+    picture then raises a ``ValueError`` with its path.
 
     Example:
         >>> import pathlib, tempfile
@@ -86,6 +95,8 @@ class PictureBatches:
 
     def epoch(self, number: int) -> Any:
         """A ``tf.data.Dataset`` of one epoch, by its index from 0."""
+        if not installed("tensorflow"):
+            return one_epoch(self, number, shuffle=self.shuffle, augmentation=self.augmentation)
         import tensorflow as tf
 
         batches = self._batches(
@@ -99,6 +110,8 @@ class PictureBatches:
         For ``fit(batches.epochs(7), initial_epoch=7, steps_per_epoch=...)``. Pictures are
         prefetched across the ends of epochs.
         """
+        if not installed("tensorflow"):
+            return endless_epochs(self, first)
         import tensorflow as tf
 
         batches = self._batches(
@@ -112,6 +125,8 @@ class PictureBatches:
 
         Pictures are read at full size, and resized and cropped as timm does in evaluation.
         """
+        if not installed("tensorflow"):
+            return one_epoch(self, 0, shuffle=False, augmentation=None)
         import tensorflow as tf
 
         batches = self._batches(tf.data.Dataset.range(1), shuffle=False, augmentation=None)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
+
+import numpy as np
 
 from tfimm_lora.backend import backend_of, legacy_backend
 from tfimm_lora.backend.interface import Backend
@@ -273,6 +275,8 @@ def current_devices(backend: Backend) -> Devices:
     distribution = backend.distribution()
     if distribution is not None:
         return JaxDevices(distribution)
+    if backend.framework() != "tensorflow":
+        return Devices()
     import tensorflow as tf
 
     if tf.distribute.has_strategy():
@@ -290,6 +294,8 @@ def padded(
     The padding repeats examples of the batch with weight 0. The weights of the others are
     scaled so that the mean of the weighted losses is the mean loss of the batch.
     """
+    if isinstance(batches, Generator):
+        return _numpy_padded(batches, padded_size, class_weight)
     import tensorflow as tf
 
     table = None
@@ -312,12 +318,27 @@ def padded(
     return batches.enumerate().map(pad)
 
 
+def _numpy_padded(
+    batches: Iterable[Any], padded_size: Any, class_weight: Mapping[int, float] | None
+) -> Iterator[Any]:
+    """As ``padded``, for the batches of ``PictureBatches`` without TensorFlow."""
+    for number, (x, y) in enumerate(batches):
+        places = np.arange(padded_size(number, len(y), _where))
+        source = places % len(y)
+        weights = np.where(places < len(y), np.float32(len(places) / len(y)), np.float32(0))
+        if class_weight:
+            weights *= np.array([class_weight.get(int(i), 1.0) for i in y[source]], np.float32)
+        yield x[source], y[source], weights
+
+
 def _where(condition: bool, yes: int, no: int) -> int:
     return yes if condition else no
 
 
 def _is_even(batches: Any, devices: int) -> bool:
     """Whether all batches have the same size, a multiple of the number of devices."""
+    if not hasattr(batches, "element_spec"):  # read without TensorFlow
+        return devices == 1
     import tensorflow as tf
 
     size = tf.nest.flatten(batches.element_spec)[0].shape[0]

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
-from tfimm_lora.backend import default_backend, uses_legacy_keras
+from tfimm_lora.backend import default_backend, how_to_use_tensorflow, uses_legacy_keras
 from tfimm_lora.finetuning.distributed.cluster import Cluster
 from tfimm_lora.finetuning.distributed.devices import (
     NO_WORKERS_ON_KERAS_3,
@@ -61,8 +61,8 @@ def check_strategy(name: str) -> None:
         )
     if name != "data-parallel" and framework != "tensorflow":
         raise ValueError(
-            f"Received strategy={name!r} with Keras 3 on {framework}; expected TensorFlow. Set "
-            "KERAS_BACKEND=tensorflow"
+            f"Received strategy={name!r} with Keras 3 on {framework}; expected TensorFlow. "
+            f"{how_to_use_tensorflow()}"
             + (", or pass strategy='data-parallel'." if framework == "jax" else ".")
         )
     if name == "multiworker":

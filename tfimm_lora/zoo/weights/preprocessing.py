@@ -6,8 +6,11 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from tfimm_lora.backend import default_backend
+import numpy as np
+
+from tfimm_lora.backend import default_backend, installed
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
+from tfimm_lora.zoo.weights.resizing import resized
 
 #: timm's names of interpolations -> TensorFlow's names, where they differ.
 INTERPOLATIONS = {
@@ -39,7 +42,9 @@ def create_preprocessing(
 
     Returns:
         A function from an image (h, w, c) or a batch of images (n, h, w, c), with numbers of
-        any type in [0, 255], to a tensor. It also works in ``tf.data.Dataset.map``.
+        any type in [0, 255], to a tensor of TensorFlow. It also works in
+        ``tf.data.Dataset.map``. Without TensorFlow it returns a numpy array, equal up to
+        rounding.
 
     Raises:
         ImportError, RuntimeError: For a name, if tfimm is not installed or cannot be used.
@@ -56,15 +61,17 @@ def create_preprocessing(
 
     Reference: timm's ``create_transform`` with ``is_training=False``.
     """
-    import tensorflow as tf
-
     cfg = _config(model_or_name)
     channels = in_channels or cfg.in_channels
-    keras = default_backend().keras
-    result = tf.as_dtype(dtype or keras.backend.floatx())
+    dtype = dtype or default_backend().keras.backend.floatx()
     mean = _repeated(cfg.mean, channels)
     # tfimm has a std of zero for vit_base_patch16_224_miil, as timm 0.6 had.
     std = [value or 1.0 for value in _repeated(cfg.std, channels)]
+    if not installed("tensorflow"):
+        return _numpy_preprocessing(cfg, mean, std, dtype, resize)
+    import tensorflow as tf
+
+    result = tf.as_dtype(dtype)
 
     def preprocess(images: Any) -> Any:
         images = tf.cast(images, tf.float32)
@@ -124,3 +131,52 @@ def _covering(tf: Any, sides: Any, height: float, width: float) -> Any:
     by_width = tf.stack([fitted[0], least[1]])
     size = tf.where(fitted[1] >= least[1], by_height, by_width)
     return tf.cast(tf.maximum(size, least), tf.int32)
+
+
+# -- without TensorFlow --------------------------------------------------------------------
+
+
+def _numpy_preprocessing(
+    cfg: Any, mean: list[float], std: list[float], dtype: str, resize: bool
+) -> Callable[[Any], Any]:
+    """The function that ``create_preprocessing`` returns, computed with numpy."""
+    center, spread = np.array(mean, np.float32), np.array(std, np.float32)
+
+    def preprocess(images: Any) -> Any:
+        images = np.asarray(images)
+        if resize:
+            images = _numpy_resized(images, cfg)
+        images = (images.astype(np.float32) / np.float32(255) - center) / spread
+        return images.astype(_numpy_dtype(dtype))
+
+    return preprocess
+
+
+def _numpy_dtype(name: str) -> Any:
+    if name == "bfloat16":  # numpy lacks it; Keras requires this package
+        import ml_dtypes
+
+        return ml_dtypes.bfloat16
+    return np.dtype(name)
+
+
+def _numpy_resized(images: np.ndarray, cfg: Any) -> np.ndarray:
+    """As ``_resized``."""
+    height, width = cfg.input_size
+    crop = getattr(cfg, "crop_pct", None) or 1.0
+    rows, columns = images.shape[-3:-1]
+    size = _numpy_covering(rows, columns, height / crop, width / crop)
+    method = getattr(cfg, "interpolation", None) or "bicubic"
+    images = resized(images, size, INTERPOLATIONS.get(method, method)).clip(0, 255)
+    # Half to even, as tf.round.
+    top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
+    return images[..., top : top + height, left : left + width, :]
+
+
+def _numpy_covering(rows: int, columns: int, height: float, width: float) -> tuple[int, int]:
+    """As ``_covering``."""
+    high, wide = math.floor(height), math.floor(width)
+    fitted = columns * high // rows
+    if fitted >= wide:
+        return high, fitted
+    return max(rows * wide // columns, high), wide

@@ -1,0 +1,134 @@
+"""The batches of ``PictureBatches`` without TensorFlow, for Keras on JAX or torch.
+
+Order and augmentation are those of TensorFlow; see ``random_numbers``.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from tfimm_lora.backend import default_backend
+from tfimm_lora.finetuning.data.augmentation import Augmentation
+from tfimm_lora.finetuning.data.pictures import read_picture
+from tfimm_lora.finetuning.data.random_numbers import Seed, fold_in, shuffled
+
+if TYPE_CHECKING:
+    from tfimm_lora.finetuning.data.batches import PictureBatches
+
+#: The number of batches that are read ahead.
+_AHEAD = 2
+
+Batch = tuple[np.ndarray, np.ndarray]
+
+
+def one_epoch(
+    batches: PictureBatches, epoch: int, *, shuffle: bool, augmentation: Augmentation | None
+) -> Any:
+    """Return one epoch as a ``keras.utils.PyDataset``, which is also iterable."""
+    return _dataset_class()(_Reader(batches, augmentation), _plan(batches, epoch, shuffle))
+
+
+def endless_epochs(batches: PictureBatches, first: int) -> Iterator[Batch]:
+    """Generate the batches of epoch ``first`` and all following ones."""
+    reader = _Reader(batches, batches.augmentation)
+    plans = (
+        plan
+        for epoch in itertools.count(first)
+        for plan in _plan(batches, epoch, batches.shuffle)
+    )
+    waiting: deque[_Reading] = deque()
+    for plan in plans:
+        waiting.append(reader.start(plan))
+        if len(waiting) > _AHEAD:
+            yield waiting.popleft().batch()
+
+
+def _plan(batches: PictureBatches, epoch: int, shuffle: bool) -> list[tuple[Seed, list[int]]]:
+    """The seed of an epoch and the indices of the pictures, for each batch."""
+    count = len(batches.picture_set)
+    seed = fold_in((batches.seed, 0), epoch)
+    order = list(range(count))
+    if shuffle:
+        own = fold_in(seed, count, bits=32)  # an index that no picture has, an int32 in tf.data
+        order = shuffled(own, count).tolist()
+    starts = range(0, count, batches.batch_size)
+    return [(seed, order[start : start + batches.batch_size]) for start in starts]
+
+
+class _Reader:
+    """Reads the pictures of a batch with several threads."""
+
+    def __init__(self, batches: PictureBatches, augmentation: Augmentation | None) -> None:
+        self.pictures = batches.picture_set.pictures
+        self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pictures")
+        preprocessing = batches.preprocessing
+        self.channels = preprocessing.in_channels
+        self.prepare = preprocessing.function(resize=augmentation is None)
+        self.augment, self.enough = None, None
+        if augmentation is not None:
+            self.enough = augmentation.enough(preprocessing.input_size)
+            self.augment = augmentation.function(
+                preprocessing.input_size,
+                interpolation=preprocessing.interpolation,
+                crop_pct=preprocessing.crop_pct,
+            )
+
+    def start(self, plan: tuple[Seed, list[int]]) -> _Reading:
+        """Start to read a batch."""
+        seed, indices = plan
+        labels = np.array([self.pictures[i].label for i in indices], np.int32)
+        return _Reading([self.pool.submit(self._read, seed, i) for i in indices], labels)
+
+    def _read(self, seed: Seed, index: int) -> np.ndarray:
+        path = self.pictures[index].path
+        x: Any = read_picture(path, self.channels, at_least=self.enough)
+        if self.augment is not None:
+            x = self.augment(x, fold_in(seed, index))
+        return np.asarray(self.prepare(x), np.float32)
+
+
+class _Reading:
+    """A batch that is being read."""
+
+    def __init__(self, inputs: list[Future[np.ndarray]], labels: np.ndarray) -> None:
+        self.inputs, self.labels = inputs, labels
+
+    def batch(self) -> Batch:
+        """Wait for the batch."""
+        return np.stack([future.result() for future in self.inputs]), self.labels
+
+
+@cache
+def _dataset_class() -> Any:
+    base: Any = default_backend().keras.utils.PyDataset
+
+    class PictureDataset(base):  # type: ignore[misc]
+        """The batches of one epoch."""
+
+        def __init__(self, reader: _Reader, plans: list[tuple[Seed, list[int]]]) -> None:
+            super().__init__()
+            self._reader, self._plans = reader, plans
+            self._next: dict[int, _Reading] = {}
+
+        def __len__(self) -> int:
+            return len(self._plans)
+
+        def __getitem__(self, index: int) -> Batch:
+            started = self._next.pop(index, None) or self._reader.start(self._plans[index])
+            self._next.clear()
+            if index + 1 < len(self._plans):  # read while the model processes this batch
+                self._next[index + 1] = self._reader.start(self._plans[index + 1])
+            return started.batch()
+
+        def __iter__(self) -> Iterator[Batch]:
+            return (self[index] for index in range(len(self)))
+
+    return PictureDataset
