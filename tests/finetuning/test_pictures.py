@@ -1,5 +1,6 @@
 """Finding, splitting, reading and checking labelled pictures."""
 
+import importlib.util
 import os
 import struct
 import warnings
@@ -18,7 +19,7 @@ from tests.helpers.picture_folders import (
     write_split,
 )
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, find_pictures
-from tfimm_lora.finetuning.data.folders import EXTENSIONS, natural_order
+from tfimm_lora.finetuning.data.picture_files import EXTENSIONS, natural_order
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, check_pictures, read_picture
 
 pytestmark = pytest.mark.once
@@ -56,17 +57,58 @@ def test_folder_with_train_and_val_is_taken_as_it_is(tmp_path):
     "present, chosen",
     [
         (["val", "test"], "val"),
-        (["valid", "test"], "valid"),
+        (["valid", "Testing"], "valid"),
         (["Validation"], "Validation"),
-        (["test"], "test"),
     ],
 )
-def test_val_may_have_other_names_and_test_is_left_alone_beside_it(tmp_path, present, chosen):
+def test_parts_may_have_other_names_and_test_is_a_part_of_its_own(tmp_path, present, chosen):
     for name in ("Train", *present):
         classes(tmp_path / name, "a", "b", each=1)
     split = find_pictures(tmp_path)
     assert names(split.val, tmp_path) == [f"{chosen}/a/0.jpg", f"{chosen}/b/0.jpg"]
     assert names(split.train, tmp_path) == ["Train/a/0.jpg", "Train/b/0.jpg"]
+    if len(present) == 1:
+        assert split.test is None
+    else:
+        assert split.test is not None
+        assert names(split.test, tmp_path) == [f"{present[1]}/{x}/0.jpg" for x in "ab"]
+
+
+def test_test_pictures_are_never_used_for_validation(tmp_path):
+    for name in ("train", "test"):
+        classes(tmp_path / name, "a", "b", each=5)
+    with pytest.warns(UserWarning, match="has no val/; pictures of train/ are used"):
+        split = find_pictures(tmp_path)
+    assert all(x.startswith("train/") for x in names(split.val, tmp_path))
+    assert len(split.train) == 8 and len(split.val) == 2
+    assert split.test is not None and len(split.test) == 10
+    listed = [f"{tmp_path}/{part}/{x}/{i}.jpg,{x},{part}" for part in ("train", "test")
+              for x in "ab" for i in range(5)]  # fmt: skip
+    path = write_csv(tmp_path, "\n".join(["path,label,split", *listed]))
+    with pytest.warns(UserWarning, match="no rows for val"):
+        by_csv = find_pictures(path)
+    assert by_csv.test == split.test and len(by_csv.val) == 2
+    assert all("/train/" in p.path for p in by_csv.val.pictures)
+
+
+def test_train_alone_is_split_with_a_warning(tmp_path):
+    classes(tmp_path / "train", "cat", "dog")
+    with pytest.warns(UserWarning, match="has no val/"):
+        split = find_pictures(tmp_path)
+    assert split.labels == ("cat", "dog") and len(split.val) == 2
+
+
+def test_parts_that_cannot_be_meant_are_errors(tmp_path):
+    for name in ("val", "test"):
+        classes(tmp_path / "held-out" / name, "a", "b")
+    refused(tmp_path / "held-out", "has test/ and val/ but no train/")
+    for name in ("train", "val", "valid"):
+        classes(tmp_path / "two" / name, "a", "b")
+    refused(tmp_path / "two", "val/ and valid/", "expected one of them")
+    for name in ("train", "val", "extra"):
+        classes(tmp_path / "more" / name, "a", "b")
+    with pytest.warns(UserWarning, match="ignored folders beside train/ and val/: extra"):
+        find_pictures(tmp_path / "more")
 
 
 def test_train_may_be_a_class(tmp_path):
@@ -161,8 +203,8 @@ def test_nested_folders_and_every_kind_of_name_are_found_and_hidden_ones_are_not
 
 def test_files_that_are_not_pictures_are_reported(tmp_path):
     classes(tmp_path, "a", "b")
-    touch(tmp_path, "a/x.heic", "b/y.HEIC", "b/README")
-    with pytest.warns(UserWarning, match=r"2 \.heic, 1 without extension") as caught:
+    touch(tmp_path, "a/x.psd", "b/y.PSD", "b/README", "b/Thumbs.db")
+    with pytest.warns(UserWarning, match=r"2 \.psd, 1 without extension") as caught:
         find_pictures(tmp_path)
     assert caught[0].filename == __file__
 
@@ -196,13 +238,15 @@ def test_folders_that_cannot_be_used_say_why_and_what_to_do(tmp_path):
     (tmp_path / "empty" / "fox" / "inside").mkdir(parents=True)
     refused(tmp_path / "empty", "without pictures: fox", "remove the folders")
     touch(classes(tmp_path / "beside", "cat", "dog"), "stray.PNG")
-    refused(tmp_path / "beside", "beside its class folders: stray.PNG")
-    classes(tmp_path / "alone" / "train", "cat", "dog")
-    refused(tmp_path / "alone", "no validation pictures", str(tmp_path / "alone" / "train"))
+    refused(tmp_path / "beside", "1 picture beside its class folders: stray.PNG")
+    (tmp_path / "beside" / "fox").mkdir()
+    refused(tmp_path / "beside", "2 faults", "1. ", "stray.PNG", "2. ", "fox")
+    touch(tmp_path, "single/cat/1.jpg", "single/dog/1.jpg")
+    refused(tmp_path / "single", "one picture in each class")
     touch(tmp_path, "unsorted/train/1.jpg", "unsorted/val/2.jpg")
     refused(tmp_path / "unsorted", "train has no class folders")
-    touch(tmp_path, "notes.txt")
-    refused(tmp_path / "notes.txt", "does not end in .csv")
+    touch(tmp_path, "notes.xlsx")
+    refused(tmp_path / "notes.xlsx", "does not end in .csv")
     for share in (0, 1, -0.1, 1.5):
         refused(tmp_path, f"validation={share}", "between 0 and 1", validation=share)
 
@@ -226,7 +270,7 @@ def test_pictures_beside_train_and_val_are_reported(tmp_path):
 def test_the_same_file_twice_is_refused(tmp_path, into):
     write_split(tmp_path)
     (tmp_path / into).symlink_to(tmp_path / "train" / "0" / "1.png")
-    refused(tmp_path, "1 files occur twice", "again.png", "train/0/1.png")
+    refused(tmp_path, "1 file occurs twice", "again.png", "train/0/1.png")
 
 
 @pytest.mark.parametrize("pair", [("Cat", "cat"), ("big cat", "big  cat"), ("é", "e\u0301")])
@@ -267,19 +311,38 @@ def test_csv_may_say_the_split(tmp_path):
     "text, error, words",
     [
         ("file,label\nx/0.jpg,a", ValueError, ["file, label", "path,label"]),
-        ("path;label\nx/0.jpg;a", ValueError, ["path;label", "separated by commas"]),
+        ("file;label\nx/0.jpg;a", ValueError, ["file, label", "path,label"]),
+        ('path,label\n"x/0.jpg,a\nx/1.jpg,b', ValueError, ["line", "unexpected end of data"]),
         ("", ValueError, ["(none)", "path,label"]),
         ("path,label\n", ValueError, ["no class", "at least two"]),
-        ("path,label\nx/0.jpg,a\nx/1.jpg,", ValueError, ["line 3", "a path and a label"]),
-        ("path,label\nx/0.jpg,a\nx/1.jpg", ValueError, ["line 3", "a path and a label"]),
+        (
+            "path,label\nx/0.jpg,a\nx/1.jpg,",
+            ValueError,
+            ["line 3 has no path or no label", "expected both"],
+        ),
+        (
+            "path,label\nx/0.jpg,a\nx/1.jpg",
+            ValueError,
+            ["line 3 has no path or no label", "expected both"],
+        ),
         ("path,label,split\nx/0.jpg,a,dev", ValueError, ["line 2", "'dev'", "train, "]),
-        ("path,label,split\nx/0.jpg,a", ValueError, ["line 2", "split is ''"]),
+        ("path,label,split\nx/0.jpg,a", ValueError, ["line 2 has the split ''"]),
         (
             "path,label,split\nx/0.jpg,a,train\nx/1.jpg,b,train",
             ValueError,
-            ["no pictures in val"],
+            ["one picture in each class"],
         ),
-        ("path,label\nx/0.jpg,a\nx/../x/0.jpg,b", ValueError, ["occur twice"]),
+        (
+            "path,label,split\nx/0.jpg,a,val\nx/1.jpg,b,val",
+            ValueError,
+            ["no pictures in train"],
+        ),
+        (
+            "path,label\nx/0.jpg,a\nx/1,2.jpg,b\nx/3.jpg,b\nx/4,5.jpg,b",
+            ValueError,
+            ["lines 3, 5 have more than the 2 columns", "Put quotes around"],
+        ),
+        ("path,label\nx/0.jpg,a\nx/../x/0.jpg,b", ValueError, ["occurs twice"]),
         (
             "path,label\n" + "\n".join(f"gone/{i}.jpg,{i % 2}" for i in range(9)),
             FileNotFoundError,
@@ -295,7 +358,66 @@ def test_an_unusable_csv_is_explained(tmp_path, text, error, words):
 def test_file_that_is_no_csv_whatever_its_name_is_refused(tmp_path):
     path = tmp_path / "x.csv"
     Image.fromarray(photograph()).save(path, "PNG")
-    refused(path, "not a CSV file in UTF-8")
+    refused(path, "not a CSV file")
+
+
+@pytest.mark.parametrize("separator", [";", "\t", "|"])
+def test_columns_may_be_separated_otherwise(tmp_path, separator):
+    classes(tmp_path, "a", "b", each=2)
+    rows = [["path", "label"], *([f"{x}/{i}.jpg", x] for x in "ab" for i in range(2))]
+    split = find_pictures(write_csv(tmp_path, "\n".join(map(separator.join, rows))))
+    assert split.labels == ("a", "b") and len(split.train) == 2
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-8-sig"])
+def test_text_may_be_encoded_otherwise(tmp_path, encoding):
+    classes(tmp_path, "ä", "ж", each=2)
+    text = "path,label\r\n" + "".join(f"{x}/{i}.jpg,{x}\r\n" for x in "äж" for i in range(2))
+    path = tmp_path / "list.csv"
+    path.write_bytes(text.encode(encoding))
+    assert find_pictures(path).labels == ("ä", "ж")
+
+
+def test_paths_of_windows_and_spaces_are_understood(tmp_path):
+    classes(tmp_path, "a b", "c", each=2)
+    text = "path , label\n a b\\0.jpg ,a\na b\\1.jpg,a \n c/0.jpg,\tc\nc/1.jpg , c,,\n"
+    with pytest.warns(UserWarning, match="spaces around the labels of 2 rows"):
+        split = find_pictures(write_csv(tmp_path, text))
+    both = names(split.train, tmp_path) + names(split.val, tmp_path)
+    assert sorted(both) == ["a b/0.jpg", "a b/1.jpg", "c/0.jpg", "c/1.jpg"]
+    assert split.labels == ("a", "c")
+
+
+def test_other_columns_are_ignored_with_a_warning(tmp_path):
+    classes(tmp_path, "a", "b", each=2)
+    rows = [f"{i},{x}/{i}.jpg,{x},none" for x in "ab" for i in range(2)]
+    with pytest.warns(UserWarning, match="ignored 2 columns: id, author"):
+        split = find_pictures(write_csv(tmp_path, "\n".join(["id,path,label,author", *rows])))
+    assert len(split) == 4
+
+
+def test_all_faults_of_a_csv_are_in_one_error(tmp_path):
+    classes(tmp_path, "a", "b")
+    text = (
+        "path,label,split\na/0.jpg,a,train\nb/0.jpg,b,train\na/1,2.jpg,a,train\n,a,train\n"
+        "a/9.jpg,a,val\na/1.jpg,a,dev\nb/1.jpg,b,val"
+    )
+    refused(
+        write_csv(tmp_path, text),
+        *("4 faults", "line 4 has more", "line 5 has no path", "the split 'dev'", "a/9.jpg"),
+    )
+
+
+def test_files_without_a_suffix_are_known_by_their_first_bytes(tmp_path):
+    write_digits(tmp_path, each=4)
+    for format, name in (("JPEG", "1/photo"), ("WEBP", "1/IMG_0001"), ("AVIF", "2/x")):
+        Image.fromarray(photograph(seed=len(name))).save(tmp_path / name, format)
+    touch(tmp_path, "2/README")
+    with pytest.warns(UserWarning, match="ignored 1 file without the suffix"):
+        split = find_pictures(tmp_path)
+    both = names(split.train, tmp_path) + names(split.val, tmp_path)
+    assert {"1/photo", "1/IMG_0001", "2/x"} <= set(both)
+    assert len(check_pictures(split)[1]) == 0
 
 
 # -- reading --------------------------------------------------------------------------------
@@ -585,6 +707,81 @@ def test_good_pictures_come_back_as_they_are(tmp_path):
     split = find_pictures(write_digits(tmp_path))
     assert check_pictures(split) == (split, [])
     assert check_pictures(split.val) == (split.val, [])
+
+
+def copy_picture(source, target):
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(source.read_bytes())
+
+
+def test_identical_files_with_two_labels_are_both_left_out(tmp_path):
+    write_digits(tmp_path, each=8)
+    copy_picture(tmp_path / "0/3.png", tmp_path / "1/copy.png")
+    clean, problems = check_pictures(find_pictures(tmp_path))
+    assert {(Path(x.path).parent.name, Path(x.path).name) for x in problems} == {
+        ("0", "3.png"),
+        ("1", "copy.png"),
+    }
+    reasons = {Path(x.path).name: x.reason for x in problems}
+    assert f"identical to {tmp_path}/0/3.png, whose label is 0" in reasons["copy.png"]
+    assert len(clean) == 3 * 8 - 1
+
+
+def test_a_training_picture_that_is_held_out_too_is_left_out(tmp_path):
+    write_digits(tmp_path / "train", each=8)
+    for part, number in (("val", 1), ("test", 2)):
+        for label in range(3):
+            source = tmp_path / f"train/{label}/{number}.png"
+            copy_picture(source, tmp_path / part / str(label) / "held-out.png")
+    copy_picture(tmp_path / "val/0/held-out.png", tmp_path / "test/0/both.png")
+    clean, problems = check_pictures(find_pictures(tmp_path))
+    left_out = {Path(x.path).relative_to(tmp_path).as_posix() for x in problems}
+    assert left_out == {f"train/{i}/{n}.png" for i in range(3) for n in (1, 2)} | {
+        "val/0/held-out.png"
+    }
+    assert {x.reason.split("which is in ")[1] for x in problems} == {"val.", "test."}
+    assert (len(clean.train), len(clean.val), len(clean.test)) == (18, 2, 4)
+    with pytest.raises(ValueError, match="7 of 31 pictures cannot be used"):
+        check_pictures(find_pictures(tmp_path), "refuse")
+
+
+def test_pictures_that_look_alike_are_reported(tmp_path):
+    for label, seeds in (("a", range(6)), ("b", range(6, 12))):
+        for seed in seeds:
+            (tmp_path / label).mkdir(exist_ok=True)
+            image = Image.fromarray(photograph(96, 128, seed))
+            image.save(tmp_path / label / f"{seed}.png")
+    smaller = Image.fromarray(photograph(96, 128, 2)).resize((100, 75))
+    smaller.save(tmp_path / "b" / "again.jpg", quality=80)
+    with pytest.warns(UserWarning) as caught:
+        clean, problems = check_pictures(find_pictures(tmp_path))
+    (message,) = [str(x.message) for x in caught]
+    assert message.startswith("1 pair of pictures look alike but have different labels: ")
+    assert f"{tmp_path}/a/2.png" in message and f"{tmp_path}/b/again.jpg" in message
+    assert problems == [] and len(clean) == 13
+
+
+def test_blank_and_different_pictures_do_not_look_alike(tmp_path):
+    for label in ("a", "b"):
+        (tmp_path / label).mkdir()
+        for i in range(4):
+            shade = 10 * i + (5 if label == "b" else 0)
+            Image.new("RGB", (20, 20), (shade,) * 3).save(tmp_path / label / f"{i}.png")
+            Image.fromarray(photograph(seed=100 * i + ord(label))).save(
+                tmp_path / label / f"photo{i}.png"
+            )
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        check_pictures(find_pictures(tmp_path))
+
+
+def test_heic_needs_a_package_that_the_reason_names(tmp_path):
+    path = tmp_path / "iphone.heic"
+    path.write_bytes(b"\0\0\0\x18ftypheic" + bytes(40))
+    with pytest.raises(UnreadablePicture) as caught:
+        read_picture(path)
+    if importlib.util.find_spec("pillow_heif") is None:
+        assert 'pip install "tfimm_lora[heif]"' in caught.value.reason
 
 
 def test_refusing_names_the_first_and_counts_all(tmp_path):

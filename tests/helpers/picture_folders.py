@@ -13,22 +13,23 @@ def digit_pictures(label: int) -> np.ndarray:
     return np.rint(digits.images[digits.target == label] * (255 / 16)).astype("uint8")
 
 
-def write_digits(folder, labels=range(3), each=6, size=8, suffix=".png") -> Path:
-    """Class folders "0", "1", ... with the first pictures of each digit; size may be (w, h)."""
+def write_digits(folder, labels=range(3), each=6, size=8, suffix=".png", first=0) -> Path:
+    """Class folders "0", "1", ... with pictures of each digit from the given one on; size may
+    be (w, h)."""
     size = (size, size) if isinstance(size, int) else size
     for label in labels:
         inside = Path(folder) / str(label)
         inside.mkdir(parents=True, exist_ok=True)
-        for i, pixels in enumerate(digit_pictures(label)[:each]):
+        for i, pixels in enumerate(digit_pictures(label)[first : first + each]):
             picture = Image.fromarray(pixels).convert("RGB")
             picture.resize(size).save(inside / f"{i}{suffix}")
     return Path(folder)
 
 
 def write_split(folder, labels=range(3), each=6, size=8) -> Path:
-    """``train/`` and ``val/`` of class folders."""
+    """``train/`` and ``val/`` of class folders, with different pictures."""
     write_digits(Path(folder) / "train", labels, each, size)
-    write_digits(Path(folder) / "val", labels, max(each // 2, 1), size)
+    write_digits(Path(folder) / "val", labels, max(each // 2, 1), size, first=each)
     return Path(folder)
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import os
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,8 +13,10 @@ import typer
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_facts, show_table
-from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
-from tfimm_lora.finetuning.data.folders import in_csv, in_folder, natural_order, some
+from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, list_pictures
+from tfimm_lora.finetuning.data.findings import WARNING, raise_errors, some
+from tfimm_lora.finetuning.data.listing import UNSPLIT
+from tfimm_lora.finetuning.data.picture_files import natural_order
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
 from tfimm_lora.finetuning.metrics import Evaluation
@@ -41,7 +42,7 @@ def evaluate_command(
         Path | None,
         typer.Option(
             help="A folder of class folders, or a CSV file with path,label; if it is split, "
-            "its val part. Default: the validation pictures of the run."
+            "its test part or else its val part. Default: the validation pictures of the run."
         ),
     ] = None,
     out: Annotated[
@@ -86,7 +87,8 @@ def evaluate_command(
 def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
     """Find the pictures in a folder or CSV file that a model with these labels is evaluated on.
 
-    These are the pictures of val if the data are split into train and val, else all pictures.
+    If the data are split, these are the pictures of test or, if there are none, of val; else
+    all pictures.
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
@@ -97,12 +99,13 @@ def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
             f"Received --data {data}, which does not exist; expected a folder of class "
             "folders, or a CSV file with path,label."
         )
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", UserWarning)
-        parts = in_folder(data.absolute()) if data.is_dir() else in_csv(data.absolute())
-    for warning in caught:
-        note(f"warning: {warning.message}")
-    found = parts["val"] if "val" in parts else parts.get("", [])
+    listing = list_pictures(data)
+    raise_errors(listing.findings)
+    for finding in listing.findings:
+        if finding.level == WARNING:
+            note(f"warning: {finding.message}")
+    parts = listing.parts
+    found = next((parts[name] for name in ("test", "val", UNSPLIT) if parts.get(name)), [])
     if not found:
         raise ValueError(
             f"Received --data {data}, which has no pictures to evaluate on; expected at least "

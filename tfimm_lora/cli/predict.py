@@ -13,7 +13,7 @@ import typer
 from tfimm_lora.cli.app import FAILED, Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_table
-from tfimm_lora.finetuning.data.folders import EXTENSIONS, natural_order
+from tfimm_lora.finetuning.data.picture_files import EXTENSIONS, natural_order
 from tfimm_lora.finetuning.evaluation import predict_pictures
 from tfimm_lora.finetuning.report.formatting import percent, readable
 from tfimm_lora.finetuning.run import Run

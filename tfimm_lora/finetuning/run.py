@@ -14,7 +14,7 @@ from typing import Any
 from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.finetuning.base_model import BaseModel, file_hash, open_base_model
 from tfimm_lora.finetuning.data.dataset import Split, find_pictures
-from tfimm_lora.finetuning.data.pictures import Problem
+from tfimm_lora.finetuning.data.findings import Problem
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.metrics_csv import read_metrics
 from tfimm_lora.finetuning.training import ADAPTER, METRICS

@@ -6,20 +6,32 @@ checked.
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any, TypeVar
 
 import numpy as np
 
+from tfimm_lora.backend import installed
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, Split
-from tfimm_lora.finetuning.data.folders import some
+from tfimm_lora.finetuning.data.duplicates import (
+    Fingerprint,
+    fingerprint,
+    identical_pictures,
+    similar_pictures,
+)
+from tfimm_lora.finetuning.data.findings import Finding, Problem, some, warn
+from tfimm_lora.finetuning.data.picture_files import is_heif
 from tfimm_lora.utils.optional_imports import require
 
 #: The formats that Pillow may read, whatever the suffix; none of them starts other programs.
-_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM")
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "TIFF", "PPM", "AVIF")
+
+#: What pillow-heif calls HEIC.
+_HEIF = "HEIF"
 
 _ORIENTATION = 0x0112  # of EXIF
 _BITS_PER_SAMPLE = 258  # of TIFF
@@ -39,15 +51,6 @@ class UnreadablePicture(ValueError):
         self.reason = reason
 
 
-@dataclass(frozen=True)
-class Problem:
-    """A picture that cannot be used, with the reason."""
-
-    path: str
-    label: str
-    reason: str
-
-
 def read_picture(
     path: str | os.PathLike[str], channels: int = 3, *, at_least: int | None = None
 ) -> np.ndarray:
@@ -58,7 +61,8 @@ def read_picture(
     is read. Colour profiles are not applied, as in timm.
 
     Args:
-        path: A jpeg, png, bmp, gif, webp, tiff, ppm or pgm file, with any suffix.
+        path: A jpeg, png, bmp, gif, webp, tiff, ppm, pgm or avif file, with any suffix; with
+            the package pillow-heif also a heic file.
         channels: 3 for RGB, 1 for grey.
         at_least: The number of pixels that each side needs at least. A large jpeg is then read
             at a half, a quarter or an eighth of its size, which is several times faster.
@@ -87,7 +91,7 @@ def read_picture(
     if channels not in (1, 3):
         raise ValueError(f"Received channels={channels}; expected 3 (RGB) or 1 (grey).")
     try:
-        with image_module.open(path, formats=_FORMATS) as image:
+        with image_module.open(path, formats=_formats()) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
             image.load()
@@ -95,10 +99,25 @@ def read_picture(
             array = np.array(rgb if channels == 3 else rgb.convert("L"))
             return array.reshape(*array.shape[:2], channels)
     except image_module.UnidentifiedImageError:
-        reason = f"damaged, or none of {', '.join(_FORMATS)}."
+        reason = f"damaged, or none of {', '.join(_formats())}."
+        if is_heif(path) and _HEIF not in _formats():
+            reason = (
+                "it is a HEIC or AVIF file, which needs the package pillow-heif. Install it "
+                'with: pip install "tfimm_lora[heif]"'
+            )
         raise UnreadablePicture(os.fspath(path), reason) from None
     except Exception as error:  # decoders may raise anything for damaged files
         raise UnreadablePicture(os.fspath(path), str(error) or type(error).__name__) from error
+
+
+@functools.cache
+def _formats() -> tuple[str, ...]:
+    """The formats that the installed Pillow reads, with HEIC if pillow-heif is installed."""
+    image_module = require("PIL.Image", extra="cli", why="Reading pictures")
+    if installed("pillow_heif"):
+        require("pillow_heif", extra="heif", why="Reading HEIC files").register_heif_opener()
+    image_module.init()
+    return tuple(name for name in (*_FORMATS, _HEIF) if name in image_module.OPEN)
 
 
 def _rgb(image: Any, image_module: Any) -> Any:
@@ -157,8 +176,10 @@ def check_pictures(
     """Read every picture once before training and remove those that cannot be used.
 
     These are pictures that ``read_picture`` cannot read, and pictures with a side of one pixel.
-    The check takes about as long as reading the pictures of one epoch: 2 ms for a jpeg of
-    512 x 512 pixels, 0.1 s for one of 12 megapixels, divided by the number of cores.
+    In a ``Split`` they are also identical files with different labels, and the training
+    picture of two identical ones in train and val. The check takes about as long as reading the
+    pictures of one epoch: 2 ms for a jpeg of 512 x 512 pixels, 0.1 s for one of 12 megapixels,
+    divided by the number of cores.
 
     Args:
         pictures: A ``Split`` or a ``PictureSet``.
@@ -173,6 +194,9 @@ def check_pictures(
         ValueError: with "refuse", after all pictures were read, if some cannot be used; if a
             class has no training pictures left; if a part of the split is empty.
 
+    Warns:
+        UserWarning: about pictures of a ``Split`` that look alike.
+
     Example:
         >>> import pathlib, tempfile
         >>> from PIL import Image
@@ -184,64 +208,91 @@ def check_pictures(
         >>> found = [Picture(str(folder / name), 0) for name in ("good.png", "bad.png")]
         >>> clean, problems = check_pictures(PictureSet(tuple(found), ("cat",)))
         >>> len(clean), problems[0].label, problems[0].reason
-        (1, 'cat', 'damaged, or none of JPEG, PNG, BMP, GIF, WEBP, TIFF, PPM.')
+        (1, 'cat', 'damaged, or none of JPEG, PNG, BMP, GIF, WEBP, TIFF, PPM, AVIF.')
     """
     if on_error not in ("skip", "refuse"):
         raise ValueError(f'Received on_error={on_error!r}; expected "skip" or "refuse".')
-    if isinstance(pictures, Split):
-        listed = pictures.train.pictures + pictures.val.pictures
-    else:
-        listed = pictures.pictures
-    reasons = _read_all(listed, workers or os.cpu_count() or 1, progress)
-    bad = {picture.path: reason for picture, reason in zip(listed, reasons) if reason}
-    problems = [
-        Problem(picture.path, pictures.labels[picture.label], bad[picture.path])
-        for picture in listed
-        if picture.path in bad
-    ]
+    problems, findings = inspect_pictures(pictures, workers=workers, progress=progress)
     if problems and on_error == "refuse":
         first = some([f"{x.path} ({x.reason.rstrip('.')})" for x in problems])
         raise ValueError(
-            f"{len(problems)} of {len(listed)} pictures cannot be used: {first}. Repair or "
+            f"{len(problems)} of {len(pictures)} pictures cannot be used: {first}. Repair or "
             'remove them, or pass on_error="skip" to continue without them.'
         )
-    return _without(pictures, bad), problems
+    warn(findings, stacklevel=2)
+    return without(pictures, problems), problems
+
+
+def inspect_pictures(
+    pictures: Split | PictureSet,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[Problem], list[Finding]]:
+    """Read every picture once; return those that cannot be used, and warnings."""
+    parts = [pictures] if isinstance(pictures, PictureSet) else list(pictures.parts().values())
+    listed = [picture for part in parts for picture in part.pictures]
+    readings = _read_all(listed, workers or os.cpu_count() or 1, progress)
+    problems = [
+        Problem(picture.path, pictures.labels[picture.label], reading)
+        for picture, reading in zip(listed, readings)
+        if isinstance(reading, str)
+    ]
+    if isinstance(pictures, PictureSet):
+        return problems, []
+    prints = {
+        picture.path: reading
+        for picture, reading in zip(listed, readings)
+        if isinstance(reading, Fingerprint)
+    }
+    identical, findings = identical_pictures(pictures, prints)
+    return [*problems, *identical], [*findings, *similar_pictures(pictures, prints)]
 
 
 def _read_all(
     pictures: Sequence[Picture], workers: int, progress: Callable[[int, int], None] | None
-) -> list[str | None]:
-    """The reason why each picture cannot be used; None for the usable ones."""
-    reasons: list[str | None] = []
+) -> list[Fingerprint | str]:
+    """The fingerprint of each picture, or the reason why it cannot be used."""
+    readings: list[Fingerprint | str] = []
     with ThreadPoolExecutor(workers) as pool:
         for start in range(0, len(pictures), _BLOCK):
-            for reason in pool.map(_reason, pictures[start : start + _BLOCK]):
-                reasons.append(reason)
+            for reading in pool.map(_read, pictures[start : start + _BLOCK]):
+                readings.append(reading)
                 if progress is not None:
-                    progress(len(reasons), len(pictures))
-    return reasons
+                    progress(len(readings), len(pictures))
+    return readings
 
 
-def _reason(picture: Picture) -> str | None:
+def _read(picture: Picture) -> Fingerprint | str:
     try:
-        height, width, _ = read_picture(picture.path).shape
+        pixels = read_picture(picture.path)
     except UnreadablePicture as error:
         return error.reason
+    height, width, _ = pixels.shape
     if min(height, width) < 2:
         return f"it has {width} x {height} pixels; expected at least 2 x 2."
-    return None
+    return fingerprint(picture.path, pixels)
 
 
-def _without(pictures: Any, bad: dict[str, str]) -> Any:
+def without(pictures: Pictures, problems: Sequence[Problem]) -> Pictures:
+    """The pictures without those that cannot be used.
+
+    Raises:
+        ValueError: if a class has no training pictures left, or a part is empty.
+    """
+    return _without(pictures, {x.path: x.reason for x in problems})  # type: ignore[no-any-return]
+
+
+def _without(pictures: Any, bad: Mapping[str, str]) -> Any:
     if isinstance(pictures, Split):
-        train, val = _without(pictures.train, bad), _without(pictures.val, bad)
-        lost = [label for label, count in train.counts().items() if not count]
+        parts = {name: _without(part, bad) for name, part in pictures.parts().items()}
+        lost = [label for label, number in parts["train"].counts().items() if not number]
         if lost:
             raise ValueError(
                 f"No training pictures of these classes can be used: {some(lost)}. "
                 f"{_first(bad)} Repair them, add others, or remove the class."
             )
-        return replace(pictures, train=train, val=val)
+        return replace(pictures, **parts)
     left = tuple(picture for picture in pictures.pictures if picture.path not in bad)
     if not left:
         raise ValueError(
@@ -251,6 +302,6 @@ def _without(pictures: Any, bad: dict[str, str]) -> Any:
     return replace(pictures, pictures=left)
 
 
-def _first(bad: dict[str, str]) -> str:
+def _first(bad: Mapping[str, str]) -> str:
     """The first unusable picture, with the reason."""
     return next((f"{path}: {reason.rstrip('.')}." for path, reason in bad.items()), "")

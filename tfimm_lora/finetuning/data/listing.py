@@ -1,0 +1,51 @@
+"""``Listing``: the labelled pictures in a folder or CSV file, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from tfimm_lora.finetuning.data.findings import ERROR, WARNING, Finding
+
+#: The names of the parts of a split.
+PARTS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation"), "val"),
+    **dict.fromkeys(("test", "testing"), "test"),
+}
+
+#: The part of pictures that are still to be split into train and val.
+UNSPLIT = ""
+
+
+class FoundPicture(NamedTuple):
+    """A picture with the name of its label. It is sorted and split by ``name``."""
+
+    name: str
+    path: str
+    label: str
+
+
+@dataclass
+class Listing:
+    """What a folder or CSV file lists.
+
+    Attributes:
+        parts: The pictures of "train", "val" and "test"; those that are still to be split into
+            train and val have the key "". Files with an error are left out.
+        findings: What is wrong with the data.
+    """
+
+    parts: dict[str, list[FoundPicture]] = field(default_factory=dict)
+    findings: list[Finding] = field(default_factory=list)
+
+    def error(
+        self, message: str, files: Iterable[str] = (), cause: type[Exception] = ValueError
+    ) -> None:
+        """Record an error."""
+        self.findings.append(Finding(ERROR, message, tuple(files), cause))
+
+    def warning(self, message: str, files: Iterable[str] = ()) -> None:
+        """Record a warning."""
+        self.findings.append(Finding(WARNING, message, tuple(files)))
