@@ -174,7 +174,7 @@ def _files() -> Html:
         "run/report.html": "the report of the LoRA run: curves, confusions, worst mistakes",
         "run/adapter/": "the adapter, which PEFT reads too",
         "merged/": "the merged model as a SavedModel, for TensorFlow alone",
-        "pictures/": "the pictures in class folders",
+        "fashion-mnist/": "the pictures in class folders",
         "efficientnet_lite0/": "the ImageNet weights as a timm checkpoint",
     }
     rows = [

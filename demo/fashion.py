@@ -66,7 +66,7 @@ IMAGENET = {
 }
 
 #: The promises of this demo.
-MAX_POINTS_BEHIND = 3.0
+MAX_POINTS_BEHIND = 4.0
 MAX_SHARE = 0.10
 MIN_POINTS_ABOVE_RANDOM = 30.0
 MAX_DIFFERENCE = 1e-3  # of the logits, relative to the largest
@@ -86,7 +86,7 @@ class Demo:
         self.epochs = QUICK_EPOCHS if quick else EPOCHS
         side = QUICK_SIDE if quick else SIDE
         self.size = (side, side)
-        self.pictures, self.weights = out / "pictures", out / MODEL
+        self.pictures, self.weights = out / "fashion-mnist", out / MODEL
         self.verbose = "bar" if sys.stderr.isatty() else "none"
 
     def prepare(self) -> Split:

@@ -39,7 +39,7 @@ def test_demo_runs_and_its_export_predicts_the_same(tmp_path):
     assert page.count("<figure>") == 20 and 'href="run/report.html"' in page
     for name in ("run/report.html", "merged/saved_model.pb", "merged.json"):
         assert (tmp_path / name).stat().st_size > 100
-    assert len(list((tmp_path / "pictures" / "train").glob("*/*.png"))) == 40
+    assert len(list((tmp_path / "fashion-mnist" / "train").glob("*/*.png"))) == 40
 
 
 @pytest.mark.once
