@@ -34,6 +34,22 @@ def seeded():
     keras.backend.clear_session(**CLEAR)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def uncompiled():
+    """Let ``fit`` run TensorFlow's graphs, which XLA takes longer to compile than to run.
+
+    Keras 3 chooses XLA itself. Tests of training under XLA ask for it.
+    """
+    if LEGACY or keras.backend.backend() != "tensorflow":
+        yield
+        return
+    from keras.src.trainers import trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "model_supports_jit", lambda model: False)
+        yield
+
+
 @pytest.fixture(autouse=True, scope="module")
 def collected():
     """Free the models and graphs of a module when it ends."""

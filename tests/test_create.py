@@ -8,7 +8,6 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, ids, keras, normal, randomise, run, values
-from tests.helpers.selection import long_except
 from tfimm_lora.model.merge import lora_layers
 
 if not LEGACY:
@@ -220,10 +219,9 @@ def test_conversion_keeps_the_dtype_policy(policy):
     np.testing.assert_allclose(run(regular, x).astype("float32"), y, atol=2e-2)
 
 
-@pytest.mark.parametrize(
-    "kind", long_except(["mixed_float16", "mixed_bfloat16"], ["mixed_float16"])
-)
-@pytest.mark.parametrize("name", long_except(["convnext", "vit"], ["convnext"]))
+@pytest.mark.long
+@pytest.mark.parametrize("kind", ["mixed_float16", "mixed_bfloat16"])
+@pytest.mark.parametrize("name", ["convnext", "vit"])
 def test_models_train_in_16_bits(kind, name, policy):
     policy(kind)
     model = lora.create_model(f"tiny_{name}", lora_rank=2)
@@ -234,7 +232,8 @@ def test_models_train_in_16_bits(kind, name, policy):
     assert losses[-1] < losses[0]
 
 
-@pytest.mark.parametrize("name", long_except(["convnext", "vit"], ["vit"]))
+@pytest.mark.long
+@pytest.mark.parametrize("name", ["convnext", "vit"])
 def test_models_train_the_same_under_xla(name):
     results = []
     weights = None

@@ -126,6 +126,7 @@ def hub(tmp_path_factory):
     )
 
 
+@pytest.mark.long
 def test_a_checkpoint_is_downloaded_and_its_config_used(hub):
     assert hub["outcomes"]["timm/good"] == ["loaded", 0.95]
     assert hub["outcomes"]["hf-hub:timm/good"] == ["loaded", 0.95]
@@ -133,17 +134,20 @@ def test_a_checkpoint_is_downloaded_and_its_config_used(hub):
     assert "model.safetensors" in hub["shown"], "no progress was shown"
 
 
+@pytest.mark.long
 def test_what_is_cached_is_not_downloaded_again(hub):
     served = [r for r in hub["first"] if r[0] == "GET" and "/timm/good/" in r[1]]
     assert len([r for r in served if r[1].endswith("model.safetensors")]) == 1
 
 
+@pytest.mark.long
 def test_a_connection_that_is_cut_once_is_made_again(hub):
     assert hub["outcomes"]["timm/cut_once"] == ["loaded", 0.95]
     served = [r for r in hub["first"] if r[0] == "GET" and "/timm/cut_once/" in r[1]]
     assert len([r for r in served if r[1].endswith("model.safetensors")]) == 2
 
 
+@pytest.mark.long
 def test_a_connection_that_stays_cut_says_so_and_leaves_no_file(hub):
     kind, message = hub["outcomes"]["timm/cut"]
     assert kind == "ConnectionError"
@@ -152,6 +156,7 @@ def test_a_connection_that_stays_cut_says_so_and_leaves_no_file(hub):
     assert hub["again"]["timm/cut"] == ["loaded", 0.95]
 
 
+@pytest.mark.long
 def test_wrong_content_is_refused_and_removed(hub):
     kind, message = hub["outcomes"]["timm/wrong"]
     assert kind == "ValueError"
@@ -164,6 +169,7 @@ def test_wrong_content_is_refused_and_removed(hub):
     assert hub["again"]["timm/wrong"] == ["loaded", 0.95]
 
 
+@pytest.mark.long
 def test_no_damaged_file_is_left_in_the_cache(hub):
     for blob in (hub["home"] / "hub").rglob("blobs/*"):
         assert not blob.name.endswith(".incomplete"), blob
@@ -171,6 +177,7 @@ def test_no_damaged_file_is_left_in_the_cache(hub):
         assert not content.endswith(b"\0!"), blob
 
 
+@pytest.mark.long
 def test_missing_files_are_explained(hub):
     kind, message = hub["outcomes"]["timm/nothing"]
     assert kind == "FileNotFoundError"
@@ -184,11 +191,13 @@ def test_missing_files_are_explained(hub):
     assert kind == "FileNotFoundError" and "expected a safetensors file" in message
 
 
+@pytest.mark.long
 def test_a_file_that_was_uploaded_damaged_is_refused(hub):
     kind, message = hub["outcomes"]["timm/broken"]
     assert kind == "ValueError" and "not a complete safetensors file" in message
 
 
+@pytest.mark.long
 def test_offline_uses_the_cache_and_says_what_is_not_in_it(hub):
     assert hub["offline"]["timm/good"] == ["loaded", 0.95]
     assert hub["offline"]["timm/sharded"] == ["loaded", 0.875]
@@ -197,6 +206,7 @@ def test_offline_uses_the_cache_and_says_what_is_not_in_it(hub):
     assert "not in the cache" in message and "HF_HUB_OFFLINE is set" in message
 
 
+@pytest.mark.long
 def test_an_unreachable_hub_says_so_unless_the_cache_has_the_file(hub):
     assert hub["unreachable"]["timm/good"] == ["loaded", 0.95]
     kind, message = hub["unreachable"]["timm/new"]

@@ -15,10 +15,13 @@ from safetensors.numpy import load_file
 
 import tfimm_lora as lora
 from tests.helpers.kerases import array, keras, values
+from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints
 from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.training import finetune
 from tfimm_lora.utils.atomic_files import write_file
+
+pytestmark = LONG_ON_LEGACY
 
 ROOT = Path(__file__).parents[2]
 

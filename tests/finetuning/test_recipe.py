@@ -14,14 +14,15 @@ import yaml
 
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, keras, values
-from tests.helpers.picture_folders import break_picture, write_digits
+from tests.helpers.picture_folders import break_picture, write_digits, write_split
 from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.cli import main
+from tfimm_lora.finetuning import recipe as recipe_module
 from tfimm_lora.finetuning.base_model import applications, open_base_model
 from tfimm_lora.finetuning.checkpoint import TrainingCheckpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
-from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.run import Run, one_writer
 
 pytestmark = LONG_ON_LEGACY
 
@@ -167,6 +168,90 @@ def test_a_killed_run_is_resumed_to_identical_weights(folder, tmp_path):
     _, errors = again.communicate()
     assert again.returncode == 0 and "resuming the run" in errors, errors[-2000:]
     assert_same_run(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.long
+def test_a_finished_run_is_trained_on_for_more_epochs(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    assert main([*arguments(folder, out), "--patience", "9"]) == 0
+    before = Run.open(out)
+    first = [row["loss"] for row in before.history]
+    capsys.readouterr()
+    assert main(["finetune", "--out", str(out), "--resume", "--epochs", "5"]) == 0
+    said = capsys.readouterr().err
+    assert f"resuming the run in {out} after epoch 3 of 5 instead of 3" in said
+    run = Run.open(out)
+    assert len(run.history) == 5 and run.recipe["epochs"] == 5
+    assert [row["loss"] for row in run.history][:3] == first
+    assert main(["finetune", "--out", str(out), "--resume"]) == 0
+    assert "has all 5 epochs already" in capsys.readouterr().err
+    assert main(["finetune", "--out", str(out), "--resume", "--epochs", "2"]) == 1
+    assert "expected at least 5" in capsys.readouterr().err
+    assert len(Run.open(out).history) == 5
+
+
+def test_a_run_has_one_writer(folder, tmp_path):
+    out = tmp_path / "run"
+    with one_writer(out), pytest.raises(RuntimeError, match="another process is writing"):
+        finetune_pictures(recipe(folder), out)
+    assert not out.exists()
+    with pytest.raises(ValueError, match="normalisation='no'"):
+        finetune_pictures(recipe(folder, normalisation="no"), out)
+    assert not out.exists()
+
+
+def test_an_interruption_says_how_to_resume(folder, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "a run"
+
+    def interrupt(epoch, logs=None):
+        if epoch == 2:
+            interrupted()
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=interrupt)
+    monkeypatch.setattr(recipe_module, "tensorboard", lambda model, path: [callback])
+    assert main(arguments(folder, out)) == 130
+    said = capsys.readouterr().err
+    assert f"after epoch 2; resume with: tfimm-lora finetune --out '{out}' --resume" in said
+    monkeypatch.undo()
+    assert main(["finetune", "--out", str(out), "--resume"]) == 0
+    assert len(Run.open(out).history) == 3
+    monkeypatch.setattr(recipe_module, "check_data", lambda *a, **k: interrupted())
+    assert main(arguments(folder, tmp_path / "new")) == 130
+    assert "nothing was written" in capsys.readouterr().err
+    assert not (tmp_path / "new").exists()
+
+
+def interrupted():
+    raise KeyboardInterrupt
+
+
+def test_test_pictures_are_reported_apart_and_never_choose_the_epoch(folder, tmp_path, capsys):
+    data = write_split(tmp_path / "digits", labels=range(3), each=10, size=16)
+    write_digits(data / "test", labels=range(3), each=4, size=16, first=30)
+    words = [str(data) if word == str(folder / "digits") else word for word in
+             arguments(folder, tmp_path / "run", "--json")]  # fmt: skip
+    assert main(words) == 0
+    printed = json.loads(capsys.readouterr().out)
+    run = Run.open(tmp_path / "run")
+    assert printed["test"]["pictures"] == 12 and run.facts["tested_on"] == dict.fromkeys(
+        "012", 4
+    )
+    split = run.split
+    logits = run.model().predict(
+        np.concatenate(
+            [x for x, _ in PictureBatches(split.test, run.preprocessing, 4).in_order()]
+        ),
+        verbose=0,
+    )
+    right = np.mean(logits.argmax(-1) == [p.label for p in split.test.pictures])
+    assert printed["test"]["accuracy"] == pytest.approx(right)
+    assert "12 test pictures" in (run.path / "report.html").read_text()
+    # With other test pictures, everything else is the same.
+    write_digits(data / "test", labels=range(3), each=2, size=16, first=50)
+    words[words.index(str(tmp_path / "run"))] = str(tmp_path / "again")
+    assert main(words) == 0
+    again = Run.open(tmp_path / "again")
+    assert again.history == run.history and again.facts["best_epoch"] == run.facts["best_epoch"]
 
 
 @pytest.mark.parametrize(

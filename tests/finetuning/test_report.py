@@ -395,7 +395,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def evaluation(run):
-    return evaluate_run(run)
+    return evaluate_run(run)["val"]
 
 
 class Page(HTMLParser):

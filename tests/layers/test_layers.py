@@ -9,8 +9,18 @@ import tfimm_lora as lora
 from tests.helpers import layer_contracts
 from tests.helpers.kerases import BACKEND, LEGACY, UNIT_ROUNDOFF, array, keras, normal, run
 from tests.helpers.layer_cases import CASES, IDS
+from tests.helpers.selection import long_except
 
 pytestmark = pytest.mark.backends
+
+#: Compiling is slow. XLA treats the other cases alike.
+UNDER_XLA = {
+    "dense_rows",
+    "dense_parts_of_qkv",
+    "conv2d_same_strided",
+    "depthwise",
+    "einsum_heads",
+}
 
 
 @pytest.mark.parametrize("promise", layer_contracts.LAYER_PROMISES, ids=lambda f: f.__name__)
@@ -37,7 +47,7 @@ def test_layer_in_16_bits_is_near_the_reference(case, kind, policy):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch compiles by other means, in minutes")
-@pytest.mark.parametrize("case", CASES, ids=IDS)
+@pytest.mark.parametrize("case", long_except(CASES, UNDER_XLA))
 def test_layer_trains_the_same_when_compiled_by_xla(case):
     steps, start = [], None
     for jit in (False, True):

@@ -21,7 +21,10 @@ from tests.helpers.tiny_architectures import ARCHITECTURES, CLASSIFIERS, digits
 # Float32 through up to thirty layers.
 CLOSE = dict(rtol=1e-3, atol=1e-4)
 
-classifiers = pytest.mark.parametrize("name", CLASSIFIERS)
+#: `make test` builds these models; the others differ in what they contain.
+QUICK = {"vit", "resnet", "convnext", "swin", "efficientnet"}
+
+classifiers = pytest.mark.parametrize("name", long_except(CLASSIFIERS, QUICK))
 
 
 def loss_of(labels, logits):
@@ -142,7 +145,7 @@ def test_features_and_models_without_classifier(name):
     np.testing.assert_allclose(given.reshape(pooled.shape), pooled, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ARCHITECTURES)
+@pytest.mark.parametrize("name", long_except(ARCHITECTURES, QUICK))
 def test_targets_all_adapts_every_layer_but_the_classifier(name):
     """Squeeze-and-excite, grouped, depthwise and standardised convolutions too."""
     base = ARCHITECTURES[name].make()

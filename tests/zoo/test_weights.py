@@ -491,6 +491,7 @@ def test_pretrained_uses_the_checkpoint_that_the_name_stands_for(local_hub):
     np.testing.assert_allclose(features["features"], expected["features"], atol=1e-4)
 
 
+@pytest.mark.long
 def test_tfimms_own_cache_comes_first(local_hub, tmp_path):
     model = tfimm.create_model(local_hub)
     model.save(str(tmp_path / "cached"))

@@ -6,7 +6,7 @@ import importlib
 
 #: Modules of this package. Importing one registers its command.
 COMMANDS: tuple[str, ...] = (
-    *("models", "plan", "finetune", "evaluate", "predict", "merge", "export"),
+    *("models", "plan", "check", "finetune", "evaluate", "predict", "merge", "export"),
     *("inspect", "combine", "diff"),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -54,8 +55,8 @@ def finetune(
     data: Annotated[
         Text,
         typer.Option(
-            help="A folder of class folders; or of train/ and val/ with class folders; or a "
-            "CSV file with path,label."
+            help="A folder of class folders; or of train/, val/ and test/ with class folders; "
+            "or a CSV file with path,label. tfimm-lora check reports what is wrong with it."
         ),
     ] = None,
     pretrained: Annotated[
@@ -164,16 +165,27 @@ def finetune(
     recipe = Recipe.from_dict(settings)
     import_tensorflow()
     bar = sys.stderr.isatty() and not as_json
-    run = finetune_pictures(
-        recipe, out, resume=resume, verbose="bar" if bar else "lines", say=note
-    )
+    try:
+        run = finetune_pictures(
+            recipe, out, resume=resume, verbose="bar" if bar else "lines", say=note
+        )
+    except KeyboardInterrupt:
+        note(_how_to_resume(out))
+        raise
     facts = ("best_epoch", "trainable", "parameters")
     result = {"out": str(run.path), **{name: run.facts[name] for name in facts}}
     if not is_chief(recipe.strategy):
         emit(result, as_json, lambda: print("trained; the chief worker writes the report"))
         return
-    evaluation = evaluate_run(run)
+    evaluations = evaluate_run(run)
+    evaluation, test = evaluations["val"], evaluations.get("test")
     result["accuracy"], result["loss"] = evaluation.accuracy, evaluation.loss
+    if test is not None:
+        result["test"] = {
+            "accuracy": test.accuracy,
+            "loss": test.loss,
+            "pictures": len(test.predictions),
+        }
     result["report"] = str(run.path / "report.html")
 
     def show() -> None:
@@ -181,10 +193,24 @@ def finetune(
         print(
             f"accuracy {evaluation.accuracy:.1%} on {len(evaluation.predictions)} validation "
             f"pictures (epoch {result['best_epoch']}), with {share:.2%} of the parameters "
-            f"trained\nadapter: {run.adapter}\nreport:  {result['report']}"
+            "trained"
         )
+        if test is not None:
+            print(f"accuracy {test.accuracy:.1%} on {len(test.predictions)} test pictures")
+        print(f"adapter: {run.adapter}\nreport:  {result['report']}")
 
     emit(result, as_json, show)
+
+
+def _how_to_resume(out: str) -> str:
+    """What to do after an interruption."""
+    if not (Path(out) / CONFIG).is_file():
+        return f"interrupted before training; nothing was written to {out}"
+    done = len(Run.open(out).history)
+    return (
+        f"interrupted after epoch {done}; resume with: "
+        f"tfimm-lora finetune --out {shlex.quote(out)} --resume"
+    )
 
 
 def _default_settings(out: str, config: str | None, resume: bool) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
 import os
@@ -9,7 +10,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,17 @@ from tfimm_lora.backend.interface import Backend
 from tfimm_lora.config import LoRAConfig, lora_field_names
 from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
-from tfimm_lora.finetuning.data.dataset import PictureSet, Split, find_pictures
-from tfimm_lora.finetuning.data.pictures import check_pictures
+from tfimm_lora.finetuning.data.check import check_data
+from tfimm_lora.finetuning.data.dataset import PictureSet, Split
+from tfimm_lora.finetuning.data.findings import Problem, warn
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.distributed.devices import Devices
-from tfimm_lora.finetuning.distributed.strategy import check_name, check_strategy, open_strategy
+from tfimm_lora.finetuning.distributed.strategy import (
+    check_name,
+    check_strategy,
+    is_chief,
+    open_strategy,
+)
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
@@ -31,6 +38,8 @@ from tfimm_lora.finetuning.run import (
     RECIPE,
     Run,
     base_hash,
+    is_new,
+    one_writer,
     open_recipe_base,
 )
 from tfimm_lora.finetuning.training import Trained, finetune
@@ -159,8 +168,9 @@ def finetune_pictures(
         recipe: The settings.
         out: The folder for the run. It must be new or empty, or contain the run to resume.
         resume: Whether to resume the run in ``out``, which must have the same recipe. On a CPU,
-            the weights are then bitwise identical to those of a run without interruption. If
-            there is no run in ``out``, a new one is started.
+            the weights are then bitwise identical to those of a run without interruption. Only
+            the number of epochs may be larger: the rate then continues on the schedule of the
+            larger number. If there is no run in ``out``, a new one is started.
         verbose: As for ``finetune``.
         say: A function that is called with a message about each step.
 
@@ -169,12 +179,23 @@ def finetune_pictures(
 
     Raises:
         FileExistsError: if ``out`` contains something else.
+        RuntimeError: if another process writes to ``out``.
         TypeError, ValueError, OSError, ImportError, RuntimeError: as raised by the individual
             steps. Nothing outside the folder of the run is changed.
     """
     folder = Path(out)
     check_strategy(recipe.strategy)
-    run = _existing(folder, recipe, resume)
+    if folder.exists() and not folder.is_dir():
+        raise FileExistsError(f"Received out={str(folder)!r}, a file; expected a new folder.")
+    # Of several workers, only the chief writes.
+    writer = one_writer(folder) if is_chief(recipe.strategy) else contextlib.nullcontext()
+    with writer:
+        return _finetune(recipe, folder, _existing(folder, recipe, resume), verbose, say)
+
+
+def _finetune(
+    recipe: Recipe, folder: Path, run: Run | None, verbose: str, say: Callable[[str], None]
+) -> Run:
     backend, devices = default_backend(), open_strategy(recipe.strategy)
     devices.check_batch(recipe.batch_size)
     if devices.replicas > 1:
@@ -183,13 +204,19 @@ def finetune_pictures(
         if run is None:
             run, split, model = _begin(backend, recipe, folder, devices, say)
         else:
-            say(f"resuming the run in {folder}")
+            _say_what_is_left(run, recipe, say)
+            run.recipe["epochs"] = recipe.epochs
             split = run.split
             # For a new classifier, which is not stored before the first epoch is complete.
             backend.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
             _inject(backend, recipe, model, split, run.facts)
         trained, seconds = _train(recipe, run, model, split, devices, verbose)
+    if trained.stopped_early and len(trained.history) < recipe.epochs:
+        say(
+            f"stopped early after epoch {len(trained.history)} of {recipe.epochs}: no "
+            f"improvement for {recipe.patience} epochs"
+        )
     facts = {
         "best_epoch": trained.best_epoch,
         "stopped_early": trained.stopped_early,
@@ -201,9 +228,20 @@ def finetune_pictures(
     return run
 
 
+def _say_what_is_left(run: Run, recipe: Recipe, say: Callable[[str], None]) -> None:
+    """Say where a resumed run continues."""
+    done = len(run.history)
+    if done >= recipe.epochs:
+        say(f"the run in {run.path} has all {done} epochs already; pass more to train on")
+        return
+    before = run.recipe["epochs"]
+    longer = f" instead of {before}" if recipe.epochs != before else ""
+    say(f"resuming the run in {run.path} after epoch {done} of {recipe.epochs}{longer}")
+
+
 def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
     """The run to resume, if there is one."""
-    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+    if is_new(folder):
         return None
     if not (folder / CONFIG).is_file():
         unfinished = folder.is_dir() and (folder / "labels.txt").is_file()
@@ -222,8 +260,9 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
     changed = [
         name
         for name in settings
-        # Other devices compute the same results, up to rounding.
-        if name != "strategy" and run.recipe.get(name) != settings[name]
+        # Other devices compute the same results, up to rounding. For more epochs, the rate
+        # continues on the longer schedule.
+        if name not in ("strategy", "epochs") and run.recipe.get(name) != settings[name]
     ]
     if changed:
         listed = [f"{n}={run.recipe.get(n)!r}, now {settings[n]!r}" for n in changed]
@@ -231,19 +270,27 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
             f"The run in {folder} was started with other settings: {'; '.join(listed)}. Resume "
             "it with the same settings, or start a new run in another folder."
         )
+    done = len(run.history)
+    if recipe.epochs < done:
+        raise ValueError(
+            f"Received epochs={recipe.epochs} for the run in {folder}, which has {done} epochs "
+            f"already; expected at least {done}."
+        )
     return run
 
 
-def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, list[Any]]:
-    found = find_pictures(recipe.data, validation=recipe.validation, seed=recipe.seed)
-    say(
-        f"checking {len(found.train) + len(found.val)} pictures of {len(found.labels)} "
-        f"classes: {len(found.train)} for training, {len(found.val)} for validation"
+def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, Sequence[Problem]]:
+    checked = check_data(
+        recipe.data,
+        validation=recipe.validation,
+        seed=recipe.seed,
+        on_error=recipe.on_error,
+        say=say,
     )
-    split, problems = check_pictures(found, recipe.on_error)
-    for problem in problems:
+    for problem in checked.problems:
         say(f"skipped {problem.path}: {problem.reason}")
-    return split, problems
+    warn(checked.findings, stacklevel=2)
+    return checked.usable(), checked.problems
 
 
 def _begin(
@@ -258,12 +305,13 @@ def _begin(
     say(f"opening {recipe.model}")
     backend.keras.utils.set_random_seed(recipe.seed)
     base = open_recipe_base(recipe.to_dict(), len(split.labels))
-    facts = {
+    facts: dict[str, Any] = {
         "preprocessing": base.preprocessing.to_dict(),
         "new_classifier": base.new_classifier,
         "base_sha256": base_hash(recipe.to_dict()),
         "trained_on": split.train.counts(),
         "validated_on": split.val.counts(),
+        **({} if split.test is None else {"tested_on": split.test.counts()}),
         "versions": _versions(backend),
     }
     if base.from_scratch:
@@ -287,7 +335,7 @@ def _begin(
 def _shared_settings(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that must be the same for all workers; their folders may differ."""
     shared = {**recipe.to_dict(), **facts}
-    for part, pictures in (("train", split.train), ("val", split.val)):
+    for part, pictures in split.parts().items():
         shared[part] = [(os.path.basename(p.path), p.label) for p in pictures.pictures]
     return {name: shared[name] for name in shared if name not in ("model", "data", "weights")}
 

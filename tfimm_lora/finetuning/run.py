@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import os
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.utils.optional_imports import require
 
 CONFIG, LABELS, SPLIT, SKIPPED = "config.yaml", "labels.txt", "split.csv", "skipped.csv"
+LOCK = ".lock"
 BASE_WEIGHTS = "base.weights.h5"
 #: The sections of the config: the settings and the results.
 RECIPE, FACTS = "recipe", "facts"
@@ -61,17 +63,9 @@ class Run:
         run = cls(Path(path), {RECIPE: dict(recipe), FACTS: facts})
         run.path.mkdir(parents=True, exist_ok=True)
         write_file(run.path / LABELS, "".join(f"{label}\n" for label in split.labels))
-        _write_csv(
-            run.path / SPLIT,
-            ("path", "label", "split"),
-            [
-                (os.path.abspath(picture.path), split.labels[picture.label], part)
-                for part, pictures in (("train", split.train), ("val", split.val))
-                for picture in pictures.pictures
-            ],
-        )
+        write_file(run.path / SPLIT, split_text(split))
         bad = [(x.path, x.reason) for x in skipped]
-        _write_csv(run.path / SKIPPED, ("path", "reason"), bad)
+        write_file(run.path / SKIPPED, _csv_text(("path", "reason"), bad))
         if base_weights is not None:
             shutil.copyfile(base_weights, run.path / BASE_WEIGHTS)
         run.save()
@@ -232,8 +226,53 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     return read
 
 
-def _write_csv(path: Path, names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> None:
+def split_text(split: Split) -> str:
+    """A CSV file with the path, label and part of each picture, for ``find_pictures``."""
+    rows = [
+        (os.path.abspath(picture.path), split.labels[picture.label], name)
+        for name, part in split.parts().items()
+        for picture in part.pictures
+    ]
+    return _csv_text(("path", "label", "split"), rows)
+
+
+def _csv_text(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
     table.writerows([names, *rows])
-    write_file(path, text.getvalue())
+    return text.getvalue()
+
+
+@contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Keep other processes from writing to the folder of a run within this block.
+
+    Creates the folder; it is removed again if nothing is written to it.
+
+    Raises:
+        RuntimeError: if another process writes to the folder.
+    """
+    filelock = require("filelock", extra="cli", why="Writing a run")
+    existed = folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = filelock.FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except filelock.Timeout:
+        raise RuntimeError(
+            f"Received out={str(folder)!r}, to which another process is writing; expected a "
+            "folder that is not in use. Wait for it to end, or pass another folder."
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+        if not existed and is_new(folder):
+            shutil.rmtree(folder)
+
+
+def is_new(folder: Path) -> bool:
+    """Whether a folder does not exist or has nothing in it but the lock of a run."""
+    return not folder.exists() or (
+        folder.is_dir() and all(path.name == LOCK for path in folder.iterdir())
+    )

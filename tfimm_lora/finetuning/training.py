@@ -112,7 +112,9 @@ def finetune(
         out: A folder for a checkpoint after each epoch (``state``), the adapter of the best
             epoch so far (``adapter``) and the metrics (``metrics.csv``). Default: nothing is
             written.
-        resume: Whether to resume from the checkpoint in ``out``, if there is one.
+        resume: Whether to resume from the checkpoint in ``out``, if there is one. ``epochs``
+            may then be another number, at least that of the epochs done; the rate continues on
+            its schedule.
         seed: The seed of the random operations of training (dropout). Stateless random
             operations of TensorFlow are reset at the start of each epoch, so that a resumed
             training draws the same numbers.
@@ -283,14 +285,18 @@ class _EpochRecorder:
                 "another folder. Pass resume=True to resume the training."
             )
         expected = self.progress.fingerprint
-        if last.fingerprint != expected:
-            changed = [k for k in expected if last.fingerprint.get(k) != expected[k]]
+        # More epochs than planned continue on a longer schedule.
+        changed = [k for k in expected if last.fingerprint.get(k) != expected[k]]
+        if "epochs" in changed and expected["epochs"] >= last.epoch:
+            changed.remove("epochs")
+        if changed:
             listed = [f"{k}={last.fingerprint.get(k)}, now {expected[k]}" for k in changed]
             raise ValueError(
                 f"The training in {self.out} was started with other settings: "
                 f"{'; '.join(listed)}. Resume it with the same settings, or start a new one in "
                 "another folder."
             )
+        last.fingerprint = expected
         self.progress = last
 
     def restore(self) -> int:

@@ -29,8 +29,8 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SHOWN = 24
 
 
-def evaluate_run(run: Run) -> Evaluation:
-    """Evaluate a run on its validation pictures and write the report.
+def evaluate_run(run: Run) -> dict[str, Evaluation]:
+    """Evaluate a run on its validation and test pictures and write the report.
 
     Writes ``curves.png``, ``confusion.png``, ``mistakes.png`` and ``report.html`` to the folder
     of the run.
@@ -39,23 +39,29 @@ def evaluate_run(run: Run) -> Evaluation:
         run: A run whose training is complete.
 
     Returns:
-        The evaluation.
+        The evaluation on the validation pictures, "val", and, if there are any, on the test
+        pictures, "test".
 
     Raises:
         FileNotFoundError, ValueError: as ``Run.model`` and ``Run.split``.
     """
-    batch_size = run.recipe["batch_size"]
-    evaluation = evaluate_pictures(
-        run.model(), run.split.val, run.preprocessing, batch_size=batch_size
-    )
+    model, split = run.model(), run.split
+    held_out = {name: part for name, part in split.parts().items() if name != "train"}
+    evaluations = {
+        name: evaluate_pictures(
+            model, part, run.preprocessing, batch_size=run.recipe["batch_size"]
+        )
+        for name, part in held_out.items()
+    }
+    evaluation = evaluations["val"]
     draw_curves(run.history, run.path / CURVES, run.facts.get("best_epoch"))
     draw_confusion(evaluation, run.path / CONFUSION)
     draw_mistakes(evaluation, run.path / MISTAKES, _SHOWN)
-    write_report(run, evaluation)
-    return evaluation
+    write_report(run, evaluation, evaluations.get("test"))
+    return evaluations
 
 
-def write_report(run: Run, evaluation: Evaluation) -> Path:
+def write_report(run: Run, evaluation: Evaluation, test: Evaluation | None = None) -> Path:
     """Write ``report.html`` into the folder of a run.
 
     The file has no scripts and loads nothing: it contains small versions of the pictures,
@@ -64,6 +70,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     Args:
         run: A run whose training is complete.
         evaluation: The evaluation of its model on the validation pictures.
+        test: That on the test pictures, which no decision in the run depends on.
 
     Returns:
         The path of the file.
@@ -75,6 +82,7 @@ def write_report(run: Run, evaluation: Evaluation) -> Path:
     mistakes = mistaken_files(evaluation, _SHOWN)
     parts = {
         "Result": sections.result(evaluation),
+        "Test pictures": sections.test_result(test) if test is not None else None,
         "Training": sections.training(run),
         "Confusions": sections.confusions(evaluation),
         "Classes": sections.classes(evaluation),

@@ -34,7 +34,7 @@ def count(number: int, word: str) -> str:
 # -- numbers --------------------------------------------------------------------------------
 
 
-def result(evaluation: Evaluation) -> Html:
+def result(evaluation: Evaluation, kind: str = "validation") -> Html:
     """The headline numbers."""
     low, high = evaluation.accuracy_interval()
     pictures = len(evaluation.predictions)
@@ -42,7 +42,7 @@ def result(evaluation: Evaluation) -> Html:
     guess = max(scores.count for scores in evaluation.classes) / pictures
     intro = tag(
         "p",
-        f"The model classifies {right:,} of {count(pictures, 'validation picture')} correctly. "
+        f"The model classifies {right:,} of {count(pictures, f'{kind} picture')} correctly. "
         f"Always predicting the most frequent class would be correct for {percent(guess)}.",
     )
     numbers = [
@@ -64,6 +64,16 @@ def result(evaluation: Evaluation) -> Html:
         note = "true class among the five most probable"
         numbers.insert(1, _number("Top 5", percent(evaluation.top5), note))
     return joined(intro, tag("dl", *numbers, class_="numbers"))
+
+
+def test_result(evaluation: Evaluation) -> Html:
+    """The headline numbers on the test pictures."""
+    why = (
+        "The test pictures were used neither to train nor to choose the epoch, so these are "
+        "the numbers to expect on new pictures. All sections below are about the validation "
+        "pictures."
+    )
+    return joined(tag("p", why, class_="quiet"), result(evaluation, "test"))
 
 
 def _number(name: str, value: str, note: str, **attributes: str) -> Html:
@@ -109,7 +119,12 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     named = targets if isinstance(targets, str) else ", ".join(targets)
     weights = "pretrained" if recipe["pretrained"] else recipe["weights"]
     default = "weights of the file" if facts["base_sha256"] else "random weights"
-    train, val = sum(facts["trained_on"].values()), sum(facts["validated_on"].values())
+    names = {"trained_on": "training", "validated_on": "validation", "tested_on": "testing"}
+    pictures = ", ".join(
+        f"{sum(facts[key].values()):,} for {name}"
+        for key, name in names.items()
+        if key in facts
+    )
     share = percent(facts["trainable"] / facts["parameters"], 2)
     full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
@@ -119,7 +134,7 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ("Targets", named),
         ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
         ("Adapter", f"{adapter.size / 1e6:.2f} MB"),
-        ("Pictures", f"{train:,} for training, {val:,} for validation, in {recipe['data']}"),
+        ("Pictures", f"{pictures}, in {recipe['data']}"),
         ("Input", f"{size[0]} x {size[1]} pixels, {run.preprocessing.in_channels} channels"),
         ("Augmentation", recipe["augmentation"]),
         (
@@ -219,13 +234,13 @@ def _mistake(run: Run, mistake: Prediction) -> Html:
 
 
 def skipped(run: Run) -> Html | None:
-    """The pictures that could not be read, if there are any."""
+    """The pictures that could not be used, if there are any."""
     skipped = run.skipped
     if not skipped:
         return None
     shown = [list(row) for row in skipped[:_SHOWN_SKIPPED]]
     more = len(skipped) - len(shown)
-    summary = f"{count(len(skipped), 'picture')} could not be used for training or validation."
+    summary = f"{count(len(skipped), 'picture')} could not be used."
     return joined(
         tag("p", summary),
         tag("div", _table(("File", "Reason"), shown), class_="long"),
