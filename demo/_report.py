@@ -175,7 +175,7 @@ def _files() -> Html:
         "run/adapter/": "the adapter, which PEFT reads too",
         "merged/": "the merged model as a SavedModel, for TensorFlow alone",
         "fashion-mnist/": "the pictures in class folders",
-        "efficientnet_lite0/": "the ImageNet weights as a timm checkpoint",
+        "imagenet-weights/": "the ImageNet weights as a timm checkpoint",
     }
     rows = [
         tag("tr", tag("th", tag("a", name, href=name)), tag("td", text))

@@ -86,7 +86,7 @@ class Demo:
         self.epochs = QUICK_EPOCHS if quick else EPOCHS
         side = QUICK_SIDE if quick else SIDE
         self.size = (side, side)
-        self.pictures, self.weights = out / "fashion-mnist", out / MODEL
+        self.pictures, self.weights = out / "fashion-mnist", out / "imagenet-weights"
         self.verbose = "bar" if sys.stderr.isatty() else "none"
 
     def prepare(self) -> Split:
