@@ -19,6 +19,7 @@ from tfimm_lora.model.convert import (
 )
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_architecture, lora_version_of
+from tfimm_lora.model.state import random_weights, record_base_name
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
 from tfimm_lora.zoo.weights.checkpoint import is_checkpoint
@@ -104,10 +105,12 @@ def create_model(
                 )
             return _adapt_loaded(loaded, type(loaded), kwargs)
         base = tfimm.create_model(model_name, False, model_path, **other_kwargs)
+        record_base_name(base, os.path.basename(os.path.abspath(model_path)))
     elif pretrained:
         base = create_pretrained(tfimm, model_name, **other_kwargs)
     else:
         base = tfimm.create_model(model_name, **other_kwargs)
+        record_base_name(base, random_weights(model_name))
     if adapter is not None:
         arguments = lora_arguments(base, adapter)
         if has_new_classifier(base.cfg, named_cfg):  # even if the adapter has no classifier

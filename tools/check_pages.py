@@ -5,7 +5,7 @@ Run by ``make quality``, with legacy Keras and tfimm installed. Nothing is measu
 * the tables of performance.md and variants.md are those of their JSON files;
 * the best learning rate of each method in variants.json lies inside the range that was tried;
 * architectures.md has the text and the names that the package reports, and the sizes of
-  ``tfimm_lora/cli/sizes.json``.
+  ``tfimm_lora/zoo/models.json``.
 """
 
 import json
@@ -58,7 +58,7 @@ def variants():
 
 
 def architectures():
-    """Return the differences between architectures.md, the package and sizes.json."""
+    """Return the differences between architectures.md, the package and models.json."""
     import make_architectures
 
     written = text_of("architectures.md")
@@ -69,10 +69,11 @@ def architectures():
     found = []
     if make_architectures.page(rows) != written:
         found.append("architectures.md differs from the page that make_architectures writes")
-    sizes = json.loads((ROOT / "tfimm_lora" / "cli" / "sizes.json").read_text())["tfimm"]
+    table = json.loads((ROOT / "tfimm_lora" / "zoo" / "models.json").read_text())
+    sizes = {name: row[0] for name, row in table["tfimm"]["models"].items()}
     shown = {name: row.split("|")[2].strip() for name, row in rows.items()}
     if shown != {name: f"{count / 1e6:.1f} M" for name, count in sizes.items()}:
-        found.append("architectures.md and tfimm_lora/cli/sizes.json differ")
+        found.append("architectures.md and tfimm_lora/zoo/models.json differ")
     return found
 
 

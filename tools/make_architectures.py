@@ -2,14 +2,16 @@
 
 Run ``TF_USE_LEGACY_KERAS=1 python tools/make_architectures.py``. It creates each of the 285
 models, which takes about forty minutes on one core. With ``--text`` it creates none: it keeps
-the numbers of the page and writes the text around them again. tests/zoo/test_families.py
-compares the page with the code. The sizes are also written into the package, for ``tfimm-lora
-models``, with those of keras.applications; tests/cli/test_cli.py counts some of them again.
+the numbers and writes what surrounds them again. tests/zoo/test_families.py compares the page
+with the code. The numbers, families, input sizes and targets are also written into the package,
+for ``tfimm-lora models``, with those of keras.applications; tests/zoo/test_model_table.py
+compares them with the installed packages.
 """
 
 import gc
 import inspect
 import json
+import re
 import sys
 from collections import defaultdict
 from pathlib import Path
@@ -19,7 +21,7 @@ import numpy as np
 import tfimm_lora as lora
 
 PAGE = Path(__file__).parents[1] / "docs" / "reference" / "architectures.md"
-SIZES = Path(lora.__file__).parent / "cli" / "sizes.json"
+TABLE = Path(lora.__file__).parent / "zoo" / "models.json"
 
 INTRODUCTION = """# Architectures
 
@@ -66,6 +68,55 @@ def application(keras, name):
 def applications(keras):
     """The names of the models of keras.applications."""
     return [name for name, made in vars(keras.applications).items() if inspect.isfunction(made)]
+
+
+def table(sizes, others):
+    """The content of models.json, from the numbers of tfimm and keras.applications."""
+    import keras
+    import tfimm
+
+    return {
+        "tfimm": {
+            "families": {
+                cls.__name__: lora.lora_architecture(cls).cfg_class.presets()["default"]
+                for cls in families()
+            },
+            "models": {
+                name: [
+                    sizes[name],
+                    tfimm.models.model_class(name).__name__,
+                    *tfimm.models.model_config(name).input_size,
+                ]
+                for name in lora.list_models()
+            },
+        },
+        "applications": {
+            name: [numbers[0], family(name), *numbers[1:], hasattr(keras.applications, name)]
+            for name, numbers in sorted(others.items())
+        },
+    }
+
+
+def family(name):
+    """The module of a model of keras.applications, which is named after its family."""
+    from tensorflow import keras
+
+    created = inspect.unwrap(getattr(keras.applications, name))
+    return created.__module__.rpartition(".")[2]
+
+
+def written_numbers():
+    """The numbers in models.json as it is, of tfimm and keras.applications."""
+    read = json.loads(TABLE.read_text())
+    sizes = {name: row[0] for name, row in read["tfimm"]["models"].items()}
+    return sizes, {n: [row[0], *row[2:4]] for n, row in read["applications"].items()}
+
+
+def write_table(sizes, others):
+    """Write models.json, one model a line."""
+    text = json.dumps(table(sizes, others), indent=1)
+    text = re.sub(r"\[[^\[\]]*\]", lambda found: " ".join(found[0].split()), text)
+    TABLE.write_text(text.replace("[ ", "[").replace(" ]", "]") + "\n")
 
 
 def families():
@@ -119,6 +170,7 @@ def main():
     """Create every model in turn and write the page and the sizes; or only the text."""
     if "--text" in sys.argv[1:]:
         PAGE.write_text(page(written_rows()))
+        write_table(*written_numbers())
         return
     from tensorflow import keras
 
@@ -134,7 +186,7 @@ def main():
         rows[name] = cleared(row(name, sizes[name], trained))
     others = {n: cleared(application(keras, n)) for n in applications(keras)}
     PAGE.write_text(page(rows))
-    SIZES.write_text(json.dumps({"tfimm": sizes, "applications": others}, indent=1) + "\n")
+    write_table(sizes, others)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
+from scipy.special import softmax
 
 import tfimm_lora as lora
 from tests.helpers.finished_run import SIDE, finished_run
@@ -39,12 +41,18 @@ def call(capsys):
     return call
 
 
-def ordinary():
+@pytest.fixture(scope="module")
+def of_softmax(tmp_path_factory):
+    """A run whose base model ended in a softmax."""
+    return finished_run(tmp_path_factory.mktemp("softmax"), "softmax")
+
+
+def ordinary(end=None):
     return keras.Sequential(
         [
             keras.Input((6,)),
             keras.layers.Dense(5, activation="relu", name="fc"),
-            keras.layers.Dense(3, name="head"),
+            keras.layers.Dense(3, end, name="head"),
         ]
     )
 
@@ -180,6 +188,77 @@ def test_help_ends_with_examples(call):
     for command in ("export", "merge"):
         out, _ = call(command, "--help")
         assert f"tfimm-lora {command} runs/flowers --out" in out.split("Examples")[1]
+
+
+# -- logits and probabilities ---------------------------------------------------------------
+
+
+def test_a_merged_softmax_model_returns_probabilities_as_before(of_softmax, tmp_path, call):
+    path = tmp_path / "m.keras"
+    out, _ = call("merge", of_softmax.path, "--out", path)
+    assert "returns" in out and "probabilities" in out
+    x = normal(4, SIDE, SIDE, 3)
+    logits = run(of_softmax.model(), x).astype("float64")
+    expected = softmax(logits, axis=1)
+    model = keras.models.load_model(path)
+    np.testing.assert_allclose(run(model, x), expected, atol=1e-6)
+    base = keras.models.load_model(of_softmax.recipe["model"])
+    assert [type(x) for x in model.layers[-4:]] == [type(x) for x in base.layers[-4:]]
+    call("export", of_softmax.path, "--out", tmp_path / "m.onnx")  # the same default
+    np.testing.assert_allclose(predict_onnx(tmp_path / "m.onnx", x), expected, atol=1e-6)
+    out, _ = call("merge", of_softmax.path, "--logits", "--out", tmp_path / "l.keras", "--json")
+    assert json.loads(out)["returns"] == "logits"
+    found = run(keras.models.load_model(tmp_path / "l.keras"), x)
+    np.testing.assert_allclose(found, logits, atol=1e-5)
+    beside = json.loads((tmp_path / "l.keras.json").read_text(encoding="utf-8"))
+    assert beside["returns"] == "logits"
+
+
+def test_a_run_returns_logits_or_on_request_probabilities(finished, tmp_path, call):
+    out, _ = call("export", finished.path, "--out", tmp_path / "l.onnx", "--json")
+    assert json.loads(out)["returns"] == "logits"
+    out, _ = call("export", finished.path, "--out", tmp_path / "p.onnx", "--probabilities")
+    assert "probabilities" in next(x for x in out.splitlines() if x.startswith("returns"))
+    x = normal(4, SIDE, SIDE, 3)
+    logits = run(finished.model(), x).astype("float64")
+    np.testing.assert_allclose(predict_onnx(tmp_path / "l.onnx", x), logits, atol=1e-5)
+    found = predict_onnx(tmp_path / "p.onnx", x)
+    np.testing.assert_allclose(found, softmax(logits, axis=1), atol=1e-6)
+
+
+def test_a_lora_model_in_a_file_keeps_its_softmax(tmp_path, call):
+    model = lora.inject_lora(ordinary("softmax"), lora_rank=2)
+    randomise(model)
+    model.save(tmp_path / "lora.keras")
+    out, _ = call("merge", tmp_path / "lora.keras", "--out", tmp_path / "m.keras", "--json")
+    assert json.loads(out)["returns"] == "probabilities"
+    x = normal(4, 6)
+    loaded = keras.models.load_model(tmp_path / "m.keras")
+    np.testing.assert_allclose(run(loaded, x), run(model, x), atol=1e-6)
+
+
+def test_the_console_says_how_to_open_a_keras_file(finished, tmp_path, call):
+    out, err = call("merge", finished.path, "--out", tmp_path / "m.keras", "--json")
+    opening = json.loads(out)["open_with"]
+    beside = json.loads((tmp_path / "m.keras.json").read_text(encoding="utf-8"))
+    assert beside["open_with"] == opening
+    name = "tf-keras" if LEGACY else "keras"
+    assert f"install {name} {keras.__version__}" in err
+    assert ("TF_USE_LEGACY_KERAS=1" in err) == LEGACY
+    assert "    model = " in err and "load_model('m.keras', compile=False)" in err
+    assert "install" not in call("export", finished.path, "--out", tmp_path / "m.onnx")[1]
+
+
+def test_an_unfinished_run_is_named(finished, tmp_path, call):
+    folder = tmp_path / "run"
+    shutil.copytree(finished.path, folder)
+    config = (folder / "config.yaml").read_text(encoding="utf-8")
+    assert "  epochs: 2\n" in config
+    changed = config.replace("  epochs: 2\n", "  epochs: 5\n")
+    (folder / "config.yaml").write_text(changed, encoding="utf-8")
+    _, err = call("export", folder, "--out", tmp_path / "m.onnx")
+    assert f"warning: the run in {folder} is unfinished: 2 of 5 epochs are complete" in err
+    assert f"tfimm-lora finetune --out {folder} --resume" in err
 
 
 @pytest.mark.long

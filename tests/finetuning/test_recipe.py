@@ -18,7 +18,8 @@ from tests.helpers.picture_folders import break_picture, write_digits, write_spl
 from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning import recipe as recipe_module
-from tfimm_lora.finetuning.base_model import applications, open_base_model
+from tfimm_lora.finetuning.base.of_applications import applications
+from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.checkpoint import TrainingCheckpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
@@ -317,7 +318,8 @@ def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
 
 def test_weights_that_nobody_could_make_again_are_kept_in_the_run(folder, tmp_path):
     """A model that begins at random: the run has what the adapter is relative to."""
-    options = {"model": "applications/MobileNetV2", "normalisation": None, "epochs": 1}
+    options = {"model": "MobileNetV2", "normalisation": None, "epochs": 1}
+    options["pretrained"] = False
     options["lora"] = {"lora_rank": 1, "lora_targets": ["Conv_1"]}
     asked = recipe(folder, input_size=[32, 32], **options)
     run = finetune_pictures(asked, tmp_path / "run", verbose="none")
@@ -456,6 +458,7 @@ def test_a_tfimm_model_is_fine_tuned(folder, tmp_path):
     asked = recipe(
         folder,
         model="vit_tiny_patch16_224",
+        pretrained=False,
         normalisation=None,
         input_size=[32, 32],
         epochs=1,

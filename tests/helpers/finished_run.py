@@ -19,8 +19,11 @@ LABELS = (
 SIDE = 8
 
 
-def save_model(path) -> None:
-    """A small model of pictures, with random weights, for three classes."""
+def save_model(path, end=None) -> None:
+    """A small model of pictures, with random weights, for three classes.
+
+    ``end`` is the activation at its end.
+    """
     keras.utils.set_random_seed(3)
     layers = keras.layers
     model = keras.Sequential(
@@ -29,7 +32,7 @@ def save_model(path) -> None:
             layers.Conv2D(4, 3, strides=2, activation="relu", name="conv"),
             layers.Flatten(name="flatten"),
             layers.Dense(8, activation="relu", name="fc"),
-            layers.Dense(len(LABELS), name="head"),
+            layers.Dense(len(LABELS), end, name="head"),
         ]
     )
     model.save(path)
@@ -51,10 +54,10 @@ def write_pictures(folder, each=8) -> Path:
     return folder / "labels.csv"
 
 
-def finished_run(folder) -> Run:
+def finished_run(folder, end=None) -> Run:
     """Fine-tune for two epochs, on a few pictures."""
     folder = Path(folder)
-    save_model(folder / "model.keras")
+    save_model(folder / "model.keras", end)
     recipe = Recipe(
         model=str(folder / "model.keras"),
         data=str(write_pictures(folder / "pictures")),

@@ -16,7 +16,7 @@ from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.changed_statistics import changed_statistics
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
-from tfimm_lora.model.state import config_of, model_state
+from tfimm_lora.model.state import base_name, config_of, model_state, random_weights
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 
@@ -25,8 +25,9 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
 
     Args:
         model: A built LoRA model, merged or not. It is not changed.
-        base_model: The name of the base model, for the adapter's file. Default: for a tfimm
-            model the hub id of its weights in timm, or its name; otherwise "".
+        base_model: The name of the base model, for the adapter's file. Default: the origin of
+            its weights, for a tfimm model the hub id of its weights in timm, or "NAME (random
+            weights)"; otherwise "".
 
     Returns:
         The adapter.
@@ -141,9 +142,32 @@ def _warn_of_statistics(model: Any, held: set[int]) -> None:
 
 
 def base_model_name(model: Any) -> str:
-    """Return the hub id of a model's weights in timm, or the model's name, or ""."""
+    """Return the origin of a model's weights, for the files of its adapters.
+
+    It is the recorded origin, if the package loaded or created the weights. For other models of
+    tfimm it is the hub id of the name's weights in timm, or the name; but never if the weights
+    look random.
+    """
+    recorded = base_name(model)
+    if recorded is not None:
+        return recorded
     name: str = getattr(getattr(model, "cfg", None), "name", "") or ""
+    if name and _looks_random(model):
+        return random_weights(name)
     return f"timm/{CHECKPOINTS[name]}" if name in CHECKPOINTS else name
+
+
+def _looks_random(model: Any) -> bool:
+    """Whether most of the frozen biases are zero, as Keras initializes them."""
+    backend = backend_of(model)
+    zero = [
+        not backend.to_numpy(variable).any()
+        for _, layer in backend.walk(model)
+        for variable in backend.own_variables(layer)
+        if backend.is_bias_like(variable)
+        and not (isinstance(layer, (LoRALayer, FrozenLayer)) and layer._is_trained(variable))
+    ]
+    return 2 * sum(zero) > len(zero)
 
 
 def _value(weight: ModelWeight, disabled_values: dict[str, Any]) -> Any:

@@ -17,6 +17,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
+from tfimm_lora.backend import uses_legacy_keras
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.version import __version__
 
@@ -41,6 +42,9 @@ app = typer.Typer(
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document instead.")]
 
 _debug = False
+
+#: Whether the command line has this process for itself: ``main`` was called without arguments.
+_owns_process = False
 
 
 def _show_version(requested: bool) -> None:
@@ -90,6 +94,19 @@ def import_tensorflow() -> None:
             os.close(stderr)
 
 
+def import_keras_to_count() -> None:
+    """Import Keras to create models whose weights are counted and not used.
+
+    Keras 3 on NumPy starts in half of the time of TensorFlow. The backend of Keras cannot be
+    changed later, so it is chosen only in a process of the command line.
+    """
+    chosen = uses_legacy_keras() or "KERAS_BACKEND" in os.environ or "keras" in sys.modules
+    if chosen or not _owns_process:
+        import_tensorflow()
+    else:
+        os.environ["KERAS_BACKEND"] = "numpy"
+
+
 def emit(data: Any, as_json: bool, show: Callable[[], None]) -> None:
     """Print a result on stdout, as one JSON document or with ``show``.
 
@@ -125,8 +142,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     from tfimm_lora.cli import commands
 
     commands.register()
-    global _debug
-    _debug = False
+    global _debug, _owns_process
+    _debug, _owns_process = False, argv is None
     try:
         with _warnings_as_notes():
             app(args=None if argv is None else list(argv), prog_name="tfimm-lora")

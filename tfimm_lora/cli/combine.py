@@ -15,7 +15,8 @@ from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.inspect import open_adapter
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.parsing import parse_weights
-from tfimm_lora.cli.tables import byte_text, show_facts
+from tfimm_lora.cli.tables import show_facts
+from tfimm_lora.finetuning.report.formatting import byte_text, percent
 
 EXAMPLES = """Examples:
 
@@ -129,6 +130,6 @@ def show(data: dict[str, Any]) -> None:
             ("layers", str(data["layers"])),
             ("rank", ", ".join(map(str, data["ranks"]))),
             ("size", byte_text(data["bytes"])),
-            ("largest error of a layer", "-" if error is None else f"{100 * error:.2g} %"),
+            ("largest error of a layer", "-" if error is None else percent(error)),
         ]
     )

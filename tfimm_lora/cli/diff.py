@@ -14,6 +14,7 @@ from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.cli.app import Json, app, emit
 from tfimm_lora.cli.inspect import in_order, open_adapter
 from tfimm_lora.cli.tables import show_table
+from tfimm_lora.finetuning.report.formatting import decimal
 
 EXAMPLES = """Examples:
 
@@ -146,7 +147,7 @@ def _cells(entry: dict[str, Any]) -> list[str]:
     if entry["identical"]:
         return ["same", "1.0000"]
     numbers = (entry["distance"], entry.get("cosine"))
-    return ["-" if number is None else f"{number:.4f}" for number in numbers]
+    return ["-" if number is None else decimal(number) for number in numbers]
 
 
 def _changes(layer: dict[str, Any]) -> str:
@@ -156,7 +157,7 @@ def _changes(layer: dict[str, Any]) -> str:
     for name, vector in layer["vectors"].items():
         where, distance = _presence(vector), vector["distance"]
         if where or not vector["identical"]:
-            changes.append(f"{name} {where or f'by {distance:.4f}'}")
+            changes.append(f"{name} {where or f'by {decimal(distance)}'}")
     return ", ".join(changes)
 
 

@@ -13,6 +13,7 @@ import typer
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_facts, show_table
+from tfimm_lora.cli.unfinished import warn_if_unfinished
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, list_pictures
 from tfimm_lora.finetuning.data.findings import WARNING, raise_errors, some
 from tfimm_lora.finetuning.data.listing import UNSPLIT
@@ -20,7 +21,7 @@ from tfimm_lora.finetuning.data.picture_files import natural_order
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
 from tfimm_lora.finetuning.metrics import Evaluation
-from tfimm_lora.finetuning.report.formatting import percent, readable
+from tfimm_lora.finetuning.report.formatting import decimal, interval, percent, readable
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_mistakes
 from tfimm_lora.finetuning.run import SPLIT, Run
 from tfimm_lora.utils.atomic_files import write_file
@@ -60,6 +61,7 @@ def evaluate_command(
     if out is not None:
         refuse_to_overwrite(out, overwrite)
     opened = Run.open(run)
+    warn_if_unfinished(opened)
     found = opened.split.val if data is None else labelled_pictures(data, opened.labels)
     pictures, problems = check_pictures(found)
     for problem in problems:
@@ -162,11 +164,10 @@ def show(evaluation: Evaluation) -> None:
         ("pictures", f"{pictures:,}"),
         (
             "accuracy",
-            f"{percent(evaluation.accuracy)} (95 % interval: {percent(low)} to "
-            f"{percent(high)})",
+            f"{percent(evaluation.accuracy)} (95 % interval: {interval(low, high)})",
         ),
         ("balanced accuracy", percent(evaluation.balanced_accuracy)),
-        ("loss", f"{evaluation.loss:.4f}"),
+        ("loss", decimal(evaluation.loss)),
         ("calibration error", percent(evaluation.calibration_error)),
     ]
     if evaluation.top5 is not None:

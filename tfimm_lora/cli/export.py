@@ -13,19 +13,23 @@ import typer
 from tfimm_lora.backend import default_backend
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
-from tfimm_lora.cli.predict import files_in
-from tfimm_lora.cli.tables import byte_text, show_facts
+from tfimm_lora.cli.picture_sources import find_pictures
+from tfimm_lora.cli.tables import show_facts
+from tfimm_lora.cli.unfinished import warn_if_unfinished
 from tfimm_lora.exporting.description import read_description
 from tfimm_lora.exporting.export import export
 from tfimm_lora.exporting.exported import Exported, TensorInfo, description_path
+from tfimm_lora.exporting.opening import instructions
 from tfimm_lora.exporting.request import check_path, format_of
+from tfimm_lora.finetuning.base.keras_files import load_keras_model
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.report.formatting import byte_text, percent
 from tfimm_lora.finetuning.run import CONFIG, Run
 
 EXAMPLES = """Examples:
 
-tfimm-lora export runs/flowers --out flowers.onnx
+tfimm-lora export runs/flowers --out flowers.onnx --probabilities
 
 tfimm-lora export runs/flowers --out flowers.tflite --include-preprocessing
 
@@ -38,13 +42,32 @@ tfimm-lora export model.keras --format savedmodel --out served/model/1 --json
 _SAMPLES = 200
 
 
+#: ``--probabilities`` and ``--logits`` of the commands that write a model.
+Probabilities = Annotated[
+    bool | None,
+    typer.Option(
+        "--probabilities/--logits",
+        help="What the file returns. Default: what the model returned before fine-tuning.",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class OpenedModel:
-    """A model with its labels and preprocessing, if they are known."""
+    """A model with its labels and preprocessing, if they are known.
+
+    ``probabilities`` is the default of ``export``.
+    """
 
     model: Any
     labels: list[str] | None
     preprocessing: Preprocessing | None
+    probabilities: bool | None = None
+
+    def kind(self, requested: bool | None) -> bool | None:
+        """``probabilities`` of ``export``: as requested, or the default of the model."""
+        return self.probabilities if requested is None else requested
 
 
 @app.command("export", epilog=EXAMPLES)
@@ -74,6 +97,7 @@ def export_command(
         Path | None,
         typer.Option(help=f"For int8: a folder of typical pictures; {_SAMPLES} are used."),
     ] = None,
+    probabilities: Probabilities = None,
     tolerance: Annotated[
         float | None,
         typer.Option(help="Largest allowed difference, relative to the outputs of the model."),
@@ -87,6 +111,9 @@ def export_command(
     The outputs of the file are compared with those of the model. If they differ,
     nothing is written. Labels and preprocessing are written to a JSON file
     beside it.
+
+    A run returns logits, or probabilities if its base model ended in a softmax.
+    A saved model returns what it returned before.
     """
     format = checked_format(out, format, overwrite)
     opened = open_source(source)
@@ -105,6 +132,7 @@ def export_command(
         tolerance=tolerance,
         opset=opset,
         overwrite=overwrite,
+        probabilities=opened.kind(probabilities),
     )
     show_result(source, exported, as_json)
 
@@ -134,7 +162,9 @@ def open_source(path: Path) -> OpenedModel:
     import_tensorflow()
     if (path / CONFIG).is_file():
         run = Run.open(path)
-        return OpenedModel(run.model(), run.labels, run.preprocessing)
+        warn_if_unfinished(run)
+        by_default = True if run.base_returned_probabilities else None
+        return OpenedModel(run.model(), run.labels, run.preprocessing, by_default)
     model = _load(path)
     description = read_description(path)
     values = description.get("preprocessing")
@@ -160,14 +190,7 @@ def _load(path: Path) -> Any:
             "saved Keras model (.keras, .h5, or a SavedModel of legacy Keras)."
         )
     backend = default_backend()
-    name = backend.keras.__name__
-    try:
-        model = backend.keras.models.load_model(str(path), compile=False)
-    except Exception as error:
-        raise ValueError(
-            f"{path} cannot be loaded by {name}: {error}. If the other Keras wrote it, set "
-            f"TF_USE_LEGACY_KERAS={0 if name == 'tf_keras' else 1}."
-        ) from error
+    model = load_keras_model(path)
     if not isinstance(model, backend.keras.Model):
         raise ValueError(
             f"{path} is a SavedModel without a Keras model, which cannot be converted to "
@@ -201,7 +224,12 @@ def sample_pictures(
             preprocessing, mean=(0.0,) * n, std=(1 / 255,) * n, channel_order="rgb"
         )
     prepare = preprocessing.function(resize=True)
-    paths = files_in([folder])
+    paths = find_pictures([str(folder)]).names
+    if not paths:
+        raise ValueError(
+            f"Received --samples {folder}, which contains no pictures; expected a folder of "
+            "typical pictures."
+        )
     chosen = np.unique(np.linspace(0, len(paths) - 1, _SAMPLES).round().astype(int))
     found = []
     for i in chosen:
@@ -228,8 +256,8 @@ def show_result(source: Path, exported: Exported, as_json: bool) -> None:
         "description": str(exported.description),
     }
     emit(data, as_json, lambda: _show(exported))
-    if exported.needs and not as_json:
-        note(f"Loading the file requires {' and '.join(exported.needs)}.")
+    if exported.open_with is not None:
+        note(instructions(exported.open_with, exported.needs))
 
 
 def _show(exported: Exported) -> None:
@@ -239,11 +267,12 @@ def _show(exported: Exported) -> None:
         ("size", byte_text(exported.bytes)),
         ("inputs", ", ".join(map(_text, exported.inputs))),
         ("outputs", ", ".join(map(_text, exported.outputs))),
+        ("returns", exported.returns or "the outputs of the model (kind unknown)"),
         ("largest difference", f"{exported.difference:.2g} of the largest output"),
         ("labels and preprocessing", str(exported.description)),
     ]
     if exported.agreement is not None:
-        facts.insert(-1, ("same top class", f"{exported.agreement:.1%} of the samples"))
+        facts.insert(-1, ("same top class", f"{percent(exported.agreement)} of the samples"))
     show_facts(facts)
 
 

@@ -10,16 +10,23 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from tfimm_lora.backend import installed
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_lora_fields, parse_size, parse_targets
+from tfimm_lora.finetuning.base.early import check_model
+from tfimm_lora.finetuning.base.names import is_model_file
 from tfimm_lora.finetuning.distributed.strategy import is_chief
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.page import evaluate_run
 from tfimm_lora.finetuning.run import CONFIG, RECIPE, Run, read_yaml
+from tfimm_lora.utils.optional_imports import require
 
 EXAMPLES = """Examples:
 
-tfimm-lora finetune --model convnext_tiny --data pictures --out run
+tfimm-lora finetune --model MobileNetV2 --data pictures --out run
+
+tfimm-lora finetune --model convnext_tiny --from-scratch --data pictures --out run
 
 tfimm-lora finetune --model my.keras --normalisation unit --data a.csv --out run
 
@@ -32,6 +39,9 @@ Text = Optional[str]  # noqa: UP045 - typer reads the annotations at run time
 Whole = Optional[int]  # noqa: UP045
 Number = Optional[float]  # noqa: UP045
 Flag = Optional[bool]  # noqa: UP045
+
+#: What a run needs after its training, so that nothing is missing then.
+_PACKAGES = ("PIL", "safetensors", "matplotlib")
 
 _LORA = "LoRA"
 _DATA = "Pictures"
@@ -48,8 +58,8 @@ def finetune(
     model: Annotated[
         Text,
         typer.Option(
-            help="The name of a tfimm model (see tfimm-lora models), applications/NAME for "
-            "Keras Applications, or a saved Keras model."
+            help="The name of a model of tfimm or Keras Applications (see tfimm-lora models), "
+            "or a saved Keras model."
         ),
     ] = None,
     data: Annotated[
@@ -60,7 +70,13 @@ def finetune(
         ),
     ] = None,
     pretrained: Annotated[
-        Flag, typer.Option(help="Load the pretrained weights of the named model.")
+        Flag,
+        typer.Option(
+            "--pretrained/--from-scratch",
+            help="Start with the pretrained weights of the named model (default), or with "
+            "random ones.",
+            show_default=False,
+        ),
     ] = None,
     weights: Annotated[
         Text, typer.Option(help="Load weights from this file (timm safetensors, or Keras).")
@@ -163,6 +179,12 @@ def finetune(
     defaults = _default_settings(out, config, resume)
     settings = {**defaults, **given, "lora": {**defaults.get("lora", {}), **fields}}
     recipe = Recipe.from_dict(settings)
+    if pretrained is not None:
+        _check_origin(recipe, pretrained)
+    check_model(recipe.model, pretrained=recipe.pretrained, weights=recipe.weights)
+    for package in _PACKAGES:
+        if not installed(package):
+            require(package, extra="cli", why="tfimm-lora finetune")
     import_tensorflow()
     bar = sys.stderr.isatty() and not as_json
     try:
@@ -189,17 +211,33 @@ def finetune(
     result["report"] = str(run.path / "report.html")
 
     def show() -> None:
-        share = result["trainable"] / result["parameters"]
+        share = percent(result["trainable"] / result["parameters"], 2)
+        pictures = f"{len(evaluation.predictions)} validation pictures"
         print(
-            f"accuracy {evaluation.accuracy:.1%} on {len(evaluation.predictions)} validation "
-            f"pictures (epoch {result['best_epoch']}), with {share:.2%} of the parameters "
-            "trained"
+            f"accuracy {percent(evaluation.accuracy)} on {pictures} "
+            f"(epoch {result['best_epoch']}), with {share} of the parameters trained"
         )
         if test is not None:
-            print(f"accuracy {test.accuracy:.1%} on {len(test.predictions)} test pictures")
+            pictures = f"{len(test.predictions)} test pictures"
+            print(f"accuracy {percent(test.accuracy)} on {pictures}")
         print(f"adapter: {run.adapter}\nreport:  {result['report']}")
 
     emit(result, as_json, show)
+
+
+def _check_origin(recipe: Recipe, pretrained: bool) -> None:
+    """Raise if --pretrained or --from-scratch is given with weights from a file."""
+    other = (
+        f"--weights {recipe.weights}"
+        if recipe.weights is not None
+        else f"the model file {recipe.model}"
+    )
+    if recipe.weights is not None or is_model_file(recipe.model):
+        flag = "--pretrained" if pretrained else "--from-scratch"
+        raise ValueError(
+            f"Received {flag} with {other}; expected one of them. The file contains the "
+            "weights."
+        )
 
 
 def _how_to_resume(out: str) -> str:

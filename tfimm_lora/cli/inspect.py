@@ -15,7 +15,8 @@ from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.summary import effective_rank
 from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file
-from tfimm_lora.cli.tables import byte_text, show_facts, show_table
+from tfimm_lora.cli.tables import show_facts, show_table
+from tfimm_lora.finetuning.report.formatting import byte_text
 
 EXAMPLES = """Examples:
 

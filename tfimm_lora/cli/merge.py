@@ -9,7 +9,7 @@ import typer
 
 from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.cli.app import Json, app
-from tfimm_lora.cli.export import checked_format, open_source, show_result
+from tfimm_lora.cli.export import Probabilities, checked_format, open_source, show_result
 from tfimm_lora.cli.outputs import Overwrite
 from tfimm_lora.exporting.export import export
 from tfimm_lora.model.merge import has_lora
@@ -36,13 +36,15 @@ def merge_command(
             help="Load this adapter into the model first: a folder, or hf://user/repo."
         ),
     ] = None,
+    probabilities: Probabilities = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
     """Merge the LoRA updates into the weights and write the ordinary model.
 
     It has ordinary layers, is as large and fast as the base model, and loads
-    without this package. A tfimm model needs tfimm and tf-keras.
+    without this package. A tfimm model needs tfimm and tf-keras. The model
+    returns probabilities if the base model ended in a softmax, else logits.
     """
     checked_format(out, "keras", overwrite)
     opened = open_source(source)
@@ -62,5 +64,6 @@ def merge_command(
         labels=labels,
         preprocessing=opened.preprocessing,
         overwrite=overwrite,
+        probabilities=opened.kind(probabilities),
     )
     show_result(source, exported, as_json)

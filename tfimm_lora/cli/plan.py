@@ -6,13 +6,18 @@ from typing import Annotated, Any
 
 import typer
 
-from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
+from tfimm_lora.cli.app import Json, app, emit, import_keras_to_count, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_targets
-from tfimm_lora.cli.tables import byte_text, show_facts, show_table
+from tfimm_lora.cli.tables import show_facts, show_table
 from tfimm_lora.finetuning.activation_memory import activation_bytes
+from tfimm_lora.finetuning.base.early import check_model
+from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name
 from tfimm_lora.finetuning.base_model import open_base_model
+from tfimm_lora.finetuning.report.formatting import byte_text, percent
 from tfimm_lora.model.inject import inject_lora
+from tfimm_lora.model.state import RANDOM, base_name, record_base_name
 from tfimm_lora.training.plan import Plan, plan
+from tfimm_lora.zoo.weights.hub_ids import hub_id
 
 EXAMPLES = """Examples:
 
@@ -69,10 +74,18 @@ def plan_command(
     Nothing is trained and no weights are downloaded. The size of the adapter is
     the size of its files. Memory is given for float32.
     """
-    import_tensorflow()
+    check_model(model)
+    if canonical_name(model).startswith(APPLICATIONS) and batch_size is None:
+        import_keras_to_count()
+    else:
+        import_tensorflow()
     # A model file does not store the normalization. The plan does not depend on it.
     opened = open_base_model(model, classes=classes, normalisation="unit")
     base, preprocessing = opened.model, opened.preprocessing
+    if opened.from_scratch:
+        # The files of the adapter are those of finetune, which loads pretrained weights.
+        plain = (base_name(base) or "").removesuffix(RANDOM)
+        record_base_name(base, hub_id(plain) or plain)
     new = opened.new_classifier if train_classifier is None else train_classifier
     arguments = {
         "lora_rank": rank,
@@ -88,7 +101,7 @@ def plan_command(
         shape = (*preprocessing.input_size, preprocessing.in_channels)
         _add_activations(memory, base, arguments, shape, batch_size)
     data = {
-        "model": model,
+        "model": canonical_name(model),
         **result.to_dict(),
         "optimizer": optimizer,
         "batch_size": batch_size,
@@ -125,7 +138,7 @@ def show(result: Plan, data: dict[str, Any], show_all: bool) -> None:
             "x".join(map(str, x.shape)),
             str(x.rank),
             f"{x.parameters:,}",
-            f"{100 * x.parameters / x.kernel:.1f} %",
+            percent(x.parameters / x.kernel),
         ]
         for x in result.layers
     ]
@@ -173,7 +186,7 @@ def _show_numbers(result: Plan) -> None:
         [
             ("parameters", f"{result.total:,}"),
             ("trained", f"{result.trainable:,} ({listed})"),
-            ("share", f"{100 * result.share:.2f} %"),
+            ("share", percent(result.share, 2)),
             ("classifier", f"{result.classifier_total:,}"),
             ("adapter", f"{result.adapter_bytes:,} bytes ({byte_text(result.adapter_bytes)})"),
         ]

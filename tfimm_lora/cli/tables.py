@@ -39,21 +39,6 @@ def show_facts(facts: Sequence[tuple[str, str]]) -> None:
         print(line)
 
 
-def byte_text(count: int) -> str:
-    """A number of bytes in a readable unit.
-
-    Example:
-        >>> byte_text(999), byte_text(1_240_000)
-        ('999 bytes', '1.2 MB')
-    """
-    if count < 1000:
-        return f"{count} bytes"
-    size, units = float(count), ["kB", "MB", "GB", "TB"]
-    while size >= 999.95 and units:
-        size, unit = size / 1000, units.pop(0)
-    return f"{size:.1f} {unit}"
-
-
 def _show_with_rich(
     headers: Sequence[str], rows: Sequence[Sequence[str]], is_left: Sequence[bool]
 ) -> None:

@@ -28,10 +28,12 @@ def describe(
     values = exported.to_dict()
     return {
         **{name: values[name] for name in ("format", "quantize", "inputs", "outputs")},
+        "returns": exported.returns,
         "labels": None if labels is None else list(labels),
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "preprocessing_included": included,
         "needs": list(exported.needs),
+        "open_with": exported.open_with,
         "difference": exported.difference,
         "made_by": f"tfimm_lora {__version__}",
     }
@@ -55,11 +57,15 @@ def read_description(path: Path) -> dict[str, Any]:
     return values if isinstance(values, dict) else {}
 
 
-def onnx_metadata(
-    labels: Sequence[str] | None, preprocessing: Mapping[str, Any] | None, included: bool
+def file_metadata(
+    labels: Sequence[str] | None,
+    preprocessing: Mapping[str, Any] | None,
+    included: bool,
+    returns: str | None,
 ) -> dict[str, str]:
-    """Labels and preprocessing for the metadata of an ONNX file, whose values are strings."""
+    """The metadata inside a file. The values are texts in JSON, as ONNX requires texts."""
     values = {
+        "returns": returns,
         "labels": None if labels is None else list(labels),
         "preprocessing": preprocessing,
     }

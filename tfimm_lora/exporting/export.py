@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,10 +17,20 @@ from tfimm_lora.exporting.comparison import Outputs
 from tfimm_lora.exporting.description import describe
 from tfimm_lora.exporting.export_plan import ExportPlan
 from tfimm_lora.exporting.exported import Exported, description_path
+from tfimm_lora.exporting.opening import opening
+from tfimm_lora.exporting.output_kind import (
+    LOGITS,
+    PROBABILITY,
+    activated,
+    check_probabilities,
+    kind_of,
+    softmax_of,
+)
 from tfimm_lora.exporting.pictures import sample_array
 from tfimm_lora.exporting.plain_model import ordinary_model, sixteen_bit_type
 from tfimm_lora.exporting.request import ExportRequest, checked_request
 from tfimm_lora.exporting.runners import runner_of
+from tfimm_lora.model.output_activation import output_activation, without_output_activation
 from tfimm_lora.utils.atomic_files import move_into_place, temporary_path
 
 
@@ -37,11 +48,13 @@ def export(
     check_inputs: Any = None,
     opset: int | None = None,
     overwrite: bool = False,
+    probabilities: bool | None = None,
 ) -> Exported:
     """Export a model to a file that does not need this package, and verify the file.
 
     LoRA updates are merged in a copy; the model itself does not change. All formats take a
-    batch of any size. A model that computes in 16 bits is exported in float32.
+    batch of any size. A model that computes in 16 bits is exported in float32. The result and
+    the description tell whether the file returns logits or probabilities.
 
     The file is run on seeded inputs, in batches of one and three. If its outputs differ from
     those of the model, an error is raised and nothing is written to ``path``. The JSON file
@@ -74,6 +87,9 @@ def export(
             pictures to which the preprocessing was applied.
         opset: For "onnx": the operator set version, 13 to 18. Default: 17.
         overwrite: Whether to replace an existing file at ``path``.
+        probabilities: Whether the file returns probabilities (True) or logits (False). A
+            softmax is added to a model that returns logits; the softmax or sigmoid at the end
+            of a model is removed. Default: what the model returns.
 
     Returns:
         An ``Exported`` with the properties of the file and the measured difference.
@@ -94,6 +110,8 @@ def export(
         >>> exported = lora.export(model, path, labels=["a", "b", "c"])
         >>> exported.format, exported.difference < 1e-4, exported.description.name
         ('keras', True, 'model.keras.json')
+        >>> exported.returns
+        'logits'
     """
     request = checked_request(
         model,
@@ -114,12 +132,24 @@ def export(
     with _without_tensor_float_32(), temporary_path(request.path) as temporary:
         expected = [plan.outputs_of(model, batch) for batch in batches]
         plan.check_outputs(model, expected[0])
-        with ordinary_model(model, always_copy=request.format == "keras") as plain:
+        kind = kind_of(model, expected[0])
+        check_probabilities(model, probabilities, kind, expected[0])
+        add_softmax = probabilities is True and kind != PROBABILITY
+        remove_activation = probabilities is False and kind == PROBABILITY
+        returns = kind if probabilities is None else PROBABILITY if probabilities else LOGITS
+        copied = remove_activation or request.format == "keras"
+        with ordinary_model(model, always_copy=copied) as plain:
             if sixteen_bit_type(model) is not None:
                 in_float32 = [plan.outputs_of(plain, batch) for batch in batches]
                 _check_float32(model, in_float32, expected)
                 expected = in_float32
-            needs, outputs = _write_and_run(plan, plain, temporary, sampled, batches)
+            if remove_activation:
+                plain, expected = _logits(plan, plain, batches, expected)
+            if add_softmax:
+                expected = [softmax_of(outputs) for outputs in expected]
+            needs, outputs = _write_and_run(
+                plan, plain, temporary, sampled, batches, returns, add_softmax
+            )
         result = comparison.compare(outputs, expected)
         _check(request, model, result)
         exported = Exported(
@@ -132,6 +162,8 @@ def export(
             request.quantize,
             result.agreement,
             needs,
+            returns,
+            None if request.format != "keras" else opening(model, needs, request.path.name),
         )
         values = describe(exported, plan.labels, plan.preprocessing, include_preprocessing)
         description = description_path(temporary)
@@ -142,12 +174,18 @@ def export(
 
 
 def _write_and_run(
-    plan: ExportPlan, plain: Any, path: Path, samples: Any, batches: list[list[np.ndarray]]
+    plan: ExportPlan,
+    plain: Any,
+    path: Path,
+    samples: Any,
+    batches: list[list[np.ndarray]],
+    returns: str | None,
+    add_softmax: bool,
 ) -> tuple[tuple[str, ...], list[Outputs]]:
     """Write the file and run it on the batches."""
     format = plan.request.format
     try:
-        needs = plan.write(plain, path, samples)
+        needs = plan.write(plain, path, samples, returns=returns, add_softmax=add_softmax)
         run = runner_of(format, path, plan.file_inputs, plain)
         return needs, [run(batch) for batch in batches]
     except OSError:
@@ -156,6 +194,33 @@ def _write_and_run(
         raise ValueError(
             f"Model '{plain.name}' cannot be exported to the format {format!r}: {error}"
         ) from error
+
+
+def _logits(
+    plan: ExportPlan, plain: Any, batches: list[list[np.ndarray]], expected: list[Outputs]
+) -> tuple[Any, list[Outputs]]:
+    """Remove the activation at the end of a model.
+
+    Returns:
+        The model, and its outputs for the batches.
+
+    Raises:
+        ValueError: if the activation cannot be removed, or the outputs before it do not lead to
+            the expected probabilities.
+    """
+    activation = output_activation(plain)
+    plain = without_output_activation(plain)
+    logits = [plan.outputs_of(plain, batch) for batch in batches]
+    again = [activated(outputs, activation) for outputs in logits]
+    difference = comparison.compare(again, expected).difference
+    bound = comparison.TOLERANCES["keras"]
+    if not difference <= bound:
+        raise ValueError(
+            f"The {activation} at the end of model '{plain.name}' cannot be removed: the "
+            f"probabilities computed from its logits differ from its outputs by "
+            f"{difference:.2g}; expected at most {bound:g}. Export the probabilities."
+        )
+    return plain, logits
 
 
 def _size_of(path: Path) -> int:
@@ -197,10 +262,12 @@ def _check(request: ExportRequest, model: Any, result: comparison.Comparison) ->
             "tolerance= if this accuracy is sufficient."
         )
     if result.agreement is not None and result.agreement < comparison.AGREEMENT:
+        same = math.floor(1000 * result.agreement) / 10  # not rounded up to the bound
         raise ValueError(
             f"Model '{model.name}' exported as {request.kind} has the same top class as the "
-            f"model for only {result.agreement:.0%} of the samples; expected at least "
-            f"{comparison.AGREEMENT:.0%}. Nothing was written to {request.path}. {remedy}."
+            f"model for only {same:g} % of the samples; expected at least "
+            f"{100 * comparison.AGREEMENT:g} %. Nothing was written to {request.path}. "
+            f"{remedy}."
         )
 
 

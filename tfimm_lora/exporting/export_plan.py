@@ -11,9 +11,10 @@ import numpy as np
 
 from tfimm_lora.exporting import pictures, writers
 from tfimm_lora.exporting.comparison import Outputs
-from tfimm_lora.exporting.description import onnx_metadata
+from tfimm_lora.exporting.description import file_metadata
 from tfimm_lora.exporting.request import ExportRequest
 from tfimm_lora.exporting.serving import Inputs, inputs_of, outputs_for, traced
+from tfimm_lora.model.output_activation import with_softmax
 
 
 @dataclass(frozen=True)
@@ -97,18 +98,49 @@ class ExportPlan:
                 "each class."
             )
 
-    def write(self, plain: Any, path: Path, samples: np.ndarray | None) -> tuple[str, ...]:
-        """Write an ordinary float32 model; return the packages that are needed to load it."""
+    def write(
+        self,
+        plain: Any,
+        path: Path,
+        samples: np.ndarray | None,
+        *,
+        returns: str | None,
+        add_softmax: bool,
+    ) -> tuple[str, ...]:
+        """Write an ordinary float32 model.
+
+        Args:
+            plain: The model. For a Keras file, its layers may change.
+            path: The file.
+            samples: The samples for quantization, or None.
+            returns: What the outputs of the file are.
+            add_softmax: Whether to add a softmax to the model.
+
+        Returns:
+            The packages that are needed to load the file.
+        """
         request = self.request
         if request.format == "keras":
+            if add_softmax:
+                plain = with_softmax(plain, lambda: writers.symbolic_inputs(plain, self.inputs))
             return writers.write_keras(plain, self.inputs, path)
-        inline = request.format != "savedmodel"
-        function = traced(plain, self.inputs, self.file_inputs, self.prepare, inline=inline)
+        import tensorflow as tf
+
+        function = traced(
+            plain,
+            self.inputs,
+            self.file_inputs,
+            self.prepare,
+            finish=tf.nn.softmax if add_softmax else None,
+            inline=request.format != "savedmodel",
+        )
+        metadata = file_metadata(
+            self.labels, self.preprocessing, self.prepare is not None, returns
+        )
         if request.format == "savedmodel":
-            writers.write_savedmodel(function, path)
+            writers.write_savedmodel(function, path, metadata)
         elif request.format == "tflite":
-            writers.write_tflite(function, path, request.quantize, samples)
+            writers.write_tflite(function, path, request.quantize, samples, metadata)
         else:
-            metadata = onnx_metadata(self.labels, self.preprocessing, self.prepare is not None)
             writers.write_onnx(function, path, request.opset, metadata)
         return ()

@@ -32,6 +32,9 @@ class Exported:
         quantize: None, "float16", "dynamic" or "int8".
         agreement: For "int8", the share of samples with the same top class as the model.
         needs: For a Keras file, the Python packages that are needed to load it.
+        returns: "logits", "probabilities", or None if the outputs are neither as far as known.
+        open_with: For a Keras file, how to open it: "keras" and "packages" (names and
+            versions), "environment" (variables to set before Python is started) and "code".
     """
 
     path: Path
@@ -43,6 +46,8 @@ class Exported:
     quantize: str | None = None
     agreement: float | None = None
     needs: tuple[str, ...] = ()
+    returns: str | None = None
+    open_with: dict[str, Any] | None = None
 
     @property
     def description(self) -> Path:

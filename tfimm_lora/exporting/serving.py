@@ -127,6 +127,7 @@ def traced(
     inputs: Inputs,
     function_inputs: Inputs,
     prepare: Callable[[Any], Any] | None,
+    finish: Callable[[Any], Any] | None,
     inline: bool,
 ) -> Any:
     """Trace a model to a concrete function from named inputs to named outputs.
@@ -136,6 +137,8 @@ def traced(
         inputs: The inputs of the model.
         function_inputs: The inputs of the function.
         prepare: The function from one to the other, or None if they are the same.
+        finish: The function from an output of the model to that of the function, or None if
+            they are the same.
         inline: Whether to inline the functions that the model compiles itself, such as the
             grouped convolutions of Keras for XLA. Converters require it.
     """
@@ -144,7 +147,10 @@ def traced(
     def serve(*tensors: Any) -> Any:
         given = list(tensors) if prepare is None else [prepare(tensors[0])]
         outputs = model(inputs.pack(given), training=False)
-        return dict(zip(output_names(model, outputs), tf.nest.flatten(outputs)))
+        flat = tf.nest.flatten(outputs)
+        if finish is not None:
+            flat = [finish(y) for y in flat]
+        return dict(zip(output_names(model, outputs), flat))
 
     specs = [tf.TensorSpec(t.shape, t.dtype, t.name) for t in function_inputs.tensors]
     function = tf.function(serve, input_signature=specs)

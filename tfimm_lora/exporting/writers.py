@@ -8,7 +8,7 @@ import logging
 import re
 import warnings
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,9 @@ from tfimm_lora.utils.optional_imports import require
 
 #: The name of the signature in SavedModel and TFLite files.
 SIGNATURE = "serving_default"
+
+#: The name of the file with the metadata in SavedModel and TFLite files.
+METADATA = "metadata.json"
 
 
 def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
@@ -84,23 +87,29 @@ def _loading_problem(model: Any, path: Path) -> str | None:
 
 
 def _save_as_one_layer(model: Any, inputs: Inputs, path: Path) -> bool:
-    """Save a functional model around the model; return whether it can be loaded.
-
-    The batch size of one only serves to build the layers: the Transformers of tfimm need a
-    known one for it. The loaded model takes any batch size.
-    """
+    """Save a functional model around the model; return whether it can be loaded."""
     keras = backend_of(model).keras
-    symbolic = inputs.pack(
-        [
-            keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)
-            for t in inputs.tensors
-        ]
-    )
+    symbolic = symbolic_inputs(model, inputs)
     try:
         keras.Model(symbolic, model(symbolic)).save(path)
     except Exception:  # noqa: BLE001 - classes that need concrete values raise anything
         return False
     return _loading_problem(model, path) is None
+
+
+def symbolic_inputs(model: Any, inputs: Inputs) -> Any:
+    """The inputs as symbolic tensors, for a functional model around a model.
+
+    The batch size of one only serves to build the layers: the Transformers of tfimm need a
+    known one for it. The loaded model takes any batch size.
+    """
+    keras = backend_of(model).keras
+    return inputs.pack(
+        [
+            keras.Input(t.shape[1:], batch_size=1, dtype=t.dtype, name=t.name)
+            for t in inputs.tensors
+        ]
+    )
 
 
 def _packages(config: Any) -> Iterator[str]:
@@ -119,10 +128,13 @@ def _packages(config: Any) -> Iterator[str]:
         yield from _packages(value)
 
 
-def write_savedmodel(traced: Any, path: Path) -> None:
+def write_savedmodel(
+    traced: Any, path: Path, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a concrete function as the only signature of a SavedModel.
 
-    It contains variables and the graph but no layers, so it can be loaded without Keras.
+    It contains variables and the graph but no layers, so it can be loaded without Keras. The
+    metadata are written to the folder "assets.extra", which TensorFlow reserves for them.
     """
     import tensorflow as tf
 
@@ -131,9 +143,14 @@ def write_savedmodel(traced: Any, path: Path) -> None:
     module.held = [outside for outside, _ in traced.graph.captures]
     with quiet("tensorflow"):
         tf.saved_model.save(module, str(path), signatures={SIGNATURE: traced})
+    if metadata is not None:
+        (path / "assets.extra").mkdir()
+        (path / "assets.extra" / METADATA).write_text(_json(metadata), encoding="utf-8")
 
 
-def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) -> None:
+def write_tflite(
+    traced: Any, path: Path, quantize: str | None, samples: Any, metadata: Mapping[str, str]
+) -> None:
     """Write a concrete function as a TFLite file.
 
     Args:
@@ -142,6 +159,8 @@ def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) ->
         quantize: None, "float16" (weights), "dynamic" (weights in int8) or "int8" (weights
             and activations; inputs and outputs stay float32).
         samples: Inputs to measure the ranges of the activations, for "int8".
+        metadata: The metadata, appended as a file in a zip archive, as TFLite defines for files
+            such as labels.
 
     Raises:
         ValueError: if TFLite does not support an operation.
@@ -171,6 +190,14 @@ def write_tflite(traced: Any, path: Path, quantize: str | None, samples: Any) ->
         message = _unsupported_message("TFLite", unsupported, "SavedModel or ONNX")
         raise ValueError(message) from error
     path.write_bytes(content)
+    with zipfile.ZipFile(path, "a") as archive:  # appended, since the file is not an archive
+        archive.writestr(zipfile.ZipInfo(METADATA), _json(metadata))
+
+
+def _json(metadata: Mapping[str, str]) -> str:
+    """The metadata as one JSON document. Their values are texts in JSON."""
+    values = {name: json.loads(text) for name, text in metadata.items()}
+    return json.dumps(values, indent=2) + "\n"
 
 
 def write_onnx(traced: Any, path: Path, opset: int, properties: dict[str, str]) -> None:

@@ -12,6 +12,9 @@ import numpy as np
 #: Bins of confidence in the calibration error.
 _BINS = 15
 
+#: The quantile 0.975 of the normal distribution.
+_NORMAL_QUANTILE = 1.959963984540054
+
 
 @dataclass(frozen=True)
 class ClassScores:
@@ -167,10 +170,10 @@ class Evaluation:
             >>> [round(x, 2) for x in value.accuracy_interval()]  # two of two
             [0.34, 1.0]
         """
-        n, p, z = len(self.predictions), self.accuracy, 1.959964
+        n, p, z = len(self.predictions), self.accuracy, _NORMAL_QUANTILE
         middle = (p + z * z / (2 * n)) / (1 + z * z / n)
         half = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-        # Exact at both ends, where rounding would leave an upper bound below the accuracy.
+        # Exact at both ends, where rounding errors would leave the accuracy outside.
         return 0.0 if p == 0 else middle - half, 1.0 if p == 1 else middle + half
 
     def to_dict(self) -> dict[str, Any]:

@@ -18,11 +18,14 @@ from typing import Any
 from tfimm_lora.backend import backend_of, default_backend, installed
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.config import LoRAConfig, lora_field_names
+from tfimm_lora.finetuning.base.early import check_model
+from tfimm_lora.finetuning.base.names import canonical_name, is_model_file
+from tfimm_lora.finetuning.base.opened import NORMALISATIONS
 from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.check import check_data
-from tfimm_lora.finetuning.data.dataset import PictureSet, Split
-from tfimm_lora.finetuning.data.findings import Problem, warn
+from tfimm_lora.finetuning.data.dataset import PictureSet, Split, list_split
+from tfimm_lora.finetuning.data.findings import ERROR, Problem, warn
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.distributed.strategy import (
@@ -37,6 +40,7 @@ from tfimm_lora.finetuning.run import (
     FACTS,
     RECIPE,
     Run,
+    base_digest,
     base_hash,
     is_new,
     one_writer,
@@ -49,6 +53,7 @@ from tfimm_lora.validation import check_choice, check_integer, check_keywords, c
 from tfimm_lora.version import __version__
 
 POLICIES = (None, "mixed_float16", "mixed_bfloat16")
+MONITORED = ("val_loss", "val_accuracy", "loss", "accuracy")
 
 
 @dataclass
@@ -58,7 +63,8 @@ class Recipe:
     Args:
         model: The model to fine-tune: a name or path, as for ``open_base_model``.
         data: Class folders, or a CSV file with path and label; see ``find_pictures``.
-        pretrained: Whether to load the pretrained weights of the named model.
+        pretrained: Whether a named model starts with its pretrained weights (default), or with
+            random ones. It is False if ``weights`` or the path of a saved model is given.
         weights: A weight file instead.
         input_size: The height and width of the input. Default: those of the model.
         normalisation: The normalization, required for a saved model; see ``open_base_model``.
@@ -85,7 +91,7 @@ class Recipe:
 
     model: str
     data: str
-    pretrained: bool = False
+    pretrained: bool = True
     weights: str | None = None
     input_size: tuple[int, int] | None = None
     normalisation: str | None = None
@@ -119,9 +125,18 @@ class Recipe:
         check_integer(self.batch_size, "batch_size", 1)
         check_number(self.learning_rate, "learning_rate", 0, exclusive=True)
         check_choice(self.mixed_precision, "mixed_precision", POLICIES)
+        check_choice(self.monitor, "monitor", MONITORED)
+        if self.patience is not None:
+            check_integer(self.patience, "patience", 1)
+        if self.normalisation is not None:
+            check_choice(self.normalisation, "normalisation", NORMALISATIONS)
+        self.model = canonical_name(self.model)
+        if self.weights is not None or is_model_file(self.model):
+            self.pretrained = False
         for name in ("data", "weights", "model"):
             value = getattr(self, name)
-            if value is not None and os.path.exists(value):
+            is_path = name != "model" or is_model_file(self.model)
+            if value is not None and is_path and os.path.exists(value):
                 setattr(self, name, os.path.abspath(value))
         if self.input_size is not None:
             self.input_size = (int(self.input_size[0]), int(self.input_size[1]))
@@ -185,6 +200,7 @@ def finetune_pictures(
     """
     folder = Path(out)
     check_strategy(recipe.strategy)
+    check_model(recipe.model, pretrained=recipe.pretrained, weights=recipe.weights)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Received out={str(folder)!r}, a file; expected a new folder.")
     # Of several workers, only the chief writes.
@@ -210,7 +226,8 @@ def _finetune(
             # For a new classifier, which is not stored before the first epoch is complete.
             backend.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
-            _inject(backend, recipe, model, split, run.facts)
+            _inject(backend, recipe, model, run.facts["new_classifier"])
+            _initialize_from_pictures(recipe, model, split, run.facts)
         trained, seconds = _train(recipe, run, model, split, devices, verbose)
     if trained.stopped_early and len(trained.history) < recipe.epochs:
         say(
@@ -300,36 +317,67 @@ def _begin(
     devices: Devices,
     say: Callable[[str], None],
 ) -> tuple[Run, Split, Any]:
-    """Create a run, with its pictures and its model. The folder is created last."""
-    split, skipped = _pictures(recipe, say)
-    say(f"opening {recipe.model}")
-    backend.keras.utils.set_random_seed(recipe.seed)
-    base = open_recipe_base(recipe.to_dict(), len(split.labels))
-    facts: dict[str, Any] = {
-        "preprocessing": base.preprocessing.to_dict(),
-        "new_classifier": base.new_classifier,
-        "base_sha256": base_hash(recipe.to_dict()),
-        "trained_on": split.train.counts(),
-        "validated_on": split.val.counts(),
-        **({} if split.test is None else {"tested_on": split.test.counts()}),
-        "versions": _versions(backend),
-    }
-    if base.from_scratch:
-        say("the weights are random: pass --pretrained or --weights to load trained ones")
-    random_head = base.new_classifier and not _trains_classifier(recipe, base.new_classifier)
+    """Create a run, with its pictures and its model. The folder is created last.
+
+    The model is opened and adapted before the pictures are read, so that what cannot work is
+    reported first. The listing of the pictures gives the number of classes.
+    """
+    listed, findings = list_split(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    if listed is None or any(x.level == ERROR for x in findings):
+        _pictures(recipe, say)  # raises all errors at once
+    classes = len(listed.labels) if listed is not None else 0
     with tempfile.TemporaryDirectory() as temporary:
-        kept = None
-        if base.from_scratch or random_head:
-            kept = Path(temporary) / BASE_WEIGHTS
-            base.model.save_weights(kept)
-        _inject(backend, recipe, base.model, split, facts)
-        facts.update(_sizes(base.model))
+        model, facts, kept = _open(backend, recipe, classes, Path(temporary), say)
+        split, skipped = _pictures(recipe, say)
+        if len(split.labels) != classes:
+            model, facts, kept = _open(backend, recipe, len(split.labels), Path(temporary), say)
+        facts.update(trained_on=split.train.counts(), validated_on=split.val.counts())
+        if split.test is not None:
+            facts["tested_on"] = split.test.counts()
+        _initialize_from_pictures(recipe, model, split, facts)
         devices.agree("recipe and pictures", _shared_settings(recipe, split, facts))
         if devices.is_chief:
             run = Run.create(folder, recipe.to_dict(), split, skipped, kept, **facts)
         else:
             run = Run(folder, {RECIPE: recipe.to_dict(), FACTS: facts})
-    return run, split, base.model
+    return run, split, model
+
+
+def _open(
+    backend: Backend,
+    recipe: Recipe,
+    classes: int,
+    temporary: Path,
+    say: Callable[[str], None],
+) -> tuple[Any, dict[str, Any], Path | None]:
+    """Open the model and inject LoRA.
+
+    Returns:
+        The model, the facts about it, and a file with its weights, if nobody can create them
+        again.
+    """
+    say(f"opening {recipe.model}")
+    backend.keras.utils.set_random_seed(recipe.seed)
+    base = open_recipe_base(recipe.to_dict(), classes)
+    say(base.weights + (" (--from-scratch)" if base.from_scratch else ""))
+    random_head = base.new_classifier and not _trains_classifier(recipe, base.new_classifier)
+    kept = temporary / BASE_WEIGHTS if base.from_scratch or random_head else None
+    sha256 = base_hash(recipe.to_dict())
+    facts = {
+        "preprocessing": base.preprocessing.to_dict(),
+        "new_classifier": base.new_classifier,
+        "base_returned_probabilities": base.returned_probabilities,
+        "base_origin": base.weights,
+        "base_sha256": sha256,
+        "base_digest": None if sha256 else base_digest(base, stored=kept is not None),
+        "base_in_run": kept is not None,
+        "versions": _versions(backend),
+    }
+    if kept is not None:
+        base.model.save_weights(kept)
+    _inject(backend, recipe, base.model, base.new_classifier)
+    facts.update(_sizes(base.model))
+    return base.model, facts, kept
 
 
 def _shared_settings(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
@@ -345,13 +393,16 @@ def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
     return is_new if setting is None else bool(setting)
 
 
-def _inject(
-    backend: Backend, recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
-) -> None:
+def _inject(backend: Backend, recipe: Recipe, model: Any, new_classifier: bool) -> None:
     # So that the factors A do not depend on what was computed before.
     backend.keras.utils.set_random_seed(recipe.seed)
-    trained = _trains_classifier(recipe, facts["new_classifier"])
+    trained = _trains_classifier(recipe, new_classifier)
     inject_lora(model, **{**recipe.lora, "lora_train_classifier": trained})
+
+
+def _initialize_from_pictures(
+    recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
+) -> None:
     if recipe.lora.get("lora_init") == "eva":
         preprocessing = Preprocessing.from_dict(facts["preprocessing"])
         batches = PictureBatches(

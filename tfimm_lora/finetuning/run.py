@@ -13,7 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from tfimm_lora.adapters.load import load_adapter
-from tfimm_lora.finetuning.base_model import BaseModel, file_hash, open_base_model
+from tfimm_lora.finetuning.base.names import TIMM, is_model_file
+from tfimm_lora.finetuning.base.opened import BaseModel
+from tfimm_lora.finetuning.base.origin import file_hash, find_moved_file, weights_digest
+from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.data.dataset import Split, find_pictures
 from tfimm_lora.finetuning.data.findings import Problem
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
@@ -127,9 +130,26 @@ class Run:
         return Preprocessing.from_dict(self._fact("preprocessing"))
 
     @property
+    def base_returned_probabilities(self) -> bool:
+        """Whether the model ended in a softmax or sigmoid before it was fine-tuned."""
+        return bool(self.facts.get("base_returned_probabilities"))
+
+    @property
+    def unfinished(self) -> tuple[int, int] | None:
+        """The number of completed and of requested epochs of a run that can be resumed.
+
+        None if all epochs are complete or the training was stopped early.
+        """
+        done, requested = len(self.history), int(self.recipe["epochs"])
+        if done >= requested or self.facts.get("stopped_early"):
+            return None
+        return done, requested
+
+    @property
     def history(self) -> list[dict[str, float]]:
-        """The metrics of each epoch."""
-        return read_metrics(self.path / METRICS)
+        """The metrics of each epoch; none before the first is complete."""
+        path = self.path / METRICS
+        return read_metrics(path) if path.is_file() else []
 
     @property
     def skipped(self) -> list[tuple[str, str]]:
@@ -182,36 +202,85 @@ class Run:
         return load_adapter(model, adapter)
 
     def base(self) -> Any:
-        """Load the ordinary model that was fine-tuned."""
-        base = open_recipe_base(self.recipe, len(self.labels)).model
-        then, now = self.facts.get("base_sha256"), base_hash(self.recipe)
-        if then != now:
-            raise ValueError(
-                f"The file of the model {self.recipe['model']} has changed since it was "
-                f"fine-tuned: its SHA-256 is {now}; expected {then}. Restore the original file."
+        """Load the ordinary model that was fine-tuned.
+
+        A model or weight file that was moved is looked for in the folder of the run, beside it
+        and in the current folder.
+
+        Raises:
+            FileNotFoundError: if a file of the base model is not found.
+            ValueError: if its weights are not those that the run was trained with.
+        """
+        recipe = dict(self.recipe)
+        for name in ("model", "weights"):
+            if _is_file(recipe, name):
+                expected = self.facts.get("base_sha256") if name == _hashed(recipe) else None
+                recipe[name] = find_moved_file(recipe[name], expected, self.path)
+        kept = self.path / BASE_WEIGHTS
+        if self.facts.get("base_in_run") and not kept.is_file():
+            raise FileNotFoundError(
+                f"{kept} does not exist; expected the weights of the model that the run was "
+                "trained with, which were random. Copy the file from the original folder."
             )
-        if (self.path / BASE_WEIGHTS).is_file():
-            base.load_weights(self.path / BASE_WEIGHTS)
-        return base
+        if kept.is_file() and not recipe["model"].startswith(TIMM):
+            recipe["pretrained"] = False  # so that nothing is downloaded only to be replaced
+        opened = open_recipe_base(recipe, len(self.labels))
+        if kept.is_file():
+            opened.model.load_weights(kept)
+        self._check_weights(opened)
+        return opened.model
+
+    def _check_weights(self, opened: BaseModel) -> None:
+        expected = self.facts.get("base_digest")
+        if expected is None:
+            return
+        digest = base_digest(opened, bool(self.facts.get("base_in_run")))
+        if digest != expected:
+            raise ValueError(
+                f"The weights of {self.recipe['model']} ({opened.weights}) are not those that "
+                f"the run in {self.path} was trained with: their SHA-256 is {digest}; expected "
+                f"{expected}. Restore the checkpoint in the cache, or the packages of "
+                f"{CONFIG} (versions)."
+            )
 
 
 def open_recipe_base(recipe: Mapping[str, Any], classes: int) -> BaseModel:
     """Open the ordinary model of a recipe."""
     size = recipe["input_size"]
+    has_weights = recipe["weights"] is not None or is_model_file(recipe["model"])
     return open_base_model(
         recipe["model"],
         classes=classes,
-        pretrained=recipe["pretrained"],
+        pretrained=recipe["pretrained"] and not has_weights,
         weights=recipe["weights"],
         input_size=tuple(size) if size else None,
         normalisation=recipe["normalisation"],
     )
 
 
+def _is_file(recipe: Mapping[str, Any], name: str) -> bool:
+    value = recipe[name]
+    return value is not None and (name == "weights" or is_model_file(value))
+
+
+def _hashed(recipe: Mapping[str, Any]) -> str:
+    return "weights" if recipe["weights"] else "model"
+
+
 def base_hash(recipe: Mapping[str, Any]) -> str | None:
     """The SHA-256 of the model or weight file of a recipe; None if it has no file."""
-    path = recipe["weights"] or recipe["model"]
-    return file_hash(path) if os.path.exists(path) else None
+    name = _hashed(recipe)
+    return file_hash(recipe[name]) if _is_file(recipe, name) else None
+
+
+def base_digest(base: BaseModel, stored: bool) -> str:
+    """The SHA-256 of the weights of a base model, without a classifier that is random.
+
+    Args:
+        base: The model.
+        stored: Whether the run contains all its weights, so that none is random later.
+    """
+    return weights_digest(base.model, without_classifier=base.new_classifier and not stored)
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

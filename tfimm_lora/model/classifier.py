@@ -30,9 +30,10 @@ def classifier_paths(model: Layer) -> list[str]:
     """Return the paths of the classifier layers of a model; empty if it has none.
 
     A tfimm model names them in its config, or has none. In a functional model it is the
-    dense layer that computes an output; layers without variables after it (an activation)
-    are skipped. In any other model it is the last layer with variables, if this is a dense
-    layer or has the name of a head.
+    dense layer that computes an output, or the 1x1 convolution of a single position whose
+    output is flattened (MobileNet); layers without variables after it (an activation) are
+    skipped. In any other model it is the last layer with variables, if this is a dense layer
+    or has the name of a head.
     """
     backend = backend_of(model)
     layers = list(backend.walk(model))
@@ -49,18 +50,27 @@ def _is_tfimm_config(cfg: Any) -> bool:
 
 
 def _output_layers(backend: Backend, model: Layer) -> list[Layer]:
-    """Return the dense layers that compute the model's outputs."""
+    """Return the layers that compute the model's outputs and are classifiers."""
     if backend.is_functional(model):
-        return [x for x in (_head_of(backend, t) for t in model.outputs) if x is not None]
+        return _heads_in_graph(backend, model)
     owners = [x for _, x in backend.walk(model) if backend.own_variables(x)]
     last = owners[-1] if owners else None
     if last is None or last is model:
         return []
-    return [last] if _is_dense(backend, last) or _has_head_name(last) else []
+    if _is_dense(backend, last) or _has_head_name(last):
+        return [last]
+    is_chain = isinstance(model, backend.keras.Sequential) and model.built
+    return _heads_in_graph(backend, model) if is_chain else []
+
+
+def _heads_in_graph(backend: Backend, model: Layer) -> list[Layer]:
+    outputs = getattr(model, "outputs", None) or []
+    return [x for x in (_head_of(backend, t) for t in outputs) if x is not None]
 
 
 def _head_of(backend: Backend, tensor: Tensor) -> Layer | None:
-    """Return the dense layer that computes a symbolic tensor, or None."""
+    """Return the classifier that computes a symbolic tensor, or None."""
+    is_vector = backend.rank_of(tensor) == 2
     layer, inputs = backend.made_by(tensor)
     while not _has_variables(backend, layer):
         if len(inputs) != 1:
@@ -69,7 +79,9 @@ def _head_of(backend: Backend, tensor: Tensor) -> Layer | None:
     if backend.is_model(layer):
         inner = _output_layers(backend, layer)
         return inner[0] if len(inner) == 1 else None
-    return layer if _is_dense(backend, layer) else None
+    if _is_dense(backend, layer):
+        return layer
+    return layer if is_vector and _is_convolution_of_a_vector(backend, layer, inputs) else None
 
 
 def _has_variables(backend: Backend, layer: Layer) -> bool:
@@ -78,6 +90,15 @@ def _has_variables(backend: Backend, layer: Layer) -> bool:
 
 def _is_dense(backend: Backend, layer: Layer) -> bool:
     return isinstance(layer, backend.keras.layers.Dense)
+
+
+def _is_convolution_of_a_vector(backend: Backend, layer: Layer, inputs: list[Tensor]) -> bool:
+    """Whether a layer is a 1x1 convolution of a single position, as good as a dense layer."""
+    if not isinstance(layer, backend.keras.layers.Conv2D) or len(inputs) != 1:
+        return False
+    channels_last = layer.data_format == "channels_last"
+    sides = tuple(inputs[0].shape)[1:3] if channels_last else tuple(inputs[0].shape)[2:4]
+    return sides == (1, 1) and tuple(layer.kernel_size) == (1, 1) and layer.groups == 1
 
 
 def _has_head_name(layer: Layer) -> bool:

@@ -15,7 +15,7 @@ from tfimm_lora.model.copy import build_like, plain_copy
 from tfimm_lora.model.inject import freeze_rest, inject_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import base_config, lora_base_of, lora_version_of
-from tfimm_lora.model.state import config_of
+from tfimm_lora.model.state import config_of, copy_base_name
 from tfimm_lora.model.trainable_weights import inside_paths
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.validation import check_keywords
@@ -59,11 +59,14 @@ def convert_to_lora_model(model: Any, **arguments: Any) -> Any:
     lora_cls = lora_version_of(type(model))
     if lora_cls is None or not hasattr(model, "cfg"):
         check_keywords(arguments, lora_field_names(), "convert_to_lora_model")
-        return inject_lora(plain_copy(model), **arguments)
+        copied = plain_copy(model)
+        copy_base_name(model, copied)
+        return inject_lora(copied, **arguments)
     cfg = lora_config_of(model.cfg, lora_cls, arguments)
     with backend_of(model).created_like(model), building_for_other_weights():
         lora_model = create_registered(lora_cls, cfg, model)
     transfer_weights(model, lora_model, weights_to_ignore=LORA_VARIABLE_NAMES)
+    copy_base_name(model, lora_model)
     for layer in lora_layers(lora_model).values():
         layer.initialize_factors()
     return lora_model

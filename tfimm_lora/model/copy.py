@@ -104,8 +104,13 @@ def _copy_trainability(
 
 
 def _plain_layers(backend: Backend, model: Layer) -> list[Layer]:
-    """Return all layers of a model except the dropout layers that LoRA added."""
-    return [x for _, x in backend.walk(model) if x.name != "lora_dropout"]
+    """Return all layers of a model except input layers and the dropout layers that LoRA added.
+
+    Models of keras_hub share their input layer with the backbone inside; copies do not.
+    """
+    inputs = backend.keras.layers.InputLayer
+    layers = [x for _, x in backend.walk(model) if not isinstance(x, inputs)]
+    return [x for x in layers if x.name != "lora_dropout"]
 
 
 def _plain_variables(backend: Backend, layer: Layer) -> list[Variable]:

@@ -12,6 +12,9 @@ from tfimm_lora.backend.interface import Layer, Variable
 from tfimm_lora.config import LoRAConfig
 
 _STATE = "_lora_model"
+_BASE_NAME = "_lora_base_name"
+#: The end of the name of a base model with random weights.
+RANDOM = " (random weights)"
 
 
 class ReplacedWeight(NamedTuple):
@@ -54,6 +57,40 @@ def config_of(model: Layer) -> LoRAConfig | None:
     """Return the settings with which LoRA was injected into a model, or None."""
     state: ModelState | None = model.__dict__.get(_STATE)
     return state.config if state is not None else None
+
+
+def record_base_name(model: Layer, name: str) -> None:
+    """Record the origin of a model's weights, under which its adapters name it."""
+    model.__dict__[_BASE_NAME] = name
+
+
+def base_name(model: Layer) -> str | None:
+    """Return the recorded origin of a model's weights; None if it is not known."""
+    name: str | None = model.__dict__.get(_BASE_NAME)
+    return name
+
+
+def copy_base_name(source: Layer, target: Layer) -> None:
+    """Record the origin of a model's weights for a model that has a copy of them."""
+    name = base_name(source)
+    if name is not None:
+        record_base_name(target, name)
+
+
+def random_weights(name: str) -> str:
+    """Return the name of a base model with random weights; no checkpoint has this name.
+
+    Example:
+        >>> from tfimm_lora.model.state import random_weights
+        >>> random_weights("convnext_tiny")
+        'convnext_tiny (random weights)'
+    """
+    return name if name.endswith(RANDOM) else name + RANDOM
+
+
+def has_random_weights(name: str) -> bool:
+    """Whether the name of a base model is one of ``random_weights``."""
+    return name.endswith(RANDOM)
 
 
 def restore_replaced_weights(model: Layer) -> None:

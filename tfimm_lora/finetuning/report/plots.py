@@ -11,7 +11,7 @@ import numpy as np
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.metrics import Evaluation, Prediction
 from tfimm_lora.finetuning.report.figures import Target, Theme, canvas
-from tfimm_lora.finetuning.report.formatting import percent, readable, shortened
+from tfimm_lora.finetuning.report.formatting import percent, probability, readable, shortened
 
 #: The titles of metrics in the logs of Keras.
 _NAMES = {"accuracy": "Accuracy (%)", "loss": "Loss (cross-entropy)"}
@@ -252,7 +252,7 @@ def _draw_mistake(axes: Any, theme: Theme, mistake: Prediction) -> None:
         (
             (shortened(readable(mistake.true), 22), theme.blue),
             (f"→ {shortened(readable(mistake.predicted), 20)}", theme.orange),
-            (percent(mistake.probability), theme.muted),
+            (probability(mistake.probability), theme.muted),
         )
     ):
         axes.annotate(

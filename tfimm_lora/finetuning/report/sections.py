@@ -11,7 +11,14 @@ from typing import Any
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.metrics import Evaluation, Prediction
-from tfimm_lora.finetuning.report.formatting import duration, percent
+from tfimm_lora.finetuning.report.formatting import (
+    byte_text,
+    decimal,
+    duration,
+    interval,
+    percent,
+    probability,
+)
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag, thumbnail
 from tfimm_lora.finetuning.report.plots import (
     draw_confusion,
@@ -49,11 +56,11 @@ def result(evaluation: Evaluation, kind: str = "validation") -> Html:
         _number(
             "Accuracy",
             percent(evaluation.accuracy),
-            f"95 % interval: {percent(low)} to {percent(high)}",
+            f"95 % interval: {interval(low, high)}",
             class_="main",
         ),
         _number("Balanced accuracy", percent(evaluation.balanced_accuracy), "mean of classes"),
-        _number("Loss", f"{evaluation.loss:.3f}", "cross-entropy"),
+        _number("Loss", decimal(evaluation.loss, 3), "cross-entropy"),
         _number(
             "Calibration error",
             percent(evaluation.calibration_error),
@@ -117,8 +124,6 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
     targets = recipe["lora"].get("lora_targets") or "default of the architecture"
     named = targets if isinstance(targets, str) else ", ".join(targets)
-    weights = "pretrained" if recipe["pretrained"] else recipe["weights"]
-    default = "weights of the file" if facts["base_sha256"] else "random weights"
     names = {"trained_on": "training", "validated_on": "validation", "tested_on": "testing"}
     pictures = ", ".join(
         f"{sum(facts[key].values()):,} for {name}"
@@ -129,11 +134,11 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
     return [
-        ("Model", f"{recipe['model']} ({weights or default})"),
+        ("Model", f"{recipe['model']} ({_weights(run)})"),
         ("LoRA", f"rank {ranks} in {count(len(adapter.layers), 'layer')}{full}"),
         ("Targets", named),
         ("Trained", f"{facts['trainable']:,} of {facts['parameters']:,} parameters ({share})"),
-        ("Adapter", f"{adapter.size / 1e6:.2f} MB"),
+        ("Adapter", byte_text(adapter.size)),
         ("Pictures", f"{pictures}, in {recipe['data']}"),
         ("Input", f"{size[0]} x {size[1]} pixels, {run.preprocessing.in_channels} channels"),
         ("Augmentation", recipe["augmentation"]),
@@ -146,6 +151,15 @@ def _settings(run: Run) -> list[tuple[str, str]]:
         ("Training time", duration(facts["seconds"])),
         ("Software", ", ".join(versions)),
     ]
+
+
+def _weights(run: Run) -> str:
+    """The origin of the base weights; runs of earlier versions do not record it."""
+    if "base_origin" in run.facts:
+        return str(run.facts["base_origin"])
+    default = "weights of the file" if run.facts["base_sha256"] else "random weights"
+    named = "pretrained" if run.recipe["pretrained"] else run.recipe["weights"]
+    return str(named or default)
 
 
 def _both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
@@ -227,7 +241,7 @@ def _mistake(run: Run, mistake: Prediction) -> Html:
             "figcaption",
             tag("span", mistake.true, class_="true"),
             tag("span", f"→\N{NO-BREAK SPACE}{mistake.predicted}", class_="predicted"),
-            tag("span", percent(mistake.probability)),
+            tag("span", probability(mistake.probability)),
             tag("span", path if inside.startswith("..") else inside, class_="path"),
         ),
     )

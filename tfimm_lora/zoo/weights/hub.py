@@ -11,8 +11,14 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import socket
+import urllib.parse
+import urllib.request
 from pathlib import Path
 from typing import Any, NamedTuple
+
+#: Seconds to wait for a connection to the hub.
+_CONNECTION_TIMEOUT = 10.0
 
 
 class Repository(NamedTuple):
@@ -47,6 +53,7 @@ class Repository(NamedTuple):
         # The base classes are those of the HTTP library that huggingface_hub uses.
         http_errors: Any = errors.HfHubHTTPError.__bases__
         failures = (*http_errors, OSError, ValueError, errors.EntryNotFoundError)
+        unreachable = _unreachable()
         try:
             path = hf_hub_download(
                 self.identifier,
@@ -54,8 +61,11 @@ class Repository(NamedTuple):
                 revision=self.revision,
                 cache_dir=self.cache_dir,
                 library_name="tfimm_lora",
+                local_files_only=unreachable is not None,
             )
         except failures as error:
+            if unreachable is not None and isinstance(error, errors.LocalEntryNotFoundError):
+                raise self._not_reached(filename, unreachable) from error
             raise self._translated(error, filename) from error
         self._check_content(Path(path))
         return Path(path)
@@ -118,11 +128,7 @@ class Repository(NamedTuple):
         ):
             return self.not_found(f"no {filename}")
         if isinstance(error, errors.LocalEntryNotFoundError):
-            return ConnectionError(
-                f"{self} could not be reached for {filename}, which is not in the cache "
-                f"({_first_line(error.__cause__ or error)}). Check the connection and "
-                "HF_ENDPOINT, or pass a local file."
-            )
+            return self._not_reached(filename, error.__cause__ or error)
         if isinstance(error, errors.EntryNotFoundError):
             return FileNotFoundError(f"{self} has no file {filename}.")
         if isinstance(error, errors.HFValidationError):
@@ -133,6 +139,13 @@ class Repository(NamedTuple):
         return ConnectionError(
             f"{self}: {filename} could not be downloaded completely ({_first_line(error)}). "
             "The cache is unchanged. Check the connection and try again."
+        )
+
+    def _not_reached(self, filename: str, reason: BaseException) -> ConnectionError:
+        return ConnectionError(
+            f"{self} could not be reached for {filename}, which is not in the cache "
+            f"({_first_line(reason)}). Check the connection and HF_ENDPOINT, or pass a local "
+            "file."
         )
 
     def _check_content(self, path: Path) -> None:
@@ -174,6 +187,25 @@ def _offline() -> bool:
     from huggingface_hub import constants
 
     return bool(constants.HF_HUB_OFFLINE)
+
+
+def _unreachable() -> OSError | None:
+    """The reason why no connection to the hub can be opened, or None.
+
+    huggingface_hub repeats each request five times, with pauses, which takes half a minute
+    without a network.
+    """
+    from huggingface_hub import constants
+
+    address = urllib.parse.urlsplit(constants.ENDPOINT)
+    if _offline() or address.hostname is None or urllib.request.getproxies():
+        return None
+    port = address.port or (443 if address.scheme == "https" else 80)
+    try:
+        socket.create_connection((address.hostname, port), timeout=_CONNECTION_TIMEOUT).close()
+    except OSError as error:
+        return error
+    return None
 
 
 def _first_line(error: BaseException) -> str:

@@ -6,6 +6,7 @@ import copy
 import os
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +14,7 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.state import record_base_name
 from tfimm_lora.zoo.weights.checkpoint import Checkpoint, find_checkpoint
 from tfimm_lora.zoo.weights.key_layouts import find_layout
 from tfimm_lora.zoo.weights.keys import (
@@ -98,6 +100,9 @@ def load_timm_weights(
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
     _copy_preprocessing(model, checkpoint)
+    # A local path has the name of the file, without the folders of this machine.
+    on_disk = Path(checkpoint.source).expanduser().exists()
+    record_base_name(model, Path(checkpoint.source).name if on_disk else checkpoint.source)
     return model
 
 

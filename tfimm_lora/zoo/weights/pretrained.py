@@ -6,6 +6,7 @@ import os
 from typing import Any
 
 from tfimm_lora.backend import installed
+from tfimm_lora.model.state import copy_base_name, record_base_name
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.zoo.weights.hub_ids import TORCH_FILES, WITHOUT_WEIGHTS, hub_id
 from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
@@ -55,10 +56,12 @@ def create_from_file(
 def _created_from(tfimm: Any, model_name: str, source: str, kwargs: dict[str, Any]) -> Any:
     """Create the registered model with its weights, and adapt it to other arguments."""
     model = load_timm_weights(tfimm.create_model(model_name), source)
+    record_base_name(model, source)
     own = {n: getattr(model.cfg, n) for n in PREPROCESSING_FIELDS if hasattr(model.cfg, n)}
     given = {key: value for key, value in kwargs.items() if value is not None}
     if all(getattr(model.cfg, key, None) == value for key, value in given.items()):
         return model
     changed = tfimm.create_model(model_name, **{**own, **given})
     transfer_weights(model, changed)
+    copy_base_name(model, changed)
     return changed
