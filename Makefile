@@ -24,8 +24,8 @@ KERAS3  = TF_USE_LEGACY_KERAS=0 $(PYTEST)
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
 
-demo: $(STAMP)  ## Fine-tune a small model on real pictures with LoRA, merge and export it
-	TF_USE_LEGACY_KERAS=1 $(PY) demo/digits.py
+demo: $(STAMP)  ## Fine-tune an ImageNet model on photographs in four ways, compare, and export it
+	TF_USE_LEGACY_KERAS=1 $(PY) demo/fashion.py
 
 test: test-legacy test-keras3  ## Run the tests on legacy Keras and on Keras 3
 

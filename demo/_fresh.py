@@ -1,18 +1,40 @@
-"""Predict with the exported model as a user without tfimm_lora would.
+"""Classify pictures with the exported model, as a user without tfimm_lora would.
 
-Usage: _fresh.py MODEL PICTURES.npy LOGITS.npy
+Usage: _fresh.py MODEL PICTURES LOGITS.npy
+
+MODEL is a SavedModel with a JSON description beside it. Only TensorFlow, NumPy and Pillow are
+imported: neither tfimm_lora nor tfimm.
 """
 
+import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import tensorflow as tf
-import tfimm  # noqa: F401  (so that Keras knows the classes of the model)
+from PIL import Image
 
-model_path, pictures_path, logits_path = sys.argv[1:]
-model = tf.keras.models.load_model(model_path, compile=False)
-np.save(logits_path, model(np.load(pictures_path), training=False).numpy())
+model_path, folder, logits_path = map(Path, sys.argv[1:])
+description = json.loads(Path(f"{model_path}.json").read_text())
+labels, preprocessing = description["labels"], description["preprocessing"]
+assert preprocessing["crop_pct"] == 1.0, "the pictures are resized as a whole"
+predict = tf.saved_model.load(str(model_path)).signatures["serving_default"]
 
-if "tfimm_lora" in sys.modules:
-    sys.exit("This process was meant to run without tfimm_lora, but it was imported.")
-print(type(model).__module__ + "." + type(model).__name__)
+files = sorted(folder.glob("*/*.png"), key=lambda f: (labels.index(f.parent.name), f.name))
+logits = []
+for path in files:
+    pixels = np.asarray(Image.open(path).convert("RGB"), "float32")
+    pixels = tf.image.resize(
+        pixels, preprocessing["input_size"], preprocessing["interpolation"], antialias=True
+    )
+    # The file contains the normalization: it takes pixels in [0, 255].
+    pixels = tf.clip_by_value(pixels, 0.0, 255.0)
+    (output,) = predict(pictures=pixels[None]).values()
+    logits.append(output.numpy()[0])
+np.save(logits_path, logits)
+
+right = sum(labels[i] == f.parent.name for i, f in zip(np.argmax(logits, 1), files))
+for package in ("tfimm_lora", "tfimm", "torch"):
+    if package in sys.modules:
+        sys.exit(f"This process was meant to run without {package}, but it was imported.")
+print(f"{right} of {len(files)} pictures right")

@@ -1,149 +1,184 @@
-"""How the demo shows its progress and its results: console, table and picture."""
+"""How the demo shows its results: a table on the console and a page that compares the ways."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import resources
 from pathlib import Path
 
-import matplotlib
-import numpy as np
-from _data import Domain
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-matplotlib.use("Agg")  # draws into a file, without a display
-import matplotlib.pyplot as plt
-from matplotlib.axes import Axes
-from matplotlib.figure import SubFigure
+from tfimm_lora.finetuning.data.dataset import Split
+from tfimm_lora.finetuning.report.html import Html, tag, thumbnail
 
 console = Console(highlight=False)
 
-COLOURS = {
-    "not at all": "#9aa0a6",
-    "classifier only": "#c8a15a",
-    "LoRA": "#2f7d5b",
-    "everything": "#3b6ea8",
-}
-WRONG, RIGHT = "#c62828", "#222222"
-COLUMNS = 6
+#: The number of test pictures of each class that are shown.
+SHOWN = 2
+
+STYLE = """
+.ways td:first-child, .ways th { white-space: nowrap; }
+.ways .best > * { font-weight: 650; }
+.ways .random .bar i { background: var(--muted); }
+.mistakes .wrong { color: var(--orange); }
+"""
 
 
 @dataclass(frozen=True)
-class Result:
-    """How one way of adapting the model came out."""
+class Way:
+    """How one way of adapting the model came out.
 
-    way: str
-    accuracy: float  # per cent of the held-out target pictures
-    trained: int  # parameters
-    share: float  # of all parameters of the model
+    Attributes:
+        name: What was trained.
+        pretrained: Whether training began with the ImageNet weights, or with random ones.
+        accuracy: Per cent of the test pictures.
+        trained: The number of trained parameters.
+        share: Their share of all parameters.
+        seconds: The time of the training.
+        predicted: The predicted classes of the test pictures.
+    """
+
+    name: str
+    pretrained: bool
+    accuracy: float
+    trained: int
+    share: float
     seconds: float
-    predictions: np.ndarray  # for the held-out target pictures
+    predicted: list[str]
+
+    @property
+    def weights(self) -> str:
+        """The weights that training began with."""
+        return "ImageNet" if self.pretrained else "random"
+
+    def cells(self) -> tuple[str, str, str, str]:
+        """Accuracy, parameters, share and seconds as text."""
+        time = f"{self.seconds:.0f}" if self.trained else ""
+        return f"{self.accuracy:.1f} %", f"{self.trained:,}", f"{self.share:.1%}", time
 
 
-def progress_bar() -> Progress:
-    """One line: what is trained, how far it is, the loss, the time."""
-    return Progress(
-        TextColumn("{task.description:<16}"),
-        BarColumn(bar_width=24),
-        TextColumn("epoch {task.completed:>2.0f}/{task.total:.0f}"),
-        TextColumn("loss {task.fields[loss]:.3f}"),
-        TimeElapsedColumn(),
-        console=console,
-    )
+COLUMNS = ("accuracy", "parameters", "share", "seconds")
 
 
-def print_table(results: list[Result], pictures: int) -> None:
+def print_table(ways: list[Way], pictures: int) -> None:
     """The results, a row for each way."""
-    table = Table(title=f"Accuracy on {pictures} held-out pictures of the target domain")
+    table = Table(title=f"Accuracy on {pictures:,} test pictures")
+    table.add_column("weights")
     table.add_column("trained")
-    for name in ("accuracy", "parameters", "share", "seconds"):
+    for name in COLUMNS:
         table.add_column(name, justify="right")
-    for r in results:
-        table.add_row(
-            r.way,
-            f"{r.accuracy:.1f} %",
-            f"{r.trained:,}",
-            f"{r.share:.1%}",
-            f"{r.seconds:.1f}",
-            style="bold" if r.way == "LoRA" else None,
-        )
+    for way in ways:
+        style = "bold" if way.name == "LoRA" and way.pretrained else None
+        table.add_row(way.weights, way.name, *way.cells(), style=style)
     console.print(table)
 
 
-def draw(results: list[Result], source: Domain, target: Domain, path: Path) -> Path:
-    """The table as bars, beside the first held-out pictures with predictions."""
-    figure = plt.figure(figsize=(13.5, 6.4))
-    left, right = figure.subfigures(1, 2, width_ratios=(1, 1.3))
-    draw_bars(left, results)
-    draw_samples(right, results, source, target)
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+def write_report(ways: list[Way], split: Split, path: Path) -> Path:
+    """Write the page that compares the ways: a table, and the first test pictures."""
+    style = resources.files("tfimm_lora.finetuning.report").joinpath("report.css")
+    title = "EfficientNet-Lite0 on Fashion-MNIST"
+    page = tag(
+        "html",
+        tag(
+            "head",
+            tag("meta", charset="utf-8"),
+            tag("meta", name="viewport", content="width=device-width, initial-scale=1"),
+            tag("title", title),
+            tag("style", Html(style.read_text(encoding="utf-8") + STYLE)),
+        ),
+        tag(
+            "body",
+            tag("header", tag("h1", title), _subtitle(split)),
+            tag(
+                "main",
+                tag("section", tag("h2", "Four ways to adapt the model"), _table(ways, split)),
+                tag("section", tag("h2", "What the models see"), _pictures(ways, split)),
+                tag("section", tag("h2", "Files"), _files()),
+            ),
+        ),
+        lang="en",
+    )
+    path.write_text(f"<!DOCTYPE html>\n{page}\n", encoding="utf-8")
     return path
 
 
-def draw_bars(figure: SubFigure, results: list[Result]) -> None:
-    """Accuracy per way, with the parameters that were trained for it."""
-    axes = figure.subplots(gridspec_kw={"left": 0.13, "right": 0.97, "bottom": 0.2, "top": 0.9})
-    figure.suptitle("Four ways of adapting a model to new pictures", weight="bold", y=0.97)
-    bars = axes.bar(
-        [f"{r.way}\n{r.trained:,}\n({r.share:.1%})" for r in results],
-        [r.accuracy for r in results],
-        color=[COLOURS[r.way] for r in results],
-        width=0.65,
+def _subtitle(split: Split) -> Html:
+    return tag(
+        "p",
+        f"{len(split.labels)} classes, {len(split.train)} pictures for training, "
+        f"{len(split.val)} for validation and {len(split.test):,} for testing",
     )
-    axes.bar_label(bars, [f"{r.accuracy:.1f} %" for r in results], padding=3, weight="bold")
-    axes.set_ylim(0, 106)
-    axes.set_yticks(range(0, 101, 20))
-    axes.set_ylabel("accuracy on held-out target pictures (%)")
-    axes.set_xlabel("trained: parameters (share of the model)", labelpad=8)
-    axes.spines[["top", "right"]].set_visible(False)
 
 
-def draw_samples(
-    figure: SubFigure, results: list[Result], source: Domain, target: Domain
-) -> None:
-    """The first held-out digits (not chosen) and what two of the models see in them.
-
-    Each digit as the source model knows it, below that as it comes in the target domain.
-    """
-    figure.suptitle("The first held-out pictures, original and shifted", weight="bold", y=0.97)
-    shown = [r for r in results if r.way in ("not at all", "LoRA")]
-    for row, bottom in enumerate((0.575, 0.13)):
-        pair = figure.subplots(
-            2,
-            COLUMNS,
-            gridspec_kw={
-                "left": 0.09,
-                "right": 0.99,
-                "bottom": bottom,
-                "top": bottom + 0.325,
-                "hspace": 0.08,
-                "wspace": 0.12,
-            },
+def _table(ways: list[Way], split: Split) -> Html:
+    names = ("Weights", "Trained", "Accuracy", "", "Parameters", "Share", "Seconds")
+    kinds = (None, None, "number", "bar", "number", "number", "number")
+    head = tag("tr", *(tag("th", name, class_=kind) for name, kind in zip(names, kinds)))
+    rows = []
+    for way in ways:
+        accuracy, trained, share, seconds = way.cells()
+        length = tag("span", tag("i", style=f"width: {way.accuracy:.1f}%"))
+        best = way.name == "LoRA" and way.pretrained
+        rows.append(
+            tag(
+                "tr",
+                tag("td", way.weights),
+                tag("th", way.name),
+                tag("td", accuracy, class_="number"),
+                tag("td", length, class_="bar"),
+                *(tag("td", text, class_="number") for text in (trained, share, seconds)),
+                class_="best" if best else None if way.pretrained else "random",
+            )
         )
-        pair[0, 0].set_ylabel("original")
-        pair[1, 0].set_ylabel("shifted")
-        for column in range(COLUMNS):
-            i = row * COLUMNS + column
-            draw_picture(pair[0, column], source.test_x[i])
-            draw_picture(pair[1, column], target.test_x[i])
-            for line, result in enumerate(shown):
-                said = int(result.predictions[i])
-                pair[1, column].text(
-                    0.5,
-                    -0.15 - 0.18 * line,
-                    f"{result.way}: {said}",
-                    transform=pair[1, column].transAxes,
-                    ha="center",
-                    va="center",
-                    color=RIGHT if said == target.test_y[i] else WRONG,
+    note = (
+        f"Accuracy on the {len(split.test):,} test pictures, which no training saw. “Not at "
+        "all” uses the classes of ImageNet that name the garments (there is none for a shirt). "
+        "The classifier alone is trained on features that are computed once."
+    )
+    table = tag("table", tag("thead", head), tag("tbody", *rows), class_="ways")
+    return tag("div", tag("p", note, class_="quiet"), tag("div", table, class_="long"))
+
+
+def _pictures(ways: list[Way], split: Split) -> Html:
+    """The first test pictures of each class (not chosen), with what some models predict."""
+    shown = {
+        "not at all": next(w for w in ways if w.name == "not at all"),
+        "LoRA": next(w for w in ways if w.name == "LoRA" and w.pretrained),
+    }
+    items = []
+    for number, label in enumerate(split.labels):
+        of_class = [i for i, p in enumerate(split.test.pictures) if p.label == number]
+        for i in of_class[:SHOWN]:
+            lines = [
+                tag(
+                    "span",
+                    f"{name}: {way.predicted[i]}",
+                    class_="wrong" if way.predicted[i] != label else None,
                 )
-            pair[0, column].set_title(f"true: {target.test_y[i]}", fontsize=10, pad=4)
-    figure.text(0.54, 0.025, "wrong predictions in red", ha="center", color=WRONG)
+                for name, way in shown.items()
+            ]
+            picture = thumbnail(split.test.pictures[i].path)
+            caption = tag("figcaption", tag("span", label, class_="true"), *lines)
+            frame = tag("div", picture, class_="frame")
+            items.append(tag("li", tag("figure", frame, caption)))
+    note = (
+        f"The first {SHOWN} test pictures of each class, not chosen, with the predictions "
+        "before training (“not at all”) and after LoRA. Wrong ones are orange."
+    )
+    return tag("div", tag("p", note, class_="quiet"), tag("ul", *items, class_="mistakes"))
 
 
-def draw_picture(axes: Axes, picture: np.ndarray) -> None:
-    """One picture, without ticks."""
-    axes.imshow(picture[..., 0], cmap="gray", vmin=-1.15, vmax=1.15)
-    axes.set(xticks=[], yticks=[])
+def _files() -> Html:
+    files = {
+        "run/report.html": "the report of the LoRA run: curves, confusions, worst mistakes",
+        "run/adapter/": "the adapter, which PEFT reads too",
+        "merged/": "the merged model as a SavedModel, for TensorFlow alone",
+        "fashion-mnist/": "the pictures in class folders",
+        "imagenet-weights/": "the ImageNet weights as a timm checkpoint",
+    }
+    rows = [
+        tag("tr", tag("th", tag("a", name, href=name)), tag("td", text))
+        for name, text in files.items()
+    ]
+    return tag("table", tag("tbody", *rows), class_="facts")

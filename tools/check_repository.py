@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 #: The first folder of a home or a workspace, not preceded by the rest of a longer path.
 PATH = re.compile(r"(?<![\w.])/(?:home|root|work|Users)/\w")
-BINARY = {".npz", ".safetensors", ".svg", ".png"}
+BINARY = {".npz", ".pth", ".safetensors", ".svg", ".png"}
 
 
 def main():

@@ -313,7 +313,8 @@ def test_what_is_not_a_checkpoint_is_an_error(tmp_path):
             "not a complete safetensors file",
         ),
         "empty.safetensors": (b"", ValueError, "not a complete safetensors file"),
-        "model.pth": (whole, ValueError, "expected a safetensors file"),
+        "model.pth": (whole, ValueError, "cannot be read without torch"),
+        "model.npz": (whole, ValueError, "expected a safetensors file, or a .pth, .pt or"),
     }
     for name, (content, kind, words) in cases.items():
         (tmp_path / name).write_bytes(content)
@@ -322,7 +323,9 @@ def test_what_is_not_a_checkpoint_is_an_error(tmp_path):
     with pytest.raises(FileNotFoundError, match="folder with 3 safetensors files.*Name the"):
         lora.load_timm_weights(model, tmp_path)
     for wrong in (tmp_path / "missing.safetensors", "a/b/c", "no such thing"):
-        with pytest.raises(FileNotFoundError, match="expected a safetensors file, a folder"):
+        with pytest.raises(
+            FileNotFoundError, match="expected a safetensors or torch file, a f"
+        ):
             lora.load_timm_weights(model, wrong)
     with pytest.raises(FileNotFoundError, match="did you mean 'timm/convnext_tiny.fb_in1k'"):
         lora.load_timm_weights(model, "convnext_tiny.fb_in1k")

@@ -9,7 +9,8 @@ import re
 import zipfile
 from typing import Any, NamedTuple
 
-from tfimm_lora.backend import LEGACY_SWITCH, default_backend, installed, uses_legacy_keras
+from tfimm_lora.backend import default_backend, installed, uses_legacy_keras
+from tfimm_lora.backend.frameworks import LEGACY_SWITCH
 from tfimm_lora.utils.optional_imports import require
 
 #: Packages whose classes are registered when they are imported, and their names on PyPI.

@@ -10,13 +10,14 @@ from typing import Any, NamedTuple
 
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.zoo.weights import hub
+from tfimm_lora.zoo.weights.torch_files import TORCH_SUFFIXES
 
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_OTHER_FORMATS = (".pth", ".pt", ".bin", ".tar", ".npz", ".h5", ".ckpt", ".pkl")
+_OTHER_FORMATS = (".tar", ".npz", ".h5", ".ckpt", ".pkl")
 
 
 class Checkpoint(NamedTuple):
@@ -39,9 +40,10 @@ def find_checkpoint(
         FileNotFoundError, PermissionError, ConnectionError, ValueError: As
             ``load_timm_weights``.
     """
-    _require("safetensors")
     name = os.fspath(source)
     path = Path(name).expanduser()
+    if path.suffix not in TORCH_SUFFIXES:
+        _require("safetensors")
     if path.is_dir():
         return _in_folder(name, path)
     if path.is_file():
@@ -49,8 +51,8 @@ def find_checkpoint(
     identifier = re.sub(r"^(hf-hub|hf_hub):", "", name)
     if not _HUB_ID.fullmatch(identifier) or path.suffix == ".safetensors":
         raise FileNotFoundError(
-            f"Received source={name!r}, which does not exist; expected a safetensors file, a "
-            "folder with one, or a hub id such as 'timm/convnext_tiny.fb_in1k'"
+            f"Received source={name!r}, which does not exist; expected a safetensors or torch "
+            "file, a folder with safetensors, or a hub id such as 'timm/convnext_tiny.fb_in1k'"
             + ("." if "/" in name else f"; did you mean 'timm/{name}'?")
         )
     _require("huggingface_hub")
@@ -58,11 +60,11 @@ def find_checkpoint(
 
 
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
-    """Whether a path is a safetensors file or a folder with one, but not a SavedModel."""
+    """Whether a path is a safetensors or torch file, or a folder with safetensors files."""
     found = Path(os.fspath(path)).expanduser()
     if found.is_dir():
         return not (found / "saved_model.pb").exists() and any(found.glob("*.safetensors"))
-    return found.suffix == ".safetensors"
+    return found.suffix in (".safetensors", *TORCH_SUFFIXES)
 
 
 def _require(package: str) -> None:
@@ -72,8 +74,9 @@ def _require(package: str) -> None:
 def _single_file(source: str, path: Path) -> Checkpoint:
     if path.suffix in _OTHER_FORMATS:
         raise ValueError(
-            f"Received source={source!r}; expected a safetensors file. Load it with the "
-            "library that wrote it, and save its tensors with safetensors.save_file."
+            f"Received source={source!r}; expected a safetensors file, or a .pth, .pt or .bin "
+            "file of torch. Load it with the library that wrote it, and save its tensors with "
+            "safetensors.save_file."
         )
     # config.json describes the file of the usual name, but not always other files.
     config = path.with_name(CONFIG) if path.name == WEIGHTS else None

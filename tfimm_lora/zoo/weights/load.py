@@ -25,7 +25,7 @@ from tfimm_lora.zoo.weights.keys import (
     is_ignored_in_checkpoint,
     to_keras,
 )
-from tfimm_lora.zoo.weights.safetensors_files import FLOATS, Tensors
+from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
 
 #: The fields of a checkpoint's config.json about preprocessing.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
@@ -51,9 +51,10 @@ def load_timm_weights(
 
     Args:
         model: A built model with tfimm's layer names.
-        source: A safetensors file; a folder with ``model.safetensors`` (or its index, if it
-            is in several files); or the hub id of such a repository, for example
-            "timm/convnext_tiny.fb_in1k", which is downloaded once to the cache of
+        source: A safetensors file; a torch file (.pth, .pt or .bin), which is read without
+            torch and without executing its pickle; a folder with ``model.safetensors`` (or
+            its index, if it is in several files); or the hub id of such a repository, for
+            example "timm/convnext_tiny.fb_in1k", which is downloaded once to the cache of
             huggingface_hub. A ``config.json`` beside the weights sets mean, std, crop_pct
             and interpolation of ``model.cfg``, for ``create_preprocessing``.
         weights_to_ignore: Regular expressions, searched for in the names of the model's
@@ -65,7 +66,8 @@ def load_timm_weights(
         The same model.
 
     Raises:
-        ImportError: If safetensors, or huggingface_hub for a hub id, is not installed.
+        ImportError: If safetensors, or huggingface_hub for a hub id, is not installed. Torch
+            files need neither.
         FileNotFoundError: If the file, the repository, the revision or a file in it does not
             exist, or if it is not cached and HF_HUB_OFFLINE is set.
         PermissionError: If the repository needs a token.

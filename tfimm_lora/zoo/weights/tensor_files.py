@@ -1,4 +1,4 @@
-"""Read the tensors of a checkpoint from one or several safetensors files."""
+"""Read the tensors of a checkpoint from one or several files."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from tfimm_lora.zoo.weights.torch_files import TORCH_SUFFIXES, TorchFile
 
 #: safetensors' names of the supported types. Types of 8 bits would need scales too.
 FLOATS = ("F64", "F32", "F16", "BF16")
@@ -22,8 +24,8 @@ class Tensors:
         files: The files, which must have different tensors.
 
     Raises:
-        ValueError: If a file is not a complete safetensors file, or two files have the same
-            tensor.
+        ValueError: If a file is not a complete file of safetensors or torch, or two files
+            have the same tensor.
     """
 
     def __init__(self, files: Sequence[Path]) -> None:
@@ -58,6 +60,8 @@ class Tensors:
 
 
 def _opened(path: Path) -> Any:
+    if path.suffix in TORCH_SUFFIXES:
+        return TorchFile(path)
     from safetensors import SafetensorError, safe_open
 
     try:
