@@ -1,9 +1,9 @@
 """Fine-tune an ImageNet model on photographs of garments, with LoRA: run ``make demo``.
 
-EfficientNet-Lite0 with its ImageNet weights learns the ten classes of Fashion-MNIST from 60
+EfficientNet-Lite0 with its ImageNet weights learns the ten classes of Fashion-MNIST from 40
 pictures of each, in four ways: not at all (the classes of ImageNet that name such garments),
 its classifier only, with LoRA, and as a whole. Beside them, classifier and LoRA from random
-weights. All are tested on 1,000 other pictures.
+weights. All are tested on 500 other pictures.
 
 Training with LoRA is what ``tfimm-lora finetune`` does, and it writes the same report. Then the
 updates are merged, the model is exported, and another process without tfimm_lora classifies the
@@ -42,9 +42,9 @@ from tfimm_lora.finetuning.report.page import evaluate_run
 HERE = Path(__file__).resolve().parent
 
 #: Pictures of each class for training, validation (to choose the best epoch) and testing.
-COUNTS, QUICK_COUNTS = (60, 20, 100), (4, 2, 4)
+COUNTS, QUICK_COUNTS = (40, 10, 50), (4, 2, 4)
 SIDE, QUICK_SIDE = 96, 32
-EPOCHS, QUICK_EPOCHS = 6, 1
+EPOCHS, QUICK_EPOCHS = 4, 1
 #: More epochs of the classifier cost nothing: its inputs are computed once.
 CLASSIFIER_EPOCHS = 60
 
