@@ -79,7 +79,7 @@ def finetune(
         ),
     ] = None,
     weights: Annotated[
-        Text, typer.Option(help="Load weights from this file (timm safetensors, or Keras).")
+        Text, typer.Option(help="Load weights from this file (of timm, or of Keras).")
     ] = None,
     config: Annotated[
         Text,

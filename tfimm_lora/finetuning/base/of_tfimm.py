@@ -96,8 +96,8 @@ def _local(name: str, weights: Any) -> Checkpoint:
     if not is_checkpoint(os.fspath(weights)):
         raise ValueError(
             f"Received weights={os.fspath(weights)!r} for {name!r}; expected a timm "
-            "checkpoint: a .safetensors file, or a folder with one. Pass a saved Keras model "
-            "as the model itself."
+            "checkpoint: a .safetensors or torch file, or a folder with one. Pass a saved Keras "
+            "model as the model itself."
         )
     return find_checkpoint(weights, None, None)
 
