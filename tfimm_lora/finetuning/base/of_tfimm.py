@@ -96,7 +96,7 @@ def _local(name: str, weights: Any) -> Checkpoint:
     if not is_checkpoint(os.fspath(weights)):
         raise ValueError(
             f"Received weights={os.fspath(weights)!r} for {name!r}; expected a timm "
-            "checkpoint: a .safetensors or torch file, or a folder with one. Pass a saved Keras "
+            "checkpoint: a .safetensors or torch file, or a folder of it. Pass a saved Keras "
             "model as the model itself."
         )
     return find_checkpoint(weights, None, None)
