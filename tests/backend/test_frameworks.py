@@ -140,7 +140,7 @@ print("exit code", main(sys.argv[1:]))
 
 def test_the_command_line_reports_a_missing_framework():
     missing = ("tensorflow", "jax", "torch", "tfimm")
-    result, output = run_without(missing, COMMAND, "models", "MobileNet")
+    result, output = run_without(missing, COMMAND, "plan", "applications/MobileNet")
     assert result == 0 and "exit code 1" in output
     assert "error: Keras 3 needs TensorFlow, JAX or torch" in output and "Trace" not in output
     result, output = run_without(missing, COMMAND, "--help")

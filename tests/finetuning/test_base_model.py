@@ -230,6 +230,7 @@ def test_a_model_of_keras_hub_brings_its_preprocessing(hub_file):
     assert other.preprocessing.mean == (0.0,) * 3
 
 
+@pytest.mark.long
 def test_a_model_of_keras_hub_is_trained_merged_and_exported(hub_file, tmp_path):
     from tests.helpers.picture_folders import write_digits
     from tfimm_lora.cli import main

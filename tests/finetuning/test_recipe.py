@@ -132,6 +132,7 @@ def test_every_picture_of_the_split_is_written_down(folder, tmp_path):
         assert Path(row["path"]).parent.name == row["label"]
 
 
+@pytest.mark.long
 def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(folder, tmp_path):
     for name, seed in (("one", 0), ("two", 0), ("three", 1)):
         keras.utils.set_random_seed(hash(name) % 1000)
@@ -316,6 +317,7 @@ def test_what_the_folder_of_a_run_may_hold(folder, tmp_path):
         Run.open(tmp_path / "other")
 
 
+@pytest.mark.long
 def test_weights_that_nobody_could_make_again_are_kept_in_the_run(folder, tmp_path):
     """A model that begins at random: the run has what the adapter is relative to."""
     options = {"model": "MobileNetV2", "normalisation": None, "epochs": 1}
@@ -470,6 +472,7 @@ def test_a_tfimm_model_is_fine_tuned(folder, tmp_path):
     assert model.cfg.nb_classes == 3 and model.cfg.input_size == (32, 32)
 
 
+@pytest.mark.long
 def test_config_yaml_is_plain(folder, tmp_path):
     run = finetune_pictures(recipe(folder, epochs=1), tmp_path / "run", verbose="none")
     assert yaml.safe_load((run.path / "config.yaml").read_text()) == run.config
@@ -487,6 +490,7 @@ def test_file_names_that_are_no_text_are_kept_as_they_are(folder, tmp_path):
     assert odd in paths
 
 
+@pytest.mark.long
 def test_warnings_reach_the_command_line_as_notes(folder, tmp_path, capsys):
     write_digits(tmp_path / "digits", labels=range(2), each=6, size=16)
     (tmp_path / "digits" / "0" / "notes.txt").write_text("no picture")

@@ -23,7 +23,7 @@ def uniform(seed: Seed, count: int) -> np.ndarray:
 
     Example:
         >>> from tfimm_lora.finetuning.data.random_numbers import uniform
-        >>> uniform((1, 2), 2).round(4).tolist()
+        >>> [round(float(x), 4) for x in uniform((1, 2), 2)]
         [0.8441, 0.192]
     """
     mantissa = _bits(seed, count) & np.uint32(0x7FFFFF)
