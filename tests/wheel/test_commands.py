@@ -38,7 +38,7 @@ NOT_RUN = {
     r"pip install \S*cli,tensorflow": "the tensorflow setup with fewer extras",
     r"make (demo|test)$": "CI runs them",
     r"^docs/tutorials/pictures-to-report.md": "run by tests/docs/test_examples.py",
-    r"^docs/tutorials/demo.md": "they continue with the files of `make demo`, which takes minutes",
+    r"^docs/tutorials/demo.md": "they need the files of `make demo`, which takes minutes",
     r"^docs/how-to/several-devices.md": "tests/finetuning/test_distributed.py runs strategies",
 }
 
