@@ -16,6 +16,9 @@ from tfimm_lora.finetuning.distributed.devices import JaxDevices, padded
 from tfimm_lora.zoo.weights import preprocessing as preprocessing_module
 from tfimm_lora.zoo.weights.resizing import resized
 
+# Only Keras 3 runs without TensorFlow.
+pytestmark = pytest.mark.once
+
 SEEDS = [(1, 2), (-7, 123456789012), (0, 0), (2**62, -5)]
 
 

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.model.state import RANDOM
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
@@ -31,7 +32,7 @@ def architecture_differences(model: Any, adapter: AdapterData) -> list[str]:
         one of them is not known by name.
     """
     mine = getattr(getattr(model, "cfg", None), "name", "")
-    named = adapter.base_model.removeprefix("timm/")
+    named = adapter.base_model.removesuffix(RANDOM).removeprefix("timm/")
     theirs = [name for name, tag in CHECKPOINTS.items() if named in (name, tag)]
     if not mine or not theirs or mine in theirs:
         return []
