@@ -98,7 +98,11 @@ def clone(dist, tmp_path_factory):
     return root
 
 
-@pytest.fixture(params=SETUPS)
+#: Another installation of TensorFlow takes minutes: `pytest tests/wheel -m long` runs it.
+QUICK = [pytest.param(x, marks=pytest.mark.long if x == "tensorflow" else ()) for x in SETUPS]
+
+
+@pytest.fixture(params=QUICK)
 def setup(request, clone, tmp_path, monkeypatch):
     """The name of a setup, after its install line was run in a new environment."""
     for name in ("PYTHONPATH", "TF_USE_LEGACY_KERAS", "KERAS_BACKEND"):
