@@ -118,6 +118,15 @@ def test_evaluate_uses_the_validation_part_and_warns_of_training_pictures(
     assert "1 of 1 pictures were used for training" in err
 
 
+def test_evaluate_prefers_the_test_part_of_other_data(run, tmp_path, capsys):
+    val, *tested = run.split.val.pictures[:3]
+    rows = [(val.path, run.labels[val.label], "val")]
+    rows += [(x.path, run.labels[x.label], "test") for x in tested]
+    data = write_csv(tmp_path / "s.csv", *rows, header=("path", "label", "split"))
+    code, out, _ = ask(capsys, "evaluate", run.path, "--data", data, "--json")
+    assert (code, json.loads(out)["pictures"]) == (0, 2)
+
+
 def test_evaluate_names_classes_that_the_run_does_not_know(run, folder, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(folder, tmp_path / "data" / "wolf")

@@ -418,3 +418,10 @@ def test_the_file_of_a_keras_hub_model_opens_as_its_instructions_say(tmp_path):
     soft = export(model, tmp_path / "soft.keras", probabilities=True)
     expected = softmax(run(model, x).astype("float64"), axis=1)
     np.testing.assert_allclose(load("keras", soft.path)(x), expected, atol=1e-5)
+
+
+def test_probabilities_is_true_false_or_none(tmp_path):
+    model = classifier(None)
+    with pytest.raises(TypeError, match="probabilities='yes'; expected True or False"):
+        export(model, tmp_path / "m.keras", probabilities="yes")
+    assert not (tmp_path / "m.keras").exists()

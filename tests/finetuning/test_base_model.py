@@ -91,6 +91,15 @@ def test_a_softmax_behind_a_model_of_logits_is_found(tmp_path):
     np.testing.assert_allclose(softmax(array(base.model(x))), array(saved(x)), rtol=1e-4)
 
 
+@pytest.mark.parametrize("in_layer", [False, True])
+def test_another_activation_at_the_end_is_not_removed_silently(in_layer, tmp_path):
+    end = (None, layers.Activation("relu")) if in_layer else ("relu", None)
+    inner_model(*end, False).save(tmp_path / "m.keras")
+    for classes in (None, 3):
+        with pytest.raises(ValueError, match="activation relu; expected a classifier"):
+            open_base_model(tmp_path / "m.keras", normalisation="unit", classes=classes)
+
+
 @pytest.mark.parametrize("name", ["MobileNet", "MobileNetV3Small"])
 def test_a_convolution_may_be_the_classifier(name, tmp_path):
     """By name and as a file: another number of classes, trained, merged, saved and loaded."""

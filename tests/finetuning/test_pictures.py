@@ -248,7 +248,9 @@ def test_folders_that_cannot_be_used_say_why_and_what_to_do(tmp_path):
     touch(tmp_path, "notes.xlsx")
     refused(tmp_path / "notes.xlsx", "does not end in .csv")
     for share in (0, 1, -0.1, 1.5):
-        refused(tmp_path, f"validation={share}", "between 0 and 1", validation=share)
+        refused(tmp_path, f"validation={share}", "above 0 and below 1", validation=share)
+    refused(tmp_path, "validation='half'", validation="half", error=TypeError)
+    refused(5, "data=5", "the path of a folder or CSV file", error=TypeError)
 
 
 def test_classes_missing_in_train_are_refused_and_those_missing_in_val_reported(tmp_path):
@@ -743,6 +745,14 @@ def test_a_training_picture_that_is_held_out_too_is_left_out(tmp_path):
     assert (len(clean.train), len(clean.val), len(clean.test)) == (18, 2, 4)
     with pytest.raises(ValueError, match="7 of 31 pictures cannot be used"):
         check_pictures(find_pictures(tmp_path), "refuse")
+
+
+def test_identical_files_of_one_class_are_kept_with_a_warning(tmp_path):
+    write_split(tmp_path, each=4)
+    copy_picture(tmp_path / "train/0/1.png", tmp_path / "train/0/copy.png")
+    with pytest.warns(UserWarning, match="1 picture is identical to another of the same class"):
+        clean, problems = check_pictures(find_pictures(tmp_path))
+    assert problems == [] and clean.train.counts()["0"] == 5
 
 
 def test_pictures_that_look_alike_are_reported(tmp_path):

@@ -214,6 +214,7 @@ def test_an_interruption_says_how_to_resume(folder, tmp_path, capsys, monkeypatc
     assert main(arguments(folder, out)) == 130
     said = capsys.readouterr().err
     assert f"after epoch 2; resume with: tfimm-lora finetune --out '{out}' --resume" in said
+    assert "softmax or sigmoid at the end of the model is left out in training" in said
     monkeypatch.undo()
     assert main(["finetune", "--out", str(out), "--resume"]) == 0
     assert len(Run.open(out).history) == 3

@@ -33,6 +33,7 @@ from tfimm_lora.exporting.request import ExportRequest, checked_request
 from tfimm_lora.exporting.runners import runner_of
 from tfimm_lora.model.output_activation import output_activation, without_output_activation
 from tfimm_lora.utils.atomic_files import move_into_place, temporary_path
+from tfimm_lora.validation import check_bool
 
 
 def export(
@@ -114,6 +115,8 @@ def export(
         >>> exported.returns
         'logits'
     """
+    if probabilities is not None:
+        check_bool(probabilities, "probabilities")
     request = checked_request(
         model,
         path,

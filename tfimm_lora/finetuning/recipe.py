@@ -361,6 +361,11 @@ def _open(
     backend.keras.utils.set_random_seed(recipe.seed)
     base = open_recipe_base(recipe.to_dict(), classes)
     say(base.weights + (" (--from-scratch)" if base.from_scratch else ""))
+    if base.returned_probabilities:
+        say(
+            "the softmax or sigmoid at the end of the model is left out in training, which "
+            "uses the softmax cross-entropy; exports return probabilities again"
+        )
     random_head = base.new_classifier and not _trains_classifier(recipe, base.new_classifier)
     kept = temporary / BASE_WEIGHTS if base.from_scratch or random_head else None
     sha256 = base_hash(recipe.to_dict())

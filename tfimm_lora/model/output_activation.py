@@ -140,18 +140,18 @@ def _end_at(
     if backend.is_model(layer):
         end = _end(backend, layer)
         return None if end is None else end._replace(is_last=end.is_last and is_last)
-    name = _activation(layer)
+    name = activation_name(layer)
     return None if name is None else _End(name, layer, model, inputs, is_last)
 
 
 def _keeps_values(layer: Layer) -> bool:
     """Whether the outputs of a layer, or operation of Keras 3, are its inputs, reshaped."""
     return type(layer).__name__ in _SHAPES or (
-        type(layer).__name__ == "Activation" and _activation(layer) == "linear"
+        type(layer).__name__ == "Activation" and activation_name(layer) == "linear"
     )
 
 
-def _activation(layer: Layer) -> str | None:
+def activation_name(layer: Layer) -> str | None:
     """The name of the activation that a layer applies, or None if it is not known."""
     if type(layer).__name__ == "Softmax":  # a layer, or an operation of Keras 3
         return "softmax"

@@ -6,10 +6,11 @@ from typing import Any
 
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.output_activation import PROBABILITIES, activation_name
 
 
 def with_logits(backend: Backend, model: Any, classes: int | None) -> tuple[Any, bool]:
-    """Remove the softmax at the end of a model and set its number of classes.
+    """Remove the softmax or sigmoid at the end of a model and set its number of classes.
 
     The classifier is a dense layer, or a 1x1 convolution whose output is flattened. It may be
     inside models that are inside ``model``. The softmax may be its activation, or a layer of
@@ -34,7 +35,7 @@ def with_logits(backend: Backend, model: Any, classes: int | None) -> tuple[Any,
         raise _no_classifier(model, heads)
     is_new = classes not in (None, _units(head))
     if not (backend.is_functional(model) or isinstance(model, keras.Sequential)):
-        if not is_new and _is_linear(head.activation) and model.layers[-1] is head:
+        if not is_new and activation_name(head) == "linear" and model.layers[-1] is head:
             return model, False
         raise _no_classifier(model, heads)
     if not is_new:
@@ -76,7 +77,7 @@ class _Rebuilt:
         if len(inputs) != 1:
             return tensor
         before = self.tensor(inputs[0])
-        if self._is_softmax(layer):
+        if self.found and self._is_removed(layer):
             return before
         if before is inputs[0]:
             return tensor
@@ -85,9 +86,9 @@ class _Rebuilt:
         return layer(before)
 
     def _classified(self, head: Any, inputs: list[Any], tensor: Any) -> Any:
+        _check_activation(head)
         if self.classes is None:
-            if not _is_linear(head.activation):
-                head.activation = self.backend.keras.activations.linear
+            head.activation = self.backend.keras.activations.linear
             return tensor
         config = {"name": head.name, "use_bias": head.use_bias}
         if isinstance(head, self.layers.Dense):
@@ -97,15 +98,23 @@ class _Rebuilt:
     def _contains_head(self, model: Any) -> bool:
         return any(layer is self.head for _, layer in self.backend.walk(model))
 
-    def _is_softmax(self, layer: Any) -> bool:
-        if isinstance(layer, self.layers.Softmax):
-            return True
-        is_activation = isinstance(layer, self.layers.Activation)
-        return is_activation and not _is_linear(layer.activation)
+    def _is_removed(self, layer: Any) -> bool:
+        """Whether a layer after the classifier is the activation to remove."""
+        if not isinstance(layer, (self.layers.Softmax, self.layers.Activation)):
+            return False
+        _check_activation(layer)
+        return activation_name(layer) in PROBABILITIES
 
 
-def _is_linear(activation: Any) -> bool:
-    return activation is None or getattr(activation, "__name__", "") == "linear"
+def _check_activation(layer: Any) -> None:
+    """Raise a ValueError for an activation without which the model would be another one."""
+    name = activation_name(layer)
+    if name not in ("linear", *PROBABILITIES):
+        raise ValueError(
+            f"The model ends in layer '{layer.name}' with the activation {name}; expected a "
+            "classifier that returns logits, or one that ends in "
+            f"{' or '.join(PROBABILITIES)}, which is removed for training."
+        )
 
 
 def _units(head: Any) -> int:

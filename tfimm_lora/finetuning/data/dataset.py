@@ -19,6 +19,7 @@ from tfimm_lora.finetuning.data.findings import ERROR, Finding, count, raise_err
 from tfimm_lora.finetuning.data.folders import list_folder
 from tfimm_lora.finetuning.data.listing import UNSPLIT, FoundPicture, Listing
 from tfimm_lora.finetuning.data.picture_files import natural_order
+from tfimm_lora.validation import check_number
 
 
 @dataclass(frozen=True)
@@ -99,6 +100,7 @@ def find_pictures(
         are sorted by name.
 
     Raises:
+        TypeError: if ``data`` is not a path or ``validation`` not a number.
         FileNotFoundError: if the folder, the CSV file or pictures in it do not exist.
         ValueError: if there are no pictures, fewer than two classes, a class folder without
             pictures, pictures beside the class folders, a file that occurs twice, classes in
@@ -136,11 +138,9 @@ def list_split(
         The pictures without those that an error concerns, or None if they cannot be used for
         training; and the errors and warnings.
     """
-    if not 0 < validation < 1:
-        raise ValueError(
-            f"Received validation={validation}; expected a share between 0 and 1, for example "
-            "0.2 for every fifth picture."
-        )
+    check_number(validation, "validation", 0, exclusive=True, below=1)
+    if not isinstance(data, (str, os.PathLike)):
+        raise TypeError(f"Received data={data!r}; expected the path of a folder or CSV file.")
     listing = list_pictures(data)
     path = os.path.abspath(data)
     parts = listing.parts
