@@ -15,6 +15,7 @@ import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal
 from tests.helpers.selection import LONG_ON_LEGACY
 from tests.helpers.tiny_models import functional
+from tfimm_lora.backend.frameworks import installed
 from tfimm_lora.cli import commands, main
 from tfimm_lora.cli import inspect as inspect_module
 from tfimm_lora.cli.app import app
@@ -127,11 +128,18 @@ print(code, sorted({{"tensorflow", "keras", "tf_keras", "jax", "torch"}} & set(s
 
 
 @pytest.mark.skipif(LEGACY, reason="legacy Keras is TensorFlow's")
-def test_plan_of_an_application_does_not_wait_for_tensorflow():
-    """Keras counts the weights on NumPy: the same numbers in half of the time."""
-    code = """
+@pytest.mark.parametrize("jax", [True, False])
+def test_plan_of_an_application_does_not_wait_for_tensorflow(jax):
+    """Keras counts the weights on NumPy: the same numbers in half of the time.
+
+    Keras' NumPy backend imports JAX, so without JAX TensorFlow counts them.
+    """
+    if jax and not installed("jax"):
+        pytest.skip("needs JAX")
+    code = f"""
 import sys
-from tfimm_lora.cli import main
+from tfimm_lora.cli import app, main
+app.installed = lambda package: package != "jax" or {jax}
 sys.argv[1:] = ["plan", "MobileNetV2", "--rank", "4", "--json"]
 code = main()
 print(code, "tensorflow" in sys.modules, file=sys.stderr)
@@ -140,7 +148,7 @@ print(code, "tensorflow" in sys.modules, file=sys.stderr)
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, env=environ
     )
-    assert done.stderr.splitlines()[-1] == "0 False", done.stderr
+    assert done.stderr.splitlines()[-1] == f"0 {not jax}", done.stderr
     total = keras.applications.MobileNetV2(weights=None).count_params()
     assert json.loads(done.stdout)["total"] == total
 

@@ -103,11 +103,12 @@ def import_tensorflow() -> None:
 def import_keras_to_count() -> None:
     """Import Keras to create models whose weights are counted and not used.
 
-    Keras 3 on NumPy starts in half of the time of TensorFlow. The backend of Keras cannot be
-    changed later, so it is chosen only in a process of the command line.
+    Keras 3 on NumPy starts in half of the time of TensorFlow, but needs JAX to be installed.
+    The backend of Keras cannot be changed later, so it is chosen only in a process of the
+    command line.
     """
     chosen = uses_legacy_keras() or "KERAS_BACKEND" in os.environ or "keras" in sys.modules
-    if chosen or not _owns_process:
+    if chosen or not _owns_process or not installed("jax"):
         import_tensorflow()
     else:
         os.environ["KERAS_BACKEND"] = "numpy"
