@@ -8,13 +8,13 @@ from typing import TypeVar
 import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.adapters.translation import layout_of_timm, translate
 from tfimm_lora.families.family import LIBRARIES, V4, V5
 from tfimm_lora.families.recognize import Naming, recognize, untranslated
 from tfimm_lora.families.templates import Name
 from tfimm_lora.model.naming import naming_of
+from tfimm_lora.zoo.module_names import ModuleNames
 
 _D = TypeVar("_D", bound=AdapterData)
 
