@@ -16,7 +16,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.conversion import lora_class, supported
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
-from tfimm_lora.zoo.module_names import ModelWeight, ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames
 
 #: Weights with other values than those of the base model, and these values.
 Changes = list[tuple[ModelWeight, np.ndarray]]

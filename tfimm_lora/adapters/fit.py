@@ -24,7 +24,7 @@ from tfimm_lora.layer_paths import nearest
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.state import Values
 from tfimm_lora.model.classifier import classifier_paths
-from tfimm_lora.zoo.module_names import ModelWeight, ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames
 
 #: Weights of a model with the values that an adapter has for them.
 WeightValues = list[tuple[ModelWeight, np.ndarray]]

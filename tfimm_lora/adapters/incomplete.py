@@ -10,7 +10,7 @@ import warnings
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.peft.matching import PeftSelection, with_parents
-from tfimm_lora.zoo.module_names import ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 #: The number of layers that a warning lists.
 _MAX_LISTED = 10

@@ -36,7 +36,7 @@ from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_base_of
 from tfimm_lora.model.state import ReplacedWeight, model_state
 from tfimm_lora.validation import check_keywords
-from tfimm_lora.zoo.module_names import ModelWeight, ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames
 
 
 def load_adapter(

@@ -17,7 +17,7 @@ from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.qkv import layout_of
 from tfimm_lora.model.classifier import classifier_paths
-from tfimm_lora.zoo.module_names import ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 def lora_arguments(model: Any, adapter: AdapterData) -> dict[str, Any]:

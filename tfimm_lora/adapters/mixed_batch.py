@@ -23,7 +23,7 @@ from tfimm_lora.layers.mixed_batch import Assignment, Attached, assigned, curren
 from tfimm_lora.model.inject import inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.state import model_state
-from tfimm_lora.zoo.module_names import ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 def attach_adapters(

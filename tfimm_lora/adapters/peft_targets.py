@@ -15,7 +15,7 @@ from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.targeting import check_ready
 from tfimm_lora.peft.matching import PeftSelection, outermost, with_parents
 from tfimm_lora.peft.translation import read_fields, with_grouped_patterns
-from tfimm_lora.zoo.module_names import ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:

@@ -23,8 +23,8 @@ from tfimm_lora.model.state import (
     random_weights,
     saves_timm_names,
 )
-from tfimm_lora.zoo.module_names import ModelWeight, ModuleNames, require_unique
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames, require_unique
 
 
 def adapter_of(model: Any, base_model: str | None = None) -> Adapter:

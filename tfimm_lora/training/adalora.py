@@ -23,7 +23,7 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.utils.text_table import aligned_lines
 from tfimm_lora.validation import check_integer, check_number
-from tfimm_lora.zoo.module_names import ModuleNames
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 _classes: dict[int, type] = {}
 
