@@ -2,10 +2,10 @@
 
     TF_USE_LEGACY_KERAS=0 python benchmarks/depthwise.py [--quick] [--rounds 5]
 
-Prints one JSON object. For frozen Conv2D layers of several sizes, and for keras.applications'
-ConvNeXtTiny: the median time with the routine and without it in ms, and the median of the
-ratios within a round, forward and for a training step (of a layer: with the gradient of its
-input). Both take turns in every round.
+Prints a JSON object in each line, for keras.applications' ConvNeXtTiny and for frozen Conv2D
+layers of several sizes: the median time with the routine and without it in ms, and the median
+of the ratios within a round, forward and for a training step (of a layer: with the gradient of
+its input). Both take turns in every round.
 """
 
 import argparse
@@ -137,10 +137,10 @@ def main():
     parser.add_argument("--quick", action="store_true", help="small pictures, no layers")
     parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
-    sizes = [] if args.quick else LAYERS
-    results = {" ".join(map(str, size)): compare(layer(*size), args.rounds) for size in sizes}
-    results["ConvNeXtTiny"] = compare(convnext(args.quick), args.rounds)
-    print(json.dumps(results, indent=1))
+    print(json.dumps({"ConvNeXtTiny": compare(convnext(args.quick), args.rounds)}), flush=True)
+    for size in [] if args.quick else LAYERS:
+        name = " ".join(map(str, size))
+        print(json.dumps({name: compare(layer(*size), args.rounds)}), flush=True)
 
 
 if __name__ == "__main__":
