@@ -4,7 +4,7 @@ With groups = channels, output channel f of a grouped convolution depends on inp
 f // m alone, m = filters / channels. This is the depthwise convolution whose kernel is W, of
 shape (kh, kw, 1, channels m), in the shape (kh, kw, channels, m). On the CPU, TensorFlow has no
 routine for grouped convolutions, so Keras compiles each with XLA. The routine for depthwise
-convolutions takes 0.01 to 0.75 of the time, for every size and dtype that was measured
+convolutions takes at most 0.75 of the time for every size and dtype that was measured
 (``benchmarks/depthwise.py``).
 """
 
