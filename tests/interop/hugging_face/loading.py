@@ -63,9 +63,13 @@ def load_model(folder, features=False):
         model = Backbone(**json.loads((folder / "backbone.json").read_text()))
         model.load_state_dict(load_file(folder / "model.safetensors"))
         return model.eval()
+    config = json.loads((folder / "config.json").read_text())
     if features:
-        return transformers.AutoModel.from_pretrained(folder).eval()
-    architecture = json.loads((folder / "config.json").read_text())["architectures"][0]
+        # AutoModel of a model of text and images wants both.
+        towers = {"clip": "CLIPVisionModel", "siglip": "SiglipVisionModel"}
+        cls = getattr(transformers, towers.get(config["model_type"], "AutoModel"))
+        return cls.from_pretrained(folder).eval()
+    architecture = config["architectures"][0]
     model, info = getattr(transformers, architecture).from_pretrained(
         folder, output_loading_info=True
     )

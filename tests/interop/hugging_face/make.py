@@ -1,6 +1,6 @@
 """Make the small models and adapters with real transformers and PEFT.
 
-    python -m tests.interop.hugging_face.make FOLDER
+    python -m tests.interop.hugging_face.make FOLDER [MODEL ...]
 
 Every model has a folder:
 
@@ -96,7 +96,6 @@ def adapters(name, model):
     small = MODELS[name]
     names = query_key_value(model)
     classifiers = list(small.classifiers) or None
-    task = None
     few = list(small.targets) if names is None else [names[0], names[2]]
     linear = sorted(
         {
@@ -106,6 +105,8 @@ def adapters(name, model):
             and not any(n == c or n.startswith(c + ".") for c in small.classifiers)
         }
     )
+    if not few:
+        return {}
     found = {
         "classifier": dict(r=4, lora_alpha=8, target_modules=few, modules_to_save=classifiers),
         "rslora_bias": dict(r=3, target_modules=few, use_rslora=True, bias="all"),
@@ -114,6 +115,9 @@ def adapters(name, model):
         "lora_bias": dict(r=2, target_modules=few, lora_bias=True),
         "features": dict(r=2, target_modules=few, task_type="FEATURE_EXTRACTION"),
     }
+    targets = [m for n, m in model.named_modules() if n.endswith(tuple(few))]
+    if any(getattr(m, "bias", None) is None for m in targets):
+        found["lora_bias"] = "the layers have no bias"
     if small.classifiers == ():
         found["classifier"] = "no classifier"
     if small.architecture == "Backbone":
@@ -178,7 +182,10 @@ def make_model(name, folder):
         "skipped_adapters": {},
     }
     if small.architecture != "Backbone":
-        outputs["base_features"] = run(load_model(folder / "base", features=True), pixels)
+        features = load_model(folder / "base", features=True)
+        outputs["base_features"] = run(features, pixels)
+        entry["features_class"] = type(features).__name__
+        entry["features_parameters"] = [n for n, _ in features.named_parameters()]
     for seed, (adapter, fields) in enumerate(adapters(name, model).items(), start=2):
         if isinstance(fields, str):
             entry["skipped_adapters"][adapter] = fields
@@ -211,7 +218,7 @@ def randomize_adapter(adapted, seed):
             parameter.add_(0.1 * noise)
 
 
-def main(folder):
+def main(folder, *names):
     folder = Path(folder)
     index = {
         "versions": {
@@ -221,10 +228,10 @@ def main(folder):
         },
         "models": {},
     }
-    for name in MODELS:
+    for name in names or MODELS:
         index["models"][name] = make_model(name, folder / name)
     (folder / "index.json").write_text(json.dumps(index, indent=1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])

@@ -70,6 +70,7 @@ _SEGFORMER = dict(
     classifier_dropout_prob=0.0,
     decoder_hidden_size=16,
 )
+_MOBILENET_V2 = dict(image_size=32, depth_multiplier=0.35, classifier_dropout_prob=0.0)
 
 MODELS = {
     "vit": Small(
@@ -145,10 +146,15 @@ MODELS = {
     ),
     "mobilenet_v2": Small(
         "MobileNetV2ForImageClassification",
-        dict(image_size=32, depth_multiplier=0.35, classifier_dropout_prob=0.0),
+        dict(_MOBILENET_V2, tf_padding=False),
         timm=("mobilenetv2_035", {}),
         convolutional=True,
         targets=("expand_1x1.convolution", "reduce_1x1.convolution"),
+    ),
+    # Padded as in TensorFlow, which is the default. The padding reads the stride of the
+    # convolution, which PEFT's layer does not have: PEFT cannot adapt the convolutions.
+    "mobilenet_v2_tf": Small(
+        "MobileNetV2ForImageClassification", _MOBILENET_V2, convolutional=True
     ),
     "efficientnet": Small(
         "EfficientNetForImageClassification",
