@@ -13,6 +13,7 @@ Every model has a folder:
 `index.json` lists the versions, models, adapters, and the names of modules in memory.
 """
 
+import copy
 import json
 import sys
 from pathlib import Path
@@ -23,7 +24,7 @@ import torch
 import transformers
 from torch import nn
 
-from tests.interop.hugging_face.loading import load_adapted, load_model, new_model, run
+from tests.interop.hugging_face.loading import load_model, new_model, run
 from tests.interop.hugging_face.models import CLASSES, MODELS
 
 #: The names of query, key, value as layers of their own, in all versions.
@@ -70,7 +71,9 @@ def randomize(model, seed, batch=None):
 
 def query_key_value(model):
     """The last names of the query, key and value layers, or None."""
-    leaves = {n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)}
+    leaves = {
+        n.rpartition(".")[2] for n, m in model.named_modules() if isinstance(m, nn.Linear)
+    }
     return next((names for names in _QUERY_KEY_VALUE if set(names) <= leaves), None)
 
 
@@ -161,7 +164,7 @@ def make_model(name, folder):
     model = new_model(name)
     if model is None:
         return {"skipped": f"transformers {transformers.__version__} does not have it"}
-    randomize(model, 0, (2, 3, small.size, small.size))
+    randomize(model, 0, (8, 3, small.size, small.size))
     model.save_pretrained(folder / "base")
     random = np.random.default_rng(1)
     batch = {
@@ -192,14 +195,11 @@ def make_model(name, folder):
             continue
         entry["adapters"].append(adapter)
         path = folder / "adapters" / adapter
-        base = load_model(folder / "base", adapter == "features")
+        base = copy.deepcopy(features if adapter == "features" else model)
         adapted = peft.get_peft_model(base, peft.LoraConfig(lora_dropout=0.0, **fields)).eval()
         randomize_adapter(adapted, seed)
         adapted.save_pretrained(path)
         outputs[adapter] = run(adapted, pixels)
-        error = np.abs(run(load_adapted(folder / "base", path), pixels) - outputs[adapter]).max()
-        if not error < 1e-5 * np.abs(outputs[adapter]).max():
-            raise AssertionError(f"PEFT reads {path} otherwise than it wrote it: {error}")
     np.savez(folder / "outputs.npz", **outputs)
     return entry
 
@@ -212,8 +212,11 @@ def randomize_adapter(adapted, seed):
         noise = torch.randn(parameter.shape, generator=generator)
         if "lora_magnitude" in key:
             parameter.mul_(1 + 0.2 * noise)
-        elif "lora_" in key:
-            parameter.copy_(0.3 * noise)
+        elif "lora_A" in key:
+            parameter.copy_(noise * parameter[0].numel() ** -0.5)
+        elif "lora_B" in key:
+            # Little in a CNN, where nothing normalizes what every layer adds.
+            parameter.copy_((0.02 if parameter.ndim == 4 else 0.1) * noise)
         elif parameter.requires_grad:
             parameter.add_(0.1 * noise)
 

@@ -70,12 +70,10 @@ _SEGFORMER = dict(
     classifier_dropout_prob=0.0,
     decoder_hidden_size=16,
 )
-_MOBILENET_V2 = dict(image_size=32, depth_multiplier=0.35, classifier_dropout_prob=0.0)
+_MOBILENET_V2 = dict(image_size=64, depth_multiplier=0.35, classifier_dropout_prob=0.0)
 
 MODELS = {
-    "vit": Small(
-        "ViTForImageClassification", _VIT, timm=("vit_tiny_patch16_224", _TIMM_VIT)
-    ),
+    "vit": Small("ViTForImageClassification", _VIT, timm=("vit_tiny_patch16_224", _TIMM_VIT)),
     "deit": Small("DeiTForImageClassification", _VIT),
     "deit_distilled": Small(
         "DeiTForImageClassificationWithTeacher",
@@ -147,6 +145,7 @@ MODELS = {
     "mobilenet_v2": Small(
         "MobileNetV2ForImageClassification",
         dict(_MOBILENET_V2, tf_padding=False),
+        size=64,
         timm=("mobilenetv2_035", {}),
         convolutional=True,
         targets=("expand_1x1.convolution", "reduce_1x1.convolution"),
@@ -154,18 +153,19 @@ MODELS = {
     # Padded as in TensorFlow, which is the default. The padding reads the stride of the
     # convolution, which PEFT's layer does not have: PEFT cannot adapt the convolutions.
     "mobilenet_v2_tf": Small(
-        "MobileNetV2ForImageClassification", _MOBILENET_V2, convolutional=True
+        "MobileNetV2ForImageClassification", _MOBILENET_V2, size=64, convolutional=True
     ),
     "efficientnet": Small(
         "EfficientNetForImageClassification",
         dict(
-            image_size=32,
+            image_size=64,
             width_coefficient=0.25,
             depth_coefficient=1.0,
             hidden_dim=320,
             dropout_rate=0.0,
             drop_connect_rate=0.0,
         ),
+        size=64,
         timm=("tf_efficientnet_b0", dict(channel_multiplier=0.25)),
         convolutional=True,
         targets=("expand_conv", "project_conv"),
