@@ -90,12 +90,12 @@ def load_adapted(model_folder, adapter_folder, trainable=False):
         return results[-1]
 
     load = peft.PeftModel.load_adapter
-    with mock.patch.object(peft.PeftModel, "load_adapter", load_adapter):
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", UserWarning)
-            adapted = peft.PeftModel.from_pretrained(
-                model, adapter_folder, is_trainable=trainable
-            )
+    with (
+        mock.patch.object(peft.PeftModel, "load_adapter", load_adapter),
+        warnings.catch_warnings(),
+    ):
+        warnings.simplefilter("error", UserWarning)
+        adapted = peft.PeftModel.from_pretrained(model, adapter_folder, is_trainable=trainable)
     (result,) = results
     # PEFT reports the base's weights as missing, too.
     missing = [k for k in result.missing_keys if ".default" in k]
