@@ -153,76 +153,6 @@ def test_weights_that_are_loaded_are_no_changed_statistics():
         lora.adapter_of(model)
 
 
-class Rate(layers.Layer):
-    """A dropout whose rate a schedule sets; it drops everything here."""
-
-    def build(self, shape):
-        self.rate = self.add_weight(name="rate", shape=(), initializer="ones", trainable=False)
-        self.built = True
-
-    def call(self, x, training=False):
-        return x * (1 - self.rate) if training else x
-
-
-def test_a_single_number_is_no_statistic():
-    model = lora.inject_lora(around(Rate(name="rate")), lora_rank=2)
-    bias = array(model.get_layer("head").bias)
-    outputs = run(model, normal(2, 4), training=True)
-    np.testing.assert_array_equal(outputs, np.tile(bias, (2, 1)))
-
-
-def test_a_layer_is_named_if_only_its_variables_show_statistics():
-    with pytest.warns(UserWarning, match="layers norm have variables.*lora_train_modules"):
-        lora.inject_lora(around(RunningNorm(name="norm")), lora_rank=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        lora.inject_lora(around(WithKwargs(), layers.BatchNormalization()), lora_rank=2)
-
-
-def test_weights_that_are_loaded_are_no_changed_statistics():
-    model = around(WithKwargs(name="norm"))
-    lora.inject_lora(model, lora_rank=2)
-    model.get_layer("norm").moving_mean.assign(np.ones(8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        lora.adapter_of(model)
-
-
-class Rate(layers.Layer):
-    """A dropout whose rate a schedule sets; it drops everything here."""
-
-    def build(self, shape):
-        self.rate = self.add_weight(name="rate", shape=(), initializer="ones", trainable=False)
-        self.built = True
-
-    def call(self, x, training=False):
-        return x * (1 - self.rate) if training else x
-
-
-def test_a_single_number_is_no_statistic():
-    model = lora.inject_lora(around(Rate(name="rate")), lora_rank=2)
-    bias = array(model.get_layer("head").bias)
-    outputs = run(model, normal(2, 4), training=True)
-    np.testing.assert_array_equal(outputs, np.tile(bias, (2, 1)))
-
-
-def test_a_layer_is_named_if_only_its_variables_show_statistics():
-    with pytest.warns(UserWarning, match="layers norm have variables.*lora_train_modules"):
-        lora.inject_lora(around(RunningNorm(name="norm")), lora_rank=2)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        lora.inject_lora(around(WithKwargs(), layers.BatchNormalization()), lora_rank=2)
-
-
-def test_weights_that_are_loaded_are_no_changed_statistics():
-    model = around(WithKwargs(name="norm"))
-    lora.inject_lora(model, lora_rank=2)
-    model.get_layer("norm").moving_mean.assign(np.ones(8))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)
-        lora.adapter_of(model)
-
-
 class Counter(layers.Layer):
     """Changes a variable of its own in every call."""
 
@@ -249,52 +179,6 @@ def test_saving_names_statistics_that_changed(tmp_path):
 
 
 # -- variables that Keras collects ----------------------------------------------------------
-
-
-@legacy_only
-def test_modules_that_refer_to_each_other_and_to_their_layer_stay():
-    import tensorflow as tf
-
-    class Wrap(layers.Layer):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.outer, child = tf.Module(), tf.Module()
-            self.outer.child, child.parent, child.layer = child, self.outer, self
-            child.w = tf.Variable(tf.ones((8,)))
-            self.own = tf.Variable(tf.ones((8,)))
-
-        def call(self, x):
-            return x * self.outer.child.w * self.own
-
-    model = around(Wrap(name="wrap"))
-    run(model, normal(2, 4))
-    everything = list(model.get_layer("wrap").weights)
-    assert len(everything) == 2
-    lora.inject_lora(model, lora_rank=2)
-    stays(model, everything)
-
-
-@legacy_only
-def test_modules_that_refer_to_each_other_and_to_their_layer_stay():
-    import tensorflow as tf
-
-    class Wrap(layers.Layer):
-        def __init__(self, **kwargs):
-            super().__init__(**kwargs)
-            self.outer, child = tf.Module(), tf.Module()
-            self.outer.child, child.parent, child.layer = child, self.outer, self
-            child.w = tf.Variable(tf.ones((8,)))
-            self.own = tf.Variable(tf.ones((8,)))
-
-        def call(self, x):
-            return x * self.outer.child.w * self.own
-
-    model = around(Wrap(name="wrap"))
-    run(model, normal(2, 4))
-    everything = list(model.get_layer("wrap").weights)
-    assert len(everything) == 2
-    lora.inject_lora(model, lora_rank=2)
-    stays(model, everything)
 
 
 @legacy_only
@@ -464,72 +348,6 @@ class Block(layers.Layer):
 
 @pytest.mark.skipif(BACKEND == "jax", reason="Keras itself fails to train such a model on JAX")
 def test_blocks_that_are_built_in_training_stay_frozen_and_reload():
-    model = Late()
-    model.aux = Block(name="aux")
-    run(model, normal(2, 4))
-    lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
-    with pytest.warns(UserWarning, match="'aux' created layer 'second'"):
-        fitted(model)
-    assert len(model.aux.weights) == 5
-    with pytest.warns(UserWarning, match="ompile"):
-        lora.remove_lora(model, merge=False)
-    names = [v.name for v in model.trainable_weights]
-    assert len(names) == 11, names  # two of each dense layer and the norm, and the token
-
-
-class Block(layers.Layer):
-    """Gets a token and a layer when it is built."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.first = layers.Dense(8, name="first")
-
-    def build(self, shape):
-        self.token = self.add_weight(name="token", shape=(8,), initializer="ones")
-        self.second = layers.Dense(8, name="second")
-        self.second.build((None, 8))
-        self.first.build(shape)
-        self.built = True
-
-    def call(self, x):
-        return self.second(self.first(x) + self.token)
-
-
-@pytest.mark.skipif(BACKEND == "jax", reason="Keras itself fails to train such a model on JAX")
-def test_blocks_that_are_built_in_training_stay_and_come_back():
-    model = Late()
-    model.aux = Block(name="aux")
-    run(model, normal(2, 4))
-    lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
-    with pytest.warns(UserWarning, match="'aux' created layer 'second'"):
-        fitted(model)
-    assert len(model.aux.weights) == 5
-    with pytest.warns(UserWarning, match="ompile"):
-        lora.remove_lora(model, merge=False)
-    names = [v.name for v in model.trainable_weights]
-    assert len(names) == 11, names  # two of each dense layer and the norm, and the token
-
-
-class Block(layers.Layer):
-    """Gets a token and a layer when it is built."""
-
-    def __init__(self, **kwargs):
-        super().__init__(**kwargs)
-        self.first = layers.Dense(8, name="first")
-
-    def build(self, shape):
-        self.token = self.add_weight(name="token", shape=(8,), initializer="ones")
-        self.second = layers.Dense(8, name="second")
-        self.second.build((None, 8))
-        self.first.build(shape)
-        self.built = True
-
-    def call(self, x):
-        return self.second(self.first(x) + self.token)
-
-
-@pytest.mark.skipif(BACKEND == "jax", reason="Keras itself fails to train such a model on JAX")
-def test_blocks_that_are_built_in_training_stay_and_come_back():
     model = Late()
     model.aux = Block(name="aux")
     run(model, normal(2, 4))

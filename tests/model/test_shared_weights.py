@@ -106,50 +106,6 @@ def test_a_layer_that_was_created_with_lora_shows_its_kernel_to_others():
     np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-5)
 
 
-def test_a_tied_head_has_no_adapter_for_each_example():
-    model, x = Tied(layers.Embedding(9, 4, name="embed")), np.array([[1, 2], [3, 8]])
-    run(model, x)
-    lora.inject_lora(model, lora_rank=2, lora_targets=["embed"])
-    randomise(model)
-    adapter = lora.adapter_of(model)
-    lora.remove_lora(model, merge=False)
-    lora.attach_adapters(model, {"a": adapter})
-    with lora.use_adapters(["a", None]), pytest.raises(ValueError, match="'embed'.*tied"):
-        run(model, x)
-
-
-def test_a_layer_that_was_created_with_lora_shows_its_kernel_to_others():
-    layer = lora.lora_class(layers.Embedding)(9, 4, lora_rank=2, name="embed")
-    model, x = Tied(layer), np.array([[1, 2], [3, 8]])
-    run(model, x)
-    randomise(model)
-    before = run(model, x)
-    layer.merge_weights()
-    np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-5)
-
-
-def test_a_tied_head_has_no_adapter_for_each_example():
-    model, x = Tied(layers.Embedding(9, 4, name="embed")), np.array([[1, 2], [3, 8]])
-    run(model, x)
-    lora.inject_lora(model, lora_rank=2, lora_targets=["embed"])
-    randomise(model)
-    adapter = lora.adapter_of(model)
-    lora.remove_lora(model, merge=False)
-    lora.attach_adapters(model, {"a": adapter})
-    with lora.use_adapters(["a", None]), pytest.raises(ValueError, match="'embed'.*tied"):
-        run(model, x)
-
-
-def test_a_layer_that_was_created_with_lora_shows_its_kernel_to_others():
-    layer = lora.lora_class(layers.Embedding)(9, 4, lora_rank=2, name="embed")
-    model, x = Tied(layer), np.array([[1, 2], [3, 8]])
-    run(model, x)
-    randomise(model)
-    before = run(model, x)
-    layer.merge_weights()
-    np.testing.assert_allclose(run(model, x), before, rtol=1e-4, atol=1e-5)
-
-
 def test_a_kernel_in_the_graph_of_a_functional_model_is_refused():
     layer, entry = layers.Embedding(9, 4, name="embed"), keras.Input((2,), dtype="int32")
     rows = layer(entry)
