@@ -1,4 +1,4 @@
-"""Without torch and timm, or on Keras 3, these tests are left out."""
+"""Without torch, timm and PEFT, or on Keras 3, these tests are left out."""
 
 import os
 from pathlib import Path
