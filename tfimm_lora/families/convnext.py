@@ -57,7 +57,7 @@ CONVNEXT = Family(
     ),
     timm_models=("convnext_*",),
     tfimm="ConvNeXt",
-    applications=("convnext*",),
+    applications=("ConvNeXt*",),
     transformers={"convnext": "convnext"},
     presets=PRESETS,
 )

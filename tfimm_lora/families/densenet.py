@@ -44,6 +44,6 @@ DENSENET = Family(
     ),
     timm_models=("densenet*",),
     keras_hub=("DenseNetBackbone",),
-    applications=("densenet*",),
+    applications=("DenseNet*",),
     presets=PRESETS,
 )

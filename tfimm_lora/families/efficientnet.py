@@ -79,7 +79,7 @@ EFFICIENTNET = Family(
     timm_models=("*efficientnet_*",),
     tfimm="EfficientNet",
     keras_hub=("EfficientNetBackbone",),
-    applications=("efficientnetb*",),
+    applications=("EfficientNetB*",),
     transformers={"efficientnet": "efficientnet"},
     presets=PRESETS,
     depths=(
@@ -110,6 +110,25 @@ _UNFUSED = (
     ("conv_pwl", None, ".project_conv", "project_conv"),
     ("bn3", None, ".project_bn", "project_bn"),
 )
+#: Of models with other stages, which only timm has.
+_ANY = _rows(
+    "",
+    *(
+        (name, None, None, None)
+        for name in (
+            "conv",
+            "conv_exp",
+            "conv_pw",
+            "conv_dw",
+            "conv_pwl",
+            "bn1",
+            "bn2",
+            "bn3",
+            "se.conv_reduce",
+            "se.conv_expand",
+        )
+    ),
+)
 _V2_ENDS = tuple(row._replace(transformers=None) for row in _ENDS)
 
 EFFICIENTNETV2 = Family(
@@ -126,11 +145,12 @@ EFFICIENTNETV2 = Family(
         *_rows("=1", *_FUSED),
         *_rows("=2", *_FUSED),
         *(row for stage in range(3, 7) for row in _rows(f"={stage}", *_UNFUSED)),
+        *_ANY,
     ),
     timm_models=("*efficientnet_v2_*", "*efficientnetv2_*"),
     tfimm="EfficientNet",
     keras_hub=("EfficientNetBackbone",),
-    applications=("efficientnetv2*",),
+    applications=("EfficientNetV2*",),
     presets=PRESETS,
 )
 
@@ -148,6 +168,7 @@ EFFICIENTNET_EDGE = Family(
                 *(row for stage in range(3, 6) for row in _rows(f"={stage}", *_UNFUSED)),
             )
         ),
+        *_ANY,
     ),
     timm_models=("*efficientnet_e[sml]*",),
     tfimm="EfficientNet",

@@ -66,7 +66,7 @@ class Family:
         timm_models: Patterns of timm's names of these models: "vit_*".
         tfimm: The class in tfimm.
         keras_hub: The classes of backbones in keras_hub.
-        applications: Patterns of the names of models of ``keras.applications``.
+        applications: Patterns of the functions of ``keras.applications``: "VGG*".
         transformers: The model_type of transformers -> the name of the backbone in a model with
             a classifier, which begins the names of its modules.
         presets: The LoRA targets by preset, with timm's names. "default" is all of them
@@ -98,9 +98,10 @@ class Family:
     @property
     def head(self) -> str | None:
         """timm's name of the classifier, or None if the family has none."""
-        heads = ("/classifier", "/classifier.1", "/predictions", "/output_dense")
+        heads = ("/classifier", "/classifier.1", "/predictions")
         rows = (r for r in self.rows if r.transformers in heads or r.keras_hub in heads)
-        return next((row.timm for row in rows), None)
+        named = (r for r in self.rows if r.timm in ("head", "head.fc", "fc", "classifier"))
+        return next((row.timm for row in (*rows, *named)), None)
 
     def libraries(self) -> list[str]:
         """Return the libraries that have this family."""

@@ -7,7 +7,7 @@ import re
 from collections import Counter
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
-from fnmatch import fnmatch
+from fnmatch import fnmatch, fnmatchcase
 
 from tfimm_lora.families import FAMILIES
 from tfimm_lora.families.family import APPLICATIONS, KERAS_HUB, LIBRARIES, TIMM, Family, Names
@@ -66,10 +66,12 @@ class Naming:
         stages = Counter(stage for stage, _ in blocks)
         end = max((x["z"] for x in numbers if "z" in x), default=len(stages))
         depths = tuple(stages[stage] for stage in range(min(end, len(stages))))
-        for count in () if depths else "nf":  # where blocks are counted over all stages
-            last = max((x[count] for x in numbers if count in x), default=None)
+        for count in () if depths else "nfd":  # where blocks are counted over all stages
+            given = {x[count] for x in numbers if count in x}
             for known in self.family.depths:
-                if last is not None and Positions(known).last(count) == last:
+                last = Positions(known).last(count)
+                # A row with {d+1} reads the odd numbers of {d}, too.
+                if last in given and max(given) <= last + 1:
                     depths = known
         return replace(self, depths=depths)
 
@@ -184,6 +186,19 @@ def family_of_timm(model_name: str) -> Family | None:
     plain = model_name.removeprefix("timm/").partition(".")[0]
     for family in FAMILIES:
         if any(fnmatch(plain, pattern) for pattern in family.timm_models):
+            return family
+    return None
+
+
+def family_of_application(name: str) -> Family | None:
+    """Return the family of a model of ``keras.applications``, or None if it has no table.
+
+    Example:
+        >>> family_of_application("DenseNet121").name
+        'DenseNet'
+    """
+    for family in FAMILIES:
+        if any(fnmatchcase(name, pattern) for pattern in family.applications):
             return family
     return None
 

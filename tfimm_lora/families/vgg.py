@@ -33,7 +33,7 @@ VGG = Family(
     timm_models=("vgg[0-9][0-9]",),
     tfimm="VGG",
     keras_hub=("VGGBackbone",),
-    applications=("vgg*",),
+    applications=("VGG*",),
     presets=PRESETS,
     depths=((1, 1, 2, 2, 2), (2, 2, 2, 2, 2), (2, 2, 3, 3, 3), (2, 2, 4, 4, 4)),
 )
