@@ -38,7 +38,8 @@ def test_every_module_of_timm_is_in_the_table_of_its_family(model):
 @pytest.mark.parametrize("model", NAMES["transformers"])
 def test_modules_of_transformers_are_those_of_timm_one_to_one(model):
     timm, theirs = naming_of_timm(model), NAMES["transformers"][model]
-    naming = recognize(theirs)
+    naming = recognize([f"{name}.weight" for name in theirs], is_weight=True)
+    assert naming == recognize(theirs)
     assert naming.family is timm.family and naming.prefix
     assert naming.depths == timm.depths
     translated = {str(naming.to_timm(name)): name for name in theirs}

@@ -56,12 +56,13 @@ class Naming:
         """Return this naming with the number of blocks of each stage in a model.
 
         Args:
-            names: The names of the modules of the model, in this naming.
+            names: The names of the modules or weights of the model, in this naming.
         """
         if not self.family.depths or self.depths:
             return self
-        inside = [Name(self._inside(x)) for x in names if x.startswith(self.prefix)]
-        numbers = [found for name in inside for found in self.names.numbers(name)]
+        inside = [self._inside(x) for x in names if x.startswith(self.prefix)]
+        modules = dict.fromkeys([*inside, *(x.rpartition(".")[0] for x in inside)])
+        numbers = [found for x in modules for found in self.names.numbers(Name(x))]
         blocks = {(x["s"], x["b"]) for x in numbers if {"s", "b"} <= x.keys()}
         stages = Counter(stage for stage, _ in blocks)
         end = max((x["z"] for x in numbers if "z" in x), default=len(stages))
