@@ -31,6 +31,9 @@ MODELS = {
     ),
 }
 
+#: The largest relative difference of the logits.
+TOLERANCE = {"convnext": 1e-5, "resnet": 1e-5, "mobilenet_v2": 5e-5}
+
 
 def tfimm_model(name, classes, size):
     name, changes = MODELS[name]
@@ -47,16 +50,16 @@ def test_logits_are_those_of_transformers(hugging_face, name):
     pixels = hugging_face.batch(name)["pixel_values"].transpose(0, 2, 3, 1)
     model = tfimm_model(name, outputs["base"].shape[-1], pixels.shape[1])
     lora.load_timm_weights(model, hugging_face.base(name) / "model.safetensors")
-    _assert_close(model(pixels), outputs["base"])
+    _assert_close(model(pixels), outputs["base"], TOLERANCE[name])
     for adapter in hugging_face.models[name]["adapters"]:
         if adapter == "features":
             continue
         lora.load_adapter(model, hugging_face.adapter(name, adapter))
-        _assert_close(model(pixels), outputs[adapter])
+        _assert_close(model(pixels), outputs[adapter], TOLERANCE[name])
         lora.remove_lora(model)
         lora.load_timm_weights(model, hugging_face.base(name) / "model.safetensors")
 
 
-def _assert_close(logits, expected):
+def _assert_close(logits, expected, tolerance):
     error = np.abs(np.asarray(logits) - expected).max() / np.abs(expected).max()
-    assert error < 1e-5
+    assert error < tolerance
