@@ -142,13 +142,13 @@ print(sorted(heavy & set(sys.modules)))
         "lora.LoRADense",
         "lora.load_adapter; import {package}",
         "import tfimm",
-        "from tfimm_lora.zoo.families.vit import LoRAViT",
+        "from tfimm_lora.zoo.lora_classes.vit import LoRAViT",
     ],
 )
 def test_classes_are_registered_whatever_is_imported_first(first, legacy):
     if legacy == "0" and first in (
         "import tfimm",
-        "from tfimm_lora.zoo.families.vit import LoRAViT",
+        "from tfimm_lora.zoo.lora_classes.vit import LoRAViT",
     ):
         pytest.skip("tfimm needs legacy Keras")
     package = "tf_keras" if legacy == "1" else "keras"

@@ -72,45 +72,47 @@ from .training.loraplus import loraplus_optimizer as loraplus_optimizer
 from .training.plan import Plan as Plan
 from .training.plan import plan as plan
 from .version import __version__ as __version__
-from .zoo.families.cait import LoRACaiT as LoRACaiT
-from .zoo.families.cait import LoRACaiTConfig as LoRACaiTConfig
-from .zoo.families.convmixer import LoRAConvMixer as LoRAConvMixer
-from .zoo.families.convmixer import LoRAConvMixerConfig as LoRAConvMixerConfig
-from .zoo.families.convnext import LoRAConvNeXt as LoRAConvNeXt
-from .zoo.families.convnext import LoRAConvNeXtConfig as LoRAConvNeXtConfig
-from .zoo.families.efficientnet import LoRAEfficientNet as LoRAEfficientNet
-from .zoo.families.efficientnet import LoRAEfficientNetConfig as LoRAEfficientNetConfig
-from .zoo.families.mlp_mixer import LoRAMLPMixer as LoRAMLPMixer
-from .zoo.families.mlp_mixer import LoRAMLPMixerConfig as LoRAMLPMixerConfig
-from .zoo.families.pit import LoRAPoolingVisionTransformer as LoRAPoolingVisionTransformer
-from .zoo.families.pit import (
+from .zoo.lora_classes.cait import LoRACaiT as LoRACaiT
+from .zoo.lora_classes.cait import LoRACaiTConfig as LoRACaiTConfig
+from .zoo.lora_classes.convmixer import LoRAConvMixer as LoRAConvMixer
+from .zoo.lora_classes.convmixer import LoRAConvMixerConfig as LoRAConvMixerConfig
+from .zoo.lora_classes.convnext import LoRAConvNeXt as LoRAConvNeXt
+from .zoo.lora_classes.convnext import LoRAConvNeXtConfig as LoRAConvNeXtConfig
+from .zoo.lora_classes.efficientnet import LoRAEfficientNet as LoRAEfficientNet
+from .zoo.lora_classes.efficientnet import LoRAEfficientNetConfig as LoRAEfficientNetConfig
+from .zoo.lora_classes.mlp_mixer import LoRAMLPMixer as LoRAMLPMixer
+from .zoo.lora_classes.mlp_mixer import LoRAMLPMixerConfig as LoRAMLPMixerConfig
+from .zoo.lora_classes.pit import LoRAPoolingVisionTransformer as LoRAPoolingVisionTransformer
+from .zoo.lora_classes.pit import (
     LoRAPoolingVisionTransformerConfig as LoRAPoolingVisionTransformerConfig,
 )
-from .zoo.families.poolformer import LoRAPoolFormer as LoRAPoolFormer
-from .zoo.families.poolformer import LoRAPoolFormerConfig as LoRAPoolFormerConfig
-from .zoo.families.pvt import LoRAPyramidVisionTransformer as LoRAPyramidVisionTransformer
-from .zoo.families.pvt import (
+from .zoo.lora_classes.poolformer import LoRAPoolFormer as LoRAPoolFormer
+from .zoo.lora_classes.poolformer import LoRAPoolFormerConfig as LoRAPoolFormerConfig
+from .zoo.lora_classes.pvt import LoRAPyramidVisionTransformer as LoRAPyramidVisionTransformer
+from .zoo.lora_classes.pvt import (
     LoRAPyramidVisionTransformerConfig as LoRAPyramidVisionTransformerConfig,
 )
-from .zoo.families.pvt_v2 import (
+from .zoo.lora_classes.pvt_v2 import (
     LoRAPyramidVisionTransformerV2 as LoRAPyramidVisionTransformerV2,
 )
-from .zoo.families.pvt_v2 import (
+from .zoo.lora_classes.pvt_v2 import (
     LoRAPyramidVisionTransformerV2Config as LoRAPyramidVisionTransformerV2Config,
 )
-from .zoo.families.resnet import LoRAResNet as LoRAResNet
-from .zoo.families.resnet import LoRAResNetConfig as LoRAResNetConfig
-from .zoo.families.resnetv2 import LoRAResNetV2 as LoRAResNetV2
-from .zoo.families.resnetv2 import LoRAResNetV2Config as LoRAResNetV2Config
-from .zoo.families.segment_anything import LoRASegmentAnythingModel as LoRASegmentAnythingModel
-from .zoo.families.segment_anything import (
+from .zoo.lora_classes.resnet import LoRAResNet as LoRAResNet
+from .zoo.lora_classes.resnet import LoRAResNetConfig as LoRAResNetConfig
+from .zoo.lora_classes.resnetv2 import LoRAResNetV2 as LoRAResNetV2
+from .zoo.lora_classes.resnetv2 import LoRAResNetV2Config as LoRAResNetV2Config
+from .zoo.lora_classes.segment_anything import (
+    LoRASegmentAnythingModel as LoRASegmentAnythingModel,
+)
+from .zoo.lora_classes.segment_anything import (
     LoRASegmentAnythingModelConfig as LoRASegmentAnythingModelConfig,
 )
-from .zoo.families.swin import LoRASwinTransformer as LoRASwinTransformer
-from .zoo.families.swin import LoRASwinTransformerConfig as LoRASwinTransformerConfig
-from .zoo.families.vgg import LoRAVGG as LoRAVGG
-from .zoo.families.vgg import LoRAVGGConfig as LoRAVGGConfig
-from .zoo.families.vit import LoRAViT as LoRAViT
-from .zoo.families.vit import LoRAViTConfig as LoRAViTConfig
+from .zoo.lora_classes.swin import LoRASwinTransformer as LoRASwinTransformer
+from .zoo.lora_classes.swin import LoRASwinTransformerConfig as LoRASwinTransformerConfig
+from .zoo.lora_classes.vgg import LoRAVGG as LoRAVGG
+from .zoo.lora_classes.vgg import LoRAVGGConfig as LoRAVGGConfig
+from .zoo.lora_classes.vit import LoRAViT as LoRAViT
+from .zoo.lora_classes.vit import LoRAViTConfig as LoRAViTConfig
 from .zoo.weights.load import load_timm_weights as load_timm_weights
 from .zoo.weights.preprocessing import create_preprocessing as create_preprocessing

@@ -17,7 +17,7 @@ from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
 from tfimm_lora.model.registry import register_lora_architecture
-from tfimm_lora.zoo.families.lora_model import LoRAModel
+from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
 
 @dataclass
