@@ -13,7 +13,7 @@ import lazy_loader as _lazy_loader
 
 from tfimm_lora import backend as _backend
 from tfimm_lora.backend.import_hook import after_import as _after_import
-from tfimm_lora.zoo import families as _families
+from tfimm_lora.zoo import lora_classes as _lora_classes
 
 _backend.prefer_legacy_for_tfimm()
 if not _backend.uses_legacy_keras():
@@ -24,11 +24,11 @@ _has_zoo = _backend.uses_legacy_keras() and all(
     map(_backend.installed, ("tfimm", "tensorflow"))
 )
 
-__all__ = [name for name in _names if _has_zoo or name not in _families.__all__]
+__all__ = [name for name in _names if _has_zoo or name not in _lora_classes.__all__]
 
 
 def __getattr__(name: str) -> _Any:
-    if name in _families.__all__ and not _has_zoo:
+    if name in _lora_classes.__all__ and not _has_zoo:
         raise AttributeError(
             f"tfimm_lora.{name} needs tfimm and legacy Keras. Install tfimm and set the "
             "environment variable TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
@@ -46,7 +46,7 @@ def _register_classes() -> None:
     if not _has_zoo:
         return
     try:
-        _families.register_all()
+        _lora_classes.register_all()
     except ImportError as error:  # tfimm is installed, but something that it needs is not
         _warnings.warn(
             f"tfimm is installed but cannot be imported ({error}). Its architectures are not "
