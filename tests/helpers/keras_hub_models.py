@@ -6,7 +6,7 @@ The towers of its language models are among them. keras_hub is imported when a m
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -36,11 +36,8 @@ class HubModel:
         cls: The name of its class in ``keras_hub.models``.
         make: Creates it, with random weights.
         inputs: Creates its inputs.
-        adapted: Regular expressions; each matches a path that is adapted by default.
-        not_adapted: Paths, or ends of paths, that are not adapted by default.
         labels: Creates the labels for the model's own loss. None: mean squared error.
         kind: Distinguishes models of the same class.
-        long: Whether its test takes long.
         backends: The backends that run it, if not all do.
         features: The number of features that ``with_classifier`` classifies, for backbones.
     """
@@ -48,14 +45,10 @@ class HubModel:
     cls: str
     make: Callable[[], Any]
     inputs: Callable[[], Any] = images
-    adapted: tuple[str, ...] = ()
-    not_adapted: tuple[str, ...] = ()
     labels: Callable[[], Any] | None = None
     kind: str = ""
-    long: bool = False
     backends: tuple[str, ...] = ("tensorflow", "jax", "torch")
     features: int | None = None
-    arguments: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
@@ -117,7 +110,6 @@ def efficientnet():
         stackwise_nores_option=[False, False],
         stackwise_width_coefficients=[1.0, 1.0],
         stackwise_depth_coefficients=[1.0, 1.0],
-        num_features=16,
         input_shape=IMAGE,
     )
 
@@ -136,7 +128,6 @@ def efficientnet_v2():
         stackwise_nores_option=[False, False],
         stackwise_width_coefficients=[1.0, 1.0],
         stackwise_depth_coefficients=[1.0, 1.0],
-        num_features=16,
         input_shape=IMAGE,
     )
 
@@ -426,7 +417,7 @@ def basnet():
         block_type="basic_block",
     )
     return hub().BASNetBackbone(
-        image_encoder=encoder, num_classes=1, image_shape=(64, 64, 3), projection_filters=4
+        image_encoder=encoder, num_classes=1, image_shape=(64, 64, 3)
     )
 
 
@@ -621,8 +612,8 @@ BACKBONES = [
     HubModel("CSPNetBackbone", cspnet, features=16),
     HubModel("DeiTBackbone", deit, features=8),
     HubModel("DenseNetBackbone", densenet, features=10),
-    HubModel("EfficientNetBackbone", efficientnet, features=16),
-    HubModel("EfficientNetBackbone", efficientnet_v2, kind="v2", features=16),
+    HubModel("EfficientNetBackbone", efficientnet, features=1280),
+    HubModel("EfficientNetBackbone", efficientnet_v2, kind="v2", features=1280),
     HubModel("HGNetV2Backbone", hgnetv2, features=32),
     HubModel("MiTBackbone", mit, features=16),
     HubModel("MobileNetBackbone", mobilenet, features=16),
@@ -644,7 +635,7 @@ BACKBONES = [
     HubModel("VideoPrismBackbone", video_prism, lambda: normal(2, 2, SIZE, SIZE, 3)),
     HubModel("CLIPBackbone", clip, with_text),
     HubModel("MetaCLIP2Backbone", metaclip2, with_text),
-    HubModel("SigLIPBackbone", siglip, with_text),
+    HubModel("SigLIPBackbone", siglip, with_text, labels=lambda: np.zeros(2, "float32")),
     HubModel("PARSeqBackbone", parseq, written_words),
     HubModel("DeepLabV3Backbone", deeplab),
     HubModel("SegFormerBackbone", segformer),
@@ -695,6 +686,6 @@ MODELS = BACKBONES + TASKS
 IDS = [model.name for model in MODELS]
 
 
-def squared_error(model: Any, outputs: Any) -> Any:
+def squared_error(outputs: Any) -> Any:
     """A loss for each output, in the structure of the outputs."""
     return keras.tree.map_structure(lambda _: "mse", outputs)

@@ -9,7 +9,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers import keras_hub_models as zoo
-from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, randomise, values
+from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, normal, randomise, values
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.new_classifier import with_classifier
@@ -58,13 +58,6 @@ def assert_equal(given, expected):
 
 def differ(one, other) -> bool:
     return any(np.abs(one[key] - other[key]).max() > 1e-4 for key in one)
-
-
-def adapted(spec):
-    model = spec.make()
-    lora.inject_lora(model, lora_rank=2)
-    randomise(model)
-    return model
 
 
 # -- the catalogue ------------------------------------------------------------------------
@@ -145,14 +138,10 @@ def _trains_only_its_factors(model, spec, x):
     before, still = values(named), values(others)
     y = None if spec.labels is None else spec.labels()
     if y is None:
-        symbolic = model.output
-        model.compile(
-            keras.optimizers.SGD(1e-2), zoo.squared_error(model, symbolic), metrics=None
-        )
-        y = keras.tree.map_structure(
-            lambda part: np.zeros(tuple(part.shape), "float32"),
-            model(keras.tree.map_structure(keras.ops.convert_to_tensor, x)),
-        )
+        results = model.output
+        model.compile(keras.optimizers.SGD(1e-2), zoo.squared_error(results), metrics=None)
+        shapes = [part.shape for part in outputs(model, x).values()]
+        y = keras.tree.pack_sequence_as(results, [normal(*shape) for shape in shapes])
     else:
         model.compile(optimizer=keras.optimizers.SGD(1e-2))
     loss = model.train_on_batch(x, y)
