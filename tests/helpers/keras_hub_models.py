@@ -416,9 +416,7 @@ def basnet():
         stackwise_num_strides=[1, 2, 2, 2],
         block_type="basic_block",
     )
-    return hub().BASNetBackbone(
-        image_encoder=encoder, num_classes=1, image_shape=(64, 64, 3)
-    )
+    return hub().BASNetBackbone(image_encoder=encoder, num_classes=1, image_shape=(64, 64, 3))
 
 
 def retinanet():

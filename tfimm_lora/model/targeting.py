@@ -161,19 +161,19 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
 
 
 def _drop_unfit(chosen: Selection, backend: Backend) -> None:
-    """Drop the layers that "all" does not mean: it is no choice of single layers.
+    """Drop layers that "all" does not include: position embeddings, and unbuilt layers.
 
-    Models of keras_hub create layers that their configuration does not call.
+    Some models of keras_hub create layers that they never call.
     """
     unused = [path for path, layer in chosen.layers.items() if not layer.built]
-    chosen.drop(unused, "not built, because the model never calls it")
+    chosen.drop(unused, "not built")
     embedding = backend.keras.layers.Embedding
     positions = [
         path
         for path, layer in chosen.layers.items()
         if isinstance(layer, embedding) and _POSITIONS.search(layer.name)
     ]
-    chosen.drop(positions, "a table of positions")
+    chosen.drop(positions, "position embedding")
 
 
 def _meant(
