@@ -1,4 +1,4 @@
-"""Every vision model of keras_hub adapts by default, trains, merges, and is saved and loaded."""
+"""Vision models of keras_hub adapt by default, train, merge, and are saved and loaded."""
 
 import inspect
 import re

@@ -65,7 +65,8 @@ def with_classifier(backbone: Any, classes: int) -> Any:
         tuple(entry.shape)[1:], dtype=entry.dtype, name=str(name[0]).partition(":")[0]
     )
     named = isinstance(getattr(backbone, "_inputs_struct", None), dict)
-    outputs = backbone({key: inputs for key in backbone._inputs_struct} if named else inputs)
+    entries = {key: inputs for key in backbone._inputs_struct} if named else inputs
+    outputs = backbone(entries)
     pooled = _pooled(backend, backbone, outputs)
     dense = layers.Dense(classes, dtype=_policy(backbone), name=_HEAD)
     return backend.keras.Model(inputs, dense(pooled), name=f"{backbone.name}_classifier")
@@ -79,7 +80,9 @@ def takes_pictures(model: Layer) -> bool:
     return bool(is_known and len(inputs) == 1 and backend.rank_of(inputs[0]) == 4)
 
 
-_ADD_YOUR_OWN = "Add a classifier yourself, as a functional model: keras.Model(inputs, Dense(classes)(...))."
+_ADD_YOUR_OWN = (
+    "Add a classifier yourself: keras.Model(inputs, keras.layers.Dense(classes)(features))."
+)
 
 
 class _Tokens(NamedTuple):
@@ -137,8 +140,8 @@ def _pooled(backend: Backend, backbone: Any, outputs: Any) -> Tensor:
     rule = next((_TOKENS[name] for name in names if name in _TOKENS), None)
     if rank != 3 or rule is None:
         raise ValueError(
-            f"Received the backbone '{backbone.name}' ({type(backbone).__name__}), whose outputs "
-            f"have the shape {backbone.output_shape}; expected one output, of shape (batch, "
+            f"Received the backbone '{backbone.name}' ({type(backbone).__name__}), whose "
+            f"outputs have the shape {backbone.output_shape}; expected one output, of shape (batch, "
             f"height, width, d) or (batch, d). {_ADD_YOUR_OWN}"
         )
     if not getattr(backbone, "use_class_token", True):
