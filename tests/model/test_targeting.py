@@ -335,7 +335,7 @@ def test_a_layer_that_was_never_used_is_a_row():
 
     model = Half()
     model(normal(2, 3))
-    table = explain_targets(model, lora_targets="all")
+    table = explain_targets(model, lora_targets=["used", "unused"])
     assert reasons(model, lora_targets=["used", "unused"]) == {
         "used": "",
         "unused": "not built",
@@ -351,10 +351,11 @@ def test_all_leaves_out_positions_and_what_is_never_called():
             self.position_embedding = layers.Embedding(3, 4, name="position_embedding")
             self.compose = layers.Dense(4, name="compose")
             self.unused = layers.Dense(4, name="unused")
+            self.head = layers.Dense(2, name="head")
 
         def call(self, x):
             places = self.position_embedding(np.arange(3, dtype="int32"))
-            return self.compose(self.token_embedding(x) + places) ** 2
+            return self.head(self.compose(self.token_embedding(x) + places))
 
     model = Tokens()
     model(np.ones((2, 3), "int32"))
@@ -363,6 +364,7 @@ def test_all_leaves_out_positions_and_what_is_never_called():
         "position_embedding": "position embedding",
         "compose": "",
         "unused": "not built",
+        "head": "classifier",
     }
     for targets in (None, "all"):
         assert reasons(model, lora_targets=targets, lora_exclude=None) == expected

@@ -141,8 +141,8 @@ def _pooled(backend: Backend, backbone: Any, outputs: Any) -> Tensor:
     if rank != 3 or rule is None:
         raise ValueError(
             f"Received the backbone '{backbone.name}' ({type(backbone).__name__}), whose "
-            f"outputs have the shape {backbone.output_shape}; expected one output, of shape (batch, "
-            f"height, width, d) or (batch, d). {_ADD_YOUR_OWN}"
+            f"outputs have the shape {backbone.output_shape}; expected one output, of shape "
+            f"(batch, height, width, d) or (batch, d). {_ADD_YOUR_OWN}"
         )
     if not getattr(backbone, "use_class_token", True):
         rule = _MEAN
