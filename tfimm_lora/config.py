@@ -438,14 +438,19 @@ class LoRAConfig(SharedSettings):
     @classmethod
     def presets(cls) -> dict[str, Targets]:
         """Return the target presets: "default", "all" and those of the architecture."""
-        table = dict(cls.lora_presets)
-        if "default" not in table:
-            together = [name for names in table.values() for name in names or ()]
-            table["default"] = tuple(dict.fromkeys(together))
-        return {**table, "all": None}
+        return with_default(cls.lora_presets)
 
 
 LoRAConfig.__doc__ = with_settings_doc(LoRAConfig.__doc__ or "", SharedSettings)
+
+
+def with_default(presets: Presets) -> dict[str, Targets]:
+    """Return presets with "all", and with "default" for all of them together."""
+    table = dict(presets)
+    if "default" not in table:
+        together = [name for names in table.values() for name in names or ()]
+        table["default"] = tuple(dict.fromkeys(together))
+    return {**table, "all": None}
 
 
 def scale(rank: int, alpha: float | None, use_rslora: bool = False) -> float:

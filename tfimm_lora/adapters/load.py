@@ -26,6 +26,7 @@ from tfimm_lora.adapters.fit import (
 from tfimm_lora.adapters.former_lora import FormerLoRA
 from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.lora_arguments import lora_arguments
+from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
 from tfimm_lora.adapters.save import fully_trained
 from tfimm_lora.adapters.torch_layout import DoesNotFit
@@ -39,9 +40,17 @@ from tfimm_lora.validation import check_keywords
 
 
 def load_adapter(
-    model: Any, adapter: Adapter | str | os.PathLike[str], **load_options: Any
+    model: Any,
+    adapter: Adapter | str | os.PathLike[str],
+    *,
+    prefix: str | None = None,
+    **load_options: Any,
 ) -> Any:
     """Load an adapter into a model, in place.
+
+    The adapter may have the names of another library: timm, transformers 4 and 5, keras_hub or
+    keras.applications. For the families in docs/reference/names.md they are translated, with
+    separate query, key and value projections where the model has a fused one, and the reverse.
 
     If the model has LoRA of the same ranks in the same layers, only values are assigned:
     compiled functions keep working without a new trace, and a merged model stays merged.
@@ -55,6 +64,9 @@ def load_adapter(
     Args:
         model: A built Keras model, with or without LoRA.
         adapter: An ``Adapter``, a folder, or "hf://user/repo".
+        prefix: What comes before the names of the backbone in another library, for example
+            "encoder." for an adapter of a model that holds a timm model as ``self.encoder``.
+            Default: found from the names.
         **load_options: For a path, as in ``Adapter.load``: subfolder, revision, cache_dir.
 
     Returns:
@@ -93,6 +105,7 @@ def load_adapter(
     else:
         adapter = Adapter.load(adapter, **load_options)
     names = ModuleNames(model)
+    adapter = in_names_of(names, adapter, prefix)
     weights = weight_values(names, adapter)
     warn_if_incomplete(names, adapter, stacklevel=2)
     unaffected: list[ModelWeight] = []

@@ -10,6 +10,7 @@ from typing import Any
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.fit import weight_values
 from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.adapters.torch_layout import can_have_dropout, moves_only_its_blocks
@@ -29,6 +30,7 @@ def lora_arguments(model: Any, adapter: AdapterData) -> dict[str, Any]:
         ValueError: If a layer or weight of the adapter does not fit; see ``check_fits``.
     """
     names = ModuleNames(model)
+    adapter = in_names_of(names, adapter)
     weight_values(names, adapter)
     updates = {names.paths[module]: x for module, x in adapter.layers.items()}
     qkv, layers = _common_qkv(updates), [names.layers[path] for path in updates]

@@ -15,6 +15,7 @@ from tfimm_lora.adapters.fit import check_fits
 from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.lora_arguments import lora_arguments
+from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import DoesNotFit, columns_for
 from tfimm_lora.backend import backend_of
@@ -64,8 +65,10 @@ def attach_adapters(
             f"Received adapters with the names {list(adapters)}; expected at least one, with "
             "a string as its name."
         )
+    names = ModuleNames(model)
     loaded = {
-        name: x if isinstance(x, Adapter) else Adapter.load(x) for name, x in adapters.items()
+        name: in_names_of(names, x if isinstance(x, Adapter) else Adapter.load(x))
+        for name, x in adapters.items()
     }
     for name, adapter in loaded.items():
         if adapter.weights:
@@ -76,7 +79,7 @@ def attach_adapters(
                 "load_adapter."
             )
         check_fits(model, adapter)
-        warn_if_incomplete(ModuleNames(model), adapter, stacklevel=2)
+        warn_if_incomplete(names, adapter, stacklevel=2)
     injected = _inject_if_needed(model, loaded)
     try:
         attached = _stacked_factors(model, loaded)

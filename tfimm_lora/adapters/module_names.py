@@ -8,7 +8,6 @@ since it differs between processes, and between two models in one process.
 from __future__ import annotations
 
 import functools
-import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -16,6 +15,8 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
+from tfimm_lora.model.naming import is_tfimm
+from tfimm_lora.model.stable_paths import stable_paths
 from tfimm_lora.model.targeting import require_built
 from tfimm_lora.zoo.weights.key_layouts import layout_of_model
 from tfimm_lora.zoo.weights.keys import (
@@ -52,10 +53,8 @@ class ModuleNames:
         self._convolutions = [
             key for cls in classes for key in _CONVOLUTIONS_IN_TIMM.get(cls.__name__, ())
         ]
-        self.is_tfimm = hasattr(model, "cfg") and any(
-            cls.__module__.partition(".")[0] == "tfimm" for cls in classes
-        )
-        self._stable = _stable_paths(self.layers)
+        self.is_tfimm = is_tfimm(model)
+        self._stable = stable_paths(self.layers)
         self.modules = {path: self._module(self._stable[path]) for path in self.layers}
         self.paths = {self._old_module(self._stable[path]): path for path in self.layers}
         self.paths.update({module: path for path, module in self.modules.items()})
@@ -184,33 +183,6 @@ def require_unique(names: list[tuple[str, str]], kind: str) -> None:
                 "adapter. Give them names that differ in more than '/' and '.'."
             )
         first[name] = path
-
-
-def _stable_paths(layers: dict[str, Any]) -> dict[str, str]:
-    """Replace the numbers in names that Keras gave by the order of the layers."""
-    stable: dict[str, str] = {"": ""}
-    counts: dict[tuple[str, str], int] = {}
-    for path, layer in layers.items():  # parents first
-        parent = path.rpartition("/")[0]
-        while parent not in stable:
-            parent = parent.rpartition("/")[0]
-        name = path[len(parent) :].strip("/")
-        if re.fullmatch(rf"{_keras_name(layer)}(_\d+)?", name):
-            stem = re.sub(r"_\d+$", "", name)
-            index = counts.get((parent, stem), 0)
-            counts[parent, stem] = index + 1
-            name = f"{stem}_{index}" if index else stem
-        stable[path] = f"{stable[parent]}/{name}".strip("/")
-    return stable
-
-
-def _keras_name(layer: Any) -> str:
-    """Return a pattern for the name that Keras gives to a layer: "multi_head_attention"."""
-    plain = next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
-    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", plain.__name__)
-    name = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
-    # Legacy Keras names functional models "model".
-    return "(functional|model)" if name == "functional" else name
 
 
 def to_torch(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:

@@ -7,6 +7,7 @@ import warnings
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.model_names import in_library
 from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames, require_unique
 from tfimm_lora.adapters.torch_layout import update_of
 from tfimm_lora.backend import backend_of
@@ -16,7 +17,13 @@ from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.changed_statistics import changed_statistics
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
-from tfimm_lora.model.state import base_name, config_of, model_state, random_weights
+from tfimm_lora.model.state import (
+    base_name,
+    config_of,
+    model_state,
+    random_weights,
+    saves_timm_names,
+)
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 
@@ -77,8 +84,14 @@ def save_adapter(
     *,
     format: str | None = None,
     base_model: str | None = None,
+    names: str | None = None,
+    dialect: str = "v5",
+    prefix: str | None = None,
 ) -> None:
     """Save the adapter of a LoRA model to a folder, in PEFT's format.
+
+    With ``names`` the layers get the names of another library, so that its models can load
+    the adapter with PEFT. The families are listed in docs/reference/names.md.
 
     Args:
         model: A built LoRA model, merged or not.
@@ -87,11 +100,20 @@ def save_adapter(
         format: None (default), or "peft" to refuse layers that PEFT cannot express; see
             ``Adapter.save``.
         base_model: As in ``adapter_of``.
+        names: "timm", "transformers", "keras_hub" or "applications". None (default) means
+            timm's names for a model that was created by its timm name, and otherwise the
+            paths of the layers.
+        dialect: For transformers, the major version that will load the adapter: "v5" (default)
+            or "v4".
+        prefix: What comes before the names of the backbone. Default: as in the library's model
+            with a classifier, for example "vit." for ViTForImageClassification. "" is for a
+            bare backbone (AutoModel).
 
     Raises:
         ImportError: If safetensors is not installed.
         ValueError: If the model has no LoRA layers or is not built; with format="peft", if it
-            has layers that PEFT cannot express. Nothing is written.
+            has layers that PEFT cannot express; with names, if the library does not have them,
+            or a layer has no name there. Nothing is written.
 
     Example:
         >>> import tempfile, tensorflow as tf, tfimm_lora as lora
@@ -103,7 +125,11 @@ def save_adapter(
         >>> lora.Adapter.load(folder) == lora.adapter_of(model)
         True
     """
-    adapter_of(model, base_model).save(path, format)
+    adapter = adapter_of(model, base_model)
+    library = names or ("timm" if saves_timm_names(model) else None)
+    if library is not None:
+        adapter = in_library(ModuleNames(model), adapter, library, dialect, prefix)
+    adapter.save(path, format)
 
 
 def fully_trained(names: ModuleNames) -> tuple[tuple[str, ...], list[ModelWeight]]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import weight_norm
 from tfimm_lora.utils.text_table import aligned_lines
@@ -15,6 +16,8 @@ from tfimm_lora.utils.text_table import aligned_lines
 
 def summary(adapter: AdapterData, model: Any = None) -> str:
     """Return the table; see ``Adapter.summary``."""
+    if model is not None:
+        adapter = in_names_of(ModuleNames(model), adapter)
     norms = _weight_norms(adapter, model) if model is not None else {}
     header = ["layer", "rank", "scale", "norm", "effective rank", "parameters"]
     if norms:

@@ -16,7 +16,7 @@ from tfimm_lora.layer_paths import without_counts
 
 #: The blocks of a projection of attention, by the name of its layer.
 LAYOUTS = {
-    "qkv": "qkv",
+    **dict.fromkeys(("qkv", "attention_qkv"), "qkv"),
     "kv": "kv",
     **dict.fromkeys(("q", "query", "q_proj", "to_q"), "q"),
     **dict.fromkeys(("k", "key", "k_proj", "to_k"), "k"),

@@ -13,6 +13,7 @@ from tfimm_lora.config import LoRAConfig
 
 _STATE = "_lora_model"
 _BASE_NAME = "_lora_base_name"
+_TIMM_NAMES = "_lora_timm_names"
 #: The end of the name of a base model with random weights.
 RANDOM = " (random weights)"
 
@@ -75,6 +76,18 @@ def copy_base_name(source: Layer, target: Layer) -> None:
     name = base_name(source)
     if name is not None:
         record_base_name(target, name)
+    if saves_timm_names(source):
+        record_timm_names(target)
+
+
+def record_timm_names(model: Layer) -> None:
+    """Record that the adapters of a Keras 3 model are saved with timm's names."""
+    model.__dict__[_TIMM_NAMES] = True
+
+
+def saves_timm_names(model: Layer) -> bool:
+    """Whether the adapters of a model of another library are saved with timm's names."""
+    return bool(model.__dict__.get(_TIMM_NAMES, False))
 
 
 def random_weights(name: str) -> str:

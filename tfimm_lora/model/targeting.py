@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -24,6 +24,7 @@ from tfimm_lora.layers.conversion import kernel_variable, lora_class, supported
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
+from tfimm_lora.model.naming import timm_view
 from tfimm_lora.model.registry import default_targets, presets
 from tfimm_lora.model.trainable_weights import inside_paths, layers_under
 from tfimm_lora.validation import check_keywords
@@ -106,7 +107,8 @@ def config_for(model: Layer, arguments: dict[str, Any], what: str) -> LoRAConfig
     check_keywords(arguments, lora_field_names(), what)
     config = LoRAConfig(**arguments)
     if config.lora_targets is None:
-        config.lora_targets = default_targets(type(model))
+        view = timm_view(model)
+        config.lora_targets = view.presets["default"] if view else default_targets(type(model))
     return config
 
 
@@ -120,12 +122,15 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
     backend = backend_of(model)
     walked = list(backend.walk(model))
     classifier = classifier_paths(model)
-    table = presets(type(model))
+    view = timm_view(model)
+    table = view.presets if view else presets(type(model))
+    aliases = view.paths if view else {}
     chosen = Selection(layers={path: x for path, x in walked if supported(x)})
     candidates = dict(chosen.layers)
 
     def meant(name: str) -> set[str]:
-        found, error = _meant(name, getattr(config, name), candidates, classifier, table)
+        targets = getattr(config, name)
+        found, error = _meant(name, targets, candidates, aliases, classifier, table)
         chosen.errors += [error] if error else []
         return found
 
@@ -145,11 +150,11 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
     else:
         chosen.drop(others, NOT_TARGETED)
     chosen.drop([p for p in chosen.layers if p in excluded], "in lora_exclude")
-    _keep_numbered(chosen, config)
+    _keep_numbered(chosen, config, aliases)
     if not chosen.layers:
         chosen.errors.append(_nothing_left(model, config))
-    _check_patterns(chosen, config)
-    _add_settings(chosen, backend, config)
+    _check_patterns(chosen, config, aliases)
+    _add_settings(chosen, backend, config, aliases)
     _check_support(chosen)
     _check_shared_variables(chosen, backend, walked)
     return chosen
@@ -159,17 +164,26 @@ def _meant(
     name: str,
     targets: Targets,
     candidates: dict[str, Layer],
+    aliases: Mapping[str, str],
     classifier: list[str],
     table: Presets,
 ) -> tuple[set[str], ValueError | None]:
-    """Return the paths that targets mean, and an error if a name means none of them."""
+    """Return the paths that targets mean, and an error if a name means none of them.
+
+    ``aliases`` are timm's names of the layers of a model of another library.
+    """
     meant, is_preset = resolve(targets, table)
     check_expression(meant, name)
     if meant is None:
         found = {path for path in candidates if path not in classifier}
     else:
-        found = {path for path in candidates if matches(path, meant)}
-    missing = [] if is_preset else unmatched(meant, list(candidates))
+        found = {
+            path
+            for path in candidates
+            if matches(path, meant) or (path in aliases and matches(aliases[path], meant))
+        }
+    known = [*candidates, *(aliases[path] for path in candidates if path in aliases)]
+    missing = [] if is_preset else unmatched(meant, known)
     if missing or not found:
         return found, no_match_error(missing or targets, candidates, table, name)
     return found, None
@@ -199,13 +213,16 @@ def _find_trained(
         chosen.errors.append(error)
 
 
-def _keep_numbered(chosen: Selection, config: LoRAConfig) -> None:
+def _keep_numbered(chosen: Selection, config: LoRAConfig, aliases: Mapping[str, str]) -> None:
     """Drop the layers that are not in the blocks of ``lora_layers``."""
     wanted: Any = config.lora_layers
     if wanted is None or not chosen.layers:
         return
     patterns: Any = config.lora_layers_pattern
-    numbers = {path: index_of(path, patterns) for path in chosen.layers}
+    numbers = {
+        path: _first(index_of(name, patterns) for name in _names(path, aliases))
+        for path in chosen.layers
+    }
     known = sorted({number for number in numbers.values() if number is not None})
     missing = [number for number in wanted if number not in known]
     if missing:
@@ -239,11 +256,25 @@ def _nothing_left(model: Layer, config: LoRAConfig) -> ValueError:
     )
 
 
-def _check_patterns(chosen: Selection, config: LoRAConfig) -> None:
+def _names(path: str, aliases: Mapping[str, str]) -> list[str]:
+    """Return the path of a layer and timm's name of it, if it has one."""
+    return [path, aliases[path]] if path in aliases else [path]
+
+
+def _first(values: Iterable[Any]) -> Any:
+    return next((value for value in values if value is not None), None)
+
+
+def _value(path: str, pattern: Mapping[str, Any], aliases: Mapping[str, str]) -> Any:
+    """Return the value of a pattern for a layer by one of its names, or None."""
+    return _first(value_for(name, pattern, None) for name in _names(path, aliases))
+
+
+def _check_patterns(chosen: Selection, config: LoRAConfig, aliases: Mapping[str, str]) -> None:
     """Add an error for each key of a pattern that matches no layer to adapt."""
     for name in ("lora_rank_pattern", "lora_alpha_pattern"):
         for key in getattr(config, name):
-            if not any(value_for(path, {key: True}, False) for path in chosen.layers):
+            if not any(_value(path, {key: True}, aliases) for path in chosen.layers):
                 near = ", ".join(nearest([key], list(chosen.layers), 10))
                 chosen.errors.append(
                     ValueError(
@@ -253,15 +284,17 @@ def _check_patterns(chosen: Selection, config: LoRAConfig) -> None:
                 )
 
 
-def _add_settings(chosen: Selection, backend: Backend, config: LoRAConfig) -> None:
+def _add_settings(
+    chosen: Selection, backend: Backend, config: LoRAConfig, aliases: Mapping[str, str]
+) -> None:
     """Add the settings of each layer to adapt, and drop projections without a block in
     ``lora_qkv``."""
 
     def settings_of(path: str, **more: Any) -> LayerSettings:
         arguments = config.layer_arguments()
         arguments["lora_train_bias"] = config.lora_train_bias != "none"
-        rank = value_for(path, config.lora_rank_pattern, config.lora_rank)
-        alpha = value_for(path, config.lora_alpha_pattern, config.lora_alpha)
+        rank = _first([_value(path, config.lora_rank_pattern, aliases), config.lora_rank])
+        alpha = _first([_value(path, config.lora_alpha_pattern, aliases), config.lora_alpha])
         return LayerSettings.from_arguments(
             {**arguments, "lora_rank": rank, "lora_alpha": alpha, **more}, backend.keras
         )

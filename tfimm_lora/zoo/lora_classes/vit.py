@@ -15,6 +15,7 @@ from tfimm.architectures.vit import ViT, ViTConfig, ViTMultiHeadAttention
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.vit import PRESETS
 from tfimm_lora.layers.frozen import register_cheaper_call
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
@@ -24,10 +25,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAViTConfig(LoRAConfig, ViTConfig):
     """``ViTConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "attention": ("attn/qkv", "attn/proj"),
-        "mlp": ("mlp/fc1", "mlp/fc2"),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

@@ -1,0 +1,134 @@
+"""Translate an adapter from the names of one library to those of another.
+
+The factors stay the same. Only where one library has separate layers for query, key and value
+and the other a fused projection, they change their form; see ``fused``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import TypeVar
+
+import numpy as np
+
+from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.adapters.fused import fuse, split
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.families.recognize import Naming
+from tfimm_lora.families.templates import Name
+from tfimm_lora.layers.qkv import LAYOUTS
+
+#: Returns the norms of the rows of the base weight of timm's module, or of a block of it.
+Norms = Callable[[Name], "np.ndarray | None"]
+
+#: timm's name -> the values of its blocks, or of the whole under None.
+Blocks = dict[str, dict["str | None", "_T"]]
+
+_T = TypeVar("_T")
+_D = TypeVar("_D", bound=AdapterData)
+
+#: The number of names that an error message lists.
+_MAX_LISTED = 20
+
+
+def translate(adapter: _D, source: Naming, target: Naming, norms: Norms | None = None) -> _D:
+    """Return an adapter with the names of another library.
+
+    Args:
+        adapter: The adapter.
+        source: Its naming.
+        target: The naming of the result, of the same family.
+        norms: For DoRA on some blocks of a projection that the target has in one layer.
+
+    Raises:
+        ValueError: If a name cannot be translated; the message lists all of them. Or if
+            ``norms`` is needed and missing.
+    """
+    problems: list[str] = []
+    layers = _renamed_layers(adapter.layers, source, target, norms, problems)
+    weights = _renamed_weights(adapter.weights, source, target, problems)
+    if problems:
+        more = len(problems) - _MAX_LISTED
+        raise ValueError(
+            f"Received an adapter with {source}, which cannot be translated to {target}: "
+            f"{'; '.join(problems[:_MAX_LISTED])}{f'; and {more} more' if more > 0 else ''}."
+        )
+    inside = [k for k in adapter.weights if any(k.startswith(f"{m}.") for m in adapter.modules)]
+    full = _renamed_weights({k: adapter.weights[k] for k in inside}, source, target, [])
+    modules = tuple(sorted({key.rpartition(".")[0] for key in full}))
+    return dataclasses.replace(
+        adapter, layers=layers, weights=weights, modules=modules, selection=None
+    )
+
+
+def _renamed_layers(
+    layers: Mapping[str, LayerUpdate],
+    source: Naming,
+    target: Naming,
+    norms: Norms | None,
+    problems: list[str],
+) -> dict[str, LayerUpdate]:
+    renamed = {}
+    for timm, parts in _in_blocks(layers, source, False, problems).items():
+        layout = layout_of_timm(timm)
+        if None in parts and target.names.is_split(timm):
+            parts = dict(split(parts[None], layout).items())
+        elif None not in parts and not target.names.is_split(timm):
+            blocks = {block: update for block, update in parts.items() if block}
+            own = None if norms is None else _norms_of(timm, norms)
+            parts = {None: fuse(blocks, layout, own)}
+        for block, update in parts.items():
+            name = target.from_timm(Name(timm, block))
+            if name is None:
+                problems.append(f"no name for {Name(timm, block)}")
+            else:
+                renamed[name] = update
+    return renamed
+
+
+def _norms_of(timm: str, norms: Norms) -> Callable[[str], np.ndarray | None]:
+    return lambda block: norms(Name(timm, block))
+
+
+def _renamed_weights(
+    weights: Mapping[str, np.ndarray], source: Naming, target: Naming, problems: list[str]
+) -> dict[str, np.ndarray]:
+    renamed = {}
+    for timm, parts in _in_blocks(weights, source, True, problems).items():
+        layout = layout_of_timm(timm.rpartition(".")[0])
+        split_there = target.from_timm(Name(timm, layout[:1]), True) is not None
+        if None in parts and layout and split_there:
+            parts = dict(zip(layout, np.split(parts[None], len(layout))))
+        elif None not in parts and not split_there:
+            missing = [block for block in layout if block not in parts]
+            if missing:
+                problems.append(f"{timm} lacks the blocks {', '.join(missing)}")
+                continue
+            parts = {None: np.concatenate([parts[block] for block in layout])}
+        for block, value in parts.items():
+            name = target.from_timm(Name(timm, block), True)
+            if name is None:
+                problems.append(f"no name for {Name(timm, block)}")
+            else:
+                renamed[name] = value
+    return renamed
+
+
+def _in_blocks(
+    values: Mapping[str, _T], source: Naming, is_weight: bool, problems: list[str]
+) -> Blocks[_T]:
+    blocks: Blocks[_T] = {}
+    for name, value in values.items():
+        timm = source.to_timm(name, is_weight)
+        if timm is None:
+            problems.append(f"unknown name {name}")
+        else:
+            blocks.setdefault(timm.name, {})[timm.block] = value
+    return blocks
+
+
+def layout_of_timm(module: str) -> str:
+    """Return the blocks of a projection of timm in their order; "" for another module."""
+    layout = LAYOUTS.get(module.rpartition(".")[2], "")
+    return layout if len(layout) > 1 else ""

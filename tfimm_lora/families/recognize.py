@@ -1,0 +1,165 @@
+"""Recognize the family and the library of names, and the prefix before them."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections import Counter
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from tfimm_lora.families import FAMILIES
+from tfimm_lora.families.family import APPLICATIONS, KERAS_HUB, LIBRARIES, TIMM, Family, Names
+from tfimm_lora.families.templates import Name
+
+#: The number of names in which prefixes are looked for.
+_SAMPLE = 32
+
+#: What users read.
+TITLES = {
+    TIMM: "timm",
+    "transformers-v4": "transformers 4",
+    "transformers-v5": "transformers 5",
+    KERAS_HUB: "keras_hub",
+    APPLICATIONS: "keras.applications",
+}
+
+
+@dataclass(frozen=True)
+class Naming:
+    """The names of a family in a library, behind a prefix.
+
+    Attributes:
+        family: The family.
+        library: One of ``LIBRARIES``.
+        prefix: What comes before the names of the backbone, with its dot: "vit.".
+        head: The name of a classifier that the table does not have.
+    """
+
+    family: Family
+    library: str
+    prefix: str = ""
+    head: str | None = None
+
+    @property
+    def names(self) -> Names:
+        """The table of names."""
+        return self.family.names(self.library)
+
+    @property
+    def outside(self) -> str:
+        """The prefix of what is outside of the backbone: "model." for "model.vit."."""
+        outer = self.prefix.rstrip(".").rpartition(".")[0]
+        return f"{outer}." if outer else ""
+
+    def to_timm(self, name: str, is_weight: bool = False) -> Name | None:
+        """Return timm's name of a module or weight of this naming, or None."""
+        head, found = self.family.head, None
+        if self.head and head and (name == self.head or name.startswith(f"{self.head}.")):
+            return Name(head + name[len(self.head) :])
+        if name.startswith(self.prefix):
+            found = self.names.to_timm(Name(name[len(self.prefix) :]), is_weight)
+        if found is None and name.startswith(self.outside):
+            found = self.names.to_timm(Name("/" + name[len(self.outside) :]), is_weight)
+        return found
+
+    def from_timm(self, name: Name, is_weight: bool = False) -> str | None:
+        """Return the name of timm's module or weight in this naming, or None."""
+        head = self.family.head
+        if self.head and head and (name.name == head or name.name.startswith(f"{head}.")):
+            return self.head + name.name[len(head) :]
+        found = self.names.from_timm(name, is_weight)
+        if found is None:
+            return None
+        if found.name.startswith("/"):
+            return self.outside + found.name[1:]
+        return self.prefix + found.name
+
+    @property
+    def libraries_name(self) -> str:
+        """The library as users name it: "transformers" for both of its versions."""
+        return self.library.partition("-")[0]
+
+    def __str__(self) -> str:
+        behind = f" behind the prefix {self.prefix!r}" if self.prefix else ""
+        return f"{TITLES[self.library]}'s names of {self.family.name}{behind}"
+
+
+def recognize(
+    names: Collection[str],
+    *,
+    family: Family | None = None,
+    libraries: Collection[str] = LIBRARIES,
+    hint: str = "",
+    is_weight: bool = False,
+) -> Naming | None:
+    """Return the naming of the names of modules or weights, or None if no table has them.
+
+    If several tables have all of them, as those of ViT and DeiT, the names mean the same in
+    all. Then the family whose backbone has this prefix in transformers is preferred.
+
+    Args:
+        names: The names of modules, or with ``is_weight`` of weights.
+        family: The family, if it is known.
+        libraries: The libraries to choose from.
+        hint: The name of the base model, which may name the family.
+        is_weight: Whether they are the names of weights.
+    """
+    best: tuple[tuple[int, ...], Naming] | None = None
+    sample = list(names)[:: max(1, len(names) // _SAMPLE)]
+    # The general families last in FAMILIES are the better guess among equals.
+    for each in reversed(FAMILIES) if family is None else (family,):
+        for library in libraries:
+            for prefix in _prefixes(each, library, sample, is_weight):
+                naming = Naming(each, library, prefix)
+                found = sum(naming.to_timm(name, is_weight) is not None for name in names)
+                backbone = prefix.rstrip(".").rpartition(".")[2]
+                own = backbone in each.transformers.values()
+                named = any(fnmatch(hint, f"*{x.rstrip('*')}*") for x in each.timm_models)
+                score = (found, int(own), int(named))
+                if found and (best is None or score > best[0]):
+                    best = score, naming
+    return None if best is None else best[1]
+
+
+def untranslated(naming: Naming, names: Iterable[str], is_weight: bool = False) -> list[str]:
+    """Return the names that a naming lacks."""
+    return [name for name in names if naming.to_timm(name, is_weight) is None]
+
+
+def family_of_timm(model_name: str) -> Family | None:
+    """Return the family of a timm model: the first whose patterns match its name.
+
+    Example:
+        >>> family_of_timm("deit_tiny_patch16_224").name
+        'ViT'
+    """
+    plain = model_name.removeprefix("timm/").partition(".")[0]
+    for family in FAMILIES:
+        if any(fnmatch(plain, pattern) for pattern in family.timm_models):
+            return family
+    return None
+
+
+def _prefixes(family: Family, library: str, names: Iterable[str], is_weight: bool) -> list[str]:
+    """Return the possible prefixes of the backbone, the most frequent first."""
+    counts: Counter[str] = Counter()
+    expression = _expression(family, library, is_weight)
+    for name in names:
+        found = expression.fullmatch(name)
+        if found:
+            counts[found["before"] or ""] += 1
+    return [prefix for prefix, _ in counts.most_common(3)]
+
+
+@functools.cache
+def _expression(family: Family, library: str, is_weight: bool) -> re.Pattern[str]:
+    templates = family.names(library).templates
+    inside = [t.pattern() for t in templates if not t.text.startswith("/")]
+    # The numbers of the templates are not needed here, and their names would clash.
+    plain = [re.sub(r"\(\?P<[a-z]>", "(?:", pattern) for pattern in dict.fromkeys(inside)]
+    leaf = r"(?:\.[^.]+)?" if is_weight else ""
+    # The layers of keras.applications begin with the name of their model.
+    before = ".*?" if library == APPLICATIONS else r"(?:[^.]+\.)*?"
+    return re.compile(rf"(?P<before>{before})(?:{'|'.join(plain)}){leaf}")
