@@ -171,7 +171,9 @@ def convnext_(model):
         "it normalizes before pooling",
     )
     require(first.gamma is not None, "it has no layer scale")
-    require(not hasattr(first.mlp, "grn") or isinstance(first.mlp.grn, nn.Identity), "it has GRN")
+    require(
+        not hasattr(first.mlp, "grn") or isinstance(first.mlp.grn, nn.Identity), "it has GRN"
+    )
     require(isinstance(model.head.pre_logits, nn.Identity), "its head has a hidden layer")
     require(is_gelu(first.mlp.act), "its activation is not the exact GELU")
     require(first.conv_dw.kernel_size == (7, 7), "its kernels are not 7x7")
@@ -194,7 +196,8 @@ def resnet_(model):
     kind = only([type(b) for b in blocks], "it mixes kinds of blocks")
     require(kind in (resnet.BasicBlock, resnet.Bottleneck), "its blocks are of another kind")
     require(
-        all(b.se is None for b in blocks), "it has an attention of channels (SE, ECA or another)"
+        all(b.se is None for b in blocks),
+        "it has an attention of channels (SE, ECA or another)",
     )
     require(all(getattr(b, "aa", None) is None for b in blocks), "it blurs before it strides")
     norms = [m for n, m in model.named_modules() if re.search(r"(bn\d|downsample\.[12])$", n)]
@@ -204,7 +207,8 @@ def resnet_(model):
         "it does not normalize by BatchNorm with the epsilon 1e-5",
     )
     require(
-        all(isinstance(b.act1, nn.ReLU) for b in blocks), "its activation is another one than ReLU"
+        all(isinstance(b.act1, nn.ReLU) for b in blocks),
+        "its activation is another one than ReLU",
     )
     require(isinstance(model.maxpool, nn.MaxPool2d), "its stem has no max-pooling")
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -355,9 +359,7 @@ def mobilenetv3_stages(model):
 
 def vgg_(model):
     """VGG without BatchNorm."""
-    require(
-        not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()), "it has BatchNorm"
-    )
+    require(not any(isinstance(m, nn.BatchNorm2d) for m in model.modules()), "it has BatchNorm")
     repeats, filters = [0], []
     for layer in model.features:
         if isinstance(layer, nn.Conv2d):

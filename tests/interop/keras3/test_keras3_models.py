@@ -79,7 +79,7 @@ VIT = {
     r"^embeddings/(class|cls)_token": "cls_token",
     r"^embeddings/distillation_token": "dist_token",
     r"^embeddings/register_tokens": "reg_token",
-    r"^embeddings/(position_embeddings?)(/embeddings)?$": "pos_embed",
+    r"^embeddings/(interpolated_)?position_embeddings?(/embeddings)?$": "pos_embed",
     r"^embeddings/(patch_embeddings/projection|patch_embedding)": "patch_embed/proj",
     r"^\w+_encoder/transformer_block_(\d+)": lambda m: f"blocks/{int(m[1]) - 1}",
     r"^encoder/layers_(\d+)": r"blocks/\1",
@@ -161,8 +161,6 @@ def load(model, family, theirs):
     used = set()
     for path, _, variable in variables:
         name = BACKEND.variable_name(variable)
-        if name == "interpolated_position_embeddings":
-            continue
         key = f"{path}/{name}"
         for pattern, replacement in RULES[family].items():
             key = re.sub(pattern, replacement, key)
@@ -172,7 +170,7 @@ def load(model, family, theirs):
         block = BLOCKS.get(before[-1]) if before else None
         if block is not None:
             before[-1] = "qkv"
-        key = ".".join([*before, last if "/gamma" in key and "ls" in key else last])
+        key = ".".join([*before, last])
         if key not in state:
             key = ".".join([*before, SUFFIXES.get(last, last)])
         value = state[key]
@@ -224,9 +222,7 @@ def assign(variable, value):
     if value.ndim == 4:
         depthwise = value.shape[1] == 1 and shape[-1] == 1
         value = value.transpose((2, 3, 0, 1) if depthwise else (2, 3, 1, 0))
-    elif value.ndim == 2 and len(shape) != 2 or value.ndim == 2 and value.shape != shape:
-        value = value.T
-    elif value.ndim == 2 and "table" not in variable.name and "embed" not in variable.name:
+    elif value.ndim == 2 and "table" not in variable.path:
         value = value.T
     assert value.size == np.prod(shape), (variable.path, value.shape, shape)
     variable.assign(value.reshape(shape))

@@ -15,8 +15,13 @@ from importlib import resources
 from typing import Any, NamedTuple
 
 from tfimm_lora.utils.suggestions import close_names
-from tfimm_lora.zoo.model_table import tfimm_models
-from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
+from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS, TORCH_FILES, WITHOUT_WEIGHTS
+
+#: The families that ``keras.applications`` builds; the others need keras_hub.
+_APPLICATIONS = ("convnext", "densenet", "efficientnetv2", "mobilenetv2", "mobilenetv3_same")
+
+#: All names of tfimm that have a LoRA class.
+_TFIMM = frozenset((*CHECKPOINTS, *WITHOUT_WEIGHTS, *TORCH_FILES))
 
 _HUB_PREFIX = re.compile(r"((hf[-_]hub|hf):(//)?)?timm/", re.IGNORECASE)
 
@@ -74,17 +79,23 @@ class KnownModel3(NamedTuple):
     parameters: int
     checkpoint: str
 
+    @property
+    def needs_keras_hub(self) -> bool:
+        """Whether keras_hub builds it, and not ``keras.applications``."""
+        own = self.family in _APPLICATIONS or self.arguments.get("same_padding", False)
+        return not own
+
 
 def names() -> list[str]:
-    """The names without tags that can be built, those of tfimm first, in natural order.
+    """The names without tags that can be built, of tfimm and timm, in natural order.
 
     Example:
         >>> from tfimm_lora.zoo.keras3_models.known import names
         >>> "vit_tiny_patch16_224" in names(), "cait_m36_384" in names()
         (True, False)
     """
-    ours = [name for name in tfimm_models() if _of(name) is not None]
-    theirs = [name for name in _read()["models"] if name not in tfimm_models()]
+    theirs = [name for name in _read()["models"] if name not in _TFIMM]
+    ours = [name for name in CHECKPOINTS if _of(name) is not None]
     return sorted(ours + theirs, key=_natural)
 
 
@@ -121,9 +132,8 @@ def refusal_reason(name: str) -> str | None:
     if architecture in _read()["models"]:
         return None
     reason: str | None = _read()["refused"].get(architecture)
-    if reason is None and name in tfimm_models():
-        family = tfimm_models()[name].family
-        return f"neither keras_hub nor keras.applications has {family}"
+    if reason is None and _plain(name) in _TFIMM:
+        return "neither keras_hub nor keras.applications has this architecture"
     return reason
 
 
@@ -131,7 +141,7 @@ def _refusal(name: str) -> str:
     reason, near = refusal_reason(name), close_names(_plain(name), names(), 3)
     needs_tfimm = (
         " tfimm has it on legacy Keras: set TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
-        if name in tfimm_models()
+        if _plain(name) in _TFIMM
         else ""
     )
     architecture, tag = _architecture(name)
@@ -180,7 +190,7 @@ def _architecture(name: str) -> tuple[str, str]:
     plain = _plain(name)
     architecture, _, tag = CHECKPOINTS.get(plain, plain).partition(".")
     row = _read()["models"].get(architecture)
-    if row is not None and not tag and plain not in tfimm_models():
+    if row is not None and not tag and plain not in _TFIMM:
         tag = next(iter(row["tags"]), "")
     return architecture, tag
 

@@ -59,9 +59,7 @@ def with_torch_padding(keras: Any, model: Any) -> Any:
         model: A functional model of layers that take one tensor of images.
     """
     layers = keras.layers
-    sizes = {
-        layer.output.name: kernel for layer, kernel in _padded_kernels(layers, model)
-    }
+    sizes = {layer.output.name: kernel for layer, kernel in _padded_kernels(layers, model)}
 
     def copied(layer: Any) -> Any:
         config = layer.get_config()
@@ -98,4 +96,3 @@ def _padded_kernels(layers: Any, model: Any) -> Iterator[tuple[Any, int]]:
 def _strides(layer: Any) -> bool:
     """Whether a layer is a convolution with a stride of more than 1."""
     return hasattr(layer, "kernel_size") and max(layer.strides) > 1
-

@@ -31,9 +31,7 @@ def resized_positions(model: Any, value: Any, config: Any) -> np.ndarray:
     before, after = model.cfg.input_size, config.input_size
     if before == after:
         return value
-    tokens = next(
-        t for t in range(3) if _grid(before, rows - t) is not None
-    )
+    tokens = next(t for t in range(3) if _grid(before, rows - t) is not None)
     patch = math.isqrt(before[0] * before[1] // (rows - tokens))
     grid = value[..., tokens:, :].reshape(before[0] // patch, before[1] // patch, -1)
     size = (after[0] // patch, after[1] // patch)
