@@ -34,15 +34,7 @@ from tfimm_lora.zoo.weights.checkpoint import is_checkpoint
 from tfimm_lora.zoo.weights.pretrained import create_from_file, create_pretrained
 
 #: The names of classifiers in timm, transformers, keras_hub and ``keras.applications``.
-_HEADS = (
-    "head",
-    "fc",
-    "classifier",
-    "classifier.1",
-    "predictions",
-    "logits",
-    "head.predictions",
-)
+_HEADS = ("head", "fc", "classifier", "classifier.1", "predictions", "logits")
 
 
 def create_model(
@@ -90,8 +82,8 @@ def create_model(
     Raises:
         ImportError: If tfimm, keras_hub or a package that reads the weights is not installed.
         ValueError: If the model name is unknown (the message suggests similar ones), if Keras
-            3 cannot build the model exactly, if an argument is out of range, or if ``pretrained`` is given for a name without weights
-            (the message explains why).
+            3 cannot build the model exactly, if an argument is out of range, or if
+            ``pretrained`` is given for a name without weights (the message explains why).
         FileNotFoundError, PermissionError, ConnectionError: As ``load_timm_weights``.
         TypeError: If an argument is unknown (the message suggests the most similar one), or
             if lora_* arguments are given with an adapter.
@@ -228,12 +220,10 @@ def list_models(pattern: str = "") -> list[str]:
     if not uses_legacy_keras():
         return fnmatch.filter(keras3_names(), pattern or "*")
     tfimm = import_tfimm()
-    names_of_tfimm = tfimm.list_models()
+    names = tfimm.list_models()
     if pattern:
-        names_of_tfimm = fnmatch.filter(names_of_tfimm, pattern)
-    return [
-        n for n in names_of_tfimm if lora_version_of(tfimm.models.model_class(n)) is not None
-    ]
+        names = fnmatch.filter(names, pattern)
+    return [n for n in names if lora_version_of(tfimm.models.model_class(n)) is not None]
 
 
 def _classes_of(adapter: Adapter, named_cfg: Any) -> int | None:

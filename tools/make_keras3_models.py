@@ -1,6 +1,7 @@
 """Write tfimm_lora/zoo/keras3_models/models.json: timm's models that Keras 3 can build.
 
-Run ``python tools/make_keras3_models.py`` in an environment with timm and torch. It creates
+Run ``python tools/make_keras3_models.py`` in an environment with timm and torch; with names of
+timm's modules ("resnet convnext") it reads only their models again. It creates
 each model of timm that belongs to a family of ``tfimm_lora/zoo/keras3_models``, without
 memory for its weights, and reads its dimensions from its layers. A model that differs from
 what keras_hub and keras.applications build is listed with the reason.
@@ -9,6 +10,7 @@ what keras_hub and keras.applications build is listed with the reason.
 
 import json
 import re
+import sys
 from pathlib import Path
 
 import timm
@@ -57,8 +59,8 @@ def only(values, reason):
 
 
 def is_gelu(module):
-    """Whether an activation is the exact GELU."""
-    return isinstance(module, nn.GELU) and getattr(module, "approximate", "none") == "none"
+    """Whether an activation is the exact GELU, of torch or timm."""
+    return type(module).__name__ == "GELU" and getattr(module, "approximate", "none") == "none"
 
 
 # -- families ------------------------------------------------------------------------------
@@ -197,9 +199,13 @@ def resnet_(model):
     require(kind in (resnet.BasicBlock, resnet.Bottleneck), "its blocks are of another kind")
     require(
         all(b.se is None for b in blocks),
-        "it has an attention of channels (SE, ECA or another)",
+        "it has channel attention (SE, ECA or another)",
     )
-    require(all(getattr(b, "aa", None) is None for b in blocks), "it blurs before it strides")
+    blurs = [getattr(b, "aa", None) for b in blocks]
+    require(
+        all(x is None or isinstance(x, nn.Identity) for x in blurs),
+        "it blurs before it strides",
+    )
     norms = [m for n, m in model.named_modules() if re.search(r"(bn\d|downsample\.[12])$", n)]
     norms = [m for m in norms if not isinstance(m, (nn.Conv2d, nn.Identity))]
     require(
@@ -208,7 +214,7 @@ def resnet_(model):
     )
     require(
         all(isinstance(b.act1, nn.ReLU) for b in blocks),
-        "its activation is another one than ReLU",
+        "its activation is not ReLU",
     )
     require(isinstance(model.maxpool, nn.MaxPool2d), "its stem has no max-pooling")
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
@@ -425,12 +431,17 @@ def tags(name):
     return {tag: found[tag] for tag in sorted(found, key=lambda t: t != first)}
 
 
-def table():
-    """The content of models.json."""
+def table(chosen):
+    """The content of models.json; all modules that are not chosen keep their content."""
     global NAME
-    built, refused = {}, {}
+    before = json.loads(TABLE.read_text()) if chosen else {"models": {}, "refused": {}}
+    built, refused = before["models"], before["refused"]
     for module, read in MODULES.items():
-        for name in timm.list_models(module=module.__name__.rpartition(".")[2]):
+        short = module.__name__.rpartition(".")[2]
+        if chosen and short not in chosen:
+            continue
+        for name in timm.list_models(module=short):
+            built.pop(name, None), refused.pop(name, None)
             NAME = name
             classes = {"num_classes": 1000} if read is not vit else {}
             cfg = timm.get_pretrained_cfg(name)
@@ -471,4 +482,4 @@ def text(content):
 
 
 if __name__ == "__main__":
-    TABLE.write_text(text(table()))
+    TABLE.write_text(text(table(sys.argv[1:])))

@@ -77,8 +77,8 @@ def check_preset(name: str) -> None:
     """Raise an error for a model of keras_hub if keras_hub cannot be used here."""
     if uses_legacy_keras():
         raise RuntimeError(
-            f"{name} is a model for keras_hub, which needs Keras 3, but this process uses legacy "
-            "Keras. Set the environment variable TF_USE_LEGACY_KERAS=0."
+            f"{name} is a model for keras_hub, which needs Keras 3, but this process uses "
+            "legacy Keras. Set the environment variable TF_USE_LEGACY_KERAS=0."
         )
     _require_keras_hub(name)
 

@@ -192,15 +192,15 @@ def unknown_model(name: str) -> ValueError:
     for known, prefix in ((applications_table(), APPLICATIONS), (_named(), "")):
         spelled = {_letters(other): prefix + other for other in known}
         near += [spelled[other] for other in close_names(plain, spelled, 3, similarity=0.6)]
+    only_tfimm = [x for x in near if x in tfimm_models() and not is_known_on_keras3(x)]
     is_hub_id = name != _hub_name(name) or name.lower().startswith(TIMM)
     return ValueError(
         f"Received model {name!r}; expected the name of a model of tfimm or Keras "
         "Applications, a preset of keras_hub (hub/NAME), or the path of a saved Keras model. "
         + (f"Most similar: {', '.join(near)}. " if near else "")
         + (
-            "Those that `tfimm-lora models` does not list need tfimm and TF_USE_LEGACY_KERAS=1. "
-            if not uses_legacy_keras()
-            and any(x in tfimm_models() and not is_known_on_keras3(x) for x in near)
+            f"{', '.join(only_tfimm)}: only with tfimm and TF_USE_LEGACY_KERAS=1. "
+            if only_tfimm and not uses_legacy_keras()
             else ""
         )
         + (

@@ -175,7 +175,7 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any]) -> Base:
 def _preset_config(
     name: str, converter: Any, shape: tuple[Any, ...], classes: int
 ) -> KnownConfig | None:
-    """The config of a preset; None if its preprocessing or the size of its images is unknown."""
+    """The config of a preset; None if its preprocessing or its image size is unknown."""
     if converter is None:
         return None
     mean, std, interpolation, size = converter_normalization(converter, shape[-1])

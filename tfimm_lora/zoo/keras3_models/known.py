@@ -140,7 +140,7 @@ def refusal_reason(name: str) -> str | None:
 def _refusal(name: str) -> str:
     reason, near = refusal_reason(name), close_names(_plain(name), names(), 3)
     needs_tfimm = (
-        " tfimm has it on legacy Keras: set TF_USE_LEGACY_KERAS=1 before TensorFlow is imported."
+        " tfimm has it on legacy Keras: set TF_USE_LEGACY_KERAS=1 before importing TensorFlow."
         if _plain(name) in _TFIMM
         else ""
     )

@@ -1,4 +1,4 @@
-"""Access to keras_hub, to the builders of ``keras.applications``, and changes of their models."""
+"""Access to keras_hub and the builders of ``keras.applications``; changes of their models."""
 
 from __future__ import annotations
 
