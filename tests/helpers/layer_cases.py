@@ -194,6 +194,15 @@ CASES = [
         drops=False,
     ),
     Case(
+        "conv2d_one_group_per_channel",
+        lora.LoRAConv2D,
+        _layers.Conv2D,
+        dict(filters=6, kernel_size=3, groups=3),
+        (2, 5, 5, 3),
+        _conv(groups=3),
+        drops=False,
+    ),
+    Case(
         "conv2d_1x1_relu",
         lora.LoRAConv2D,
         _layers.Conv2D,

@@ -13,10 +13,10 @@ from peft.utils import ModulesToSaveWrapper
 
 import tfimm_lora as lora
 from tests.interop.random_peft import RandomConfigs, cases
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
 from tfimm_lora.layer_paths import is_suffix, value_for
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 MODELS = (
     "vit_tiny_patch16_224",

@@ -15,11 +15,11 @@ import tfimm_lora as lora
 from tests import golden
 from tests.helpers import tiny_models
 from tests.helpers.kerases import LEGACY, array, keras, normal
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_targets import lora_arguments_from_peft
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.peft import translation
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 FOLDER = Path(golden.__file__).parent
 GOLDEN = json.loads((FOLDER / "peft_configs.json").read_text())

@@ -19,9 +19,9 @@ from tfimm_lora.adapters.combine_trained_weights import (
 from tfimm_lora.adapters.combine_updates import CombinationMethod, Loss, Term, norm_of_sum
 from tfimm_lora.adapters.decompose import result_dtype
 from tfimm_lora.adapters.fit import check_fits
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.validation import check_number
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 #: ``combine_adapters`` warns if truncation loses more than this share of the norm.
 WARN_ABOVE = 0.1

@@ -9,10 +9,10 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.layer_update import LayerUpdate
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.save import adapter_of
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 _FIELDS = ("a", "b", "scale", "kind", "qkv")
 

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 from typing import Any
 
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.model.state import model_state
 from tfimm_lora.validation import check_number
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 @contextlib.contextmanager

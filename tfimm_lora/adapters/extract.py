@@ -10,13 +10,13 @@ import numpy as np
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.decompose import check_rank_or_energy, extract_updates
 from tfimm_lora.adapters.layer_update import LayerUpdate
-from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
 from tfimm_lora.adapters.save import base_model_name
 from tfimm_lora.adapters.torch_layout import kernel_in_torch_order, kind_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.conversion import lora_class, supported
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import has_lora
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames
 
 #: Weights with other values than those of the base model, and these values.
 Changes = list[tuple[ModelWeight, np.ndarray]]

@@ -11,7 +11,6 @@ from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.base_architecture import architecture_differences
 from tfimm_lora.adapters.incomplete import missing_weights
 from tfimm_lora.adapters.layer_update import LayerUpdate
-from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
 from tfimm_lora.adapters.torch_layout import (
     DoesNotFit,
     branch_bias_refusal,
@@ -25,6 +24,7 @@ from tfimm_lora.layer_paths import nearest
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.state import Values
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames
 
 #: Weights of a model with the values that an adapter has for them.
 WeightValues = list[tuple[ModelWeight, np.ndarray]]

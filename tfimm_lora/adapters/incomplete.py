@@ -9,8 +9,8 @@ from __future__ import annotations
 import warnings
 
 from tfimm_lora.adapters.adapter_data import AdapterData
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.peft.matching import PeftSelection, with_parents
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 #: The number of layers that a warning lists.
 _MAX_LISTED = 10

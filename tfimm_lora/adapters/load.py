@@ -27,7 +27,6 @@ from tfimm_lora.adapters.former_lora import FormerLoRA
 from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.adapters.model_names import in_names_of
-from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames
 from tfimm_lora.adapters.save import fully_trained
 from tfimm_lora.adapters.torch_layout import DoesNotFit
 from tfimm_lora.backend import backend_of
@@ -37,6 +36,7 @@ from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_base_of
 from tfimm_lora.model.state import ReplacedWeight, model_state
 from tfimm_lora.validation import check_keywords
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames
 
 
 def load_adapter(

@@ -11,13 +11,13 @@ from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.fit import weight_values
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.model_names import in_names_of
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.adapters.torch_layout import can_have_dropout, moves_only_its_blocks
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.qkv import layout_of
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 def lora_arguments(model: Any, adapter: AdapterData) -> dict[str, Any]:

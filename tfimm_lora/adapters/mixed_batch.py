@@ -16,7 +16,6 @@ from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.lora_arguments import lora_arguments
 from tfimm_lora.adapters.model_names import in_names_of
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import DoesNotFit, columns_for
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layers.base import LoRALayer
@@ -24,6 +23,7 @@ from tfimm_lora.layers.mixed_batch import Assignment, Attached, assigned, curren
 from tfimm_lora.model.inject import inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.state import model_state
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 def attach_adapters(

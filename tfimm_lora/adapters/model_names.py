@@ -8,13 +8,12 @@ from typing import TypeVar
 import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.adapters.translation import layout_of_timm, translate
 from tfimm_lora.families.family import LIBRARIES, V4, V5
 from tfimm_lora.families.recognize import Naming, recognize, untranslated
 from tfimm_lora.families.templates import Name
-from tfimm_lora.model.naming import naming_of
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 _D = TypeVar("_D", bound=AdapterData)
 
@@ -39,7 +38,7 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
     """
     if prefix is None and all(module in names.paths for module in adapter.layers):
         return adapter
-    target = naming_of(names.model, names.modules)
+    target = names.naming
     if target is None:
         return adapter
     source = recognize([*adapter.layers], family=target.family, hint=adapter.base_model)
@@ -66,7 +65,7 @@ def in_library(
         ValueError: If the library or the dialect is unknown, the family of the model is not
             known or not in that library, or a layer has no name there.
     """
-    source = naming_of(names.model, names.modules)
+    source = names.naming
     if source is None:
         check_library(library, dialect)
         raise ValueError(

@@ -6,7 +6,6 @@ import warnings
 from typing import Any
 
 from tfimm_lora.adapters.lora_arguments import exact_names, exact_targets, layers_of_module
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.peft_config import exact_pattern
 from tfimm_lora.adapters.torch_layout import sure_kind
 from tfimm_lora.config import LoRAConfig
@@ -16,6 +15,7 @@ from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.targeting import check_ready
 from tfimm_lora.peft.matching import PeftSelection, outermost, with_parents
 from tfimm_lora.peft.translation import read_fields, with_grouped_patterns
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 def lora_arguments_from_peft(model: Any, source: Any) -> dict[str, Any]:

@@ -8,7 +8,6 @@ from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.model_names import in_library
-from tfimm_lora.adapters.module_names import ModelWeight, ModuleNames, require_unique
 from tfimm_lora.adapters.torch_layout import update_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layer_paths import is_suffix
@@ -25,6 +24,7 @@ from tfimm_lora.model.state import (
     saves_timm_names,
 )
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
+from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames, require_unique
 
 
 def adapter_of(model: Any, base_model: str | None = None) -> Adapter:

@@ -9,9 +9,9 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.model_names import in_names_of
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.adapters.torch_layout import weight_norm
 from tfimm_lora.utils.text_table import aligned_lines
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
 def summary(adapter: AdapterData, model: Any = None) -> str:

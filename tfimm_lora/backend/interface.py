@@ -79,6 +79,14 @@ class Backend(ABC):
     def framework(self) -> str:
         """What computes: "tensorflow", "jax" or "torch"."""
 
+    def is_tensorflow_on_cpu(self) -> bool:
+        """Whether TensorFlow computes, and the CPU is its only kind of device."""
+        if self.framework() != "tensorflow":
+            return False
+        import tensorflow as tf
+
+        return all(device.device_type == "CPU" for device in tf.config.list_logical_devices())
+
     def distribution(self) -> Any:
         """The active ``keras.distribution``, or None."""
         return None

@@ -16,6 +16,7 @@ from tfimm_lora.config import LORA_VARIABLE_NAMES, LORA_WEIGHT_NAMES, LayerSetti
 from tfimm_lora.initializers import from_kernel
 from tfimm_lora.layers import dora, kernel_hook, mixed_batch
 from tfimm_lora.layers.call_signature import check_super_calls
+from tfimm_lora.layers.depthwise import DepthwiseRoutine
 from tfimm_lora.layers.forward import LoRAForward
 from tfimm_lora.layers.state import (
     AdaptedState,
@@ -331,6 +332,7 @@ def has_keras_call(lora_cls: type, method: str = "call") -> bool:
     """Whether a method of the base layer is that of the Keras class that its kind is named
     after, which is known, and not of a subclass: a user's, or Keras' ReversibleEmbedding."""
     for cls in lora_cls.__mro__:
-        if method in cls.__dict__ and not issubclass(cls, LoRALayer):
+        ours = issubclass(cls, (LoRALayer, DepthwiseRoutine))
+        if method in cls.__dict__ and not ours:
             return cls in lora_cls._keras_class.__mro__  # type: ignore[attr-defined]
     return False

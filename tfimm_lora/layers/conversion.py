@@ -11,6 +11,7 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.call_signature import with_signature_of
 from tfimm_lora.layers.conv import Conv1DUpdate, ConvUpdate, DepthwiseConvUpdate
 from tfimm_lora.layers.dense import DenseUpdate
+from tfimm_lora.layers.depthwise import depthwise_mixins
 from tfimm_lora.layers.einsum_dense import EinsumDenseUpdate
 from tfimm_lora.layers.embedding import EmbeddingUpdate
 from tfimm_lora.layers.frozen import FrozenLayer, frozen_class, register_frozen_classes
@@ -110,7 +111,8 @@ def _make_class(cls: type, base: type) -> type:
         attribute = backend.kernel_attributes[update._kernel_role]
         namespace[attribute] = KernelHook(attribute)
         namespace["_keras_class"] = cls
-        bases: tuple[type, ...] = (update, backend.BuildHook, backend.FilteredWeights, cls)
+        mixins = (update, backend.BuildHook, backend.FilteredWeights, *depthwise_mixins(cls))
+        bases: tuple[type, ...] = (*mixins, cls)
     else:
         bases = (lora_class(base), cls)
     namespace["call"] = with_signature_of(cls, update)

@@ -274,6 +274,18 @@ class EinsumDenseUpdate(LoRALayer):
         return result
 
     @classmethod
+    def kernel_from_torch(
+        cls, layer: Layer, kernel: np.ndarray, shape: tuple[int, ...]
+    ) -> np.ndarray:
+        """Return a kernel in Keras' order; the inverse of ``kernel_to_torch``."""
+        product = EinsumProduct(np, layer.equation)
+        sizes = product.sizes(shape)
+        ordered = f"{product.added}{product.shared}{product.summed}"
+        turned = kernel.reshape([sizes[axis] for axis in ordered])
+        result: np.ndarray = np.einsum(f"{ordered}->{product.kernel}", turned)
+        return result
+
+    @classmethod
     def update_kind(cls, layer: Layer) -> str | None:
         product = EinsumProduct(np, layer.equation)
         return "batched" if product.shared else "linear"

@@ -18,6 +18,7 @@ from typing import Any
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, OriginalLayer, Tensor, Variable
 from tfimm_lora.layers.call_signature import check_super_calls, with_signature_of
+from tfimm_lora.layers.depthwise import depthwise_mixins
 from tfimm_lora.layers.state import (
     Converted,
     FrozenState,
@@ -233,8 +234,8 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
             namespace["call"] = with_signature_of(cls, mixin)
         elif cls in _cheaper_calls:
             namespace["call"] = _cheaper_calls[cls]
-        bases = (mixin, backend.BuildHook, backend.FilteredWeights, cls)
-        made = type(f"Frozen{cls.__name__}", bases, namespace)
+        mixins = (mixin, backend.BuildHook, backend.FilteredWeights, *depthwise_mixins(cls))
+        made = type(f"Frozen{cls.__name__}", (*mixins, cls), namespace)
         # A model's own class creates its layers, so it is refused when it is saved, and need
         # not be found by those who look through Keras' registry for models.
         if not issubclass(cls, backend.keras.Model) or backend.is_keras_class(cls):

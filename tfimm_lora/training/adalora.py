@@ -17,13 +17,13 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.compact import has_initial_update
-from tfimm_lora.adapters.module_names import ModuleNames
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.gradient_watch import state_variable, unwatch_updates, watch_updates
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.utils.text_table import aligned_lines
 from tfimm_lora.validation import check_integer, check_number
+from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 _classes: dict[int, type] = {}
 

@@ -5,6 +5,7 @@ All differences between the two in the names of variables and in the order of ax
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
@@ -14,6 +15,7 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LORA_VARIABLE_NAMES
 from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.conversion import lora_class
 
 #: Patterns of checkpoint tensors that tfimm does not use, and the reason.
 IGNORED_IN_CHECKPOINT = {
@@ -115,8 +117,14 @@ def torch_axes(leaf: str, rank: int) -> tuple[int, ...] | None:
 def expected_shape(target: CheckpointVariable) -> tuple[int, ...]:
     """Return the shape of a variable in torch's order of axes."""
     shape = tuple(target.variable.shape)
-    axes = torch_axes(leaf_of(target), len(shape))
-    return tuple(shape[axes.index(i)] for i in range(len(axes))) if axes else shape
+    einsum = _einsum_class(target)
+    if einsum is None:
+        axes = torch_axes(leaf_of(target), len(shape))
+        return tuple(shape[axes.index(i)] for i in range(len(axes))) if axes else shape
+    if leaf_of(target) == "bias":
+        return (math.prod(shape),)
+    of_kernel: tuple[int, ...] = einsum.torch_kernel_shape(target.layer, shape)
+    return of_kernel
 
 
 def fits(shape: Collection[int], target: CheckpointVariable) -> bool:
@@ -130,8 +138,48 @@ def fits(shape: Collection[int], target: CheckpointVariable) -> bool:
 def to_keras(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:
     """Convert a torch tensor to the value of a variable; its shape must fit."""
     value = value.reshape(expected_shape(target))
-    axes = torch_axes(leaf_of(target), value.ndim)
-    return value.transpose(axes) if axes else value
+    einsum = _einsum_class(target)
+    if einsum is None:
+        axes = torch_axes(leaf_of(target), value.ndim)
+        return value.transpose(axes) if axes else value
+    shape = tuple(target.variable.shape)
+    if leaf_of(target) == "bias":
+        return value.reshape(shape)
+    kernel: np.ndarray = einsum.kernel_from_torch(target.layer, value, shape)
+    return kernel
+
+
+def to_torch(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:
+    """Return the value of a variable in torch's order of axes; the inverse of ``to_keras``."""
+    einsum = _einsum_class(target)
+    if einsum is None:
+        axes = torch_axes(leaf_of(target), value.ndim)
+        return value.transpose(np.argsort(axes)) if axes else value
+    if leaf_of(target) == "bias":
+        return value.reshape(-1)
+    kernel: np.ndarray = einsum.kernel_to_torch(target.layer, value)
+    return kernel
+
+
+def torch_leaf(target: CheckpointVariable) -> str:
+    """Return torch's name of a weight in its module: "weight", "running_mean".
+
+    A gamma outside of a norm keeps its name.
+    """
+    is_norm = "Normalization" in "".join(cls.__name__ for cls in type(target.layer).__mro__)
+    leaf = target.name.rpartition("/")[2]
+    keeps_name = leaf in ("gamma", "beta") and not is_norm
+    return _LEAVES.get(leaf, (leaf,))[-1 if keeps_name else 0]
+
+
+def _einsum_class(target: CheckpointVariable) -> Any:
+    """Return the LoRA class of an einsum layer that is a matrix product, or None."""
+    if all(cls.__name__ != "EinsumDense" for cls in type(target.layer).__mro__):
+        return None
+    if leaf_of(target) not in ("kernel", "bias"):
+        return None
+    cls: Any = lora_class(type(target.layer))
+    return None if cls.update_kind(target.layer) == "batched" else cls
 
 
 def leaf_of(target: CheckpointVariable) -> str:

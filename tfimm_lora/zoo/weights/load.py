@@ -9,22 +9,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-
 from tfimm_lora.backend import backend_of
+from tfimm_lora.families.recognize import Naming
+from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.state import record_base_name
 from tfimm_lora.zoo.weights.checkpoint import Checkpoint, find_checkpoint
-from tfimm_lora.zoo.weights.key_layouts import find_layout
+from tfimm_lora.zoo.weights.key_layouts import LAYOUTS, Layout
 from tfimm_lora.zoo.weights.keys import (
     CheckpointVariable,
     checkpoint_variables,
     expected_shape,
     fits,
-    is_ignored_in_checkpoint,
     to_keras,
 )
+from tfimm_lora.zoo.weights.module_names import ModuleNames
+from tfimm_lora.zoo.weights.named_tensors import NamedTensors
 from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
 
 #: The fields of a checkpoint's config.json about preprocessing.
@@ -92,9 +93,13 @@ def load_timm_weights(
     _check_model(model)
     checkpoint = find_checkpoint(source, revision, cache_dir)
     with Tensors(checkpoint.files) as tensors:
-        matches = _match(model, tensors, checkpoint, weights_to_ignore or ())
+        names = ModuleNames(model)
+        layout = names.layout or _layout_of(names.naming)
+        family = names.naming.family if names.naming is not None else None
+        named = NamedTensors(tensors, family, layout)
+        matches = _match(names, named, tensors, checkpoint, weights_to_ignore or ())
         # All are read before any is assigned: reading may still fail.
-        values = [_value(tensors, match) for match in matches]
+        values = [to_keras(named.read(match.name), match.target) for match in matches]
     backend = backend_of(model)
     for match, value in zip(matches, values):
         variable = match.target.variable
@@ -106,9 +111,15 @@ def load_timm_weights(
     return model
 
 
+def _layout_of(naming: Naming | None) -> Layout | None:
+    """Return timm's current key layout of a family, if timm changed it."""
+    tfimm = naming.family.tfimm if naming is not None else ""
+    return next((layout for layout in LAYOUTS if layout.architecture == tfimm), None)
+
+
 class _Match(NamedTuple):
     target: CheckpointVariable
-    key: str
+    name: Name
 
 
 def _check_model(model: Any) -> None:
@@ -131,56 +142,75 @@ def _check_model(model: Any) -> None:
 
 
 def _match(
-    model: Any, tensors: Tensors, checkpoint: Checkpoint, patterns: Sequence[str]
+    names: ModuleNames,
+    named: NamedTensors,
+    tensors: Tensors,
+    checkpoint: Checkpoint,
+    patterns: Sequence[str],
 ) -> list[_Match]:
     """Match variables with tensors, or raise one error that names all that do not fit."""
-    layout = find_layout(tensors.shapes)
-    # Keys as tfimm's layers are named -> keys in the file.
-    available = {(layout.rename(key) if layout else key): key for key in tensors.shapes}
-    matches, problems, taken, classifier = [], [], set(), False
-    heads = classifier_paths(model)
-    for target in checkpoint_variables(model):
-        found = next((key for key in target.keys if key in available), None)
-        taken.add(found)
-        if any(re.search(pattern, target.name) for pattern in patterns):
+    matches, problems, classifier = [], [], False
+    taken: set[Name] = set()
+    heads = classifier_paths(names.model)
+    for weight in names.weights:
+        target, wanted = weight.target, names.timm_names(weight)
+        found = next((name for name in wanted if named.sources(name)), None)
+        taken.update(named.sources(found) if found is not None else ())
+        name = target.name
+        own = f"{weight.path}/{name.rpartition('/')[2]}" if weight.path else name
+        if any(re.search(pattern, own) for pattern in patterns):
             continue
-        problem = _problem(target, found, available, tensors)
+        problem = _problem(target, own, wanted, found, named)
         if problem is None and found is not None:
-            matches.append(_Match(target, available[found]))
+            matches.append(_Match(target, found))
             continue
         problems.append(problem)
-        classifier |= target.name.rpartition("/")[0] in heads
+        classifier |= weight.path in heads
+    unexpected = [key for name, key in named.keys().items() if name not in taken]
     problems += [
         f"unexpected: {key} of shape {tensors.shapes[key]}"
-        for name, key in available.items()
-        if name not in taken and not is_ignored_in_checkpoint(name)
+        for key in [*named.unknown, *unexpected]
     ]
     if problems:
-        raise ValueError(_message(model, checkpoint, problems, heads if classifier else []))
+        raise ValueError(
+            _message(names.model, checkpoint, named, problems, heads if classifier else [])
+        )
     return matches
 
 
 def _problem(
-    target: CheckpointVariable, found: str | None, available: dict[str, str], tensors: Tensors
+    target: CheckpointVariable,
+    own: str,
+    wanted: list[Name],
+    found: Name | None,
+    named: NamedTensors,
 ) -> str | None:
     if found is None:
-        return f"missing: {target.keys[0]} for {target.name} {tuple(target.variable.shape)}"
-    key = available[found]
-    if not fits(tensors.shapes[key], target):
+        key = wanted[0] if wanted else "a tensor that has a name in timm"
+        return f"missing: {key} for {own} {tuple(target.variable.shape)}"
+    shape = named.shape(found)
+    if shape is None or not fits(shape, target):
         return (
-            f"wrong shape: {key} has {tensors.shapes[key]}, {target.name} expects "
-            f"{expected_shape(target)} (in torch's order of axes)"
+            f"wrong shape: {named.key(named.sources(found)[0])} has {shape}, {own} "
+            f"expects {expected_shape(target)} (in torch's order of axes)"
         )
-    if tensors.types[key] not in FLOATS:
-        return f"wrong type: {key} is {tensors.types[key]}, expected one of {FLOATS}"
+    wrong = named.wrong_type(found)
+    if wrong:
+        key = named.key(named.sources(found)[0])
+        return f"wrong type: {key} is {wrong}, expected one of {FLOATS}"
     return None
 
 
 def _message(
-    model: Any, checkpoint: Checkpoint, problems: Sequence[str | None], heads: list[str]
+    model: Any,
+    checkpoint: Checkpoint,
+    named: NamedTensors,
+    problems: Sequence[str | None],
+    heads: list[str],
 ) -> str:
     architecture = checkpoint.config.get("architecture")
     of = f" (config.json of the architecture {architecture!r})" if architecture else ""
+    of += f" (with {named.naming})" if named.naming is not None else ""
     name = getattr(getattr(model, "cfg", None), "name", "") or model.name
     lines = "".join(f"\n  {problem}" for problem in problems)
     remedy = "\nNothing was loaded. Load it into the model of its architecture"
@@ -196,10 +226,6 @@ def _message(
         f"Received source={checkpoint.source!r}{of}, whose weights do not fit model '{name}' "
         f"({type(model).__name__}): {len(problems)} problems.{lines}{remedy}."
     )
-
-
-def _value(tensors: Tensors, match: _Match) -> np.ndarray:
-    return to_keras(tensors.read(match.key), match.target)
 
 
 def _copy_preprocessing(model: Any, checkpoint: Checkpoint) -> None:

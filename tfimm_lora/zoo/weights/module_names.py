@@ -13,9 +13,11 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.families.recognize import Naming
+from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
-from tfimm_lora.model.naming import is_tfimm
+from tfimm_lora.model.naming import is_tfimm, naming_of
 from tfimm_lora.model.stable_paths import stable_paths
 from tfimm_lora.model.targeting import require_built
 from tfimm_lora.zoo.weights.key_layouts import layout_of_model
@@ -24,9 +26,9 @@ from tfimm_lora.zoo.weights.keys import (
     checkpoint_variables,
     fits,
     key_of_path,
-    leaf_of,
     to_keras,
-    torch_axes,
+    to_torch,
+    torch_leaf,
 )
 
 #: Weights of tfimm's dense layers that are weights of 1x1 convolutions in timm, by class.
@@ -42,13 +44,14 @@ class ModuleNames:
         modules: Path of a layer -> its module path.
         paths: Module path -> path of the layer. It also has the names of timm's older layout.
         is_tfimm: Whether it is a model of tfimm, whose modules have timm's names.
+        layout: timm's current key layout of a tfimm model, if its own is older.
     """
 
     def __init__(self, model: Any) -> None:
         require_built(model)
         self.model = model
         self.layers = {path: x for path, x in backend_of(model).walk(model) if path}
-        self._layout = layout_of_model(model)
+        self.layout = layout_of_model(model)
         classes = type(model).__mro__
         self._convolutions = [
             key for cls in classes for key in _CONVOLUTIONS_IN_TIMM.get(cls.__name__, ())
@@ -68,7 +71,20 @@ class ModuleNames:
         return self._current(self._old_module(path))
 
     def _current(self, key: str) -> str:
-        return self._layout.rename_back(key) if self._layout else key
+        return self.layout.rename_back(key) if self.layout else key
+
+    @functools.cached_property
+    def naming(self) -> Naming | None:
+        """The family and library of these names; None if they are not known."""
+        return naming_of(self.model, self.modules)
+
+    def timm_names(self, weight: ModelWeight) -> list[Name]:
+        """Return the possible names of a weight in timm, the likeliest first."""
+        if self.is_tfimm or self.naming is None:
+            names = [weight.key, *map(self._current, weight.target.keys), *weight.old_keys]
+            return [Name(name) for name in dict.fromkeys(names)]
+        found = self.naming.to_timm(weight.key, is_weight=True)
+        return [] if found is None else [found]
 
     def module_of(self, weight: ModelWeight, roots: list[str]) -> str:
         """Return the module under which PEFT would save a fully trained weight.
@@ -81,7 +97,7 @@ class ModuleNames:
         path = weight.path
         root = next((r for r in roots if path == r or path.startswith(r + "/")), path)
         # Where timm has other levels than tfimm, only the layers themselves correspond.
-        return self.modules.get(path if self._layout else root, path.replace("/", "."))
+        return self.modules.get(path if self.layout else root, path.replace("/", "."))
 
     def is_adaptable(self, path: str) -> bool:
         """Whether the layer at a path has LoRA or can have it."""
@@ -104,7 +120,7 @@ class ModuleNames:
                 old = named.keys
                 key = self._current(_key(named))
             else:
-                key = f"{self._module(stable)}.{_key(named).rpartition('.')[2]}".strip(".")
+                key = f"{self._module(stable)}.{torch_leaf(named)}".strip(".")
                 old = (key,)
             weights.append(ModelWeight(key, path, named, old, key in self._convolutions))
         return weights
@@ -185,15 +201,8 @@ def require_unique(names: list[tuple[str, str]], kind: str) -> None:
         first[name] = path
 
 
-def to_torch(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:
-    """Return the value of a variable in torch's order of axes; the inverse of ``to_keras``."""
-    axes = torch_axes(leaf_of(target), value.ndim)
-    return value.transpose(np.argsort(axes)) if axes else value
-
-
 def _key(target: CheckpointVariable) -> str:
-    """Return timm's key of a weight. A gamma outside of a norm is not renamed to "weight"."""
-    is_norm = "Normalization" in "".join(cls.__name__ for cls in type(target.layer).__mro__)
-    leaf = target.name.rpartition("/")[2]
-    keeps_name = leaf in ("gamma", "beta") and not is_norm
-    return target.keys[-1] if keeps_name else target.keys[0]
+    """Return timm's key of a weight of a tfimm model."""
+    prefix = key_of_path(target.name.rpartition("/")[0])
+    leaf = torch_leaf(target)
+    return f"{prefix}.{leaf}" if prefix else leaf
