@@ -172,6 +172,8 @@ def convnext_(model):
         and isinstance(model.norm_pre, nn.Identity),
         "it normalizes before pooling",
     )
+    norms = (model.stem[1], first.norm, model.head.norm)
+    require(all(isinstance(m, nn.LayerNorm) for m in norms), "it has RMSNorm, not LayerNorm")
     require(first.gamma is not None, "it has no layer scale")
     require(
         not hasattr(first.mlp, "grn") or isinstance(first.mlp.grn, nn.Identity), "it has GRN"

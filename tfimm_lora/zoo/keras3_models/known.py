@@ -26,7 +26,7 @@ _TFIMM = frozenset((*CHECKPOINTS, *WITHOUT_WEIGHTS, *TORCH_FILES))
 _HUB_PREFIX = re.compile(r"((hf[-_]hub|hf):(//)?)?timm/", re.IGNORECASE)
 
 
-@dataclass(frozen=True)
+@dataclass
 class KnownConfig:
     """The config of a named model on Keras 3, with the fields of tfimm's configs.
 
