@@ -118,7 +118,11 @@ def _with_weights(
     Returns:
         The model, and the number of classes of the checkpoint.
     """
-    own = {"classes": config.nb_classes, "input_size": config.input_size, "in_channels": 3}
+    own: dict[str, Any] = {
+        "classes": config.nb_classes,
+        "input_size": config.input_size,
+        "in_channels": 3,
+    }
     own.update(_own_settings(weights))
     loaded, _ = build(name, **own)
     load_timm_weights(loaded, weights)

@@ -16,17 +16,17 @@ POSITIONS = re.compile(
 )
 
 
-def resized_positions(model: Any, value: Any, config: Any) -> np.ndarray:
+def resized_positions(model: Any, embedding: Any, config: Any) -> np.ndarray:
     """Resize a position embedding (1, rows, dim) or (rows, dim), as timm does.
 
     Rows of the class token and of other tokens are kept.
 
     Args:
         model: The model that has the embedding.
-        value: The embedding.
+        embedding: The embedding.
         config: The config of the model that the result is for.
     """
-    value = np.asarray(value)
+    value: np.ndarray = np.asarray(embedding)
     rows = value.shape[-2]
     before, after = model.cfg.input_size, config.input_size
     if before == after:
