@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any, NamedTuple
 
 from tfimm_lora.backend import default_backend
+from tfimm_lora.model.classifier import canonical_path, classifier_paths
 from tfimm_lora.model.logits import with_logits
 from tfimm_lora.model.state import copy_base_name, random_weights, record_base_name
 from tfimm_lora.model.transfer import transfer_weights
@@ -107,6 +108,7 @@ def _of_known(name: str, pretrained: bool, weights: Any, given: dict[str, Any]) 
         model, classes = _with_weights(name, row.config, weights, wanted)
     preprocessing = {k: given[k] for k in PREPROCESSING_FIELDS if k in given}
     model.cfg = replace(model.cfg, **preprocessing)
+    _forget_compilation(model)
     return Base(model, model.cfg.nb_classes != classes)
 
 
@@ -172,8 +174,20 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any]) -> Base:
     config = _preset_config(plain, preset.converter, shape, model.output_shape[-1])
     if config is not None:
         fields = {k: given[k] for k in PREPROCESSING_FIELDS if k in given}
-        model.cfg = replace(config, **fields)
+        heads = map(canonical_path, classifier_paths(model))
+        model.cfg = replace(config, classifier=tuple(heads), **fields)
+    _forget_compilation(model)
     return Base(model, is_new, preset.converter)
+
+
+def _forget_compilation(model: Any) -> None:
+    """Undo the compilation with default arguments in the tasks of keras_hub.
+
+    LoRA changes the trained variables, which would be reported to the user.
+    """
+    backend = default_backend()
+    if backend.is_compiled(model):
+        backend.mark_uncompiled(model)
 
 
 def _preset_config(

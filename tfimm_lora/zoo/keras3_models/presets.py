@@ -119,6 +119,10 @@ def _classifier(hub: Any, name: str, source: str, arguments: dict[str, Any]) -> 
     """The classifier of a preset, or None if it has only a backbone."""
     try:
         return _loaded(name, hub.models.ImageClassifier.from_preset, source, arguments)
+    except FileNotFoundError as error:
+        if "preset directory" in str(error):  # of the preprocessor of a classifier
+            return None
+        raise
     except TypeError as error:
         if "num_classes" in str(error):  # a required argument, which a backbone does not have
             return None
