@@ -171,6 +171,7 @@ def test_finetuning_takes_the_same_names():
     assert base.from_scratch and base.new_classifier
     assert base.preprocessing.mean == (0.5, 0.5, 0.5)
     check_model("mobilenetv3_large_100")
+    check_model("hf://someone/vit")
     with pytest.raises(RuntimeError, match="resnext50_32x4d.*groups.*legacy Keras"):
         check_model("resnext50_32x4d")
     with pytest.raises(ValueError, match="hub/dinov2_base"):
@@ -189,8 +190,11 @@ def test_models_are_built_on_jax_without_tensorflow_and_torch():
     pytest.importorskip("jax")
     code = """
 import sys
-for name in ("tensorflow", "torch", "timm", "tfimm"):
-    sys.modules[name] = None
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in ("tensorflow", "torch", "timm", "tfimm"):
+            raise ImportError(name, name=name)
+sys.meta_path.insert(0, Block())
 import tfimm_lora as lora
 model = lora.create_model("vit_tiny_patch16_224", nb_classes=3, input_size=(32, 32))
 model = lora.create_model("convnext_tiny", nb_classes=3, input_size=(32, 32))

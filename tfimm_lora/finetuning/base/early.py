@@ -20,7 +20,7 @@ from tfimm_lora.finetuning.base.names import (
 from tfimm_lora.zoo.keras3_models.folders import PRESETS, folder_kind
 from tfimm_lora.zoo.keras3_models.known import is_known as is_known_on_keras3
 from tfimm_lora.zoo.keras3_models.known import known, refusal_reason
-from tfimm_lora.zoo.keras3_models.presets import is_preset
+from tfimm_lora.zoo.keras3_models.presets import HUB, is_preset
 from tfimm_lora.zoo.model_table import applications_table
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 from tfimm_lora.zoo.weights.hub_ids import WITHOUT_WEIGHTS
@@ -43,7 +43,7 @@ def check_model(name: str, *, pretrained: bool = False, weights: Any = None) -> 
         )
     if is_model_file(name):
         check_file(name)
-    elif is_preset(name):
+    elif is_preset(name) and (name.startswith(HUB) or not uses_legacy_keras()):
         check_preset(name)
     elif not is_known(name):
         # Once tfimm is imported, it may have models of the user, too.

@@ -97,18 +97,25 @@ def _is_registered(name: str) -> bool:
 
 def _bare_name(name: str) -> str | None:
     """Find a name without prefix in both libraries, the most exact spelling first."""
-    named, applications = _named(), applications_table()
+    tables = ((tfimm_models(), ""), (applications_table(), APPLICATIONS), (_of_timm(), ""))
     for key in (str, str.lower, _letters):
-        for known, prefix in ((named, ""), (applications, APPLICATIONS)):
+        for known, prefix in tables:
             found = _unique(key(name), known, key)
             if found:
                 return prefix + found
     return None
 
 
+def _of_timm() -> dict[str, KnownModel]:
+    """The models that tfimm does not have and Keras 3 builds; none on legacy Keras."""
+    if uses_legacy_keras():
+        return {}
+    return {k: model for k, model in keras3_models().items() if k not in tfimm_models()}
+
+
 def _named() -> dict[str, KnownModel]:
-    """The models without a prefix: of tfimm, and on Keras 3 also of timm."""
-    return tfimm_models() if uses_legacy_keras() else {**keras3_models(), **tfimm_models()}
+    """The models without a prefix. Later ones replace earlier ones of a similar name."""
+    return {**_of_timm(), **tfimm_models()}
 
 
 def _spelled(name: str, known: Iterable[str]) -> str | None:
