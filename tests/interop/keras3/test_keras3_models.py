@@ -49,6 +49,9 @@ MODELS = {
 
 CLASSES = 10
 
+#: Random ResNets of 50 layers amplify rounding: each layer agrees to 1e-7, the logits to 5e-5.
+TOLERANCES = {"resnet": 1e-4}
+
 
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_agree_with_timm(name):
@@ -67,7 +70,7 @@ def test_logits_agree_with_timm(name):
     with torch.no_grad():
         expected = theirs(timm_models.to_torch(x)).numpy()
     ours = BACKEND.to_numpy(model(x, training=False))
-    timm_models.assert_agree(ours, expected, 1e-5)
+    timm_models.assert_agree(ours, expected, TOLERANCES.get(row.family, 1e-5))
 
 
 # -- timm's weights, by hand ---------------------------------------------------------------
