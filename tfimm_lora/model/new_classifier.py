@@ -52,7 +52,27 @@ def with_classifier(backbone: Any, classes: int) -> Any:
     ``Dinov2ForImageClassification`` of transformers; ``ImageClassifier`` of keras_hub.
     """
     backend = backend_of(backbone)
-    layers = backend.keras.layers
+    inputs, pooled = _pooled_outputs(backbone)
+    dense = backend.keras.layers.Dense(classes, dtype=_policy(backbone), name=_HEAD)
+    return backend.keras.Model(inputs, dense(pooled), name=f"{backbone.name}_classifier")
+
+
+def with_pooling(backbone: Any) -> Any:
+    """Create a model of pictures that returns the pooled features of a backbone, (batch, d).
+
+    Args:
+        backbone: As for ``with_classifier``, which pools alike.
+
+    Raises:
+        ValueError: As ``with_classifier``.
+    """
+    inputs, pooled = _pooled_outputs(backbone)
+    return backend_of(backbone).keras.Model(inputs, pooled, name=backbone.name)
+
+
+def _pooled_outputs(backbone: Any) -> tuple[Tensor, Tensor]:
+    """The symbolic input of a model around a backbone, and the pooled features."""
+    backend = backend_of(backbone)
     if not takes_pictures(backbone):
         raise ValueError(
             f"Received the backbone '{backbone.name}' ({type(backbone).__name__}); expected a "
@@ -66,10 +86,7 @@ def with_classifier(backbone: Any, classes: int) -> Any:
     )
     named = isinstance(getattr(backbone, "_inputs_struct", None), dict)
     entries = {key: inputs for key in backbone._inputs_struct} if named else inputs
-    outputs = backbone(entries)
-    pooled = _pooled(backend, backbone, outputs)
-    dense = layers.Dense(classes, dtype=_policy(backbone), name=_HEAD)
-    return backend.keras.Model(inputs, dense(pooled), name=f"{backbone.name}_classifier")
+    return inputs, _pooled(backend, backbone, backbone(entries))
 
 
 def takes_pictures(model: Layer) -> bool:

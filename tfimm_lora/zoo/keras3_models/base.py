@@ -9,7 +9,13 @@ from typing import Any, NamedTuple
 from tfimm_lora.backend import default_backend
 from tfimm_lora.model.classifier import canonical_path, classifier_paths
 from tfimm_lora.model.logits import with_logits
-from tfimm_lora.model.state import copy_base_name, random_weights, record_base_name
+from tfimm_lora.model.new_classifier import with_classifier, with_pooling
+from tfimm_lora.model.state import (
+    copy_base_name,
+    random_weights,
+    record_base_name,
+    record_timm_names,
+)
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.validation import check_keywords
 from tfimm_lora.zoo.keras3_models.build import build
@@ -20,7 +26,6 @@ from tfimm_lora.zoo.keras3_models.presets import (
     converter_normalization,
     is_preset,
     open_preset,
-    with_classifier,
 )
 from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
 
@@ -108,6 +113,7 @@ def _of_known(name: str, pretrained: bool, weights: Any, given: dict[str, Any]) 
         model, classes = _with_weights(name, row.config, weights, wanted)
     preprocessing = {k: given[k] for k in PREPROCESSING_FIELDS if k in given}
     model.cfg = replace(model.cfg, **preprocessing)
+    record_timm_names(model)
     _forget_compilation(model)
     return Base(model, model.cfg.nb_classes != classes)
 
@@ -167,7 +173,7 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any]) -> Base:
     elif classes is not None:
         model, is_new = with_classifier(preset.model, classes), True
     else:
-        model, is_new = preset.model, False
+        model, is_new = with_pooling(preset.model), False
     plain = os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
     record_base_name(model, plain if load_weights else random_weights(plain))
     shape = tuple(backend.input_shapes(model) or model.input_shape)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfimm_lora.backend import default_backend, uses_legacy_keras
+from tfimm_lora.backend import uses_legacy_keras
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.utils.suggestions import close_names
 from tfimm_lora.zoo.keras3_models.folders import PRESETS, folder_kind
@@ -42,7 +42,7 @@ class Preset(NamedTuple):
         model: A functional model of images.
         converter: The ``ImageConverter`` of the preset, or None.
         has_classifier: Whether the model returns the scores of classes. Otherwise it returns
-            the pooled features of a backbone.
+            the features of a backbone.
     """
 
     model: Any
@@ -95,7 +95,7 @@ def open_preset(
         converter = getattr(task.preprocessor, "image_converter", None)
         return Preset(task, converter, True)
     backbone = _loaded(name, hub.models.Backbone.from_preset, source, arguments)
-    return Preset(_pooled(name, backbone), _converter(hub, source), False)
+    return Preset(backbone, _converter(hub, source), False)
 
 
 def _source(hub: Any, name: str) -> str:
@@ -147,54 +147,6 @@ def _converter(hub: Any, source: str) -> Any:
         return hub.layers.ImageConverter.from_preset(source)
     except (FileNotFoundError, ValueError):
         return None
-
-
-def _pooled(name: str, backbone: Any) -> Any:
-    """The features of a backbone as one vector per image: its class token or the mean."""
-    keras = default_backend().keras
-    given = backbone.input
-    tensors = list(given.values()) if isinstance(given, dict) else [given]
-    if len(tensors) != 1 or len(tensors[0].shape) != 4:
-        raise ValueError(
-            f"Received {name!r}, a {type(backbone).__name__}, which takes other inputs than "
-            "images; expected a backbone of images."
-        )
-    inputs = keras.Input(tuple(tensors[0].shape)[1:])
-    features = backbone({next(iter(given)): inputs} if isinstance(given, dict) else inputs)
-    rank = None if isinstance(features, (dict, list, tuple)) else len(features.shape)
-    if rank == 4:
-        pooled = keras.layers.GlobalAveragePooling2D(
-            data_format=getattr(backbone, "data_format", None), name="pooler"
-        )(features)
-    elif rank == 3:
-        pooled = (
-            features[:, 0]
-            if _has_class_token(backbone)
-            else keras.layers.GlobalAveragePooling1D(name="pooler")(features)
-        )
-    elif rank == 2:
-        pooled = features
-    else:
-        raise ValueError(
-            f"Received {name!r}, a {type(backbone).__name__}, which has several outputs; "
-            "expected a backbone with one output per image."
-        )
-    return keras.Model(inputs, pooled, name=backbone.name)
-
-
-def _has_class_token(backbone: Any) -> bool:
-    """Whether the first position of a backbone's output is a class token."""
-    if hasattr(backbone, "use_class_token"):
-        return bool(backbone.use_class_token)
-    name = type(backbone).__name__
-    return name.startswith(("DINO", "DeiT", "CLIP", "MetaCLIP"))
-
-
-def with_classifier(model: Any, classes: int) -> Any:
-    """Append a dense layer for a number of classes to a model of features."""
-    keras = default_backend().keras
-    logits = keras.layers.Dense(classes, name="predictions")(model.output)
-    return keras.Model(model.input, logits, name=model.name)
 
 
 def converter_normalization(converter: Any, channels: int) -> Normalization:
