@@ -112,7 +112,7 @@ def config_for(model: Layer, arguments: dict[str, Any], what: str) -> LoRAConfig
     config = LoRAConfig(**arguments)
     if config.lora_targets is None:
         view = timm_view(model)
-        config.lora_targets = view.presets["default"] if view else default_targets(type(model))
+        config.lora_targets = "default" if view else default_targets(type(model))
     return config
 
 
@@ -191,7 +191,8 @@ def _meant(
 ) -> tuple[set[str], ValueError | None]:
     """Return the paths that targets mean, and an error if a name means none of them.
 
-    ``aliases`` are timm's names of the layers of a model of another library.
+    ``aliases`` are timm's names of the layers of a model of another library. Presets have
+    timm's names, and mean no layer whose own name happens to be one of them.
     """
     meant, is_preset = resolve(targets, table)
     check_expression(meant, name)
@@ -201,7 +202,8 @@ def _meant(
         found = {
             path
             for path in candidates
-            if matches(path, meant) or (path in aliases and matches(aliases[path], meant))
+            if (path in aliases and matches(aliases[path], meant))
+            or (matches(path, meant) and not (is_preset and aliases))
         }
     known = [*candidates, *(aliases[path] for path in candidates if path in aliases)]
     missing = [] if is_preset else unmatched(meant, known)
