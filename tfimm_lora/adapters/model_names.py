@@ -89,8 +89,8 @@ def target_naming(source: Naming, library: str, dialect: str, prefix: str | None
             f"expected one of {', '.join(known)}."
         )
     if prefix is None:
-        backbones = [*family.transformers.values()]
-        prefix = f"{backbones[0]}." if library == "transformers" and backbones else ""
+        backbone = next(iter(family.transformers.values()), "")
+        prefix = f"{backbone}." if library == "transformers" and backbone else ""
     elif prefix and not prefix.endswith("."):
         prefix += "."
     return Naming(family, internal, prefix)
