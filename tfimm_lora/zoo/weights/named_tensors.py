@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from tfimm_lora.families.family import Family
@@ -103,7 +101,8 @@ def _naming(keys: list[str], family: Family | None) -> Naming | None:
     found = recognize(keys, family=family, is_weight=True)
     if found is None or (found.library == "timm" and not found.prefix):
         return None
-    plain = Naming(found.family, "timm")
-    known = sum(plain.to_timm(key, True) is not None for key in keys)
-    translated: Any = sum(found.to_timm(key, True) is not None for key in keys)
+    translated = sum(found.to_timm(key, True) is not None for key in keys)
+    if family is None:  # a few names of another family may look alike
+        return found if translated == len(keys) else None
+    known = sum(Naming(family, "timm").to_timm(key, True) is not None for key in keys)
     return found if translated > known else None
