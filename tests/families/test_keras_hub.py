@@ -3,7 +3,6 @@
 import pytest
 
 from tests.helpers.kerases import LEGACY
-from tfimm_lora.families.templates import Name
 
 pytestmark = pytest.mark.skipif(LEGACY, reason="keras_hub runs on Keras 3")
 

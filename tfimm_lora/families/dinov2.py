@@ -41,6 +41,12 @@ def _rows(swiglu: bool) -> tuple[Row, ...]:
             None,
             "embeddings.position_embeddings",
         ),
+        # Resized to the images of the model, from the position embeddings.
+        Row(
+            "pos_embed_resized",
+            keras_hub="embeddings.interpolated_position_embeddings",
+            in_timm=False,
+        ),
         Row(
             "patch_embed.proj",
             "embeddings.patch_embeddings.projection",

@@ -104,11 +104,31 @@ def load_timm_weights(
     for match, value in zip(matches, values):
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
+    _resize_positions(model)
     _copy_preprocessing(model, checkpoint)
     # A local path has the name of the file, without the folders of this machine.
     on_disk = Path(checkpoint.source).expanduser().exists()
     record_base_name(model, Path(checkpoint.source).name if on_disk else checkpoint.source)
     return model
+
+
+def _is_resized(target: CheckpointVariable) -> bool:
+    """Whether a variable is computed from another one: the position embeddings of DINOv2."""
+    return target.name.rpartition("/")[2] == "interpolated_position_embeddings"
+
+
+def _resize_positions(model: Any) -> None:
+    """Compute the position embeddings of DINOv2 for the images of the model."""
+    for target in filter(_is_resized, checkpoint_variables(model)):
+        layer = target.layer
+        resized = layer._interpolate_position_embeddings(
+            layer.position_embeddings,
+            patch_size=layer.patch_size,
+            source_shape=layer.position_embedding_shape,
+            target_shape=layer.image_shape,
+            antialias=layer.antialias_in_interpolation,
+        )
+        target.variable.assign(resized)
 
 
 def _layout_of(naming: Naming | None) -> Layout | None:
@@ -154,6 +174,8 @@ def _match(
     heads = classifier_paths(names.model)
     for weight in names.weights:
         target, wanted = weight.target, names.timm_names(weight)
+        if _is_resized(target):
+            continue
         found = next((name for name in wanted if named.sources(name)), None)
         taken.update(named.sources(found) if found is not None else ())
         name = target.name
