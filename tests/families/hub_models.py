@@ -52,7 +52,7 @@ def _dinov3() -> Any:
 
 def _mit_backbone() -> Any:
     return keras_hub.models.MiTBackbone(
-        [1, 1, 1, 2],
+        [1, 1, 1, 1],
         4,
         [1, 2, 3, 4],
         [8, 4, 2, 1],

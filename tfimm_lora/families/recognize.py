@@ -52,7 +52,9 @@ class Naming:
     @property
     def outside(self) -> str:
         """The prefix of what is outside of the backbone: "model." for "model.vit."."""
-        outer = self.prefix.rstrip(".").rpartition(".")[0]
+        # A prefix may end within a name: "encoder.encoder_" before "encoder.encoder_norm".
+        inner = self.prefix if self.prefix.endswith(".") else self.prefix.rpartition(".")[0]
+        outer = inner.rstrip(".").rpartition(".")[0]
         return f"{outer}." if outer else ""
 
     def to_timm(self, name: str, is_weight: bool = False) -> Name | None:

@@ -13,7 +13,7 @@ from tfimm_lora.config import Targets, with_default
 from tfimm_lora.families import FAMILIES
 from tfimm_lora.families.family import APPLICATIONS, KERAS_HUB, TIMM, Family
 from tfimm_lora.families.recognize import Naming, family_of_timm, recognize
-from tfimm_lora.families.templates import Template
+from tfimm_lora.families.templates import Name, Template
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
 from tfimm_lora.model.classifier import classifier_paths
@@ -100,6 +100,13 @@ def _in_keras_hub(
             counts[outside[: -len(inside)].rstrip("/")] += 1
     holder = max(counts, key=lambda x: (counts[x], x == path)) if counts else path
     prefix = f"{names[holder]}." if holder else ""
+    # The layers of the encoders of CLIP and SigLIP begin with the name of a named encoder.
+    longer = f"{prefix}{backbone.name}_"
+    found = family.names(KERAS_HUB)
+    if any(
+        x.startswith(longer) and found.to_timm(Name(x[len(longer) :])) for x in names.values()
+    ):
+        prefix = longer
     renamed = {}
     for template in family.numbered:
         pattern = Template(template).pattern()

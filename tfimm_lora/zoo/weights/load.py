@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tfimm_lora.backend import backend_of
 from tfimm_lora.families.recognize import Naming
 from tfimm_lora.families.templates import Name
@@ -32,6 +34,10 @@ from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
 
 #: The fields of a checkpoint's config.json about preprocessing.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
+
+
+#: The variable of DINOv2 in keras_hub that is computed from its position embeddings.
+_RESIZED = "interpolated_position_embeddings"
 
 
 def load_timm_weights(
@@ -111,7 +117,7 @@ def load_timm_weights(
     for match, value in zip(matches, values):
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
-    _resize_positions(model)
+    _compute_positions(model)
     _copy_preprocessing(model, checkpoint)
     record_class_names(model, labels_of(checkpoint.config))
     # A local path has the name of the file, without the folders of this machine.
@@ -122,21 +128,30 @@ def load_timm_weights(
 
 def _is_resized(target: CheckpointVariable) -> bool:
     """Whether a variable is computed from another one: the position embeddings of DINOv2."""
-    return target.name.rpartition("/")[2] == "interpolated_position_embeddings"
+    return target.name.rpartition("/")[2] == _RESIZED
 
 
-def _resize_positions(model: Any) -> None:
-    """Compute the position embeddings of DINOv2 for the images of the model."""
-    for target in filter(_is_resized, checkpoint_variables(model)):
-        layer = target.layer
-        resized = layer._interpolate_position_embeddings(
-            layer.position_embeddings,
-            patch_size=layer.patch_size,
-            source_shape=layer.position_embedding_shape,
-            target_shape=layer.image_shape,
-            antialias=layer.antialias_in_interpolation,
-        )
-        target.variable.assign(resized)
+def _compute_positions(model: Any) -> None:
+    """Compute the constants of keras_hub's position embeddings, which are in no checkpoint.
+
+    DINOv2 resizes its position embeddings to the images of the model; CLIP and SigLIP have the
+    numbers of the positions.
+    """
+    backend = backend_of(model)
+    for _, layer in backend.walk(model):
+        names = {backend.variable_name(x): x for x in backend.own_variables(layer)}
+        if _RESIZED in names:
+            resized = layer._interpolate_position_embeddings(
+                layer.position_embeddings,
+                patch_size=layer.patch_size,
+                source_shape=layer.position_embedding_shape,
+                target_shape=layer.image_shape,
+                antialias=layer.antialias_in_interpolation,
+            )
+            names[_RESIZED].assign(resized)
+        if "position_ids" in names:
+            count = names["position_ids"].shape[1]
+            names["position_ids"].assign(np.arange(count)[None])
 
 
 def _layout_of(naming: Naming | None) -> Layout | None:
