@@ -9,10 +9,12 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.torch_layout import base_kernel
-from tfimm_lora.adapters.translation import layout_of_timm, translate
+from tfimm_lora.adapters.translation import OfBase, layout_of_timm, translate
 from tfimm_lora.families.family import LIBRARIES, V4, V5
 from tfimm_lora.families.recognize import Naming, recognize, untranslated
 from tfimm_lora.families.templates import Name
+from tfimm_lora.model.state import model_state
+from tfimm_lora.zoo.weights.keys import to_torch
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 _D = TypeVar("_D", bound=AdapterData)
@@ -51,7 +53,9 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
         source = _with_prefix(target, adapter, prefix)
     if source is None or source == target:
         return adapter
-    return translate(adapter, source, target, base_norms(names, target))
+    return translate(
+        adapter, source, target, base_norms(names, target), base_weights(names, target)
+    )
 
 
 def in_library(
@@ -79,7 +83,9 @@ def in_library(
             "Leave names out to save the paths of its layers."
         )
     target = target_naming(source, library, dialect, prefix)
-    return translate(adapter, source, target, base_norms(names, source))
+    return translate(
+        adapter, source, target, base_norms(names, source), base_weights(names, source)
+    )
 
 
 def target_naming(source: Naming, library: str, dialect: str, prefix: str | None) -> Naming:
@@ -94,8 +100,8 @@ def target_naming(source: Naming, library: str, dialect: str, prefix: str | None
             f"expected one of {', '.join(known)}."
         )
     if prefix is None:
-        backbones = [*family.transformers.values()]
-        prefix = f"{backbones[0]}." if library == "transformers" and backbones else ""
+        backbone = next(iter(family.transformers.values()), "")
+        prefix = f"{backbone}." if library == "transformers" and backbone else ""
     elif prefix and not prefix.endswith("."):
         prefix += "."
     return Naming(family, internal, prefix, depths=source.depths)
@@ -112,7 +118,7 @@ def check_library(library: str, dialect: str) -> None:
         )
 
 
-def base_norms(names: ModuleNames, naming: Naming):  # type: ignore[no-untyped-def]
+def base_norms(names: ModuleNames, naming: Naming) -> OfBase:
     """Return the function that computes the norms of the base weights of a model's modules."""
 
     def norms(name: Name) -> np.ndarray | None:
@@ -128,6 +134,31 @@ def base_norms(names: ModuleNames, naming: Naming):  # type: ignore[no-untyped-d
         return np.split(rows, len(layout))[layout.index(name.block)]
 
     return norms
+
+
+def base_weights(names: ModuleNames, naming: Naming) -> OfBase:
+    """Return the function that returns the base weights of a model."""
+    by_key = {weight.key: weight for weight in names.weights}
+    replaced = model_state(names.model).replaced
+
+    def value(key: str) -> np.ndarray:
+        weight = by_key[key]
+        if key in replaced:
+            return to_torch(replaced[key].before, weight.target)
+        return weight.value()
+
+    def weights(name: Name) -> np.ndarray | None:
+        """Return a weight, or one of its blocks."""
+        own = naming.from_timm(name, True)
+        if own in by_key:
+            return value(own)
+        whole = naming.from_timm(Name(name.name), True)
+        layout = layout_of_timm(name.name.rpartition(".")[0])
+        if name.block is None or whole not in by_key:
+            return None
+        return np.split(value(whole), len(layout))[layout.index(name.block)]
+
+    return weights
 
 
 def _norms(kernel: np.ndarray) -> np.ndarray:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch, fnmatchcase
 
 from tfimm_lora.families import FAMILIES
@@ -39,6 +39,7 @@ class Naming:
         prefix: What comes before the names of the backbone, with its dot: "vit.".
         head: The name of a classifier that the table does not have.
         depths: The number of blocks of each stage, if known; see ``Family.depths``.
+        renamed: Names of modules -> their names in the table; see ``Family.numbered``.
     """
 
     family: Family
@@ -46,6 +47,7 @@ class Naming:
     prefix: str = ""
     head: str | None = None
     depths: tuple[int, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def names(self) -> Names:
@@ -97,12 +99,15 @@ class Naming:
     @property
     def outside(self) -> str:
         """The prefix of what is outside of the backbone: "model." for "model.vit."."""
-        outer = self.prefix.rstrip(".").rpartition(".")[0]
+        # A prefix may end within a name: "encoder.encoder_" before "encoder.encoder_norm".
+        inner = self.prefix if self.prefix.endswith(".") else self.prefix.rpartition(".")[0]
+        outer = inner.rstrip(".").rpartition(".")[0]
         return f"{outer}." if outer else ""
 
     def to_timm(self, name: str, is_weight: bool = False) -> Name | None:
         """Return timm's name of a module or weight of this naming, or None."""
         head, found = self.family.head, None
+        name = _renamed(name, self.renamed)
         if self.head and head and (name == self.head or name.startswith(f"{self.head}.")):
             return Name(head + name[len(self.head) :])
         if name.startswith(self.prefix):
@@ -119,9 +124,9 @@ class Naming:
         found = self.names.from_timm(name, is_weight)
         if found is None:
             return None
-        if found.name.startswith("/"):
-            return self.outside + found.name[1:]
-        return self._with_prefix(found.name)
+        inside = not found.name.startswith("/")
+        own = self._with_prefix(found.name) if inside else self.outside + found.name[1:]
+        return _renamed(own, {table: name for name, table in self.renamed.items()})
 
     @property
     def libraries_name(self) -> str:
@@ -131,6 +136,14 @@ class Naming:
     def __str__(self) -> str:
         behind = f" behind the prefix {self.prefix!r}" if self.prefix else ""
         return f"{TITLES[self.library]}'s names of {self.family.name}{behind}"
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return the other name of a module, or of a weight by its module."""
+    if name in names:
+        return names[name]
+    module, dot, leaf = name.rpartition(".")
+    return f"{names[module]}{dot}{leaf}" if module in names else name
 
 
 def recognize(

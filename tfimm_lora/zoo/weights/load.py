@@ -37,6 +37,10 @@ from tfimm_lora.zoo.weights.windows import as_window
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
 
 
+#: The variable of DINOv2 in keras_hub that is computed from its position embeddings.
+_RESIZED = "interpolated_position_embeddings"
+
+
 def load_timm_weights(
     model: Any,
     source: str | os.PathLike[str],
@@ -117,12 +121,41 @@ def load_timm_weights(
     for match, value in zip(matches, values):
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
+    _compute_positions(model)
     _copy_preprocessing(model, checkpoint)
     record_class_names(model, labels_of(checkpoint.config))
     # A local path has the name of the file, without the folders of this machine.
     on_disk = Path(checkpoint.source).expanduser().exists()
     record_base_name(model, Path(checkpoint.source).name if on_disk else checkpoint.source)
     return model
+
+
+def _is_resized(target: CheckpointVariable) -> bool:
+    """Whether a variable is computed from another one: the position embeddings of DINOv2."""
+    return target.name.rpartition("/")[2] == _RESIZED
+
+
+def _compute_positions(model: Any) -> None:
+    """Compute the constants of keras_hub's position embeddings, which are in no checkpoint.
+
+    DINOv2 resizes its position embeddings to the images of the model; CLIP and SigLIP have the
+    numbers of the positions.
+    """
+    backend = backend_of(model)
+    for _, layer in backend.walk(model):
+        names = {backend.variable_name(x): x for x in backend.own_variables(layer)}
+        if _RESIZED in names:
+            resized = layer._interpolate_position_embeddings(
+                layer.position_embeddings,
+                patch_size=layer.patch_size,
+                source_shape=layer.position_embedding_shape,
+                target_shape=layer.image_shape,
+                antialias=layer.antialias_in_interpolation,
+            )
+            names[_RESIZED].assign(resized)
+        if "position_ids" in names:
+            count = names["position_ids"].shape[1]
+            names["position_ids"].assign(np.arange(count)[None])
 
 
 def _layout_of(naming: Naming | None) -> Layout | None:
@@ -184,6 +217,8 @@ def _match(
     heads = classifier_paths(names.model)
     for weight in names.weights:
         target, wanted = weight.target, names.timm_names(weight)
+        if _is_resized(target):
+            continue
         found = next((name for name in wanted if named.sources(name)), None)
         taken.update(named.sources(found) if found is not None else ())
         name = target.name
