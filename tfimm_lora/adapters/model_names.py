@@ -2,16 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Collection
 from typing import TypeVar
 
 import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.torch_layout import base_kernel
-from tfimm_lora.adapters.translation import layout_of_timm, translate
-from tfimm_lora.families.family import LIBRARIES, V4, V5
-from tfimm_lora.families.recognize import Naming, recognize, untranslated
+from tfimm_lora.adapters.translation import Norms, layout_of_timm, translate
+from tfimm_lora.families import FAMILIES
+from tfimm_lora.families.family import V4, V5, Family
+from tfimm_lora.families.recognize import (
+    Naming,
+    explanation,
+    recognize,
+    recognize_other,
+    recognize_surely,
+    untranslated,
+)
 from tfimm_lora.families.templates import Name
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
@@ -25,7 +33,8 @@ DIALECTS = ("v4", "v5")
 def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _D:
     """Return an adapter in the names of a model, whichever names it has.
 
-    If the family of the model or of the names is not known, the adapter is returned as it is.
+    If the family of the model or of the names is not known, or they are of another family, the
+    adapter is returned as it is.
 
     Args:
         names: The names of the model.
@@ -43,9 +52,13 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
         return adapter
     source = recognize([*adapter.layers], family=target.family, hint=adapter.base_model)
     if prefix is not None:
-        source = _with_prefix(target, adapter, prefix)
+        source = _with_prefix([target.family], adapter, prefix, "prefix")
     if source is None or source == target:
         return adapter
+    if prefix is None and untranslated(source, adapter.layers):
+        other = recognize_other([*adapter.layers], target, hint=adapter.base_model)
+        if other is not None and other.family is not target.family:
+            return adapter
     return translate(adapter, source, target, base_norms(names, target))
 
 
@@ -107,7 +120,7 @@ def check_library(library: str, dialect: str) -> None:
         )
 
 
-def base_norms(names: ModuleNames, naming: Naming):  # type: ignore[no-untyped-def]
+def base_norms(names: ModuleNames, naming: Naming) -> Norms:
     """Return the function that computes the norms of the base weights of a model's modules."""
 
     def norms(name: Name) -> np.ndarray | None:
@@ -130,20 +143,48 @@ def _norms(kernel: np.ndarray) -> np.ndarray:
     return norms
 
 
-def _with_prefix(target: Naming, adapter: AdapterData, prefix: str) -> Naming:
-    """Return the naming of an adapter behind a prefix that the user gave."""
+def naming_of_adapter(adapter: AdapterData, prefix: str | None = None) -> Naming:
+    """Return the naming of an adapter, whose model is not known.
+
+    Args:
+        adapter: The adapter.
+        prefix: What comes before the names of the backbone; None to find it.
+
+    Raises:
+        ValueError: If no family has its names; or with a prefix, if no family has all of them
+            behind it.
+    """
+    if prefix is not None:
+        return _with_prefix(FAMILIES, adapter, prefix, "source_prefix")
+    found = recognize_surely([*adapter.layers], hint=adapter.base_model)
+    if found is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        whose = explanation([*adapter.layers], None)
+        whose = whose or "docs/reference/names.md lists the names of each."
+        raise ValueError(
+            f"Received an adapter with the layers {', '.join([*adapter.layers][:3])}, ..., "
+            f"whose family is not known; expected names of {known}. {whose} "
+            "If they are behind the prefix of a model of your own, pass it as source_prefix."
+        )
+    return found
+
+
+def _with_prefix(
+    families: Collection[Family], adapter: AdapterData, prefix: str, argument: str
+) -> Naming:
+    """Return the naming of an adapter behind a prefix that the user gave as an argument."""
     before = f"{prefix.rstrip('.')}." if prefix else ""
     candidates = [
-        dataclasses.replace(target, library=library, prefix=before, head=None)
-        for library in LIBRARIES
-        if library in target.family.libraries()
+        Naming(family, library, before)
+        for family in reversed([*families])
+        for library in family.libraries()
     ]
     best = min(candidates, key=lambda x: len(untranslated(x, adapter.layers)))
     unknown = untranslated(best, adapter.layers)
     if unknown:
+        of = f" of {best.family.name}" if len(families) == 1 else ""
         raise ValueError(
-            f"Received prefix={prefix!r} for an adapter of {target.family.name}, which is not "
-            f"before the names that are known: {', '.join(unknown[:10])}. Leave it out to find "
-            "the prefix."
+            f"Received {argument}={prefix!r} for an adapter{of}, which is not before the "
+            f"names that are known: {', '.join(unknown[:10])}. Leave it out to find the prefix."
         )
     return best

@@ -16,6 +16,18 @@ from tfimm_lora.families.templates import Name
 #: The number of names in which prefixes are looked for.
 _SAMPLE = 32
 
+#: The names of backbones in transformers' image models, some of which have no table here.
+_BACKBONES = frozenset(
+    (
+        *("beit", "bit", "clip", "convnext", "convnextv2", "cvt", "data2vec_vision", "deit"),
+        *("dinov2", "dinov2_with_registers", "dinov3_vit", "efficientnet", "focalnet"),
+        *("hiera", "ijepa", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit"),
+        *("mobilevitv2", "poolformer", "pvt", "pvt_v2", "regnet", "resnet", "segformer"),
+        *("siglip", "siglip2", "swiftformer", "swin", "swinv2", "van", "vit", "vision_model"),
+        *("vit_mae", "vit_msn", "vit_hybrid"),
+    )
+)
+
 #: What users read.
 TITLES = {
     TIMM: "timm",
@@ -126,6 +138,82 @@ def recognize(
 def untranslated(naming: Naming, names: Iterable[str], is_weight: bool = False) -> list[str]:
     """Return the names that a naming lacks."""
     return [name for name in names if naming.to_timm(name, is_weight) is None]
+
+
+def is_plain_timm(naming: Naming) -> bool:
+    """Whether a naming is timm's without a prefix, with which many models agree in part."""
+    return naming.library == TIMM and not naming.prefix
+
+
+def recognize_surely(
+    names: Collection[str], *, hint: str = "", is_weight: bool = False
+) -> Naming | None:
+    """Return the naming of names, or None unless it has most of them, of timm's all.
+
+    Args:
+        names, hint, is_weight: As in ``recognize``.
+    """
+    found = recognize(names, hint=hint, is_weight=is_weight)
+    if found is None:
+        return None
+    unknown = len(untranslated(found, names, is_weight))
+    is_sure = not unknown if is_plain_timm(found) else 2 * unknown < len(names)
+    return found if is_sure else None
+
+
+def recognize_other(
+    names: Collection[str], own: Naming | None, *, hint: str = "", is_weight: bool = False
+) -> Naming | None:
+    """Return the naming of names if a model with other names lacks them, for its message.
+
+    Args:
+        names, hint, is_weight: As in ``recognize``.
+        own: The naming of the model, or None if its family is not known.
+    """
+    found = recognize_surely(names, hint=hint, is_weight=is_weight)
+    if found is None or found == own or (own is None and is_plain_timm(found)):
+        return None
+    if own is not None:
+        same = recognize(names, family=own.family, hint=hint, is_weight=is_weight)
+        unknown = len(untranslated(found, names, is_weight))
+        if same is not None and len(untranslated(same, names, is_weight)) <= unknown:
+            found = same
+        if (found.family, found.library, found.prefix) == (own.family, own.library, own.prefix):
+            return None
+    return found
+
+
+def explanation(
+    names: Collection[str], own: Naming | None, *, hint: str = "", is_weight: bool = False
+) -> str:
+    """Return a sentence about whose names a file has that does not fit a model, or "".
+
+    Args:
+        names, own, hint, is_weight: As in ``recognize_other``.
+    """
+    found = recognize_other(names, own, hint=hint, is_weight=is_weight)
+    if found is None:
+        backbone = _backbone_without_table(names) if recognize(names) is None else None
+        return (
+            f"Its names begin with '{backbone}.', as in transformers; this family has no table "
+            "of names here (docs/reference/names.md)."
+            if backbone
+            else ""
+        )
+    if own is None:
+        return (
+            f"It has {found}, and the family of the model is not known, so that its names "
+            "cannot be translated (docs/reference/names.md)."
+        )
+    if found.family is not own.family:
+        return f"Its family is {found.family.name} (it has {found}), the model's {own.family.name}."
+    return f"It has {found}, the model {own}."
+
+
+def _backbone_without_table(names: Collection[str]) -> str | None:
+    """Return the level with which all names begin, if transformers has such a backbone."""
+    first = {name.partition(".")[0] for name in names}
+    return first.pop() if len(first) == 1 and first <= _BACKBONES else None
 
 
 def family_of_timm(model_name: str) -> Family | None:

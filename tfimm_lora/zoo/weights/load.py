@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.families.recognize import Naming
+from tfimm_lora.families.recognize import Naming, explanation
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
@@ -22,6 +22,7 @@ from tfimm_lora.zoo.weights.keys import (
     checkpoint_variables,
     expected_shape,
     fits,
+    is_ignored_in_checkpoint,
     to_keras,
 )
 from tfimm_lora.zoo.weights.module_names import ModuleNames
@@ -173,7 +174,7 @@ def _match(
     ]
     if problems:
         raise ValueError(
-            _message(names.model, checkpoint, named, problems, heads if classifier else [])
+            _message(names, checkpoint, named, tensors, problems, heads if classifier else [])
         )
     return matches
 
@@ -202,15 +203,23 @@ def _problem(
 
 
 def _message(
-    model: Any,
+    names: ModuleNames,
     checkpoint: Checkpoint,
     named: NamedTensors,
+    tensors: Tensors,
     problems: Sequence[str | None],
     heads: list[str],
 ) -> str:
-    architecture = checkpoint.config.get("architecture")
+    model, architecture = names.model, checkpoint.config.get("architecture")
+    keys = [key for key in tensors.shapes if not is_ignored_in_checkpoint(key)]
+    hint = architecture if isinstance(architecture, str) else ""
+    translated = named.naming is not None and 2 * len(named.unknown) < len(keys)
+    whose = ""
+    if not translated:
+        whose = explanation(keys, names.naming, hint=hint, is_weight=True)
     of = f" (config.json of the architecture {architecture!r})" if architecture else ""
-    of += f" (with {named.naming})" if named.naming is not None else ""
+    if named.naming is not None and translated:
+        of += f" (with {named.naming})"
     name = getattr(getattr(model, "cfg", None), "name", "") or model.name
     lines = "".join(f"\n  {problem}" for problem in problems)
     remedy = "\nNothing was loaded. Load it into the model of its architecture"
@@ -224,7 +233,8 @@ def _message(
         remedy += ", or pass patterns of weights to keep as weights_to_ignore"
     return (
         f"Received source={checkpoint.source!r}{of}, whose weights do not fit model '{name}' "
-        f"({type(model).__name__}): {len(problems)} problems.{lines}{remedy}."
+        f"({type(model).__name__}): {len(problems)} problems."
+        f"{f' {whose}' if whose else ''}{lines}{remedy}."
     )
 
 
