@@ -53,7 +53,7 @@ def translate(adapter: _D, source: Naming, target: Naming, norms: Norms | None =
         raise ValueError(
             f"Received an adapter with {source}, which cannot be translated to {target}: "
             f"{'; '.join(problems[:_MAX_LISTED])}{f'; and {more} more' if more > 0 else ''}. "
-            "docs/reference/names.md lists the names that are known. Leave the other layers out."
+            "docs/reference/names.md lists the known names. Leave the other layers out."
         )
     inside = [k for k in adapter.weights if any(k.startswith(f"{m}.") for m in adapter.modules)]
     full = _renamed_weights({k: adapter.weights[k] for k in inside}, source, target, [])

@@ -206,7 +206,8 @@ def explanation(
             "cannot be translated (docs/reference/names.md)."
         )
     if found.family is not own.family:
-        return f"Its family is {found.family.name} (it has {found}), the model's {own.family.name}."
+        theirs = own.family.name
+        return f"Its family is {found.family.name} (it has {found}), the model's {theirs}."
     return f"It has {found}, the model {own}."
 
 
