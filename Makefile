@@ -7,6 +7,8 @@ PIP     = $(PY) -m pip --disable-pip-version-check
 STAMP   = $(VENV)/.made
 HUB     = $(VENV)/.made-hub
 OLDEST  = .venv-oldest
+# transformers 4 for tests/interop, in a folder of its own beside transformers 5.
+FOUR    = $(VENV)/transformers-4
 # Not test_variants.py: Keras 3.3 rounds the product of its own Dense otherwise, and gives no
 # `training` to the dropout of a layer that is called outside of a model.
 OLDEST_TESTS = tests/layers/test_layers.py tests/layers/test_products.py
@@ -51,7 +53,7 @@ test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported
 	TF_USE_LEGACY_KERAS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" $(OLDEST_TESTS)
 	TF_USE_LEGACY_KERAS=0 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" $(OLDEST_TESTS)
 
-test-interop: $(VENV)/.made-interop  ## Compare with timm and PEFT on torch: weights, adapters, training
+test-interop: $(VENV)/.made-interop $(FOUR)/.made  ## Compare with timm, transformers and PEFT on torch
 	$(LEGACY) tests/interop
 
 test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 random files with PEFT (30 minutes)
@@ -122,5 +124,13 @@ $(VENV)/.made-wheel: $(STAMP)
 $(VENV)/.made-interop: $(STAMP)
 	$(PIP) install --quiet "torch==2.13.0" pillow pyyaml
 	$(PIP) install --quiet --no-deps "torchvision==0.28.0"
-	$(PIP) install --quiet "timm==1.0.31" "peft==0.21.2"
+	$(PIP) install --quiet "timm==1.0.31" "peft==0.21.2" "transformers==5.24.0"
+	touch $@
+
+# Only what transformers 4 needs in other versions; the rest is that of $(VENV). A program
+# takes it by PYTHONPATH=$(FOUR).
+$(FOUR)/.made: $(VENV)/.made-interop
+	rm -rf $(FOUR)
+	$(PIP) install --quiet --no-deps --target $(FOUR) "transformers==4.57.6" \
+		"huggingface_hub==0.36.2" "tokenizers==0.22.2"
 	touch $@

@@ -115,5 +115,7 @@ from .zoo.lora_classes.vgg import LoRAVGG as LoRAVGG
 from .zoo.lora_classes.vgg import LoRAVGGConfig as LoRAVGGConfig
 from .zoo.lora_classes.vit import LoRAViT as LoRAViT
 from .zoo.lora_classes.vit import LoRAViTConfig as LoRAViTConfig
+from .zoo.weights.labels import class_names as class_names
 from .zoo.weights.load import load_timm_weights as load_timm_weights
 from .zoo.weights.preprocessing import create_preprocessing as create_preprocessing
+from .zoo.weights.save import save_timm_weights as save_timm_weights

@@ -5,6 +5,7 @@ It is kept in ``model.__dict__["_lora_model"]``, where Keras neither tracks nor 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from tfimm_lora.config import LoRAConfig
 _STATE = "_lora_model"
 _BASE_NAME = "_lora_base_name"
 _TIMM_NAMES = "_lora_timm_names"
+_CLASS_NAMES = "_lora_class_names"
 #: The end of the name of a base model with random weights.
 RANDOM = " (random weights)"
 
@@ -76,8 +78,22 @@ def copy_base_name(source: Layer, target: Layer) -> None:
     name = base_name(source)
     if name is not None:
         record_base_name(target, name)
+    record_class_names(target, recorded_class_names(source))
     if saves_timm_names(source):
         record_timm_names(target)
+
+
+def record_class_names(model: Layer, names: Sequence[str] | None) -> None:
+    """Record the names of the classes of a model's weights, or that they are not known."""
+    model.__dict__.pop(_CLASS_NAMES, None)
+    if names is not None:
+        model.__dict__[_CLASS_NAMES] = tuple(names)
+
+
+def recorded_class_names(model: Layer) -> tuple[str, ...] | None:
+    """Return the recorded names of the classes; None if they are not known."""
+    names: tuple[str, ...] | None = model.__dict__.get(_CLASS_NAMES)
+    return names
 
 
 def record_timm_names(model: Layer) -> None:

@@ -15,6 +15,8 @@ from tfimm_lora.zoo.weights.torch_files import TORCH_SUFFIXES
 WEIGHTS = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 CONFIG = "config.json"
+#: How transformers prepares images.
+PREPROCESSOR = "preprocessor_config.json"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
 _OTHER_FORMATS = (".tar", ".npz", ".h5", ".ckpt", ".pkl")
@@ -26,8 +28,10 @@ class Checkpoint(NamedTuple):
     #: The ``source`` argument, for messages.
     source: str
     files: list[Path]
-    #: The content of timm's config.json; empty if there is none.
+    #: The content of config.json of timm or transformers; empty if there is none.
     config: dict[str, Any]
+    #: The content of transformers' preprocessor_config.json; empty if there is none.
+    preprocessor: dict[str, Any]
 
 
 def find_checkpoint(
@@ -79,14 +83,17 @@ def _single_file(source: str, path: Path) -> Checkpoint:
             "safetensors.save_file."
         )
     # config.json describes the file of the usual name, but not always other files.
-    config = path.with_name(CONFIG) if path.name == WEIGHTS else None
-    return Checkpoint(source, [path], _read_config(config))
+    is_usual = path.name == WEIGHTS
+    config = _read_config(path.with_name(CONFIG)) if is_usual else {}
+    preprocessor = _read_config(path.with_name(PREPROCESSOR)) if is_usual else {}
+    return Checkpoint(source, [path], config, preprocessor)
 
 
 def _in_folder(source: str, folder: Path) -> Checkpoint:
     config = _read_config(folder / CONFIG)
+    preprocessor = _read_config(folder / PREPROCESSOR)
     if (folder / WEIGHTS).is_file():
-        return Checkpoint(source, [folder / WEIGHTS], config)
+        return Checkpoint(source, [folder / WEIGHTS], config, preprocessor)
     if (folder / INDEX).is_file():
         files = [folder / name for name in _shards(folder / INDEX)]
         missing = [f.name for f in files if not f.is_file()]
@@ -95,10 +102,10 @@ def _in_folder(source: str, folder: Path) -> Checkpoint:
                 f"Received source={source!r}, whose {INDEX} names files that do not exist: "
                 f"{', '.join(missing)}. Add them to the folder."
             )
-        return Checkpoint(source, files, config)
+        return Checkpoint(source, files, config, preprocessor)
     files = sorted(folder.glob("*.safetensors"))
     if len(files) == 1:
-        return Checkpoint(source, files, config)
+        return Checkpoint(source, files, config, preprocessor)
     raise FileNotFoundError(
         f"Received source={source!r}, a folder with {len(files)} safetensors files"
         + (f" ({', '.join(f.name for f in files)})" if files else "")
@@ -116,7 +123,11 @@ def _on_hub(identifier: str, revision: str | None, cache_dir: str | None) -> Che
         if index is None:
             raise where.not_found(f"neither {WEIGHTS} nor {INDEX}")
         files = [where.download(name) for name in _shards(index)]
-    return Checkpoint(identifier, files, _read_config(where.download_optional(CONFIG)))
+    config = _read_config(where.download_optional(CONFIG))
+    # timm's repositories do not have this file.
+    of_transformers = "model_type" in config
+    preprocessor = where.download_optional(PREPROCESSOR) if of_transformers else None
+    return Checkpoint(identifier, files, config, _read_config(preprocessor))
 
 
 def _shards(index: Path) -> list[str]:

@@ -1,4 +1,4 @@
-"""``load_timm_weights``: load a timm checkpoint into a tfimm model."""
+"""``load_timm_weights``: load a checkpoint of timm or transformers into a model."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from tfimm_lora.families.recognize import Naming, explanation
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
-from tfimm_lora.model.state import record_base_name
+from tfimm_lora.model.state import record_base_name, record_class_names
 from tfimm_lora.zoo.weights.checkpoint import Checkpoint, find_checkpoint
+from tfimm_lora.zoo.weights.image_processor import of_transformers
 from tfimm_lora.zoo.weights.key_layouts import LAYOUTS, Layout
 from tfimm_lora.zoo.weights.keys import (
     CheckpointVariable,
@@ -25,6 +26,7 @@ from tfimm_lora.zoo.weights.keys import (
     is_ignored_in_checkpoint,
     to_keras,
 )
+from tfimm_lora.zoo.weights.labels import labels_of
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 from tfimm_lora.zoo.weights.named_tensors import NamedTensors
 from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
@@ -41,24 +43,29 @@ def load_timm_weights(
     revision: str | None = None,
     cache_dir: str | None = None,
 ) -> Any:
-    """Load a timm checkpoint into a tfimm model or its LoRA version, in place.
+    """Load a checkpoint of timm or transformers into a model, in place.
 
-    Neither torch nor timm is needed. Both key layouts of timm (before and since 0.9) are
-    supported and recognized by their keys. Every tensor is accounted for: either all weights
-    of the model are loaded, or none. LoRA factors are not in a checkpoint and are kept.
+    The model is of tfimm, its LoRA version, or a model of keras_hub or keras.applications whose
+    family is in docs/reference/names.md. Neither torch nor timm is needed. Both key layouts of
+    timm (before and since 0.9) and the names of transformers are supported and recognized by
+    their keys, with separate query, key and value projections where the model has a fused one,
+    and the reverse. Every tensor is accounted for: either all weights of the model are loaded,
+    or none. LoRA factors are not in a checkpoint and are kept.
 
     PoolFormer's weights were trained by its authors with normalization before pooling, as in
     tfimm. timm pools first since version 0.9, so its logits differ from tfimm's
     (docs/how-to/pretrained-weights.md).
 
     Args:
-        model: A built model with tfimm's layer names.
+        model: A built model.
         source: A safetensors file; a torch file (.pth, .pt or .bin), which is read without
             torch and without executing its pickle; a folder with ``model.safetensors`` (or
             its index, if it is in several files); or the hub id of such a repository, for
             example "timm/convnext_tiny.fb_in1k", which is downloaded once to the cache of
-            huggingface_hub. A ``config.json`` beside the weights sets mean, std, crop_pct
-            and interpolation of ``model.cfg``, for ``create_preprocessing``.
+            huggingface_hub. A ``config.json`` (timm) or ``preprocessor_config.json``
+            (transformers) beside the weights sets mean, std, crop_pct and interpolation of
+            ``model.cfg``, for ``create_preprocessing``. The names of the classes in it are
+            returned by ``class_names``.
         weights_to_ignore: Regular expressions, searched for in the names of the model's
             weights ("blocks/0/mlp/fc1/kernel"). Weights that match are not loaded.
         revision: Branch, tag or commit of a hub repository. Default: its main branch.
@@ -106,6 +113,7 @@ def load_timm_weights(
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
     _copy_preprocessing(model, checkpoint)
+    record_class_names(model, labels_of(checkpoint.config))
     # A local path has the name of the file, without the folders of this machine.
     on_disk = Path(checkpoint.source).expanduser().exists()
     record_base_name(model, Path(checkpoint.source).name if on_disk else checkpoint.source)
@@ -240,14 +248,23 @@ def _message(
 
 def _copy_preprocessing(model: Any, checkpoint: Checkpoint) -> None:
     """Copy the checkpoint's preprocessing to the config of the model."""
-    fields = checkpoint.config.get("pretrained_cfg")
+    fields = preprocessing_of(checkpoint)
     cfg = getattr(model, "cfg", None)
-    if not isinstance(fields, dict) or cfg is None:
+    if not fields or cfg is None:
         return
     # A copy, since tfimm's registry and other models may share the config.
     cfg = copy.copy(cfg)
-    for name in PREPROCESSING_FIELDS:
-        if fields.get(name) is not None and hasattr(cfg, name):
-            value = fields[name]
+    for name, value in fields.items():
+        if hasattr(cfg, name):
             setattr(cfg, name, tuple(value) if isinstance(value, list) else value)
     model.cfg = cfg
+
+
+def preprocessing_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Return the ``PREPROCESSING_FIELDS`` that the files of a checkpoint have."""
+    fields = checkpoint.config.get("pretrained_cfg")
+    if isinstance(fields, dict):
+        given = {name: fields.get(name) for name in PREPROCESSING_FIELDS}
+    else:
+        given = of_transformers(checkpoint.preprocessor)
+    return {name: value for name, value in given.items() if value is not None}
