@@ -162,8 +162,9 @@ def naming_of_adapter(adapter: AdapterData, prefix: str | None = None) -> Naming
         whose = explanation([*adapter.layers], None)
         whose = whose or "docs/reference/names.md lists the names of each."
         raise ValueError(
-            f"Received an adapter with the layers {', '.join([*adapter.layers][:3])}, ..., "
-            f"whose family is not known; expected names of {known}. {whose} "
+            f"Received an adapter of no known family, with the layers "
+            f"{', '.join([*adapter.layers][:3])}{', ...' if len(adapter.layers) > 3 else ''}; "
+            f"expected names of {known}. {whose} "
             "If they are behind the prefix of a model of your own, pass it as source_prefix."
         )
     return found

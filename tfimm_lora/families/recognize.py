@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from fnmatch import fnmatch
 
 from tfimm_lora.families import FAMILIES
-from tfimm_lora.families.family import APPLICATIONS, KERAS_HUB, LIBRARIES, TIMM, Family, Names
+from tfimm_lora.families.family import (
+    APPLICATIONS,
+    KERAS_HUB,
+    LIBRARIES,
+    TIMM,
+    V4,
+    V5,
+    Family,
+    Names,
+)
 from tfimm_lora.families.templates import Name
 
 #: The number of names in which prefixes are looked for.
@@ -31,8 +40,7 @@ _BACKBONES = frozenset(
 #: What users read.
 TITLES = {
     TIMM: "timm",
-    "transformers-v4": "transformers 4",
-    "transformers-v5": "transformers 5",
+    "transformers": "transformers",
     KERAS_HUB: "keras_hub",
     APPLICATIONS: "keras.applications",
 }
@@ -93,9 +101,19 @@ class Naming:
         """The library as users name it: "transformers" for both of its versions."""
         return self.library.partition("-")[0]
 
+    @property
+    def dialect(self) -> str | None:
+        """For transformers "v4" or "v5"; None if both have the same names of this family."""
+        same = all(row.column(V4) == row.column(V5) for row in self.family.rows)
+        return None if same else {V4: "v4", V5: "v5"}.get(self.library)
+
     def __str__(self) -> str:
         behind = f" behind the prefix {self.prefix!r}" if self.prefix else ""
-        return f"{TITLES[self.library]}'s names of {self.family.name}{behind}"
+        library = TITLES[self.libraries_name]
+        if self.dialect is not None:
+            library += f" {self.dialect[1:]}"
+        possessive = "'" if library.endswith("s") else "'s"
+        return f"{library}{possessive} names of {self.family.name}{behind}"
 
 
 def recognize(
@@ -119,6 +137,7 @@ def recognize(
         is_weight: Whether they are the names of weights.
     """
     best: tuple[tuple[int, ...], Naming] | None = None
+    named = _family_in(hint)
     sample = list(names)[:: max(1, len(names) // _SAMPLE)]
     # The general families last in FAMILIES are the better guess among equals.
     for each in reversed(FAMILIES) if family is None else (family,):
@@ -128,8 +147,7 @@ def recognize(
                 found = sum(naming.to_timm(name, is_weight) is not None for name in names)
                 backbone = prefix.rstrip(".").rpartition(".")[2]
                 own = backbone in each.transformers.values()
-                named = any(fnmatch(hint, f"*{x.rstrip('*')}*") for x in each.timm_models)
-                score = (found, int(own), int(named))
+                score = (found, int(own), int(each is named))
                 if found and (best is None or score > best[0]):
                     best = score, naming
     return None if best is None else best[1]
@@ -148,7 +166,7 @@ def is_plain_timm(naming: Naming) -> bool:
 def recognize_surely(
     names: Collection[str], *, hint: str = "", is_weight: bool = False
 ) -> Naming | None:
-    """Return the naming of names, or None unless it has most of them, of timm's all.
+    """Return the naming of names, or None unless it has half of them, of timm's all.
 
     Args:
         names, hint, is_weight: As in ``recognize``.
@@ -157,7 +175,7 @@ def recognize_surely(
     if found is None:
         return None
     unknown = len(untranslated(found, names, is_weight))
-    is_sure = not unknown if is_plain_timm(found) else 2 * unknown < len(names)
+    is_sure = not unknown if is_plain_timm(found) else 2 * unknown <= len(names)
     return found if is_sure else None
 
 
@@ -229,6 +247,16 @@ def family_of_timm(model_name: str) -> Family | None:
         if any(fnmatch(plain, pattern) for pattern in family.timm_models):
             return family
     return None
+
+
+def _family_in(base_model: str) -> Family | None:
+    """Return the family that the name of a base model contains: "user/swin-tiny-flowers"."""
+    plain = base_model.rpartition("/")[2].lower().replace("-", "_")
+    found = family_of_timm(plain)
+    if found is None:
+        patterns = ((family, pattern) for family in FAMILIES for pattern in family.timm_models)
+        found = next((x for x, pattern in patterns if fnmatch(plain, f"*_{pattern}")), None)
+    return found
 
 
 def _prefixes(family: Family, library: str, names: Iterable[str], is_weight: bool) -> list[str]:

@@ -222,6 +222,7 @@ def _message(
     keys = [key for key in tensors.shapes if not is_ignored_in_checkpoint(key)]
     hint = architecture if isinstance(architecture, str) else ""
     translated = named.naming is not None and 2 * len(named.unknown) < len(keys)
+    translated &= names.naming is not None
     whose = ""
     if not translated:
         whose = explanation(keys, names.naming, hint=hint, is_weight=True)
