@@ -43,6 +43,9 @@ from tfimm_lora.peft.matching import outermost, with_parents
 _MAX_BYTES = {CONFIG: 4 << 20, WEIGHTS: 8 << 30}
 _MAX_HEADER = 16 << 20
 
+#: The number of keys that are enough to recognize whose they are, also in a hostile file.
+_MAX_RECOGNIZED = 1000
+
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
 _T = TypeVar("_T")
@@ -306,6 +309,7 @@ def _sorted_tensors(
 
 def _whose_keys(keys: list[str]) -> str:
     """Return what keys without PEFT's prefix are, for the end of an error message."""
+    keys = keys[:_MAX_RECOGNIZED]
     matches = [FACTOR.fullmatch(key) or NAMED_FACTOR.fullmatch(key) for key in keys]
     modules = [*dict.fromkeys(found["module"] for found in matches if found)]
     if modules:

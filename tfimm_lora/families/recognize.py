@@ -24,6 +24,10 @@ from tfimm_lora.families.templates import Name
 
 #: The number of names in which prefixes are looked for.
 _SAMPLE = 32
+#: More names than any model has: of longer lists only every n-th name is counted.
+_MAX_COUNTED = 5000
+#: The length of a name that is not looked at.
+_MAX_LENGTH = 500
 
 #: The names of backbones in transformers' image models, some of which have no table here.
 _BACKBONES = frozenset(
@@ -138,7 +142,10 @@ def recognize(
     """
     best: tuple[tuple[int, ...], Naming] | None = None
     named = _family_in(hint)
-    sample = list(names)[:: max(1, len(names) // _SAMPLE)]
+    # A hostile file may have very many names, or very long ones.
+    names = [name for name in names if len(name) <= _MAX_LENGTH]
+    names = names[:: max(1, len(names) // _MAX_COUNTED)]
+    sample = names[:: max(1, len(names) // _SAMPLE)]
     # The general families last in FAMILIES are the better guess among equals.
     for each in reversed(FAMILIES) if family is None else (family,):
         for library in libraries:
