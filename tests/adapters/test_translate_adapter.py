@@ -249,6 +249,16 @@ def test_a_checkpoint_of_another_family_is_recognized(tmp_path):
         lora.load_timm_weights(plain(), tmp_path / "model.safetensors")
 
 
+def test_adapters_with_names_of_different_libraries_are_not_combined():
+    adapter = dataclasses.replace(hugging_face(), weights={}, modules=())
+    timm = lora.translate_adapter(adapter, "timm")
+    for call in (lora.combine_adapters, lambda pair: lora.combination_errors(timm, [adapter])):
+        with pytest.raises(ValueError, match="transformers 4's.*timm's.*Translate them first"):
+            call([adapter, timm])
+    v4 = lora.translate_adapter(timm, "transformers", dialect="v4")
+    assert [*lora.combine_adapters([adapter, v4]).layers] == [*adapter.layers]
+
+
 # -- base models ----------------------------------------------------------------------------
 
 
