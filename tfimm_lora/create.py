@@ -9,6 +9,7 @@ from typing import Any
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.adapters.lora_arguments import lora_arguments
+from tfimm_lora.adapters.model_names import weights_by_timm_key
 from tfimm_lora.backend import legacy_backend
 from tfimm_lora.model.classifier import classifier_names
 from tfimm_lora.model.convert import (
@@ -148,7 +149,7 @@ def list_models(pattern: str = "") -> list[str]:
 def _classes_of(adapter: Adapter, named_cfg: Any) -> int | None:
     """Return the number of classes of an adapter's classifier; None if it has none."""
     names = [name.replace("/", ".") for name in classifier_names(named_cfg)]
-    for key, value in adapter.weights.items():
+    for key, value in weights_by_timm_key(adapter).items():
         # Some are named "head.fc" in timm and "head" in tfimm.
         if any(key in (f"{name}.weight", f"{name}.fc.weight") for name in names):
             return int(value.shape[0])

@@ -170,6 +170,15 @@ def naming_of_adapter(adapter: AdapterData, prefix: str | None = None) -> Naming
     return found
 
 
+def weights_by_timm_key(adapter: AdapterData) -> dict[str, np.ndarray]:
+    """Return the fully trained weights of an adapter by timm's keys, where known."""
+    naming = recognize_surely([*adapter.layers], hint=adapter.base_model)
+    if naming is None:
+        return dict(adapter.weights)
+    found = {key: naming.to_timm(key, is_weight=True) for key in adapter.weights}
+    return {str(found[key] or key): value for key, value in adapter.weights.items()}
+
+
 def _with_prefix(
     families: Collection[Family], adapter: AdapterData, prefix: str, argument: str
 ) -> Naming:
