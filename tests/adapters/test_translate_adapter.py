@@ -272,7 +272,7 @@ def test_adapters_with_names_of_different_libraries_are_not_combined():
         ("timm/vit_tiny.a", "timm/vit_tiny", False),
         ("hf://google/vit-tiny@main", "google/vit-tiny", False),
         (random_weights("vit-tiny"), "google/vit-base", False),
-        ("google/vit-tiny", "/home/me/vit-base", False),
+        ("google/vit-tiny", "/models/vit-base", False),
         ("model.safetensors", "google/vit-base", False),
         ("google/vit-tiny", "", False),
     ],
