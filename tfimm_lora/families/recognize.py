@@ -153,7 +153,7 @@ def recognize(
                 naming = Naming(each, library, prefix)
                 found = sum(naming.to_timm(name, is_weight) is not None for name in names)
                 backbone = prefix.rstrip(".").rpartition(".")[2]
-                own = backbone in each.transformers.values()
+                own = library in (V4, V5) and backbone in each.transformers.values()
                 score = (found, int(own), int(each is named))
                 if found and (best is None or score > best[0]):
                     best = score, naming
