@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Collection
 from typing import TypeVar
 
@@ -11,7 +12,7 @@ from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.adapters.translation import Norms, layout_of_timm, translate
 from tfimm_lora.families import FAMILIES
-from tfimm_lora.families.family import V4, V5, Family
+from tfimm_lora.families.family import V4, V5
 from tfimm_lora.families.recognize import (
     Naming,
     explanation,
@@ -52,7 +53,8 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
         return adapter
     source = recognize([*adapter.layers], family=target.family, hint=adapter.base_model)
     if prefix is not None:
-        source = _with_prefix([target.family], adapter, prefix, "prefix")
+        same = [dataclasses.replace(target, library=x) for x in target.family.libraries()]
+        source = _with_prefix(same, adapter, prefix, "prefix")
     if source is None or source == target:
         return adapter
     if prefix is None and untranslated(source, adapter.layers):
@@ -155,7 +157,8 @@ def naming_of_adapter(adapter: AdapterData, prefix: str | None = None) -> Naming
             behind it.
     """
     if prefix is not None:
-        return _with_prefix(FAMILIES, adapter, prefix, "source_prefix")
+        candidates = [Naming(x, y) for x in reversed(FAMILIES) for y in x.libraries()]
+        return _with_prefix(candidates, adapter, prefix, "source_prefix")
     found = recognize_surely([*adapter.layers], hint=adapter.base_model)
     if found is None:
         known = ", ".join(family.name for family in FAMILIES)
@@ -180,21 +183,16 @@ def weights_by_timm_key(adapter: AdapterData) -> dict[str, np.ndarray]:
 
 
 def _with_prefix(
-    families: Collection[Family], adapter: AdapterData, prefix: str, argument: str
+    candidates: Collection[Naming], adapter: AdapterData, prefix: str, argument: str
 ) -> Naming:
-    """Return the naming of an adapter behind a prefix that the user gave as an argument."""
+    """Return that of some namings which an adapter has behind a prefix that the user gave."""
     before = f"{prefix.rstrip('.')}." if prefix else ""
-    candidates = [
-        Naming(family, library, before)
-        for family in reversed([*families])
-        for library in family.libraries()
-    ]
-    best = min(candidates, key=lambda x: len(untranslated(x, adapter.layers)))
+    behind = [dataclasses.replace(x, prefix=before, head=None) for x in candidates]
+    best = min(behind, key=lambda x: len(untranslated(x, adapter.layers)))
     unknown = untranslated(best, adapter.layers)
     if unknown:
-        of = f" of {best.family.name}" if len(families) == 1 else ""
         raise ValueError(
-            f"Received {argument}={prefix!r} for an adapter{of}, which is not before the "
+            f"Received {argument}={prefix!r} for an adapter, which is not before the "
             f"names that are known: {', '.join(unknown[:10])}. Leave it out to find the prefix."
         )
     return best
