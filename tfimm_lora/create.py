@@ -11,6 +11,7 @@ from typing import Any
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.load import load_adapter
 from tfimm_lora.adapters.lora_arguments import lora_arguments
+from tfimm_lora.adapters.model_names import weights_by_timm_key
 from tfimm_lora.backend import keras3_backend, legacy_backend, uses_legacy_keras
 from tfimm_lora.config import LoRAConfig, lora_field_names
 from tfimm_lora.model.classifier import classifier_names, classifier_paths
@@ -232,7 +233,7 @@ def _classes_of(adapter: Adapter, named_cfg: Any) -> int | None:
 
 
 def _classes_in(adapter: Adapter, names: Iterable[str]) -> int | None:
-    for key, value in adapter.weights.items():
+    for key, value in weights_by_timm_key(adapter).items():
         # Some are named "head.fc" in timm and "head" in tfimm.
         if any(key in (f"{name}.weight", f"{name}.fc.weight") for name in names):
             return int(value.shape[0])

@@ -61,16 +61,41 @@ def translate(
         more = len(problems) - _MAX_LISTED
         raise ValueError(
             f"Received an adapter with {source}, which cannot be translated to {target}: "
-            f"{'; '.join(problems[:_MAX_LISTED])}{f'; and {more} more' if more > 0 else ''}."
+            f"{'; '.join(problems[:_MAX_LISTED])}{f'; and {more} more' if more > 0 else ''}. "
+            "docs/reference/names.md lists the known names. Leave the other layers out."
         )
     inside = [k for k in adapter.weights if any(k.startswith(f"{m}.") for m in adapter.modules)]
     full = _renamed_weights(
         {k: adapter.weights[k] for k in inside}, source, target, [], weights
     )
     modules = tuple(sorted({key.rpartition(".")[0] for key in full}))
+    selection = adapter.selection
+    if selection is not None:
+        same = selection.layers == adapter.layers.keys()
+        selection = selection.translated(source, target, frozenset(layers)) if same else None
     return dataclasses.replace(
-        adapter, layers=layers, weights=renamed, modules=modules, selection=None
+        adapter, layers=layers, weights=renamed, modules=modules, selection=selection
     )
+
+
+def names_in(source: Naming, target: Naming, name: str, is_weight: bool = False) -> list[str]:
+    """Return the names in ``source`` of a module or weight that ``target`` names.
+
+    They are several where ``source`` has separate layers for query, key and value and
+    ``target`` a fused projection; none if either table lacks the module.
+    """
+    timm = target.to_timm(name, is_weight)
+    if timm is None:
+        return []
+    own = source.from_timm(timm, is_weight)
+    if own is not None:
+        return [own]
+    if timm.block is not None:
+        whole = source.from_timm(Name(timm.name), is_weight)
+        return [] if whole is None else [whole]
+    module = timm.name.rpartition(".")[0] if is_weight else timm.name
+    blocks = (source.from_timm(Name(timm.name, b), is_weight) for b in layout_of_timm(module))
+    return [name for name in blocks if name is not None]
 
 
 def _renamed_layers(

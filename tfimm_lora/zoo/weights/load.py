@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.families.recognize import Naming
+from tfimm_lora.families.recognize import Naming, explanation
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
@@ -25,6 +25,7 @@ from tfimm_lora.zoo.weights.keys import (
     checkpoint_variables,
     expected_shape,
     fits,
+    is_ignored_in_checkpoint,
     to_keras,
 )
 from tfimm_lora.zoo.weights.labels import labels_of
@@ -241,7 +242,7 @@ def _match(
     ]
     if problems:
         raise ValueError(
-            _message(names.model, checkpoint, named, problems, heads if classifier else [])
+            _message(names, checkpoint, named, tensors, problems, heads if classifier else [])
         )
     return matches
 
@@ -278,15 +279,24 @@ def _shape_in_window(shape: tuple[int, ...], size: int | None) -> tuple[int, ...
 
 
 def _message(
-    model: Any,
+    names: ModuleNames,
     checkpoint: Checkpoint,
     named: NamedTensors,
+    tensors: Tensors,
     problems: Sequence[str | None],
     heads: list[str],
 ) -> str:
-    architecture = checkpoint.config.get("architecture")
+    model, architecture = names.model, checkpoint.config.get("architecture")
+    keys = [key for key in tensors.shapes if not is_ignored_in_checkpoint(key)]
+    hint = architecture if isinstance(architecture, str) else ""
+    translated = named.naming is not None and 2 * len(named.unknown) < len(keys)
+    translated &= names.naming is not None
+    whose = ""
+    if not translated:
+        whose = explanation(keys, names.naming, hint=hint, is_weight=True)
     of = f" (config.json of the architecture {architecture!r})" if architecture else ""
-    of += f" (with {named.naming})" if named.naming is not None else ""
+    if named.naming is not None and translated:
+        of += f" (with {named.naming})"
     name = getattr(getattr(model, "cfg", None), "name", "") or model.name
     lines = "".join(f"\n  {problem}" for problem in problems)
     remedy = "\nNothing was loaded. Load it into the model of its architecture"
@@ -300,7 +310,8 @@ def _message(
         remedy += ", or pass patterns of weights to keep as weights_to_ignore"
     return (
         f"Received source={checkpoint.source!r}{of}, whose weights do not fit model '{name}' "
-        f"({type(model).__name__}): {len(problems)} problems.{lines}{remedy}."
+        f"({type(model).__name__}): {len(problems)} problems."
+        f"{f' {whose}' if whose else ''}{lines}{remedy}."
     )
 
 
