@@ -18,6 +18,7 @@ from .adapters.peft_targets import lora_arguments_from_peft as lora_arguments_fr
 from .adapters.push_to_hub import push_to_hub as push_to_hub
 from .adapters.save import adapter_of as adapter_of
 from .adapters.save import save_adapter as save_adapter
+from .adapters.translate_adapter import translate_adapter as translate_adapter
 from .config import LORA_WEIGHT_NAMES as LORA_WEIGHT_NAMES
 from .config import LoRAConfig as LoRAConfig
 from .create import create_model as create_model

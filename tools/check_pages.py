@@ -5,7 +5,8 @@ Run by ``make quality``, with legacy Keras and tfimm installed. Nothing is measu
 * the tables of performance.md and variants.md are those of their JSON files;
 * the best learning rate of each method in variants.json lies inside the range that was tried;
 * architectures.md has the text and the names that the package reports, and the sizes of
-  ``tfimm_lora/zoo/models.json``.
+  ``tfimm_lora/zoo/models.json``;
+* names.md has the tables of ``tfimm_lora/families``.
 """
 
 import json
@@ -77,9 +78,17 @@ def architectures():
     return found
 
 
+def names():
+    """Return whether names.md differs from the tables of names."""
+    import make_names
+
+    same = make_names.page() == text_of("names.md")
+    return [] if same else ["names.md differs from the page that make_names.py writes"]
+
+
 def main():
     """Print everything that is wrong and return the exit status."""
-    found = performance() + variants() + architectures()
+    found = performance() + variants() + architectures() + names()
     print("\n".join(found) if found else "The generated pages match their data.")
     return 1 if found else 0
 

@@ -115,6 +115,41 @@ def test_create_model_with_an_adapter(tmp_path):
         lora.create_model("resnet18", adapter=tmp_path, nb_classes=9)
 
 
+def test_create_model_with_an_adapter_of_transformers(tmp_path):
+    name = "deit_tiny_patch16_224"
+    model = lora.create_model(name, nb_classes=7, lora_rank=2, lora_qkv="qv")
+    randomise(model)
+    lora.save_adapter(model, tmp_path, names="transformers", dialect="v4")
+    theirs = lora.Adapter.load(tmp_path)
+    assert set(theirs.weights) == {"classifier.weight", "classifier.bias"}
+    fresh = lora.create_model(name, adapter=tmp_path)
+    assert fresh.cfg.nb_classes == 7
+    x = digits(1, (224, 224))[0]
+    lora.transfer_weights(model, fresh)
+    expected = run(model, x)
+    lora.load_adapter(fresh, theirs)
+    np.testing.assert_allclose(run(fresh, x), expected, atol=1e-4 * np.abs(expected).max())
+
+
+def test_what_an_adapter_of_transformers_lacks_is_named(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    base = ARCHITECTURES["vit"].make()
+    model = lora.convert_to_lora_model(base, lora_rank=2, lora_targets="attention")
+    lora.save_adapter(model, tmp_path, names="transformers", dialect="v4")
+    weights, config = tmp_path / "adapter_model.safetensors", tmp_path / "adapter_config.json"
+    fields = {**json.loads(config.read_text()), "target_modules": ["query", "output.dense"]}
+    config.write_text(json.dumps(fields))
+    tensors = load_file(weights)
+    unused = ("intermediate", ".key.", ".value.")
+    kept = {k: v for k, v in tensors.items() if not any(x in k for x in unused)}
+    save_file(kept, weights)
+    with pytest.warns(
+        UserWarning, match="no values for 2 layers .*: vit.encoder.layer.0.output"
+    ):
+        lora.load_adapter(base, tmp_path)
+
+
 def test_lora_class_takes_an_adapter_of_another_rank(tmp_path):
     """The config of the model follows, so that its whole-model files are right."""
     tiny = ARCHITECTURES["vit"]

@@ -1,4 +1,4 @@
-"""The command line: models, plan, inspect, combine, diff; exit codes and what stdout holds."""
+"""The command line: the commands for models and adapters, exit codes, what stdout holds."""
 
 import dataclasses
 import json
@@ -26,7 +26,7 @@ from tfimm_lora.zoo.model_table import tfimm_models
 pytestmark = LONG_ON_LEGACY
 
 #: The commands that are tested here.
-COMMANDS = ("models", "plan", "inspect", "combine", "diff")
+COMMANDS = ("models", "plan", "inspect", "convert", "combine", "diff")
 
 SMALL = "resnet18" if LEGACY else "applications/MobileNetV2"
 

@@ -56,6 +56,8 @@ def test_example_in_documents(code, tmp_path, monkeypatch):
     """In this process: a new one would spend most of its time importing TensorFlow."""
     if not LEGACY and any(name in code for name in NEEDS_TFIMM):
         pytest.skip("needs tfimm")
+    if LEGACY and "keras_hub" in code:
+        pytest.skip("needs Keras 3")
     monkeypatch.chdir(tmp_path)
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
 

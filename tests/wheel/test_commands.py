@@ -39,6 +39,7 @@ NOT_RUN = {
     r"make (demo|test)$": "CI runs them",
     r"^docs/tutorials/pictures-to-report.md": "run by tests/docs/test_examples.py",
     r"^docs/tutorials/demo.md": "they need the files of `make demo`, which takes minutes",
+    r"tfimm-lora (convert|inspect hf)": "tests/cli/test_convert.py runs convert and inspect",
     r"^docs/how-to/several-devices.md": "tests/finetuning/test_distributed.py runs strategies",
 }
 

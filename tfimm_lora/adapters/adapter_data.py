@@ -14,7 +14,22 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate, same_arrays
+from tfimm_lora.families.recognize import Naming
 from tfimm_lora.peft.matching import PeftSelection
+
+
+class Renaming(NamedTuple):
+    """How an adapter was translated since its file was read.
+
+    Attributes:
+        source: The naming of the file.
+        target: The naming that the adapter has now.
+        layers: The layers in the file, with its names.
+    """
+
+    source: Naming
+    target: Naming
+    layers: frozenset[str]
 
 
 class FileSelection(NamedTuple):
@@ -22,12 +37,32 @@ class FileSelection(NamedTuple):
 
     Attributes:
         modules: The modules that the config selects.
-        layers: The layers in the file. The selection says nothing about an adapter that was
-            given others since.
+        layers: The layers of the adapter that was read, with the names that it has now. The
+            selection says nothing about an adapter that was given others since.
+        renaming: How the adapter was translated, or None if it has the names of the file.
     """
 
     modules: PeftSelection
     layers: frozenset[str]
+    renaming: Renaming | None = None
+
+    @property
+    def file_layers(self) -> frozenset[str]:
+        """The layers in the file, with its names."""
+        return self.layers if self.renaming is None else self.renaming.layers
+
+    def translated(
+        self, source: Naming, target: Naming, layers: frozenset[str]
+    ) -> FileSelection:
+        """Return the selection of an adapter that was translated to the names of ``target``.
+
+        Args:
+            source: The naming that it had.
+            target: The naming that it has now.
+            layers: Its layers with the new names.
+        """
+        first = source if self.renaming is None else self.renaming.source
+        return FileSelection(self.modules, layers, Renaming(first, target, self.file_layers))
 
 
 @dataclass(frozen=True, eq=False, repr=False)

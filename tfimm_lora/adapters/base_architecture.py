@@ -1,12 +1,14 @@
-"""Whether the base model that an adapter names has the architecture of a model."""
+"""Whether the base model that an adapter names has the architecture and weights of a model."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+import warnings
 from typing import Any
 
 from tfimm_lora.adapters.adapter_data import AdapterData
-from tfimm_lora.model.state import RANDOM
+from tfimm_lora.model.state import RANDOM, base_name
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
@@ -19,6 +21,44 @@ _IGNORED_FIELDS = frozenset(
         *("init_scale", "init_values", "nlhb", "zero_init_last_bn", "fixed_input_size"),
     )
 )
+
+
+#: A checkpoint on the hub: "timm/resnet18.a1_in1k", "hf://user/repo@main".
+_HUB_ID = re.compile(r"(?:hf(?:[-_]hub)?:(?://)?)?(?P<owner>[\w-]+)/(?P<name>[\w.-]+)(?:@.+)?")
+#: What looks like the owner of a checkpoint, and names a library of models.
+_LIBRARIES = ("hub", "applications")
+
+
+def warn_if_other_checkpoint(model: Any, adapter: AdapterData, stacklevel: int) -> None:
+    """Warn if an adapter names another checkpoint than the model was loaded from.
+
+    Both must be ids on the hub. A mirror, whose id differs only in its owner, is the same.
+    """
+    mine, theirs = base_name(model) or "", adapter.base_model
+    here, there = _hub_id(mine), _hub_id(theirs)
+    if here is None or there is None or _may_be_the_same(here, there):
+        return
+    warnings.warn(
+        f"The adapter was trained on {theirs!r}, and the weights of model '{model.name}' are "
+        f"those of {mine!r}; expected the same checkpoint. The outputs will differ from those "
+        "in training. Load the weights that the adapter names.",
+        stacklevel=stacklevel + 1,
+    )
+
+
+def _hub_id(name: str) -> tuple[str, str] | None:
+    """Return the owner and the name of a checkpoint on the hub; None if it is not one."""
+    found = _HUB_ID.fullmatch(name)
+    if found is None or found["owner"] in _LIBRARIES:
+        return None
+    return found["owner"].lower(), found["name"].lower()
+
+
+def _may_be_the_same(here: tuple[str, str], there: tuple[str, str]) -> bool:
+    if here[0] == there[0] == "timm":  # without a tag any of the weights may be meant
+        (name, _, tag), (other, _, other_tag) = here[1].partition("."), there[1].partition(".")
+        return name == other and (tag == other_tag or not tag or not other_tag)
+    return here[1] == there[1]
 
 
 def architecture_differences(model: Any, adapter: AdapterData) -> list[str]:

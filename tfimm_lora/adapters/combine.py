@@ -20,6 +20,7 @@ from tfimm_lora.adapters.combine_updates import CombinationMethod, Loss, Term, n
 from tfimm_lora.adapters.decompose import result_dtype
 from tfimm_lora.adapters.fit import check_fits
 from tfimm_lora.adapters.torch_layout import base_kernel
+from tfimm_lora.families.recognize import recognize_surely
 from tfimm_lora.validation import check_number
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
@@ -101,7 +102,8 @@ def combine_adapters(
         TypeError: If an argument has the wrong type.
         ValueError: If an argument is out of range; if the adapters are of different models, or
             differ in the shape or kind of a layer (or in its rank, if A and B are mixed); if
-            fully trained weights differ and ``trained_whole`` is not given.
+            fully trained weights differ and ``trained_whole`` is not given; or if adapters
+            have the names of different libraries.
 
     Warns:
         UserWarning: If truncation to the rank loses more than a tenth of the update's norm.
@@ -121,6 +123,7 @@ def combine_adapters(
     ``add_weighted_adapter``.
     """
     adapters, weights = _check_adapters(adapters, weights)
+    _check_names(adapters)
     method = CombinationMethod(combination_type, rank, density, majority_sign_method, seed)
     terms = _terms(adapters, weights)
     _check_layers(terms, method)
@@ -180,6 +183,7 @@ def combination_errors(
     """
     adapters, weights = _check_adapters(adapters, weights)
     _check_adapters([combined], None)
+    _check_names([*adapters, combined])
     expected = _terms(adapters, weights)
     differences = _terms([*adapters, combined], [*weights, -1.0])
     _check_layers(differences, CombinationMethod("cat"))
@@ -258,6 +262,20 @@ def _check_adapters(
     for index, weight in enumerate(weights):
         check_number(weight, f"weights[{index}]")
     return adapters, [float(weight) for weight in weights]
+
+
+def _check_names(adapters: Sequence[Adapter]) -> None:
+    """Raise if adapters without a common layer have the names of different libraries."""
+    if len(adapters) < 2 or any(a.layers.keys() & adapters[0].layers for a in adapters[1:]):
+        return
+    found = [recognize_surely([*x.layers], hint=x.base_model) for x in adapters]
+    namings = [naming for naming in found if naming is not None]
+    if len({(naming.library, naming.prefix) for naming in namings}) > 1:
+        each = ", ".join(dict.fromkeys(str(naming) for naming in namings))
+        raise ValueError(
+            f"Received adapters with the names of several libraries: {each}; expected the same "
+            "names in all. Translate them first, with translate_adapter or tfimm-lora convert."
+        )
 
 
 def _vectors(terms: list[Term]) -> dict[str, Any]:

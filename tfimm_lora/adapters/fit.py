@@ -20,6 +20,7 @@ from tfimm_lora.adapters.torch_layout import (
     sure_kind,
     values_for,
 )
+from tfimm_lora.families.recognize import explanation
 from tfimm_lora.layer_paths import nearest
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.state import Values
@@ -31,6 +32,8 @@ WeightValues = list[tuple[ModelWeight, np.ndarray]]
 
 #: The number of problems that an error message lists.
 _MAX_LISTED = 20
+#: The same if all of them have one cause, which the message gives.
+_MAX_LISTED_OF_OTHERS = 3
 
 
 class FittedUpdate(NamedTuple):
@@ -116,8 +119,13 @@ def does_not_fit_error(
         problems: What does not fit.
         other_classes: Whether the adapter's classifier has another number of classes.
     """
-    listed = "; ".join(problems[:_MAX_LISTED])
-    hidden = len(problems) - _MAX_LISTED
+    whose = explanation([*adapter.layers], ModuleNames(model).naming, hint=adapter.base_model)
+    count = _MAX_LISTED
+    if whose:  # the nearest names of another library do not help
+        count = _MAX_LISTED_OF_OTHERS
+        problems = [problem.partition(" (nearest: ")[0] for problem in problems]
+    listed = "; ".join(problems[:count])
+    hidden = len(problems) - count
     more = f"; and {hidden} more" if hidden > 0 else ""
     of = f" of {adapter.base_model!r}" if adapter.base_model else ""
     remedy = "Load it into the model that it was trained on"
@@ -125,7 +133,8 @@ def does_not_fit_error(
         remedy += ", with as many classes: create_model(..., nb_classes=...)"
     return ValueError(
         f"Received an adapter{of} that does not fit model '{model.name}' "
-        f"({type(model).__name__}): {listed}{more}. {remedy}. The model is unchanged."
+        f"({type(model).__name__}): {listed}{more}.{f' {whose}' if whose else ''} {remedy}. "
+        "The model is unchanged."
     )
 
 

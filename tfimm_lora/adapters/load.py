@@ -16,6 +16,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.base_architecture import warn_if_other_checkpoint
 from tfimm_lora.adapters.fit import (
     FittedUpdate,
     WeightValues,
@@ -83,7 +84,8 @@ def load_adapter(
         UserWarning: If the model has fully trained weights that the adapter does not hold.
             They keep their values. Also if the file lacks layers or fully trained modules that
             its config selects in this model (it is incomplete, or of a smaller model), or has
-            layers that its config does not select.
+            layers that its config does not select. Also if the adapter names another checkpoint
+            on the hub than the model was loaded from.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
@@ -108,6 +110,7 @@ def load_adapter(
     adapter = in_names_of(names, adapter, prefix)
     weights = weight_values(names, adapter)
     warn_if_incomplete(names, adapter, stacklevel=2)
+    warn_if_other_checkpoint(model, adapter, stacklevel=2)
     unaffected: list[ModelWeight] = []
     if not names.adapted():
         fitted = _inject(model, adapter)

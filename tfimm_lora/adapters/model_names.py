@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection
 from typing import TypeVar
 
 import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.torch_layout import base_kernel
-from tfimm_lora.adapters.translation import layout_of_timm, translate
-from tfimm_lora.families.family import LIBRARIES, V4, V5
-from tfimm_lora.families.recognize import Naming, recognize, untranslated
+from tfimm_lora.adapters.translation import OfBase, layout_of_timm, translate
+from tfimm_lora.families import FAMILIES
+from tfimm_lora.families.family import V4, V5
+from tfimm_lora.families.recognize import (
+    Naming,
+    explanation,
+    recognize,
+    recognize_other,
+    recognize_surely,
+    untranslated,
+)
 from tfimm_lora.families.templates import Name
+from tfimm_lora.model.state import model_state
+from tfimm_lora.zoo.weights.keys import to_torch
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 _D = TypeVar("_D", bound=AdapterData)
@@ -25,7 +36,8 @@ DIALECTS = ("v4", "v5")
 def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _D:
     """Return an adapter in the names of a model, whichever names it has.
 
-    If the family of the model or of the names is not known, the adapter is returned as it is.
+    If the family of the model or of the names is not known, or they are of another family, the
+    adapter is returned as it is.
 
     Args:
         names: The names of the model.
@@ -48,10 +60,17 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
         depths=target.depths,
     )
     if prefix is not None:
-        source = _with_prefix(target, adapter, prefix)
+        same = [dataclasses.replace(target, library=x) for x in target.family.libraries()]
+        source = _with_prefix(same, adapter, prefix, "prefix")
     if source is None or source == target:
         return adapter
-    return translate(adapter, source, target, base_norms(names, target))
+    if prefix is None and untranslated(source, adapter.layers):
+        other = recognize_other([*adapter.layers], target, hint=adapter.base_model)
+        if other is not None and other.family is not target.family:
+            return adapter
+    return translate(
+        adapter, source, target, base_norms(names, target), base_weights(names, target)
+    )
 
 
 def in_library(
@@ -79,7 +98,9 @@ def in_library(
             "Leave names out to save the paths of its layers."
         )
     target = target_naming(source, library, dialect, prefix)
-    return translate(adapter, source, target, base_norms(names, source))
+    return translate(
+        adapter, source, target, base_norms(names, source), base_weights(names, source)
+    )
 
 
 def target_naming(source: Naming, library: str, dialect: str, prefix: str | None) -> Naming:
@@ -94,8 +115,8 @@ def target_naming(source: Naming, library: str, dialect: str, prefix: str | None
             f"expected one of {', '.join(known)}."
         )
     if prefix is None:
-        backbones = [*family.transformers.values()]
-        prefix = f"{backbones[0]}." if library == "transformers" and backbones else ""
+        backbone = next(iter(family.transformers.values()), "")
+        prefix = f"{backbone}." if library == "transformers" and backbone else ""
     elif prefix and not prefix.endswith("."):
         prefix += "."
     return Naming(family, internal, prefix, depths=source.depths)
@@ -112,7 +133,7 @@ def check_library(library: str, dialect: str) -> None:
         )
 
 
-def base_norms(names: ModuleNames, naming: Naming):  # type: ignore[no-untyped-def]
+def base_norms(names: ModuleNames, naming: Naming) -> OfBase:
     """Return the function that computes the norms of the base weights of a model's modules."""
 
     def norms(name: Name) -> np.ndarray | None:
@@ -130,25 +151,84 @@ def base_norms(names: ModuleNames, naming: Naming):  # type: ignore[no-untyped-d
     return norms
 
 
+def base_weights(names: ModuleNames, naming: Naming) -> OfBase:
+    """Return the function that returns the base weights of a model."""
+    by_key = {weight.key: weight for weight in names.weights}
+    replaced = model_state(names.model).replaced
+
+    def value(key: str) -> np.ndarray:
+        weight = by_key[key]
+        if key in replaced:
+            return to_torch(replaced[key].before, weight.target)
+        return weight.value()
+
+    def weights(name: Name) -> np.ndarray | None:
+        """Return a weight, or one of its blocks."""
+        own = naming.from_timm(name, True)
+        if own in by_key:
+            return value(own)
+        whole = naming.from_timm(Name(name.name), True)
+        layout = layout_of_timm(name.name.rpartition(".")[0])
+        if name.block is None or whole not in by_key:
+            return None
+        return np.split(value(whole), len(layout))[layout.index(name.block)]
+
+    return weights
+
+
 def _norms(kernel: np.ndarray) -> np.ndarray:
     norms: np.ndarray = np.linalg.norm(kernel.reshape(len(kernel), -1), axis=1)
     return norms
 
 
-def _with_prefix(target: Naming, adapter: AdapterData, prefix: str) -> Naming:
-    """Return the naming of an adapter behind a prefix that the user gave."""
+def naming_of_adapter(adapter: AdapterData, prefix: str | None = None) -> Naming:
+    """Return the naming of an adapter, whose model is not known.
+
+    Args:
+        adapter: The adapter.
+        prefix: What comes before the names of the backbone; None to find it.
+
+    Raises:
+        ValueError: If no family has its names; or with a prefix, if no family has all of them
+            behind it.
+    """
+    if prefix is not None:
+        candidates = [Naming(x, y) for x in reversed(FAMILIES) for y in x.libraries()]
+        return _with_prefix(candidates, adapter, prefix, "source_prefix")
+    found = recognize_surely([*adapter.layers], hint=adapter.base_model)
+    if found is None:
+        known = ", ".join(family.name for family in FAMILIES)
+        whose = explanation([*adapter.layers], None)
+        whose = whose or "docs/reference/names.md lists the names of each."
+        raise ValueError(
+            f"Received an adapter of no known family, with the layers "
+            f"{', '.join([*adapter.layers][:3])}{', ...' if len(adapter.layers) > 3 else ''}; "
+            f"expected names of {known}. {whose} "
+            "If they are behind the prefix of a model of your own, pass it as source_prefix."
+        )
+    return found
+
+
+def weights_by_timm_key(adapter: AdapterData) -> dict[str, np.ndarray]:
+    """Return the fully trained weights of an adapter by timm's keys, where known."""
+    naming = recognize_surely([*adapter.layers], hint=adapter.base_model)
+    if naming is None:
+        return dict(adapter.weights)
+    found = {key: naming.to_timm(key, is_weight=True) for key in adapter.weights}
+    return {str(found[key] or key): value for key, value in adapter.weights.items()}
+
+
+def _with_prefix(
+    candidates: Collection[Naming], adapter: AdapterData, prefix: str, argument: str
+) -> Naming:
+    """Return that of some namings which an adapter has behind a prefix that the user gave."""
     before = f"{prefix.rstrip('.')}." if prefix else ""
-    candidates = [
-        dataclasses.replace(target, library=library, prefix=before, head=None)
-        for library in LIBRARIES
-        if library in target.family.libraries()
-    ]
-    best = min(candidates, key=lambda x: len(untranslated(x, adapter.layers)))
+    behind = [dataclasses.replace(x, prefix=before, head=None) for x in candidates]
+    best = min(behind, key=lambda x: len(untranslated(x, adapter.layers)))
     unknown = untranslated(best, adapter.layers)
     if unknown:
         raise ValueError(
-            f"Received prefix={prefix!r} for an adapter of {target.family.name}, which is not "
-            f"before the names that are known: {', '.join(unknown[:10])}. Leave it out to find "
-            "the prefix."
+            f"Received {argument}={prefix!r} for an adapter, which is not before the "
+            f"names that are known: {', '.join(unknown[:10])}. Leave it out to find the prefix."
         )
     return best

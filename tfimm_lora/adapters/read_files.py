@@ -36,11 +36,15 @@ from tfimm_lora.adapters.tensor_names import (
     in_model,
     is_copy,
 )
+from tfimm_lora.families.recognize import recognize_surely
 from tfimm_lora.peft.matching import outermost, with_parents
 
 #: Far more than any adapter has. A larger file is damaged or hostile.
 _MAX_BYTES = {CONFIG: 4 << 20, WEIGHTS: 8 << 30}
 _MAX_HEADER = 16 << 20
+
+#: The number of keys that are enough to recognize whose they are, also in a hostile file.
+_MAX_RECOGNIZED = 1000
 
 _FLOATS = ("F64", "F32", "F16", "BF16")
 
@@ -271,9 +275,13 @@ def _sorted_tensors(
     """
     factors: dict[str, dict[str, np.ndarray]] = {}
     others: dict[str, np.ndarray] = {}
+    other = [key for key in tensors if not key.startswith(PREFIX)]
+    if other:
+        raise ValueError(
+            f"has the key {other[0]!r}, expected keys that begin with {PREFIX!r}"
+            f"{_whose_keys(other)}"
+        )
     for key, value in tensors.items():
-        if not key.startswith(PREFIX):
-            raise ValueError(f"has the key {key!r}, expected keys that begin with {PREFIX!r}")
         name = key[len(PREFIX) :]
         found = None if name in whole else FACTOR.fullmatch(name)
         if found:
@@ -297,6 +305,23 @@ def _sorted_tensors(
         elif not name.endswith(".num_batches_tracked"):
             others[name] = value
     return factors, _plain_weights(others, set(factors), whole)
+
+
+def _whose_keys(keys: list[str]) -> str:
+    """Return what keys without PEFT's prefix are, for the end of an error message."""
+    keys = keys[:_MAX_RECOGNIZED]
+    matches = [FACTOR.fullmatch(key) or NAMED_FACTOR.fullmatch(key) for key in keys]
+    modules = [*dict.fromkeys(found["module"] for found in matches if found)]
+    if modules:
+        naming = recognize_surely(modules)
+        found = f"They are {naming} without it. " if naming else ""
+        return f". {found}Save the adapter with PeftModel.save_pretrained"
+    naming = recognize_surely(keys, is_weight=True)
+    return (
+        f". They are {naming}, of whole weights: a checkpoint, which load_timm_weights loads"
+        if naming
+        else ""
+    )
 
 
 def _plain_weights(

@@ -20,8 +20,8 @@ from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.qkv import LAYOUTS
 from tfimm_lora.zoo.weights.windows import as_window
 
-#: Returns the norms of the rows of the base weight of timm's module, or of a block of it.
-Norms = Callable[[Name], "np.ndarray | None"]
+#: Returns a value of the base model by timm's name of a module or weight, or of a block of it.
+OfBase = Callable[[Name], "np.ndarray | None"]
 
 #: timm's name -> the values of its blocks, or of the whole under None.
 Blocks = dict[str, dict["str | None", "_T"]]
@@ -33,41 +33,76 @@ _D = TypeVar("_D", bound=AdapterData)
 _MAX_LISTED = 20
 
 
-def translate(adapter: _D, source: Naming, target: Naming, norms: Norms | None = None) -> _D:
+def translate(
+    adapter: _D,
+    source: Naming,
+    target: Naming,
+    norms: OfBase | None = None,
+    weights: OfBase | None = None,
+) -> _D:
     """Return an adapter with the names of another library.
 
     Args:
         adapter: The adapter.
         source: Its naming.
         target: The naming of the result, of the same family.
-        norms: For DoRA on some blocks of a projection that the target has in one layer.
+        norms: Returns the norms of the rows of a base weight. It is needed for DoRA on some
+            blocks of a projection that the target has in one layer.
+        weights: Returns a base weight. It is needed for trained biases of such blocks.
 
     Raises:
         ValueError: If a name cannot be translated; the message lists all of them. Or if
-            ``norms`` is needed and missing.
+            ``norms`` or ``weights`` is needed and missing.
     """
     problems: list[str] = []
     layers = _renamed_layers(adapter.layers, source, target, norms, problems)
-    weights = _renamed_weights(adapter.weights, source, target, problems)
+    renamed = _renamed_weights(adapter.weights, source, target, problems, weights)
     if problems:
         more = len(problems) - _MAX_LISTED
         raise ValueError(
             f"Received an adapter with {source}, which cannot be translated to {target}: "
-            f"{'; '.join(problems[:_MAX_LISTED])}{f'; and {more} more' if more > 0 else ''}."
+            f"{'; '.join(problems[:_MAX_LISTED])}{f'; and {more} more' if more > 0 else ''}. "
+            "docs/reference/names.md lists the known names. Leave the other layers out."
         )
     inside = [k for k in adapter.weights if any(k.startswith(f"{m}.") for m in adapter.modules)]
-    full = _renamed_weights({k: adapter.weights[k] for k in inside}, source, target, [])
-    modules = tuple(sorted({key.rpartition(".")[0] for key in full}))
-    return dataclasses.replace(
-        adapter, layers=layers, weights=weights, modules=modules, selection=None
+    full = _renamed_weights(
+        {k: adapter.weights[k] for k in inside}, source, target, [], weights
     )
+    modules = tuple(sorted({key.rpartition(".")[0] for key in full}))
+    selection = adapter.selection
+    if selection is not None:
+        same = selection.layers == adapter.layers.keys()
+        selection = selection.translated(source, target, frozenset(layers)) if same else None
+    return dataclasses.replace(
+        adapter, layers=layers, weights=renamed, modules=modules, selection=selection
+    )
+
+
+def names_in(source: Naming, target: Naming, name: str, is_weight: bool = False) -> list[str]:
+    """Return the names in ``source`` of a module or weight that ``target`` names.
+
+    They are several where ``source`` has separate layers for query, key and value and
+    ``target`` a fused projection; none if either table lacks the module.
+    """
+    timm = target.to_timm(name, is_weight)
+    if timm is None:
+        return []
+    own = source.from_timm(timm, is_weight)
+    if own is not None:
+        return [own]
+    if timm.block is not None:
+        whole = source.from_timm(Name(timm.name), is_weight)
+        return [] if whole is None else [whole]
+    module = timm.name.rpartition(".")[0] if is_weight else timm.name
+    blocks = (source.from_timm(Name(timm.name, b), is_weight) for b in layout_of_timm(module))
+    return [name for name in blocks if name is not None]
 
 
 def _renamed_layers(
     layers: Mapping[str, LayerUpdate],
     source: Naming,
     target: Naming,
-    norms: Norms | None,
+    norms: OfBase | None,
     problems: list[str],
 ) -> dict[str, LayerUpdate]:
     renamed = {}
@@ -99,12 +134,16 @@ def _in_window(update: LayerUpdate, size: int | None) -> LayerUpdate:
     return dataclasses.replace(update, a=a, b=b, kind="conv" if size else "linear")
 
 
-def _norms_of(timm: str, norms: Norms) -> Callable[[str], np.ndarray | None]:
+def _norms_of(timm: str, norms: OfBase) -> Callable[[str], np.ndarray | None]:
     return lambda block: norms(Name(timm, block))
 
 
 def _renamed_weights(
-    weights: Mapping[str, np.ndarray], source: Naming, target: Naming, problems: list[str]
+    weights: Mapping[str, np.ndarray],
+    source: Naming,
+    target: Naming,
+    problems: list[str],
+    base: OfBase | None,
 ) -> dict[str, np.ndarray]:
     renamed = {}
     for timm, parts in _in_blocks(weights, source, True, problems).items():
@@ -113,11 +152,17 @@ def _renamed_weights(
         if None in parts and layout and split_there:
             parts = dict(zip(layout, np.split(parts[None], len(layout))))
         elif None not in parts and not split_there:
-            missing = [block for block in layout if block not in parts]
+            values = {
+                b: parts[b] if b in parts else base and base(Name(timm, b)) for b in layout
+            }
+            missing = [block for block, value in values.items() if value is None]
             if missing:
-                problems.append(f"{timm} lacks the blocks {', '.join(missing)}")
+                problems.append(
+                    f"{timm} lacks the blocks {', '.join(missing)}, whose values are those of "
+                    "the base model, which is not given"
+                )
                 continue
-            parts = {None: np.concatenate([parts[block] for block in layout])}
+            parts = {None: np.concatenate([values[block] for block in layout])}
         module, _, leaf = timm.rpartition(".")
         size = target.names.window(module) if leaf == "weight" else None
         for block, value in parts.items():

@@ -7,7 +7,7 @@ import importlib
 #: Modules of this package. Importing one registers its command.
 COMMANDS: tuple[str, ...] = (
     *("models", "plan", "check", "finetune", "evaluate", "predict", "merge", "export"),
-    *("inspect", "combine", "diff"),
+    *("inspect", "convert", "combine", "diff"),
 )
 
 

@@ -16,6 +16,7 @@ from tfimm_lora.adapters.summary import effective_rank
 from tfimm_lora.cli.app import Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file
 from tfimm_lora.cli.tables import show_facts, show_table
+from tfimm_lora.families.recognize import Naming, recognize_surely
 from tfimm_lora.finetuning.report.formatting import byte_text
 
 EXAMPLES = """Examples:
@@ -49,7 +50,8 @@ def inspect_command(
     "largest" its largest singular value. Two numbers measure how much of the
     rank is used: "eff. rank", the effective rank, is the exponential of the
     entropy of the singular values; "90 %" is the number of singular values that
-    make up 90 % of the energy.
+    make up 90 % of the energy. "names" is the library whose names the layers
+    have, and the family of the model.
     """
     if overwrite and plot is None:
         raise typer.BadParameter("--overwrite needs --plot.")
@@ -100,6 +102,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
     ]
     return {
         "base_model": adapter.base_model,
+        "names": naming_facts(recognize_surely(paths, hint=adapter.base_model)),
         "bias": adapter.bias,
         "dropout": adapter.dropout,
         "use_dora": adapter.use_dora,
@@ -115,6 +118,19 @@ def describe(adapter: Adapter) -> dict[str, Any]:
             "bytes": adapter.size,
             "norm": float(np.linalg.norm([layer["norm"] for layer in layers])),
         },
+    }
+
+
+def naming_facts(naming: Naming | None) -> dict[str, Any] | None:
+    """Whose names an adapter uses as plain values, for JSON; None if they are not known."""
+    if naming is None:
+        return None
+    return {
+        "library": naming.libraries_name,
+        "dialect": naming.dialect,
+        "family": naming.family.name,
+        "prefix": naming.prefix,
+        "description": str(naming),
     }
 
 
@@ -172,6 +188,7 @@ def show(data: dict[str, Any]) -> None:
     show_facts(
         [
             ("base model", data["base_model"] or "unknown"),
+            ("names", data["names"]["description"] if data["names"] else "of no known family"),
             ("layers", str(totals["layers"])),
             ("parameters of the factors", f"{totals['factors']:,}"),
             ("parameters of full weights", f"{totals['whole']:,}"),

@@ -35,6 +35,8 @@ class Row(NamedTuple):
         windows: If the same module is a convolution in some libraries and linear in the
             others: pairs of a library and the size of the window of its convolution. The
             inputs of the linear layer are in the order (height, width, channels).
+        in_timm: False if timm has no such module. Then ``timm`` is a name in its style, which
+            only the translation between other libraries uses.
     """
 
     timm: str
@@ -43,11 +45,12 @@ class Row(NamedTuple):
     keras_hub: str | None = None
     applications: str | None = None
     windows: tuple[tuple[str, int], ...] | None = None
+    in_timm: bool = True
 
     def column(self, library: str) -> str | None:
         """Return the name in a library of ``LIBRARIES``."""
         return {
-            TIMM: self.timm,
+            TIMM: self.timm if self.in_timm else None,
             V4: self.transformers,
             V5: self.v5 or self.transformers,
             KERAS_HUB: self.keras_hub,
@@ -66,6 +69,11 @@ class Family:
         timm_models: Patterns of timm's names of these models: "vit_*".
         tfimm: The class in tfimm.
         keras_hub: The classes of backbones in keras_hub.
+        needs: What distinguishes a family from others with the same backbone in keras_hub: the
+            attributes of the backbone that are not 0 or False, and after "/" the names of
+            layers outside of the backbone that exist.
+        numbered: Templates of layers outside of keras_hub's blocks that have another number in
+            their name there, such as a width; here it is their place in the order of layers.
         applications: Patterns of the functions of ``keras.applications``: "VGG*".
         transformers: The model_type of transformers -> the name of the backbone in a model with
             a classifier, which begins the names of its modules.
@@ -81,6 +89,8 @@ class Family:
     timm_models: tuple[str, ...] = ()
     tfimm: str = ""
     keras_hub: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ()
     applications: tuple[str, ...] = ()
     transformers: Mapping[str, str] = field(default_factory=dict)
     presets: Presets = field(default_factory=dict)
@@ -124,8 +134,10 @@ class Names:
         self._pairs = [(Template(own), Template(timm)) for own, timm in pairs]
         self._windows = [(Template(timm), size) for timm, size in windows.items()]
         self._positions = Positions(depths)
-        self._own = {Name(a.text, a.block): b for a, b in self._pairs if a.is_plain}
-        self._timm = {Name(b.text, b.block): a for a, b in self._pairs if b.is_plain}
+        # The first row of a name is taken.
+        plain = self._pairs[::-1]
+        self._own = {Name(a.text, a.block): b for a, b in plain if a.is_plain}
+        self._timm = {Name(b.text, b.block): a for a, b in plain if b.is_plain}
         self.templates = [own for own, _ in self._pairs]
         self._to_timm = functools.cache(self._find_timm)
         self._from_timm = functools.cache(self._find_own)
@@ -199,7 +211,8 @@ def _names(rows: tuple[Row, ...], library: str, depths: tuple[int, ...]) -> Name
         if row.windows is not None:
             windows[row.timm] = dict(row.windows).get(library, 0)
         own = row.column(library)
-        if library == TIMM:  # it has one layer for the blocks of a fused projection
+        if library == TIMM and own is not None:
+            # It has one layer for the blocks of a fused projection.
             own = Template(row.timm).text
             pairs.append((own, own))
         elif own is not None:

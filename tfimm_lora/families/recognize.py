@@ -5,12 +5,21 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from fnmatch import fnmatch, fnmatchcase
 
 from tfimm_lora.families import FAMILIES
-from tfimm_lora.families.family import APPLICATIONS, KERAS_HUB, LIBRARIES, TIMM, Family, Names
+from tfimm_lora.families.family import (
+    APPLICATIONS,
+    KERAS_HUB,
+    LIBRARIES,
+    TIMM,
+    V4,
+    V5,
+    Family,
+    Names,
+)
 from tfimm_lora.families.templates import Name, Positions
 
 #: torch's names of weights.
@@ -18,12 +27,27 @@ _LEAVES = ("weight", "bias", "running_mean", "running_var", "variable")
 
 #: The number of names in which prefixes are looked for.
 _SAMPLE = 32
+#: More names than any model has: of longer lists only every n-th name is counted.
+_MAX_COUNTED = 5000
+#: The length of a name that is not looked at.
+_MAX_LENGTH = 500
+
+#: The names of backbones in transformers' image models, some of which have no table here.
+_BACKBONES = frozenset(
+    (
+        *("beit", "bit", "clip", "convnext", "convnextv2", "cvt", "data2vec_vision", "deit"),
+        *("dinov2", "dinov2_with_registers", "dinov3_vit", "efficientnet", "focalnet"),
+        *("hiera", "ijepa", "levit", "mobilenet_v1", "mobilenet_v2", "mobilevit"),
+        *("mobilevitv2", "poolformer", "pvt", "pvt_v2", "regnet", "resnet", "segformer"),
+        *("siglip", "siglip2", "swiftformer", "swin", "swinv2", "van", "vit", "vision_model"),
+        *("vit_mae", "vit_msn", "vit_hybrid"),
+    )
+)
 
 #: What users read.
 TITLES = {
     TIMM: "timm",
-    "transformers-v4": "transformers 4",
-    "transformers-v5": "transformers 5",
+    "transformers": "transformers",
     KERAS_HUB: "keras_hub",
     APPLICATIONS: "keras.applications",
 }
@@ -39,6 +63,7 @@ class Naming:
         prefix: What comes before the names of the backbone, with its dot: "vit.".
         head: The name of a classifier that the table does not have.
         depths: The number of blocks of each stage, if known; see ``Family.depths``.
+        renamed: Names of modules -> their names in the table; see ``Family.numbered``.
     """
 
     family: Family
@@ -46,6 +71,7 @@ class Naming:
     prefix: str = ""
     head: str | None = None
     depths: tuple[int, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def names(self) -> Names:
@@ -97,12 +123,15 @@ class Naming:
     @property
     def outside(self) -> str:
         """The prefix of what is outside of the backbone: "model." for "model.vit."."""
-        outer = self.prefix.rstrip(".").rpartition(".")[0]
+        # A prefix may end within a name: "encoder.encoder_" before "encoder.encoder_norm".
+        inner = self.prefix if self.prefix.endswith(".") else self.prefix.rpartition(".")[0]
+        outer = inner.rstrip(".").rpartition(".")[0]
         return f"{outer}." if outer else ""
 
     def to_timm(self, name: str, is_weight: bool = False) -> Name | None:
         """Return timm's name of a module or weight of this naming, or None."""
         head, found = self.family.head, None
+        name = _renamed(name, self.renamed)
         if self.head and head and (name == self.head or name.startswith(f"{self.head}.")):
             return Name(head + name[len(self.head) :])
         if name.startswith(self.prefix):
@@ -119,18 +148,36 @@ class Naming:
         found = self.names.from_timm(name, is_weight)
         if found is None:
             return None
-        if found.name.startswith("/"):
-            return self.outside + found.name[1:]
-        return self._with_prefix(found.name)
+        inside = not found.name.startswith("/")
+        own = self._with_prefix(found.name) if inside else self.outside + found.name[1:]
+        return _renamed(own, {table: name for name, table in self.renamed.items()})
 
     @property
     def libraries_name(self) -> str:
         """The library as users name it: "transformers" for both of its versions."""
         return self.library.partition("-")[0]
 
+    @property
+    def dialect(self) -> str | None:
+        """For transformers "v4" or "v5"; None if both have the same names of this family."""
+        same = all(row.column(V4) == row.column(V5) for row in self.family.rows)
+        return None if same else {V4: "v4", V5: "v5"}.get(self.library)
+
     def __str__(self) -> str:
         behind = f" behind the prefix {self.prefix!r}" if self.prefix else ""
-        return f"{TITLES[self.library]}'s names of {self.family.name}{behind}"
+        library = TITLES[self.libraries_name]
+        if self.dialect is not None:
+            library += f" {self.dialect[1:]}"
+        possessive = "'" if library.endswith("s") else "'s"
+        return f"{library}{possessive} names of {self.family.name}{behind}"
+
+
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return the other name of a module, or of a weight by its module."""
+    if name in names:
+        return names[name]
+    module, dot, leaf = name.rpartition(".")
+    return f"{names[module]}{dot}{leaf}" if module in names else name
 
 
 def recognize(
@@ -156,7 +203,11 @@ def recognize(
         depths: The number of blocks of each stage, if known.
     """
     best: tuple[tuple[int, ...], Naming] | None = None
-    sample = list(names)[:: max(1, len(names) // _SAMPLE)]
+    named = _family_in(hint)
+    # A hostile file may have very many names, or very long ones.
+    names = [name for name in names if len(name) <= _MAX_LENGTH]
+    names = names[:: max(1, len(names) // _MAX_COUNTED)]
+    sample = names[:: max(1, len(names) // _SAMPLE)]
     # The general families last in FAMILIES are the better guess among equals.
     for each in reversed(FAMILIES) if family is None else (family,):
         for library in libraries:
@@ -164,9 +215,8 @@ def recognize(
                 naming = Naming(each, library, prefix, depths=depths).with_depths(names)
                 found = sum(naming.to_timm(name, is_weight) is not None for name in names)
                 backbone = prefix.rstrip(".").rpartition(".")[2]
-                own = backbone in each.transformers.values()
-                named = any(fnmatch(hint, f"*{x.rstrip('*')}*") for x in each.timm_models)
-                score = (found, int(own), int(named))
+                own = library in (V4, V5) and backbone in each.transformers.values()
+                score = (found, int(own), int(each is named))
                 if found and (best is None or score > best[0]):
                     best = score, naming
     return None if best is None else best[1]
@@ -175,6 +225,83 @@ def recognize(
 def untranslated(naming: Naming, names: Iterable[str], is_weight: bool = False) -> list[str]:
     """Return the names that a naming lacks."""
     return [name for name in names if naming.to_timm(name, is_weight) is None]
+
+
+def is_plain_timm(naming: Naming) -> bool:
+    """Whether a naming is timm's without a prefix, with which many models agree in part."""
+    return naming.library == TIMM and not naming.prefix
+
+
+def recognize_surely(
+    names: Collection[str], *, hint: str = "", is_weight: bool = False
+) -> Naming | None:
+    """Return the naming of names, or None unless it has half of them, of timm's all.
+
+    Args:
+        names, hint, is_weight: As in ``recognize``.
+    """
+    found = recognize(names, hint=hint, is_weight=is_weight)
+    if found is None:
+        return None
+    unknown = len(untranslated(found, names, is_weight))
+    is_sure = not unknown if is_plain_timm(found) else 2 * unknown <= len(names)
+    return found if is_sure else None
+
+
+def recognize_other(
+    names: Collection[str], own: Naming | None, *, hint: str = "", is_weight: bool = False
+) -> Naming | None:
+    """Return the naming of names if a model with other names lacks them, for its message.
+
+    Args:
+        names, hint, is_weight: As in ``recognize``.
+        own: The naming of the model, or None if its family is not known.
+    """
+    found = recognize_surely(names, hint=hint, is_weight=is_weight)
+    if found is None or found == own or (own is None and is_plain_timm(found)):
+        return None
+    if own is not None:
+        same = recognize(names, family=own.family, hint=hint, is_weight=is_weight)
+        unknown = len(untranslated(found, names, is_weight))
+        if same is not None and len(untranslated(same, names, is_weight)) <= unknown:
+            found = same
+        if (found.family, found.library, found.prefix) == (own.family, own.library, own.prefix):
+            return None
+    return found
+
+
+def explanation(
+    names: Collection[str], own: Naming | None, *, hint: str = "", is_weight: bool = False
+) -> str:
+    """Return a sentence about whose names a file has that does not fit a model, or "".
+
+    Args:
+        names, own, hint, is_weight: As in ``recognize_other``.
+    """
+    found = recognize_other(names, own, hint=hint, is_weight=is_weight)
+    if found is None:
+        backbone = _backbone_without_table(names) if recognize(names) is None else None
+        return (
+            f"Its names begin with '{backbone}.', as in transformers; this family has no table "
+            "of names here (docs/reference/names.md)."
+            if backbone
+            else ""
+        )
+    if own is None:
+        return (
+            f"It has {found}, and the family of the model is not known, so that its names "
+            "cannot be translated (docs/reference/names.md)."
+        )
+    if found.family is not own.family:
+        theirs = own.family.name
+        return f"Its family is {found.family.name} (it has {found}), the model's {theirs}."
+    return f"It has {found}, the model {own}."
+
+
+def _backbone_without_table(names: Collection[str]) -> str | None:
+    """Return the level with which all names begin, if transformers has such a backbone."""
+    first = {name.partition(".")[0] for name in names}
+    return first.pop() if len(first) == 1 and first <= _BACKBONES else None
 
 
 def family_of_timm(model_name: str) -> Family | None:
@@ -202,6 +329,16 @@ def family_of_application(name: str) -> Family | None:
         if any(fnmatchcase(name, pattern) for pattern in family.applications):
             return family
     return None
+
+
+def _family_in(base_model: str) -> Family | None:
+    """Return the family that the name of a base model contains: "user/swin-tiny-flowers"."""
+    plain = base_model.rpartition("/")[2].lower().replace("-", "_")
+    found = family_of_timm(plain)
+    if found is None:
+        patterns = ((family, pattern) for family in FAMILIES for pattern in family.timm_models)
+        found = next((x for x, pattern in patterns if fnmatch(plain, f"*_{pattern}")), None)
+    return found
 
 
 def _prefixes(family: Family, library: str, names: Iterable[str], is_weight: bool) -> list[str]:

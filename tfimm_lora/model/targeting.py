@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,9 @@ def not_in_qkv(blocks: str) -> str:
     """Return the reason for a projection without one of the blocks in ``lora_qkv``."""
     return f"not in lora_qkv={blocks!r}"
 
+
+#: The names of embeddings of positions: "position_embedding", "pos_embed", "positions".
+_POSITIONS = re.compile(r"(?<![a-z])pos(ition(al|s)?)?(?![a-z])", re.IGNORECASE)
 
 _NOT_BUILT = (
     "layer '{}' is not built, because the model has never called it; call the model on an "
@@ -147,6 +151,7 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
     others = [path for path in chosen.layers if path not in targeted]
     if resolve(config.lora_targets, table)[0] is None:
         chosen.drop([path for path in others if path in classifier], "classifier")
+        _drop_unfit(chosen, backend)
     else:
         chosen.drop(others, NOT_TARGETED)
     chosen.drop([p for p in chosen.layers if p in excluded], "in lora_exclude")
@@ -158,6 +163,22 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
     _check_support(chosen)
     _check_shared_variables(chosen, backend, walked)
     return chosen
+
+
+def _drop_unfit(chosen: Selection, backend: Backend) -> None:
+    """Drop layers that "all" does not include: position embeddings, and unbuilt layers.
+
+    Some models of keras_hub create layers that they never call.
+    """
+    unused = [path for path, layer in chosen.layers.items() if not layer.built]
+    chosen.drop(unused, "not built")
+    embedding = backend.keras.layers.Embedding
+    positions = [
+        path
+        for path, layer in chosen.layers.items()
+        if isinstance(layer, embedding) and _POSITIONS.search(layer.name)
+    ]
+    chosen.drop(positions, "position embedding")
 
 
 def _meant(

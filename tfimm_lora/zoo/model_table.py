@@ -1,4 +1,4 @@
-"""What is known about the models of tfimm and Keras Applications without importing either.
+"""What is known about models by name without importing the libraries that have them.
 
 ``models.json`` beside this module is written by ``tools/make_architectures.py``, because
 building all 285 models of tfimm takes forty minutes and importing TensorFlow takes seconds. A
@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from tfimm_lora.config import with_default
 from tfimm_lora.families.recognize import family_of_application
+from tfimm_lora.zoo.keras3_models.known import is_known, known, names
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS, TORCH_FILES
 
 
@@ -55,10 +56,33 @@ def tfimm_models() -> dict[str, KnownModel]:
             (height, width),
             table["families"][family],
             name in CHECKPOINTS or name in TORCH_FILES,
-            False,
+            is_known(name),
         )
         for name, (parameters, family, height, width) in table["models"].items()
     }
+
+
+@functools.cache
+def keras3_models() -> dict[str, KnownModel]:
+    """The models of tfimm and timm that Keras 3 can build, by name without a tag.
+
+    Example:
+        >>> from tfimm_lora.zoo.model_table import keras3_models
+        >>> keras3_models()["mobilenetv3_large_100"].family
+        'mobilenetv3'
+    """
+    table = {}
+    for name in names():
+        row = known(name)
+        table[name] = KnownModel(
+            row.parameters,
+            row.family,
+            row.config.input_size,
+            None,
+            bool(row.checkpoint),
+            True,
+        )
+    return table
 
 
 @functools.cache

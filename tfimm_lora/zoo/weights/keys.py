@@ -30,6 +30,7 @@ IGNORED_IN_MODEL = {
     r"(^|/)relative_position_index$": "computed from the window size (Swin)",
     r"(^|/)attn_mask$": "computed from the input size (Swin)",
     r"(^|/)blur_kernel$": "the fixed kernel of a blur pooling",
+    r"(^|/)position_ids$": "the numbers of the positions (CLIP, SigLIP)",
 }
 
 #: The last part of a variable's name -> its possible names in timm, the likeliest first.

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.families.recognize import Naming
+from tfimm_lora.families.recognize import Naming, explanation
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
@@ -25,6 +25,7 @@ from tfimm_lora.zoo.weights.keys import (
     checkpoint_variables,
     expected_shape,
     fits,
+    is_ignored_in_checkpoint,
     to_keras,
 )
 from tfimm_lora.zoo.weights.labels import labels_of
@@ -35,6 +36,10 @@ from tfimm_lora.zoo.weights.windows import as_window
 
 #: The fields of a checkpoint's config.json about preprocessing.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
+
+
+#: The variable of DINOv2 in keras_hub that is computed from its position embeddings.
+_RESIZED = "interpolated_position_embeddings"
 
 
 def load_timm_weights(
@@ -117,12 +122,41 @@ def load_timm_weights(
     for match, value in zip(matches, values):
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
+    _compute_positions(model)
     _copy_preprocessing(model, checkpoint)
     record_class_names(model, labels_of(checkpoint.config))
     # A local path has the name of the file, without the folders of this machine.
     on_disk = Path(checkpoint.source).expanduser().exists()
     record_base_name(model, Path(checkpoint.source).name if on_disk else checkpoint.source)
     return model
+
+
+def _is_resized(target: CheckpointVariable) -> bool:
+    """Whether a variable is computed from another one: the position embeddings of DINOv2."""
+    return target.name.rpartition("/")[2] == _RESIZED
+
+
+def _compute_positions(model: Any) -> None:
+    """Compute the constants of keras_hub's position embeddings, which are in no checkpoint.
+
+    DINOv2 resizes its position embeddings to the images of the model; CLIP and SigLIP have the
+    numbers of the positions.
+    """
+    backend = backend_of(model)
+    for _, layer in backend.walk(model):
+        names = {backend.variable_name(x): x for x in backend.own_variables(layer)}
+        if _RESIZED in names:
+            resized = layer._interpolate_position_embeddings(
+                layer.position_embeddings,
+                patch_size=layer.patch_size,
+                source_shape=layer.position_embedding_shape,
+                target_shape=layer.image_shape,
+                antialias=layer.antialias_in_interpolation,
+            )
+            names[_RESIZED].assign(resized)
+        if "position_ids" in names:
+            count = names["position_ids"].shape[1]
+            names["position_ids"].assign(np.arange(count)[None])
 
 
 def _layout_of(naming: Naming | None) -> Layout | None:
@@ -184,6 +218,8 @@ def _match(
     heads = classifier_paths(names.model)
     for weight in names.weights:
         target, wanted = weight.target, names.timm_names(weight)
+        if _is_resized(target):
+            continue
         found = next((name for name in wanted if named.sources(name)), None)
         taken.update(named.sources(found) if found is not None else ())
         name = target.name
@@ -206,7 +242,7 @@ def _match(
     ]
     if problems:
         raise ValueError(
-            _message(names.model, checkpoint, named, problems, heads if classifier else [])
+            _message(names, checkpoint, named, tensors, problems, heads if classifier else [])
         )
     return matches
 
@@ -243,15 +279,24 @@ def _shape_in_window(shape: tuple[int, ...], size: int | None) -> tuple[int, ...
 
 
 def _message(
-    model: Any,
+    names: ModuleNames,
     checkpoint: Checkpoint,
     named: NamedTensors,
+    tensors: Tensors,
     problems: Sequence[str | None],
     heads: list[str],
 ) -> str:
-    architecture = checkpoint.config.get("architecture")
+    model, architecture = names.model, checkpoint.config.get("architecture")
+    keys = [key for key in tensors.shapes if not is_ignored_in_checkpoint(key)]
+    hint = architecture if isinstance(architecture, str) else ""
+    translated = named.naming is not None and 2 * len(named.unknown) < len(keys)
+    translated &= names.naming is not None
+    whose = ""
+    if not translated:
+        whose = explanation(keys, names.naming, hint=hint, is_weight=True)
     of = f" (config.json of the architecture {architecture!r})" if architecture else ""
-    of += f" (with {named.naming})" if named.naming is not None else ""
+    if named.naming is not None and translated:
+        of += f" (with {named.naming})"
     name = getattr(getattr(model, "cfg", None), "name", "") or model.name
     lines = "".join(f"\n  {problem}" for problem in problems)
     remedy = "\nNothing was loaded. Load it into the model of its architecture"
@@ -265,7 +310,8 @@ def _message(
         remedy += ", or pass patterns of weights to keep as weights_to_ignore"
     return (
         f"Received source={checkpoint.source!r}{of}, whose weights do not fit model '{name}' "
-        f"({type(model).__name__}): {len(problems)} problems.{lines}{remedy}."
+        f"({type(model).__name__}): {len(problems)} problems."
+        f"{f' {whose}' if whose else ''}{lines}{remedy}."
     )
 
 

@@ -8,6 +8,8 @@ since it differs between processes, and between two models in one process.
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,8 +114,12 @@ class ModuleNames:
     def weights(self) -> list[ModelWeight]:
         """The weights of the model without LoRA's factors."""
         weights = []
+        unnamed: Counter[str] = Counter()
         for target in checkpoint_variables(self.model):
             path, _, leaf = target.name.rpartition("/")
+            if re.fullmatch(r"variable(_\d+)?", leaf):  # Keras counts those of the process
+                leaf = f"variable_{unnamed[path]}" if unnamed[path] else "variable"
+                unnamed[path] += 1
             stable = self._stable.get(path, path)
             named = target._replace(name=f"{stable}/{leaf}" if stable else leaf)
             if self.is_tfimm:
