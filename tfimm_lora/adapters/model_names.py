@@ -43,7 +43,12 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
     target = names.naming
     if target is None:
         return adapter
-    source = recognize([*adapter.layers], family=target.family, hint=adapter.base_model)
+    source = recognize(
+        [*adapter.layers],
+        family=target.family,
+        hint=adapter.base_model,
+        depths=target.depths,
+    )
     if prefix is not None:
         source = _with_prefix(target, adapter, prefix)
     if source is None or source == target:
@@ -99,7 +104,7 @@ def target_naming(source: Naming, library: str, dialect: str, prefix: str | None
         prefix = f"{backbone}." if library == "transformers" and backbone else ""
     elif prefix and not prefix.endswith("."):
         prefix += "."
-    return Naming(family, internal, prefix)
+    return Naming(family, internal, prefix, depths=source.depths)
 
 
 def check_library(library: str, dialect: str) -> None:

@@ -18,6 +18,7 @@ from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.families.recognize import Naming
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.qkv import LAYOUTS
+from tfimm_lora.zoo.weights.windows import as_window
 
 #: Returns a value of the base model by timm's name of a module or weight, or of a block of it.
 OfBase = Callable[[Name], "np.ndarray | None"]
@@ -92,9 +93,20 @@ def _renamed_layers(
             name = target.from_timm(Name(timm, block))
             if name is None:
                 problems.append(f"no name for {Name(timm, block)}")
-            else:
-                renamed[name] = update
+                continue
+            try:
+                renamed[name] = _in_window(update, target.names.window(timm))
+            except ValueError as error:
+                problems.append(f"{name} {error}")
     return renamed
+
+
+def _in_window(update: LayerUpdate, size: int | None) -> LayerUpdate:
+    """Return an update of a linear layer as that of a convolution, or the reverse."""
+    if size is None or update.kind not in ("linear", "conv"):
+        return update
+    a, b = as_window(update.a, size), as_window(update.b, min(size, 1))
+    return dataclasses.replace(update, a=a, b=b, kind="conv" if size else "linear")
 
 
 def _norms_of(timm: str, norms: OfBase) -> Callable[[str], np.ndarray | None]:
@@ -126,12 +138,17 @@ def _renamed_weights(
                 )
                 continue
             parts = {None: np.concatenate([values[block] for block in layout])}
+        module, _, leaf = timm.rpartition(".")
+        size = target.names.window(module) if leaf == "weight" else None
         for block, value in parts.items():
             name = target.from_timm(Name(timm, block), True)
             if name is None:
                 problems.append(f"no name for {Name(timm, block)}")
-            else:
-                renamed[name] = value
+                continue
+            try:
+                renamed[name] = value if size is None else as_window(value, size)
+            except ValueError as error:
+                problems.append(f"{name} {error}")
     return renamed
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,6 +18,10 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.stable_paths import stable_paths
+
+#: The number of layers that a backbone of keras.applications has at least. A user's own model
+#: may have a few layers of the same names.
+_MIN_KNOWN = 8
 
 #: The number of layers outside of a backbone of keras.applications, such as a classifier.
 _MAX_OTHERS = 3
@@ -38,7 +42,7 @@ def naming_of(model: Any, names: Mapping[str, str]) -> Naming | None:
     """
     if is_tfimm(model):
         family = _of_tfimm(model)
-        return None if family is None else Naming(family, TIMM)
+        return None if family is None else Naming(family, TIMM).with_depths(names.values())
     found = _of_keras(model, names)
     heads = classifier_paths(model)
     if found is None or len(heads) != 1 or found.to_timm(names[heads[0]]) is not None:
@@ -58,16 +62,28 @@ def _of_tfimm(model: Any) -> Family | None:
 
 def _of_keras(model: Any, names: Mapping[str, str]) -> Naming | None:
     layers = [*backend_of(model).walk(model)]
-    for family in FAMILIES:
-        for path, layer in layers:
-            if _is_backbone(layer, family, names):
-                return _in_keras_hub(family, layer, path, layers, names)
+    backbones = [
+        _in_keras_hub(family, layer, path, layers, names).with_depths(names.values())
+        for family in reversed(FAMILIES)
+        for path, layer in layers
+        if _is_backbone(layer, family, names)
+    ]
+    if backbones:  # some share a class in keras_hub, so the one that has the most layers
+        return max(
+            backbones, key=lambda x: sum(x.to_timm(n) is not None for n in names.values())
+        )
     adaptable = [names[p] for p, x in layers if isinstance(x, LoRALayer) or supported(x)]
     found = recognize(adaptable, libraries=(APPLICATIONS,))
     if found is None:
         return None
     others = [name for name in adaptable if found.to_timm(name) is None]
+    if len(adaptable) - len(others) < _MIN_KNOWN:
+        return None
     return found if len(others) <= min(_MAX_OTHERS, len(adaptable) // 4) else None
+
+
+def _count(naming: Naming, names: Iterable[str]) -> int:
+    return sum(naming.to_timm(name) is not None for name in names)
 
 
 def _is_backbone(layer: Any, family: Family, names: Mapping[str, str]) -> bool:

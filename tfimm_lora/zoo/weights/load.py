@@ -31,6 +31,7 @@ from tfimm_lora.zoo.weights.labels import labels_of
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 from tfimm_lora.zoo.weights.named_tensors import NamedTensors
 from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
+from tfimm_lora.zoo.weights.windows import as_window
 
 #: The fields of a checkpoint's config.json about preprocessing.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
@@ -112,7 +113,10 @@ def load_timm_weights(
         named = NamedTensors(tensors, family, layout)
         matches = _match(names, named, tensors, checkpoint, weights_to_ignore or ())
         # All are read before any is assigned: reading may still fail.
-        values = [to_keras(named.read(match.name), match.target) for match in matches]
+        values = [
+            to_keras(_in_window(named.read(match.name), match.window), match.target)
+            for match in matches
+        ]
     backend = backend_of(model)
     for match, value in zip(matches, values):
         variable = match.target.variable
@@ -163,6 +167,22 @@ def _layout_of(naming: Naming | None) -> Layout | None:
 class _Match(NamedTuple):
     target: CheckpointVariable
     name: Name
+    window: int | None
+
+
+def _in_window(value: np.ndarray, size: int | None) -> np.ndarray:
+    return value if size is None else as_window(value, size)
+
+
+def _window_of(
+    target: CheckpointVariable, names: ModuleNames, found: Name | None
+) -> int | None:
+    """Return the size of the window of a module that is linear in some libraries, else None."""
+    module, _, leaf = ("" if found is None else found.name).rpartition(".")
+    if leaf != "weight" or names.naming is None or names.naming.names.window(module) is None:
+        return None
+    shape = expected_shape(target)
+    return shape[-1] if len(shape) > 2 else 0
 
 
 def _check_model(model: Any) -> None:
@@ -205,9 +225,12 @@ def _match(
         own = f"{weight.path}/{name.rpartition('/')[2]}" if weight.path else name
         if any(re.search(pattern, own) for pattern in patterns):
             continue
-        problem = _problem(target, own, wanted, found, named)
+        if found is None and type(weight.layer).__name__ == "Normalization":
+            continue  # preprocessing in a model of keras.applications
+        window = _window_of(target, names, found)
+        problem = _problem(target, own, wanted, found, named, window)
         if problem is None and found is not None:
-            matches.append(_Match(target, found))
+            matches.append(_Match(target, found, window))
             continue
         problems.append(problem)
         classifier |= weight.path in heads
@@ -229,12 +252,13 @@ def _problem(
     wanted: list[Name],
     found: Name | None,
     named: NamedTensors,
+    window: int | None,
 ) -> str | None:
     if found is None:
         key = wanted[0] if wanted else "a tensor that has a name in timm"
         return f"missing: {key} for {own} {tuple(target.variable.shape)}"
     shape = named.shape(found)
-    if shape is None or not fits(shape, target):
+    if shape is None or not fits(_shape_in_window(shape, window), target):
         return (
             f"wrong shape: {named.key(named.sources(found)[0])} has {shape}, {own} "
             f"expects {expected_shape(target)} (in torch's order of axes)"
@@ -244,6 +268,13 @@ def _problem(
         key = named.key(named.sources(found)[0])
         return f"wrong type: {key} is {wrong}, expected one of {FLOATS}"
     return None
+
+
+def _shape_in_window(shape: tuple[int, ...], size: int | None) -> tuple[int, ...]:
+    try:
+        return shape if size is None else as_window(np.empty(shape, "bool"), size).shape
+    except ValueError:
+        return shape
 
 
 def _message(

@@ -126,8 +126,10 @@ class ModuleNames:
                 old = named.keys
                 key = self._current(_key(named))
             else:
-                key = f"{self._module(stable)}.{torch_leaf(named)}".strip(".")
-                old = (key,)
+                module = self._module(stable)
+                key = f"{module}.{torch_leaf(named)}".strip(".")
+                # Files of earlier versions have the number of a variable that Keras named.
+                old = (key, f"{module}.{leaf}") if leaf.startswith("variable_") else (key,)
             weights.append(ModelWeight(key, path, named, old, key in self._convolutions))
         return weights
 
