@@ -129,8 +129,6 @@ DEIT = Family(
     (
         *_DEIT,
         Row("head", "/classifier", None, "/predictions"),
-        Row("head", "/cls_classifier"),
-        Row("head_dist", "/distillation_classifier"),
     ),
     keras_hub=("DeiTBackbone",),
     transformers={"deit": "deit"},
