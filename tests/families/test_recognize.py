@@ -91,8 +91,11 @@ def test_every_row_is_translated_into_timm_and_back(family):
                 continue
             template, timm = Template(own), Template(row.timm)
             numbers = {name: 3 for name in "abcdefghijklmnopqrstuvwxyz"}
-            there = names.to_timm(template.write(numbers))
-            assert there == timm.write(numbers), (library, own)
+            written, expected = template.write(numbers), timm.write(numbers)
+            if written is None or expected is None:
+                continue  # not every number is one of this row
+            there = names.to_timm(written)
+            assert there == expected, (library, own)
             # Several names of a library may be one in timm: the way back is one of them.
             back = names.from_timm(there)
             assert back is not None and names.to_timm(back) == there
