@@ -55,6 +55,7 @@ test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported
 
 test-interop: $(VENV)/.made-interop $(FOUR)/.made  ## Compare with timm, transformers and PEFT on torch
 	$(LEGACY) tests/interop
+	KERAS_BACKEND=jax $(KERAS3) tests/interop/keras3
 
 test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 random files with PEFT (30 minutes)
 	TFIMM_LORA_LONG_PEFT_TESTS=1 TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -s -rA \
@@ -121,7 +122,7 @@ $(VENV)/.made-wheel: $(STAMP)
 
 # torchvision, which timm imports, comes without its dependencies: the registry's is built
 # for CUDA and asks for it.
-$(VENV)/.made-interop: $(STAMP)
+$(VENV)/.made-interop: $(VENV)/.made-backends
 	$(PIP) install --quiet "torch==2.13.0" pillow pyyaml
 	$(PIP) install --quiet --no-deps "torchvision==0.28.0"
 	$(PIP) install --quiet "timm==1.0.31" "peft==0.21.2" "transformers==5.24.0"

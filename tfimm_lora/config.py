@@ -53,7 +53,7 @@ LORA_VARIABLE_NAMES = (
 Targets = str | Sequence[str] | None
 
 #: Targets by name. "default" is what ``lora_targets=None`` means; without it, everything
-#: in the table together. "all" is understood everywhere: every layer but the classifier.
+#: in the table together. "all" is understood everywhere: see ``lora_targets``.
 Presets = Mapping[str, Targets]
 
 
@@ -277,8 +277,9 @@ class LoRAConfig(SharedSettings):
             counts, as in PEFT. Empty by default.
         lora_targets: The layers to adapt: a list of names, each the end of a layer's
             path; or a preset, "attention", "mlp" or "all" (every supported layer except the
-            classifier); or a regular expression that matches a full path; or None
-            (default) for the targets of the architecture, or "all" if it has none.
+            classifier, position embeddings and layers that the model never calls); or a
+            regular expression that matches a full path; or None (default) for the targets
+            of the architecture, or "all" if it has none.
             PEFT's "all-linear" means "all" here.
         lora_exclude: Layers that are not adapted although lora_targets selects them, given
             in the same ways: names, a preset, an expression. Default none.

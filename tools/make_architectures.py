@@ -32,6 +32,10 @@ convolutional networks. The stem and the classifier are not adapted by default. 
 every supported layer except the classifier, including depthwise and squeeze-and-excite
 convolutions. Use lists of names and regular expressions for anything else.
 
+The same models in Keras 3, of keras_hub and keras.applications, have the same default targets.
+timm's names of their layers are found from their own. A ResNet of keras.applications is not the
+same model: its strides are in other layers. All of its layers but the classifier are adapted.
+
 `lora_qkv="qv"` adapts only queries and values: in a fused projection (`qkv`, `kv`) these blocks
 get their own factors; of separate projections (`q`, `k`, `v`) only these are adapted.
 `lora_train_modules=["..."]` names layers that are fully trained.

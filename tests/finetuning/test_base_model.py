@@ -10,12 +10,15 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
+from tests.helpers import keras_hub_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras
 from tfimm_lora.backend import installed
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.model.classifier import classifier_paths
 
 layers = keras.layers
+
+KERAS_HUB = not LEGACY and installed("keras_hub")
 
 
 def inner_model(activation, last, sequential):
@@ -128,6 +131,52 @@ def test_a_convolution_of_features_is_not_a_classifier():
     x = layers.Conv2D(4, 1, name="features")(inputs)
     model = keras.Model(inputs, layers.GlobalAveragePooling2D()(x))
     assert classifier_paths(model) == []
+
+
+def test_a_backbone_gets_a_classifier(tmp_path):
+    inputs = keras.Input((8, 8, 3), name="images")
+    maps = keras.Model(inputs, layers.Conv2D(4, 3, name="features")(inputs))
+    vector = keras.Model(inputs, layers.GlobalMaxPooling2D()(maps(inputs)))
+    for saved in (maps, vector):
+        saved.save(tmp_path / "m.keras")
+        base = open_base_model(tmp_path / "m.keras", normalisation="unit", classes=3)
+        assert base.new_classifier and base.model.output_shape == (None, 3)
+        assert classifier_paths(base.model) == ["predictions"]
+        with pytest.raises(ValueError, match="has no classifier"):
+            open_base_model(tmp_path / "m.keras", normalisation="unit")
+
+
+@pytest.mark.skipif(not KERAS_HUB, reason="needs keras_hub, which is for Keras 3")
+@pytest.mark.parametrize("name", ["DINOV2Backbone", "CLIPVisionEncoder"])
+def test_a_backbone_of_keras_hub_is_trained(name, tmp_path):
+    (spec,) = [m for m in keras_hub_models.BACKBONES if m.name == name]
+    saved, x = spec.make(), keras_hub_models.images()
+    saved.save(tmp_path / "m.keras")
+    base = open_base_model(tmp_path / "m.keras", normalisation="unit", classes=3)
+    model = lora.inject_lora(base.model, lora_rank=2, lora_train_classifier=True)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    model.compile(keras.optimizers.Adam(0.01), loss)
+    losses = model.fit(x, np.array([0, 2]), epochs=3, verbose=0).history["loss"]
+    assert losses[-1] < losses[0]
+    merged = lora.convert_to_regular_model(model)
+    merged.save(tmp_path / "merged.keras")
+    again = open_base_model(tmp_path / "merged.keras", normalisation="unit")
+    assert not again.new_classifier
+    np.testing.assert_allclose(array(again.model(x)), array(model(x)), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "shape, make, message",
+    [
+        ((5, 8), lambda: layers.LayerNormalization(), "no classifier that can be"),
+        ((8, 8, 3), lambda: layers.Reshape((64, 3)), "outputs have the shape.*64, 3"),
+    ],
+)
+def test_a_model_that_is_no_backbone_of_pictures_is_refused(shape, make, message, tmp_path):
+    inputs = keras.Input(shape)
+    keras.Model(inputs, make()(layers.LayerNormalization()(inputs))).save(tmp_path / "m.keras")
+    with pytest.raises(ValueError, match=message):
+        open_base_model(tmp_path / "m.keras", normalisation="unit", classes=3)
 
 
 def test_a_model_of_any_size_needs_the_size(tmp_path):

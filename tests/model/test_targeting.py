@@ -335,12 +335,44 @@ def test_a_layer_that_was_never_used_is_a_row():
 
     model = Half()
     model(normal(2, 3))
-    table = explain_targets(model, lora_targets="all")
+    table = explain_targets(model, lora_targets=["used", "unused"])
     assert reasons(model, lora_targets=["used", "unused"]) == {
         "used": "",
         "unused": "not built",
     }
     assert isinstance(table, TargetTable) and "'unused' is not built" in table.error
+
+
+def test_all_leaves_out_positions_and_what_is_never_called():
+    class Tokens(keras.Model):
+        def __init__(self):
+            super().__init__()
+            self.token_embedding = layers.Embedding(5, 4, name="token_embedding")
+            self.position_embedding = layers.Embedding(3, 4, name="position_embedding")
+            self.compose = layers.Dense(4, name="compose")
+            self.unused = layers.Dense(4, name="unused")
+            self.head = layers.Dense(2, name="head")
+
+        def call(self, x):
+            places = self.position_embedding(np.arange(3, dtype="int32"))
+            return self.head(self.compose(self.token_embedding(x) + places))
+
+    model = Tokens()
+    model(np.ones((2, 3), "int32"))
+    expected = {
+        "token_embedding": "",
+        "position_embedding": "position embedding",
+        "compose": "",
+        "unused": "not built",
+        "head": "classifier",
+    }
+    for targets in (None, "all"):
+        assert reasons(model, lora_targets=targets, lora_exclude=None) == expected
+    lora.inject_lora(model, lora_rank=2)
+    assert type(model.unused).__name__ == "FrozenDense"
+    lora.remove_lora(model)
+    lora.inject_lora(model, lora_rank=2, lora_targets=["position_embedding"])
+    assert type(model.position_embedding).__name__ == "LoRAEmbedding"
 
 
 def test_the_table_prints_and_is_plain_data():

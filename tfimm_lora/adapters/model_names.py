@@ -10,7 +10,7 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.torch_layout import base_kernel
-from tfimm_lora.adapters.translation import Norms, layout_of_timm, translate
+from tfimm_lora.adapters.translation import OfBase, layout_of_timm, translate
 from tfimm_lora.families import FAMILIES
 from tfimm_lora.families.family import APPLICATIONS, V4, V5
 from tfimm_lora.families.recognize import (
@@ -22,6 +22,8 @@ from tfimm_lora.families.recognize import (
     untranslated,
 )
 from tfimm_lora.families.templates import Name
+from tfimm_lora.model.state import model_state
+from tfimm_lora.zoo.weights.keys import to_torch
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 _D = TypeVar("_D", bound=AdapterData)
@@ -51,7 +53,12 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
     target = names.naming
     if target is None:
         return adapter
-    source = recognize([*adapter.layers], family=target.family, hint=adapter.base_model)
+    source = recognize(
+        [*adapter.layers],
+        family=target.family,
+        hint=adapter.base_model,
+        depths=target.depths,
+    )
     if prefix is not None:
         same = [dataclasses.replace(target, library=x) for x in target.family.libraries()]
         source = _with_prefix(same, adapter, prefix, "prefix")
@@ -61,7 +68,9 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
         other = recognize_other([*adapter.layers], target, hint=adapter.base_model)
         if other is not None and other.family is not target.family:
             return adapter
-    return translate(adapter, source, target, base_norms(names, target))
+    return translate(
+        adapter, source, target, base_norms(names, target), base_weights(names, target)
+    )
 
 
 def in_library(
@@ -89,7 +98,9 @@ def in_library(
             "Leave names out to save the paths of its layers."
         )
     target = target_naming(source, library, dialect, prefix)
-    return translate(adapter, source, target, base_norms(names, source))
+    return translate(
+        adapter, source, target, base_norms(names, source), base_weights(names, source)
+    )
 
 
 def target_naming(source: Naming, library: str, dialect: str, prefix: str | None) -> Naming:
@@ -104,11 +115,11 @@ def target_naming(source: Naming, library: str, dialect: str, prefix: str | None
             f"expected one of {', '.join(known)}."
         )
     if prefix is None:
-        backbones = [*family.transformers.values()]
-        prefix = f"{backbones[0]}." if library == "transformers" and backbones else ""
+        backbone = next(iter(family.transformers.values()), "")
+        prefix = f"{backbone}." if library == "transformers" and backbone else ""
     else:
         prefix = _complete(prefix, internal)
-    return Naming(family, internal, prefix)
+    return Naming(family, internal, prefix, depths=source.depths)
 
 
 def _complete(prefix: str, library: str) -> str:
@@ -127,7 +138,7 @@ def check_library(library: str, dialect: str) -> None:
         )
 
 
-def base_norms(names: ModuleNames, naming: Naming) -> Norms:
+def base_norms(names: ModuleNames, naming: Naming) -> OfBase:
     """Return the function that computes the norms of the base weights of a model's modules."""
 
     def norms(name: Name) -> np.ndarray | None:
@@ -143,6 +154,31 @@ def base_norms(names: ModuleNames, naming: Naming) -> Norms:
         return np.split(rows, len(layout))[layout.index(name.block)]
 
     return norms
+
+
+def base_weights(names: ModuleNames, naming: Naming) -> OfBase:
+    """Return the function that returns the base weights of a model."""
+    by_key = {weight.key: weight for weight in names.weights}
+    replaced = model_state(names.model).replaced
+
+    def value(key: str) -> np.ndarray:
+        weight = by_key[key]
+        if key in replaced:
+            return to_torch(replaced[key].before, weight.target)
+        return weight.value()
+
+    def weights(name: Name) -> np.ndarray | None:
+        """Return a weight, or one of its blocks."""
+        own = naming.from_timm(name, True)
+        if own in by_key:
+            return value(own)
+        whole = naming.from_timm(Name(name.name), True)
+        layout = layout_of_timm(name.name.rpartition(".")[0])
+        if name.block is None or whole not in by_key:
+            return None
+        return np.split(value(whole), len(layout))[layout.index(name.block)]
+
+    return weights
 
 
 def _norms(kernel: np.ndarray) -> np.ndarray:

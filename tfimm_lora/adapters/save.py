@@ -126,9 +126,18 @@ def save_adapter(
         True
     """
     adapter = adapter_of(model, base_model)
-    library = names or ("timm" if saves_timm_names(model) else None)
-    if library is not None:
-        adapter = in_library(ModuleNames(model), adapter, library, dialect, prefix)
+    own = ModuleNames(model)
+    if names is not None:
+        adapter = in_library(own, adapter, names, dialect, prefix)
+    elif saves_timm_names(model):
+        try:
+            adapter = in_library(own, adapter, "timm", dialect, prefix)
+        except ValueError as error:
+            warnings.warn(
+                f"The adapter of model '{model.name}' is saved with the paths of its layers, "
+                f"since not all of them have a name in timm. {error}",
+                stacklevel=2,
+            )
     adapter.save(path, format)
 
 

@@ -11,7 +11,7 @@ from tfimm_lora.adapters.model_names import (
     naming_of_adapter,
     target_naming,
 )
-from tfimm_lora.adapters.translation import Norms, translate
+from tfimm_lora.adapters.translation import OfBase, translate
 from tfimm_lora.families.family import Family
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
@@ -81,7 +81,7 @@ def translate_adapter(
     return adapter if source == target else translate(adapter, source, target, norms)
 
 
-def _norms(model: Any, family: Family) -> Norms:
+def _norms(model: Any, family: Family) -> OfBase:
     names = ModuleNames(model)
     naming = names.naming
     # Families may share their names, as ViT and DeiT do.

@@ -18,9 +18,10 @@ from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.families.recognize import Naming
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.qkv import LAYOUTS
+from tfimm_lora.zoo.weights.windows import as_window
 
-#: Returns the norms of the rows of the base weight of timm's module, or of a block of it.
-Norms = Callable[[Name], "np.ndarray | None"]
+#: Returns a value of the base model by timm's name of a module or weight, or of a block of it.
+OfBase = Callable[[Name], "np.ndarray | None"]
 
 #: timm's name -> the values of its blocks, or of the whole under None.
 Blocks = dict[str, dict["str | None", "_T"]]
@@ -32,22 +33,30 @@ _D = TypeVar("_D", bound=AdapterData)
 _MAX_LISTED = 20
 
 
-def translate(adapter: _D, source: Naming, target: Naming, norms: Norms | None = None) -> _D:
+def translate(
+    adapter: _D,
+    source: Naming,
+    target: Naming,
+    norms: OfBase | None = None,
+    weights: OfBase | None = None,
+) -> _D:
     """Return an adapter with the names of another library.
 
     Args:
         adapter: The adapter.
         source: Its naming.
         target: The naming of the result, of the same family.
-        norms: For DoRA on some blocks of a projection that the target has in one layer.
+        norms: Returns the norms of the rows of a base weight. It is needed for DoRA on some
+            blocks of a projection that the target has in one layer.
+        weights: Returns a base weight. It is needed for trained biases of such blocks.
 
     Raises:
         ValueError: If a name cannot be translated; the message lists all of them. Or if
-            ``norms`` is needed and missing.
+            ``norms`` or ``weights`` is needed and missing.
     """
     problems: list[str] = []
     layers = _renamed_layers(adapter.layers, source, target, norms, problems)
-    weights = _renamed_weights(adapter.weights, source, target, problems)
+    renamed = _renamed_weights(adapter.weights, source, target, problems, weights)
     if problems:
         more = len(problems) - _MAX_LISTED
         raise ValueError(
@@ -56,14 +65,16 @@ def translate(adapter: _D, source: Naming, target: Naming, norms: Norms | None =
             "docs/reference/names.md lists the known names. Leave the other layers out."
         )
     inside = [k for k in adapter.weights if any(k.startswith(f"{m}.") for m in adapter.modules)]
-    full = _renamed_weights({k: adapter.weights[k] for k in inside}, source, target, [])
+    full = _renamed_weights(
+        {k: adapter.weights[k] for k in inside}, source, target, [], weights
+    )
     modules = tuple(sorted({key.rpartition(".")[0] for key in full}))
     selection = adapter.selection
     if selection is not None:
         same = selection.layers == adapter.layers.keys()
         selection = selection.translated(source, target, frozenset(layers)) if same else None
     return dataclasses.replace(
-        adapter, layers=layers, weights=weights, modules=modules, selection=selection
+        adapter, layers=layers, weights=renamed, modules=modules, selection=selection
     )
 
 
@@ -91,7 +102,7 @@ def _renamed_layers(
     layers: Mapping[str, LayerUpdate],
     source: Naming,
     target: Naming,
-    norms: Norms | None,
+    norms: OfBase | None,
     problems: list[str],
 ) -> dict[str, LayerUpdate]:
     renamed = {}
@@ -107,17 +118,32 @@ def _renamed_layers(
             name = target.from_timm(Name(timm, block))
             if name is None:
                 problems.append(f"no name for {Name(timm, block)}")
-            else:
-                renamed[name] = update
+                continue
+            try:
+                renamed[name] = _in_window(update, target.names.window(timm))
+            except ValueError as error:
+                problems.append(f"{name} {error}")
     return renamed
 
 
-def _norms_of(timm: str, norms: Norms) -> Callable[[str], np.ndarray | None]:
+def _in_window(update: LayerUpdate, size: int | None) -> LayerUpdate:
+    """Return an update of a linear layer as that of a convolution, or the reverse."""
+    if size is None or update.kind not in ("linear", "conv"):
+        return update
+    a, b = as_window(update.a, size), as_window(update.b, min(size, 1))
+    return dataclasses.replace(update, a=a, b=b, kind="conv" if size else "linear")
+
+
+def _norms_of(timm: str, norms: OfBase) -> Callable[[str], np.ndarray | None]:
     return lambda block: norms(Name(timm, block))
 
 
 def _renamed_weights(
-    weights: Mapping[str, np.ndarray], source: Naming, target: Naming, problems: list[str]
+    weights: Mapping[str, np.ndarray],
+    source: Naming,
+    target: Naming,
+    problems: list[str],
+    base: OfBase | None,
 ) -> dict[str, np.ndarray]:
     renamed = {}
     for timm, parts in _in_blocks(weights, source, True, problems).items():
@@ -126,17 +152,28 @@ def _renamed_weights(
         if None in parts and layout and split_there:
             parts = dict(zip(layout, np.split(parts[None], len(layout))))
         elif None not in parts and not split_there:
-            missing = [block for block in layout if block not in parts]
+            values = {
+                b: parts[b] if b in parts else base and base(Name(timm, b)) for b in layout
+            }
+            missing = [block for block, value in values.items() if value is None]
             if missing:
-                problems.append(f"{timm} lacks the blocks {', '.join(missing)}")
+                problems.append(
+                    f"{timm} lacks the blocks {', '.join(missing)}, whose values are those of "
+                    "the base model, which is not given"
+                )
                 continue
-            parts = {None: np.concatenate([parts[block] for block in layout])}
+            parts = {None: np.concatenate([values[block] for block in layout])}
+        module, _, leaf = timm.rpartition(".")
+        size = target.names.window(module) if leaf == "weight" else None
         for block, value in parts.items():
             name = target.from_timm(Name(timm, block), True)
             if name is None:
                 problems.append(f"no name for {Name(timm, block)}")
-            else:
-                renamed[name] = value
+                continue
+            try:
+                renamed[name] = value if size is None else as_window(value, size)
+            except ValueError as error:
+                problems.append(f"{name} {error}")
     return renamed
 
 

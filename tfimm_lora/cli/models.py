@@ -14,7 +14,13 @@ from tfimm_lora.cli.tables import show_table
 from tfimm_lora.config import Targets
 from tfimm_lora.finetuning.base.names import APPLICATIONS
 from tfimm_lora.utils.suggestions import close_names
-from tfimm_lora.zoo.model_table import KnownModel, applications_table, tfimm_models
+from tfimm_lora.zoo.keras3_models.known import is_known, known
+from tfimm_lora.zoo.model_table import (
+    KnownModel,
+    applications_table,
+    keras3_models,
+    tfimm_models,
+)
 
 EXAMPLES = """Examples:
 
@@ -33,11 +39,12 @@ def models_command(
     ] = "",
     as_json: Json = False,
 ) -> None:
-    """List the models of tfimm and Keras Applications.
+    """List the models that can be created by name.
 
     For each model: its family, number of parameters, input size, whether it has
-    pretrained weights, and the layers that LoRA adapts by default. The models of
-    tfimm need legacy Keras (TF_USE_LEGACY_KERAS=1).
+    pretrained weights, and the layers that LoRA adapts by default. With
+    legacy Keras these are the models of tfimm and Keras Applications. With Keras 3
+    they are those of timm that keras_hub and Keras Applications build.
     """
     known = known_models()
     found = matching(pattern, list(known))
@@ -50,7 +57,13 @@ def models_command(
 def known_models() -> dict[str, KnownModel]:
     """The models that can be created in this process, by name."""
     legacy = uses_legacy_keras()
-    models = dict(tfimm_models()) if legacy and installed("tfimm") else {}
+    if legacy:
+        models = dict(tfimm_models()) if installed("tfimm") else {}
+    else:
+        hub = installed("keras_hub")
+        models = {
+            n: m for n, m in keras3_models().items() if hub or not known(n).needs_keras_hub
+        }
     for name, model in applications_table().items():
         if legacy or model.in_keras3:
             models[APPLICATIONS + name] = model
@@ -59,13 +72,21 @@ def known_models() -> dict[str, KnownModel]:
 
 def _described(name: str, model: KnownModel) -> dict[str, Any]:
     return {
-        "library": "keras.applications" if name.startswith(APPLICATIONS) else "tfimm",
+        "library": _library(name),
         "family": model.family,
         "parameters": model.parameters,
         "input_size": list(model.input_size),
         "targets": model.targets,
         "pretrained": model.pretrained,
     }
+
+
+def _library(name: str) -> str:
+    if name.startswith(APPLICATIONS):
+        return "keras.applications"
+    if uses_legacy_keras():
+        return "tfimm"
+    return "keras_hub" if known(name).needs_keras_hub else "keras.applications"
 
 
 def matching(pattern: str, names: list[str]) -> list[str]:
@@ -102,7 +123,8 @@ def _matches(pattern: str, names: Iterable[str]) -> list[str]:
 
 def _legacy_hint(pattern: str) -> str:
     """A hint for names that exist in tfimm, if this process uses Keras 3."""
-    if uses_legacy_keras() or not _matches(pattern, tfimm_models()):
+    others = [name for name in tfimm_models() if not is_known(name)]
+    if uses_legacy_keras() or not _matches(pattern, others):
         return ""
     return "tfimm has such models; they need tfimm and TF_USE_LEGACY_KERAS=1. "
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from tfimm_lora.config import Presets
-from tfimm_lora.families.templates import Name, Template
+from tfimm_lora.families.templates import Name, Positions, Template
 
 #: The libraries, by the names that users give them. transformers has two sets of names.
 TIMM, KERAS_HUB, APPLICATIONS = "timm", "keras_hub", "applications"
@@ -32,6 +32,11 @@ class Row(NamedTuple):
         v5: In transformers 5 in memory, hence in adapters. None means as in version 4.
         keras_hub: In keras_hub, relative to the backbone.
         applications: In ``keras.applications``.
+        windows: If the same module is a convolution in some libraries and linear in the
+            others: pairs of a library and the size of the window of its convolution. The
+            inputs of the linear layer are in the order (height, width, channels).
+        in_timm: False if timm has no such module. Then ``timm`` is a name in its style, which
+            only the translation between other libraries uses.
     """
 
     timm: str
@@ -39,11 +44,13 @@ class Row(NamedTuple):
     v5: str | None = None
     keras_hub: str | None = None
     applications: str | None = None
+    windows: tuple[tuple[str, int], ...] | None = None
+    in_timm: bool = True
 
     def column(self, library: str) -> str | None:
         """Return the name in a library of ``LIBRARIES``."""
         return {
-            TIMM: self.timm,
+            TIMM: self.timm if self.in_timm else None,
             V4: self.transformers,
             V5: self.v5 or self.transformers,
             KERAS_HUB: self.keras_hub,
@@ -62,11 +69,18 @@ class Family:
         timm_models: Patterns of timm's names of these models: "vit_*".
         tfimm: The class in tfimm.
         keras_hub: The classes of backbones in keras_hub.
-        applications: Patterns of the names of models of ``keras.applications``.
+        needs: What distinguishes a family from others with the same backbone in keras_hub: the
+            attributes of the backbone that are not 0 or False, and after "/" the names of
+            layers outside of the backbone that exist.
+        numbered: Templates of layers outside of keras_hub's blocks that have another number in
+            their name there, such as a width; here it is their place in the order of layers.
+        applications: Patterns of the functions of ``keras.applications``: "VGG*".
         transformers: The model_type of transformers -> the name of the backbone in a model with
             a classifier, which begins the names of its modules.
         presets: The LoRA targets by preset, with timm's names. "default" is all of them
             together unless it is given.
+        depths: The number of blocks of each stage in the variants, if a library counts the
+            blocks of all stages in one sequence.
     """
 
     name: str
@@ -75,20 +89,29 @@ class Family:
     timm_models: tuple[str, ...] = ()
     tfimm: str = ""
     keras_hub: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    numbered: tuple[str, ...] = ()
     applications: tuple[str, ...] = ()
     transformers: Mapping[str, str] = field(default_factory=dict)
     presets: Presets = field(default_factory=dict)
+    depths: tuple[tuple[int, ...], ...] = ()
 
-    def names(self, library: str) -> Names:
-        """Return the table between a library's names and timm's."""
-        return _names(self.rows, library)
+    def names(self, library: str, depths: tuple[int, ...] = ()) -> Names:
+        """Return the table between a library's names and timm's.
+
+        Args:
+            library: The library.
+            depths: The number of blocks of each stage of the model, if known.
+        """
+        return _names(self.rows, library, depths)
 
     @property
     def head(self) -> str | None:
         """timm's name of the classifier, or None if the family has none."""
-        heads = ("/classifier", "/predictions")
+        heads = ("/classifier", "/classifier.1", "/predictions")
         rows = (r for r in self.rows if r.transformers in heads or r.keras_hub in heads)
-        return next((row.timm for row in rows), None)
+        named = (r for r in self.rows if r.timm in ("head", "head.fc", "fc", "classifier"))
+        return next((row.timm for row in (*rows, *named)), None)
 
     def libraries(self) -> list[str]:
         """Return the libraries that have this family."""
@@ -102,10 +125,19 @@ class Names:
     backbone begin with "/".
     """
 
-    def __init__(self, pairs: list[tuple[str, str]]) -> None:
+    def __init__(
+        self,
+        pairs: list[tuple[str, str]],
+        windows: Mapping[str, int],
+        depths: tuple[int, ...] = (),
+    ) -> None:
         self._pairs = [(Template(own), Template(timm)) for own, timm in pairs]
-        self._own = {Name(a.text, a.block): b for a, b in self._pairs if a.is_plain}
-        self._timm = {Name(b.text, b.block): a for a, b in self._pairs if b.is_plain}
+        self._windows = [(Template(timm), size) for timm, size in windows.items()]
+        self._positions = Positions(depths)
+        # The first row of a name is taken.
+        plain = self._pairs[::-1]
+        self._own = {Name(a.text, a.block): b for a, b in plain if a.is_plain}
+        self._timm = {Name(b.text, b.block): a for a, b in plain if b.is_plain}
         self.templates = [own for own, _ in self._pairs]
         self._to_timm = functools.cache(self._find_timm)
         self._from_timm = functools.cache(self._find_own)
@@ -118,23 +150,42 @@ class Names:
         """Return the name of timm's module or weight in this library, or None."""
         return _converted(name, self._from_timm, is_weight)
 
+    def window(self, timm: str) -> int | None:
+        """Return the size of the window of timm's module here, 0 if it is linear here.
+
+        None means that the module is of the same kind in all libraries.
+        """
+        sizes = (size for row, size in self._windows if row.read(Name(timm)) is not None)
+        return next(sizes, None)
+
+    def numbers(self, name: Name) -> list[dict[str, int]]:
+        """Return the numbers in the name of a module of this library, by each row."""
+        found = (own.read(name) for own, _ in self._pairs)
+        return [numbers for numbers in found if numbers]
+
     def _find_timm(self, name: Name) -> Name | None:
         if name in self._own:
-            return self._own[name].write({})
+            return self._written(self._own[name], {})
         for own, timm in self._pairs:
             numbers = None if own.is_plain else own.read(name)
-            if numbers is not None:
-                return timm.write(numbers)
+            found = None if numbers is None else self._written(timm, numbers)
+            if found is not None:
+                return found
         return None
 
     def _find_own(self, name: Name) -> Name | None:
         if name in self._timm:
-            return self._timm[name].write({})
+            return self._written(self._timm[name], {})
         for own, timm in self._pairs:
             numbers = None if timm.is_plain else timm.read(name)
-            if numbers is not None:
-                return own.write(numbers)
+            found = None if numbers is None else self._written(own, numbers)
+            if found is not None:
+                return found
         return None
+
+    def _written(self, template: Template, numbers: dict[str, int]) -> Name | None:
+        complete = self._positions.complete(numbers)
+        return None if complete is None else template.write(complete)
 
     def is_split(self, timm: str) -> bool:
         """Whether this library has separate layers for the blocks of timm's projection."""
@@ -154,13 +205,16 @@ def _converted(
 
 
 @functools.cache
-def _names(rows: tuple[Row, ...], library: str) -> Names:
-    pairs = []
+def _names(rows: tuple[Row, ...], library: str, depths: tuple[int, ...]) -> Names:
+    pairs, windows = [], {}
     for row in rows:
+        if row.windows is not None:
+            windows[row.timm] = dict(row.windows).get(library, 0)
         own = row.column(library)
-        if library == TIMM:  # it has one layer for the blocks of a fused projection
+        if library == TIMM and own is not None:
+            # It has one layer for the blocks of a fused projection.
             own = Template(row.timm).text
             pairs.append((own, own))
         elif own is not None:
             pairs.append((own, row.timm))
-    return Names(list(dict.fromkeys(pairs)))
+    return Names(list(dict.fromkeys(pairs)), windows, depths)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import re
 from collections import Counter
-from collections.abc import Collection, Iterable
-from dataclasses import dataclass
-from fnmatch import fnmatch
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from fnmatch import fnmatch, fnmatchcase
 
 from tfimm_lora.families import FAMILIES
 from tfimm_lora.families.family import (
@@ -20,7 +20,10 @@ from tfimm_lora.families.family import (
     Family,
     Names,
 )
-from tfimm_lora.families.templates import Name
+from tfimm_lora.families.templates import Name, Positions
+
+#: torch's names of weights.
+_LEAVES = ("weight", "bias", "running_mean", "running_var", "variable")
 
 #: The number of names in which prefixes are looked for.
 _SAMPLE = 32
@@ -62,31 +65,80 @@ class Naming:
         library: One of ``LIBRARIES``.
         prefix: What comes before the names of the backbone, with its dot: "vit.".
         head: The name of a classifier that the table does not have.
+        depths: The number of blocks of each stage, if known; see ``Family.depths``.
+        renamed: Names of modules -> their names in the table; see ``Family.numbered``.
     """
 
     family: Family
     library: str
     prefix: str = ""
     head: str | None = None
+    depths: tuple[int, ...] = ()
+    renamed: Mapping[str, str] = field(default_factory=dict, hash=False)
 
     @property
     def names(self) -> Names:
         """The table of names."""
-        return self.family.names(self.library)
+        return self.family.names(self.library, self.depths)
+
+    def with_depths(self, names: Iterable[str]) -> Naming:
+        """Return this naming with the number of blocks of each stage in a model.
+
+        Args:
+            names: The names of the modules or weights of the model, in this naming.
+        """
+        if not self.family.depths or self.depths:
+            return self
+        inside = [self._inside(x) for x in names if x.startswith(self.prefix)]
+        modules = dict.fromkeys([*inside, *(x.rpartition(".")[0] for x in inside)])
+        numbers = [found for x in modules for found in self.names.numbers(Name(x))]
+        blocks = {(x["s"], x["b"]) for x in numbers if {"s", "b"} <= x.keys()}
+        stages = Counter(stage for stage, _ in blocks)
+        end = max((x["z"] for x in numbers if "z" in x), default=len(stages))
+        depths = tuple(stages[stage] for stage in range(min(end, len(stages))))
+        for count in () if depths else "nfd":  # where blocks are counted over all stages
+            given = {x[count] for x in numbers if count in x}
+            for known in self.family.depths:
+                last = Positions(known).last(count)
+                # A row with {d+1} reads the odd numbers of {d}, too.
+                if last in given and max(given) <= last + 1:
+                    depths = known
+        return replace(self, depths=depths)
+
+    @property
+    def _repeated(self) -> str:
+        """What the names of nested layers of keras.applications begin with, too."""
+        return self.prefix.rpartition(".")[2] if self.library == APPLICATIONS else ""
+
+    def _inside(self, name: str) -> str:
+        """Return a name without the prefix."""
+        inside = name[len(self.prefix) :]
+        return inside.replace(f".{self._repeated}", ".") if self._repeated else inside
+
+    def _with_prefix(self, name: str) -> str:
+        *outer, last = name.split(".")
+        nested = [self._repeated + part for part in outer[1:]]
+        # The last part of a weight's name is that of torch.
+        if outer and last not in _LEAVES:
+            last = self._repeated + last
+        return self.prefix + ".".join([*outer[:1], *nested, last])
 
     @property
     def outside(self) -> str:
         """The prefix of what is outside of the backbone: "model." for "model.vit."."""
-        outer = self.prefix.rstrip(".").rpartition(".")[0]
+        # A prefix may end within a name: "encoder.encoder_" before "encoder.encoder_norm".
+        inner = self.prefix if self.prefix.endswith(".") else self.prefix.rpartition(".")[0]
+        outer = inner.rstrip(".").rpartition(".")[0]
         return f"{outer}." if outer else ""
 
     def to_timm(self, name: str, is_weight: bool = False) -> Name | None:
         """Return timm's name of a module or weight of this naming, or None."""
         head, found = self.family.head, None
+        name = _renamed(name, self.renamed)
         if self.head and head and (name == self.head or name.startswith(f"{self.head}.")):
             return Name(head + name[len(self.head) :])
         if name.startswith(self.prefix):
-            found = self.names.to_timm(Name(name[len(self.prefix) :]), is_weight)
+            found = self.names.to_timm(Name(self._inside(name)), is_weight)
         if found is None and name.startswith(self.outside):
             found = self.names.to_timm(Name("/" + name[len(self.outside) :]), is_weight)
         return found
@@ -99,9 +151,9 @@ class Naming:
         found = self.names.from_timm(name, is_weight)
         if found is None:
             return None
-        if found.name.startswith("/"):
-            return self.outside + found.name[1:]
-        return self.prefix + found.name
+        inside = not found.name.startswith("/")
+        own = self._with_prefix(found.name) if inside else self.outside + found.name[1:]
+        return _renamed(own, {table: name for name, table in self.renamed.items()})
 
     @property
     def libraries_name(self) -> str:
@@ -123,6 +175,14 @@ class Naming:
         return f"{library}{possessive} names of {self.family.name}{behind}"
 
 
+def _renamed(name: str, names: Mapping[str, str]) -> str:
+    """Return the other name of a module, or of a weight by its module."""
+    if name in names:
+        return names[name]
+    module, dot, leaf = name.rpartition(".")
+    return f"{names[module]}{dot}{leaf}" if module in names else name
+
+
 def recognize(
     names: Collection[str],
     *,
@@ -130,6 +190,7 @@ def recognize(
     libraries: Collection[str] = LIBRARIES,
     hint: str = "",
     is_weight: bool = False,
+    depths: tuple[int, ...] = (),
 ) -> Naming | None:
     """Return the naming of the names of modules or weights, or None if no table has them.
 
@@ -142,6 +203,7 @@ def recognize(
         libraries: The libraries to choose from.
         hint: The name of the base model, which may name the family.
         is_weight: Whether they are the names of weights.
+        depths: The number of blocks of each stage, if known.
     """
     best: tuple[tuple[int, ...], Naming] | None = None
     named = _family_in(hint)
@@ -153,7 +215,7 @@ def recognize(
     for each in reversed(FAMILIES) if family is None else (family,):
         for library in libraries:
             for prefix in _prefixes(each, library, sample, is_weight):
-                naming = Naming(each, library, prefix)
+                naming = Naming(each, library, prefix, depths=depths).with_depths(names)
                 found = sum(naming.to_timm(name, is_weight) is not None for name in names)
                 backbone = prefix.rstrip(".").rpartition(".")[2]
                 own = library in (V4, V5) and backbone in each.transformers.values()
@@ -268,6 +330,19 @@ def family_of_timm(model_name: str) -> Family | None:
     return None
 
 
+def family_of_application(name: str) -> Family | None:
+    """Return the family of a model of ``keras.applications``, or None if it has no table.
+
+    Example:
+        >>> family_of_application("DenseNet121").name
+        'DenseNet'
+    """
+    for family in FAMILIES:
+        if any(fnmatchcase(name, pattern) for pattern in family.applications):
+            return family
+    return None
+
+
 def _family_in(base_model: str) -> Family | None:
     """Return the family that the name of a base model contains: "user/swin-tiny-flowers"."""
     plain = base_model.rpartition("/")[2].lower().replace("-", "_")
@@ -293,8 +368,7 @@ def _prefixes(family: Family, library: str, names: Iterable[str], is_weight: boo
 def _expression(family: Family, library: str, is_weight: bool) -> re.Pattern[str]:
     templates = family.names(library).templates
     inside = [t.pattern() for t in templates if not t.text.startswith("/")]
-    # The numbers of the templates are not needed here, and their names would clash.
-    plain = [re.sub(r"\(\?P<[a-z]>", "(?:", pattern) for pattern in dict.fromkeys(inside)]
+    plain = list(dict.fromkeys(inside))
     leaf = r"(?:\.[^.]+)?" if is_weight else ""
     # The layers of keras.applications begin with the name of their model.
     before = ".*?" if library == APPLICATIONS else r"(?:[^.]+\.)*?"

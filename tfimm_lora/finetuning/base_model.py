@@ -5,12 +5,17 @@ from __future__ import annotations
 import os
 from dataclasses import replace
 
+from tfimm_lora.backend import uses_legacy_keras
 from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name, is_model_file
 from tfimm_lora.finetuning.base.of_applications import open_application
 from tfimm_lora.finetuning.base.of_file import open_file
+from tfimm_lora.finetuning.base.of_keras3 import open_keras3
 from tfimm_lora.finetuning.base.of_tfimm import open_tfimm
 from tfimm_lora.finetuning.base.opened import NORMALISATIONS, BaseModel, Size
 from tfimm_lora.validation import check_choice
+from tfimm_lora.zoo.keras3_models.folders import PRESETS, folder_kind
+from tfimm_lora.zoo.keras3_models.known import is_known as is_known_on_keras3
+from tfimm_lora.zoo.keras3_models.presets import is_preset
 
 
 def open_base_model(
@@ -25,10 +30,12 @@ def open_base_model(
     """Create or load an ordinary model that returns logits.
 
     Args:
-        name: The name of a tfimm model ("convnext_tiny"; needs legacy Keras), of a model in
+        name: The name of a tfimm model ("convnext_tiny"), of a model in
             ``keras.applications`` ("applications/MobileNetV2", "MobileNetV2") or of a timm
-            checkpoint for a tfimm model ("timm/resnet50.a1_in1k"); or the path of a saved model
-            (.keras, .h5 or a SavedModel folder of legacy Keras).
+            checkpoint ("timm/resnet50.a1_in1k"); or the path of a saved model (.keras, .h5 or
+            a SavedModel folder of legacy Keras). On Keras 3 also a model of timm, a preset of
+            keras_hub ("hub/dinov2_base"), or a folder or repository ("hf://user/name") of
+            keras_hub, timm or transformers; models that only tfimm has need legacy Keras.
         classes: The number of classes. If the model has another number, its classifier is
             replaced. Default: the number of the model.
         pretrained: Whether to load the pretrained weights of the named model.
@@ -64,9 +71,14 @@ def open_base_model(
                 f"Received the model file {name!r} with pretrained or weights; expected "
                 "neither. The file contains the weights."
             )
-        base = open_file(name, classes, normalisation, input_size)
+        if folder_kind(name) in PRESETS:
+            base = open_keras3(name, classes, True, None, input_size, normalisation)
+        else:
+            base = open_file(name, classes, normalisation, input_size)
     elif name.startswith(APPLICATIONS):
         base = open_application(name, classes, pretrained, weights, input_size)
+    elif not uses_legacy_keras() and (is_known_on_keras3(name) or is_preset(name)):
+        base = open_keras3(name, classes, pretrained, weights, input_size, normalisation)
     else:
         base = open_tfimm(name, classes, pretrained, weights, input_size)
     if normalisation is None:

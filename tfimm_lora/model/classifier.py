@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from tfimm_lora.backend import backend_of
@@ -11,6 +12,16 @@ from tfimm_lora.layers.conversion import supported
 
 #: Names of classifiers, for models with neither a config nor a graph that identifies it.
 _NAMES = ("head", "fc", "classifier", "predictions", "logits", "output_dense")
+
+
+#: What computes the scores of the classes in keras_hub's models for dense prediction: class of
+#: the model -> expression for the paths of the layers.
+_OF_KERAS_HUB = {
+    "ImageSegmenter": r"^[^/]+$",  # the only one outside of its backbone
+    "RetinaNetObjectDetector": r"^classification_head/logits_layer$",
+    "DFineObjectDetector": r"(^|/)(enc_score_head|class_embed_\d+|denoising_class_embed)$",
+    "DFineBackbone": r"(^|/)(enc_score_head|class_embed_\d+|denoising_class_embed)$",
+}
 
 
 def classifier_names(cfg: Any) -> tuple[str, ...]:
@@ -32,8 +43,9 @@ def classifier_paths(model: Layer) -> list[str]:
     A tfimm model names them in its config, or has none. In a functional model it is the
     dense layer that computes an output, or the 1x1 convolution of a single position whose
     output is flattened (MobileNet); layers without variables after it (an activation) are
-    skipped. In any other model it is the last layer with variables, if this is a dense layer
-    or has the name of a head.
+    skipped. In keras_hub's segmenters and detectors these are the layers that compute the
+    scores of the classes. In any other model it is the last layer with variables, if this is a
+    dense layer or has the name of a head.
     """
     backend = backend_of(model)
     layers = list(backend.walk(model))
@@ -41,12 +53,20 @@ def classifier_paths(model: Layer) -> list[str]:
     if hasattr(cfg, "classifier") or _is_tfimm_config(cfg):
         names = classifier_names(model.cfg)
         return [p for p, _ in layers if p and canonical_path(p) in names]
+    pattern = _pattern_of_keras_hub(model)
+    if pattern is not None:
+        return [p for p, x in layers if supported(x) and re.search(pattern, without_counts(p))]
     heads = _output_layers(backend, model)
     return [path for path, layer in layers if any(layer is head for head in heads)]
 
 
 def _is_tfimm_config(cfg: Any) -> bool:
     return any(cls.__module__.partition(".")[0] == "tfimm" for cls in type(cfg).__mro__)
+
+
+def _pattern_of_keras_hub(model: Layer) -> str | None:
+    names = [x.__name__ for x in type(model).__mro__ if x.__module__.startswith("keras_hub.")]
+    return next((_OF_KERAS_HUB[name] for name in names if name in _OF_KERAS_HUB), None)
 
 
 def _output_layers(backend: Backend, model: Layer) -> list[Layer]:
@@ -85,6 +105,9 @@ def _head_of(backend: Backend, tensor: Tensor) -> Layer | None:
 
 
 def _has_variables(backend: Backend, layer: Layer) -> bool:
+    """Whether a layer has variables. Operations of Keras 3 (``x[:, 0]``) have none."""
+    if not isinstance(layer, backend.keras.layers.Layer):
+        return False
     return any(backend.own_variables(inside) for _, inside in backend.walk(layer))
 
 

@@ -55,7 +55,8 @@ def _recreate(backend: Backend, model: Layer) -> Any:
 
 def build_like(backend: Backend, model: Layer, other: Layer) -> None:
     """Create all variables of a model, for the input shapes of another."""
-    if all(layer.built for _, layer in backend.walk(model)):
+    # What is not built in a functional model is not in its graph: no call would build it.
+    if backend.is_functional(model) or all(layer.built for _, layer in backend.walk(model)):
         return
     if hasattr(model, "dummy_inputs"):
         model(model.dummy_inputs)

@@ -38,8 +38,8 @@ def inject_lora(model: Any, **lora_arguments: Any) -> Any:
         model: The model. It must be built.
         **lora_arguments: Fields of ``LoRAConfig``: lora_rank, lora_alpha, lora_targets,
             lora_qkv, lora_train_bias, ... ``lora_targets=None`` means the architecture's
-            targets if the model's class is registered, otherwise every supported layer
-            except the classifier.
+            targets if the model's class is registered, otherwise "all": every supported
+            layer except the classifier and position embeddings.
 
     Returns:
         The same model.

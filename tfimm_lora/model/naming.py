@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -11,10 +13,15 @@ from tfimm_lora.config import Targets, with_default
 from tfimm_lora.families import FAMILIES
 from tfimm_lora.families.family import APPLICATIONS, KERAS_HUB, TIMM, Family
 from tfimm_lora.families.recognize import Naming, family_of_timm, recognize
+from tfimm_lora.families.templates import Name, Template
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.stable_paths import stable_paths
+
+#: The number of layers that a backbone of keras.applications has at least. A user's own model
+#: may have a few layers of the same names.
+_MIN_KNOWN = 8
 
 #: The number of layers outside of a backbone of keras.applications, such as a classifier.
 _MAX_OTHERS = 3
@@ -34,11 +41,8 @@ def naming_of(model: Any, names: Mapping[str, str]) -> Naming | None:
         names: Path -> name in an adapter, of all layers; see ``ModuleNames``.
     """
     if is_tfimm(model):
-        classes = {cls.__name__ for cls in type(model).__mro__}
-        family = family_of_timm(getattr(model.cfg, "name", ""))
-        if family is None or family.tfimm not in classes:
-            family = next((x for x in FAMILIES if x.tfimm in classes), None)
-        return None if family is None else Naming(family, TIMM)
+        family = _of_tfimm(model)
+        return None if family is None else Naming(family, TIMM).with_depths(names.values())
     found = _of_keras(model, names)
     heads = classifier_paths(model)
     if found is None or len(heads) != 1 or found.to_timm(names[heads[0]]) is not None:
@@ -46,25 +50,86 @@ def naming_of(model: Any, names: Mapping[str, str]) -> Naming | None:
     return replace(found, head=names[heads[0]])
 
 
+def _of_tfimm(model: Any) -> Family | None:
+    classes = {cls.__name__ for cls in type(model).__mro__}
+    families = [family for family in FAMILIES if family.tfimm in classes]
+    named = family_of_timm(getattr(model.cfg, "name", ""))
+    if named in families or not families:
+        return named if named in families else None
+    # The general family is the last. ViT with two classifiers is DeiT.
+    return families[0 if getattr(model.cfg, "distilled", False) else -1]
+
+
 def _of_keras(model: Any, names: Mapping[str, str]) -> Naming | None:
     layers = [*backend_of(model).walk(model)]
-    for family in FAMILIES:
-        for path, layer in layers:
-            if _is_backbone(layer, family):
-                return Naming(family, KERAS_HUB, f"{names[path]}." if path else "")
+    backbones = [
+        _in_keras_hub(family, layer, path, layers, names).with_depths(names.values())
+        for family in reversed(FAMILIES)
+        for path, layer in layers
+        if _is_backbone(layer, family, names)
+    ]
+    if backbones:  # some share a class in keras_hub, so the one that has the most layers
+        return max(
+            backbones, key=lambda x: sum(x.to_timm(n) is not None for n in names.values())
+        )
     adaptable = [names[p] for p, x in layers if isinstance(x, LoRALayer) or supported(x)]
     found = recognize(adaptable, libraries=(APPLICATIONS,))
     if found is None:
         return None
     others = [name for name in adaptable if found.to_timm(name) is None]
+    if len(adaptable) - len(others) < _MIN_KNOWN:
+        return None
     return found if len(others) <= min(_MAX_OTHERS, len(adaptable) // 4) else None
 
 
-def _is_backbone(layer: Any, family: Family) -> bool:
-    return any(
+def _count(naming: Naming, names: Iterable[str]) -> int:
+    return sum(naming.to_timm(name) is not None for name in names)
+
+
+def _is_backbone(layer: Any, family: Family, names: Mapping[str, str]) -> bool:
+    found = any(
         cls.__name__ in family.keras_hub and cls.__module__.startswith("keras_hub")
         for cls in type(layer).__mro__
     )
+    return found and all(
+        need[1:] in names.values() if need.startswith("/") else getattr(layer, need, None)
+        for need in family.needs
+    )
+
+
+def _in_keras_hub(
+    family: Family,
+    backbone: Any,
+    path: str,
+    layers: list[tuple[str, Any]],
+    names: Mapping[str, str],
+) -> Naming:
+    """Return the naming of a model with this backbone at this path.
+
+    A model of its features, as in Depth Anything, may hold its layers under another path.
+    """
+    paths = {id(layer): path for path, layer in layers}
+    counts: Counter[str] = Counter()
+    for inside, layer in backend_of(backbone).walk(backbone):
+        outside = paths.get(id(layer), "")
+        if inside and f"/{outside}".endswith(f"/{inside}"):
+            counts[outside[: -len(inside)].rstrip("/")] += 1
+    holder = max(counts, key=lambda x: (counts[x], x == path)) if counts else path
+    prefix = f"{names[holder]}." if holder else ""
+    # The layers of the encoders of CLIP and SigLIP begin with the name of a named encoder.
+    longer = f"{prefix}{backbone.name}_"
+    found = family.names(KERAS_HUB)
+    if any(
+        x.startswith(longer) and found.to_timm(Name(x[len(longer) :])) for x in names.values()
+    ):
+        prefix = longer
+    renamed = {}
+    for template in family.numbered:
+        pattern = Template(template).pattern()
+        own = [x for x in names.values() if re.fullmatch(re.escape(prefix) + pattern, x)]
+        for index, name in enumerate(own):
+            renamed[name] = prefix + template.replace("{s}", str(index))
+    return Naming(family, KERAS_HUB, prefix, renamed=renamed)
 
 
 class TimmView(NamedTuple):

@@ -39,7 +39,13 @@ def stable_paths(layers: Mapping[str, Any]) -> dict[str, str]:
 def _keras_name(layer: Any) -> str:
     """Return a pattern for the name that Keras gives to a layer: "multi_head_attention"."""
     plain = next(c for c in type(layer).__mro__ if not c.__module__.startswith("tfimm_lora"))
-    words = re.sub(r"(.)([A-Z][a-z0-9]+)", r"\1_\2", plain.__name__)
-    name = re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()
+    # Legacy Keras, and Keras 3, which does not count digits to a word.
+    names = {_snake_case(plain.__name__, word) for word in ("[A-Z][a-z0-9]+", "[A-Z][a-z]+")}
     # Legacy Keras names functional models "model".
-    return "(functional|model)" if name == "functional" else name
+    names |= {"model"} if "functional" in names else set()
+    return f"({'|'.join(sorted(names))})"
+
+
+def _snake_case(name: str, word: str) -> str:
+    words = re.sub(f"(.)({word})", r"\1_\2", name)
+    return re.sub(r"([a-z])([A-Z])", r"\1_\2", words).lower()

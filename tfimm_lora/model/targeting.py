@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,6 +67,9 @@ def not_in_qkv(blocks: str) -> str:
     return f"not in lora_qkv={blocks!r}"
 
 
+#: The names of embeddings of positions: "position_embedding", "pos_embed", "positions".
+_POSITIONS = re.compile(r"(?<![a-z])pos(ition(al|s)?)?(?![a-z])", re.IGNORECASE)
+
 _NOT_BUILT = (
     "layer '{}' is not built, because the model has never called it; call the model on an "
     "input that uses it, or leave the layer out of lora_targets"
@@ -108,7 +112,7 @@ def config_for(model: Layer, arguments: dict[str, Any], what: str) -> LoRAConfig
     config = LoRAConfig(**arguments)
     if config.lora_targets is None:
         view = timm_view(model)
-        config.lora_targets = view.presets["default"] if view else default_targets(type(model))
+        config.lora_targets = "default" if view else default_targets(type(model))
     return config
 
 
@@ -147,6 +151,7 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
     others = [path for path in chosen.layers if path not in targeted]
     if resolve(config.lora_targets, table)[0] is None:
         chosen.drop([path for path in others if path in classifier], "classifier")
+        _drop_unfit(chosen, backend)
     else:
         chosen.drop(others, NOT_TARGETED)
     chosen.drop([p for p in chosen.layers if p in excluded], "in lora_exclude")
@@ -160,6 +165,22 @@ def select(model: Layer, config: LoRAConfig) -> Selection:
     return chosen
 
 
+def _drop_unfit(chosen: Selection, backend: Backend) -> None:
+    """Drop layers that "all" does not include: position embeddings, and unbuilt layers.
+
+    Some models of keras_hub create layers that they never call.
+    """
+    unused = [path for path, layer in chosen.layers.items() if not layer.built]
+    chosen.drop(unused, "not built")
+    embedding = backend.keras.layers.Embedding
+    positions = [
+        path
+        for path, layer in chosen.layers.items()
+        if isinstance(layer, embedding) and _POSITIONS.search(layer.name)
+    ]
+    chosen.drop(positions, "position embedding")
+
+
 def _meant(
     name: str,
     targets: Targets,
@@ -170,7 +191,8 @@ def _meant(
 ) -> tuple[set[str], ValueError | None]:
     """Return the paths that targets mean, and an error if a name means none of them.
 
-    ``aliases`` are timm's names of the layers of a model of another library.
+    ``aliases`` are timm's names of the layers of a model of another library. Presets have
+    timm's names, and mean no layer whose own name happens to be one of them.
     """
     meant, is_preset = resolve(targets, table)
     check_expression(meant, name)
@@ -180,7 +202,8 @@ def _meant(
         found = {
             path
             for path in candidates
-            if matches(path, meant) or (path in aliases and matches(aliases[path], meant))
+            if (path in aliases and matches(aliases[path], meant))
+            or (matches(path, meant) and not (is_preset and aliases))
         }
     known = [*candidates, *(aliases[path] for path in candidates if path in aliases)]
     missing = [] if is_preset else unmatched(meant, known)

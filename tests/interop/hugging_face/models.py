@@ -66,7 +66,7 @@ _MIT = dict(
 )
 _SEGFORMER = dict(
     _MIT,
-    mlp_ratios=[2, 2, 2, 2],
+    mlp_ratios=[4, 4, 4, 4],  # the only ratio of keras_hub
     classifier_dropout_prob=0.0,
     decoder_hidden_size=16,
 )

@@ -17,6 +17,10 @@ from tfimm_lora.finetuning.base.names import (
     same_application,
     unknown_model,
 )
+from tfimm_lora.zoo.keras3_models.folders import PRESETS, folder_kind
+from tfimm_lora.zoo.keras3_models.known import is_known as is_known_on_keras3
+from tfimm_lora.zoo.keras3_models.known import known, refusal_reason
+from tfimm_lora.zoo.keras3_models.presets import HUB, is_preset
 from tfimm_lora.zoo.model_table import applications_table
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 from tfimm_lora.zoo.weights.hub_ids import WITHOUT_WEIGHTS
@@ -39,6 +43,8 @@ def check_model(name: str, *, pretrained: bool = False, weights: Any = None) -> 
         )
     if is_model_file(name):
         check_file(name)
+    elif is_preset(name) and (name.startswith(HUB) or not uses_legacy_keras()):
+        check_preset(name)
     elif not is_known(name):
         # Once tfimm is imported, it may have models of the user, too.
         if name.startswith(APPLICATIONS) or "tfimm" not in sys.modules:
@@ -62,19 +68,45 @@ def check_file(path: str) -> None:
             f"Received model {path!r}, which does not exist; expected a saved Keras model, or "
             "the name of a model. tfimm-lora models lists the names."
         )
+    if folder_kind(path) in PRESETS:
+        check_preset(path)
     check_saved_by(path)
 
 
+def check_preset(name: str) -> None:
+    """Raise an error for a model of keras_hub if keras_hub cannot be used here."""
+    if uses_legacy_keras():
+        raise RuntimeError(
+            f"{name} is a model for keras_hub, which needs Keras 3, but this process uses "
+            "legacy Keras. Set the environment variable TF_USE_LEGACY_KERAS=0."
+        )
+    _require_keras_hub(name)
+
+
+def _require_keras_hub(name: str) -> None:
+    if not installed("keras_hub"):
+        raise ImportError(
+            f"The model {name} needs keras_hub, which is not installed: pip install "
+            '"tfimm_lora[hub]", or pip install keras-hub.'
+        )
+
+
 def check_tfimm(name: str) -> None:
-    """Raise an error for a model of tfimm if tfimm cannot be used here."""
+    """Raise an error for a model of tfimm or timm that cannot be created here."""
+    if not uses_legacy_keras() and is_known_on_keras3(name):
+        if known(name).needs_keras_hub:
+            _require_keras_hub(name)
+        return
     if installed("tfimm") and uses_legacy_keras():
         return
+    reason = None if uses_legacy_keras() else refusal_reason(name)
     same = same_application(name)
     remedy = f" Keras Applications has a similar model: {same}." if same else ""
     try:
         import_tfimm()
     except (ImportError, RuntimeError) as error:
-        raise type(error)(f"{name} is a model of tfimm. {error}{remedy}") from error
+        why = f", which Keras 3 cannot build exactly: {reason}" if reason else ""
+        raise type(error)(f"{name} is a model of tfimm{why}. {error}{remedy}") from error
 
 
 def not_in_keras3(name: str) -> ValueError:

@@ -13,7 +13,15 @@ from pathlib import Path
 
 from tfimm_lora.backend import uses_legacy_keras
 from tfimm_lora.utils.suggestions import close_names
-from tfimm_lora.zoo.model_table import applications_table, tfimm_models
+from tfimm_lora.zoo.keras3_models.folders import PRESETS, folder_kind
+from tfimm_lora.zoo.keras3_models.known import is_known as is_known_on_keras3
+from tfimm_lora.zoo.keras3_models.presets import HUB, is_preset
+from tfimm_lora.zoo.model_table import (
+    KnownModel,
+    applications_table,
+    keras3_models,
+    tfimm_models,
+)
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
 #: The prefix of the names of ``keras.applications``.
@@ -31,13 +39,15 @@ def is_model_file(name: str) -> bool:
     """Whether ``--model`` is the path of a saved model, and not the name of a model.
 
     A folder that has the name of a model by coincidence, such as the folder of a run, does not
-    hide that model: only a SavedModel counts.
+    hide that model: only a SavedModel and a folder that keras_hub reads count.
     """
+    if name.startswith(HUB) and not os.path.exists(name):
+        return False
     if _HUB.match(name) or name.lower().startswith(TIMM) or _APPLICATIONS.match(name):
         return os.path.isfile(name)
     if name.lower().endswith(_SUFFIXES) or os.sep in name or os.path.isfile(name):
         return True
-    return (Path(name) / "saved_model.pb").exists()
+    return (Path(name) / "saved_model.pb").exists() or folder_kind(name) in PRESETS
 
 
 def canonical_name(name: str) -> str:
@@ -87,13 +97,25 @@ def _is_registered(name: str) -> bool:
 
 def _bare_name(name: str) -> str | None:
     """Find a name without prefix in both libraries, the most exact spelling first."""
-    tfimm, applications = tfimm_models(), applications_table()
+    tables = ((tfimm_models(), ""), (applications_table(), APPLICATIONS), (_of_timm(), ""))
     for key in (str, str.lower, _letters):
-        for known, prefix in ((tfimm, ""), (applications, APPLICATIONS)):
+        for known, prefix in tables:
             found = _unique(key(name), known, key)
             if found:
                 return prefix + found
     return None
+
+
+def _of_timm() -> dict[str, KnownModel]:
+    """The models that tfimm does not have and Keras 3 builds; none on legacy Keras."""
+    if uses_legacy_keras():
+        return {}
+    return {k: model for k, model in keras3_models().items() if k not in tfimm_models()}
+
+
+def _named() -> dict[str, KnownModel]:
+    """The models without a prefix. Later ones replace earlier ones of a similar name."""
+    return {**_of_timm(), **tfimm_models()}
 
 
 def _spelled(name: str, known: Iterable[str]) -> str | None:
@@ -121,8 +143,14 @@ def _timm_name(name: str) -> str | None:
             return ours
     architecture, dot, tag = name.partition(".")
     if not dot:
-        return _unique(name.lower(), tfimm_models(), str.lower)
-    return f"{TIMM}{architecture}.{tag}" if tfimm_architecture(architecture) else None
+        return _unique(name.lower(), _named(), str.lower)
+    known = tfimm_architecture(architecture) or _is_built(name)
+    return f"{TIMM}{architecture}.{tag}" if known else None
+
+
+def _is_built(name: str) -> bool:
+    """Whether this process builds a model of timm without tfimm."""
+    return not uses_legacy_keras() and is_known_on_keras3(name)
 
 
 def tfimm_architecture(architecture: str) -> str | None:
@@ -143,6 +171,8 @@ def is_known(name: str) -> bool:
     """Whether a canonical name is a model of one of the tables."""
     if name.startswith(APPLICATIONS):
         return name[len(APPLICATIONS) :] in applications_table()
+    if _is_built(name) or (not uses_legacy_keras() and is_preset(name)):
+        return True
     if name.startswith(TIMM):
         return tfimm_architecture(name[len(TIMM) :].partition(".")[0]) is not None
     return name in tfimm_models()
@@ -166,17 +196,18 @@ def unknown_model(name: str) -> ValueError:
         _APPLICATIONS.sub("", _hub_name(name)).removeprefix(TIMM).partition(".")[0]
     )
     near = []
-    for known, prefix in ((applications_table(), APPLICATIONS), (tfimm_models(), "")):
+    for known, prefix in ((applications_table(), APPLICATIONS), (_named(), "")):
         spelled = {_letters(other): prefix + other for other in known}
         near += [spelled[other] for other in close_names(plain, spelled, 3, similarity=0.6)]
+    only_tfimm = [x for x in near if x in tfimm_models() and not is_known_on_keras3(x)]
     is_hub_id = name != _hub_name(name) or name.lower().startswith(TIMM)
     return ValueError(
         f"Received model {name!r}; expected the name of a model of tfimm or Keras "
-        "Applications, or the path of a saved Keras model. "
+        "Applications, a preset of keras_hub (hub/NAME), or the path of a saved Keras model. "
         + (f"Most similar: {', '.join(near)}. " if near else "")
         + (
-            "Those without applications/ need tfimm and TF_USE_LEGACY_KERAS=1. "
-            if not uses_legacy_keras() and any(x in tfimm_models() for x in near)
+            f"{', '.join(only_tfimm)}: only with tfimm and TF_USE_LEGACY_KERAS=1. "
+            if only_tfimm and not uses_legacy_keras()
             else ""
         )
         + (

@@ -5,17 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import numpy as np
-
 from tfimm_lora.backend import default_backend
-from tfimm_lora.finetuning.base.classifier import with_logits
 from tfimm_lora.finetuning.base.early import check_file
 from tfimm_lora.finetuning.base.keras_files import load_keras_model
 from tfimm_lora.finetuning.base.opened import NORMALISATIONS, BaseModel, Size
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.model.logits import with_logits
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.output_activation import PROBABILITIES, output_activation
 from tfimm_lora.model.state import record_base_name
+from tfimm_lora.zoo.keras3_models.presets import converter_normalization
 
 
 def open_file(
@@ -40,7 +39,7 @@ def open_file(
     returned_probabilities = output_activation(loaded) in PROBABILITIES
     model, is_new = with_logits(backend, loaded, classes)
     shape = backend.input_shapes(model) or model.input_shape
-    size, channels = _size(path, shape, input_size, converter)
+    size, channels = picture_size(path, shape, input_size, converter)
     preprocessing = Preprocessing(
         size, (0.0,) * 3, (1.0,) * 3, in_channels=channels, crop_pct=1.0
     )
@@ -58,7 +57,7 @@ def open_file(
     )
 
 
-def _size(
+def picture_size(
     path: str, shape: Any, requested: Size, converter: Any
 ) -> tuple[tuple[int, int], int]:
     """The height and width of the pictures, and the number of channels."""
@@ -95,19 +94,12 @@ def _image_converter(model: Any) -> Any:
 
 def _of_keras_hub(converter: Any, default: Preprocessing) -> Preprocessing:
     """The preprocessing of an ``ImageConverter``: scale * picture + offset."""
-    scale = _per_channel(converter.scale, 1.0, default.in_channels)
-    offset = _per_channel(converter.offset, 0.0, default.in_channels)
-    std = 1 / (255 * scale)
+    found = converter_normalization(converter, default.in_channels)
     return Preprocessing(
         default.input_size,
-        mean=tuple((-offset * std).round(9).tolist()),
-        std=tuple(std.round(9).tolist()),
+        mean=found.mean,
+        std=found.std,
         in_channels=default.in_channels,
-        interpolation=str(getattr(converter, "interpolation", "bilinear")),
+        interpolation=found.interpolation,
         crop_pct=1.0,
     )
-
-
-def _per_channel(value: Any, default: float, channels: int) -> Any:
-    given = np.asarray(default if value is None else value, "float64")
-    return np.broadcast_to(given.reshape(-1), (channels,))

@@ -15,6 +15,7 @@ from tfimm.architectures.cait import CaiT, CaiTConfig
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.cait import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -23,10 +24,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRACaiTConfig(LoRAConfig, CaiTConfig):
     """``CaiTConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "attention": ("attn/qkv", "attn/q", "attn/k", "attn/v", "attn/proj"),
-        "mlp": ("mlp/fc1", "mlp/fc2"),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

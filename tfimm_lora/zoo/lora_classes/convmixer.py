@@ -12,6 +12,7 @@ from tfimm.architectures.convmixer import ConvMixer, ConvMixerConfig
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.convmixer import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -20,9 +21,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAConvMixerConfig(LoRAConfig, ConvMixerConfig):
     """``ConvMixerConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "default": r"blocks/\d+/1",
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

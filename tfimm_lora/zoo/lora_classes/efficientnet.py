@@ -15,6 +15,7 @@ from tfimm.architectures.efficientnet import EfficientNet, EfficientNetConfig
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.efficientnet import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -23,9 +24,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAEfficientNetConfig(LoRAConfig, EfficientNetConfig):
     """``EfficientNetConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "default": ("conv", "conv_exp", "conv_pw", "conv_pwl", "conv_head"),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

@@ -13,6 +13,7 @@ from tfimm.architectures.mlp_mixer import MLPMixer, MLPMixerConfig
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.mlp_mixer import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -21,16 +22,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAMLPMixerConfig(LoRAConfig, MLPMixerConfig):
     """``MLPMixerConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "mlp": (
-            "mlp_tokens/fc1",
-            "mlp_tokens/fc2",
-            "linear_tokens",
-            "mlp_channels/fc1",
-            "mlp_channels/gate/proj",
-            "mlp_channels/fc2",
-        ),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

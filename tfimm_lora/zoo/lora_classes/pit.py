@@ -13,6 +13,7 @@ from tfimm.architectures.pit import PoolingVisionTransformer, PoolingVisionTrans
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.pit import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -21,10 +22,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAPoolingVisionTransformerConfig(LoRAConfig, PoolingVisionTransformerConfig):
     """``PoolingVisionTransformerConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "attention": ("attn/qkv", "attn/proj"),
-        "mlp": ("mlp/fc1", "mlp/fc2"),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

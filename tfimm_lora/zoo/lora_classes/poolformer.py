@@ -12,6 +12,7 @@ from tfimm.architectures.poolformer import PoolFormer, PoolFormerConfig
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.poolformer import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -20,9 +21,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAPoolFormerConfig(LoRAConfig, PoolFormerConfig):
     """``PoolFormerConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "mlp": ("mlp/fc1", "mlp/fc2"),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

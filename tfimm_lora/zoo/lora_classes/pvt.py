@@ -12,6 +12,7 @@ from tfimm.architectures.pvt import PyramidVisionTransformer, PyramidVisionTrans
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.pvt import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -20,10 +21,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAPyramidVisionTransformerConfig(LoRAConfig, PyramidVisionTransformerConfig):
     """``PyramidVisionTransformerConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "attention": ("attn/q", "attn/kv", "attn/proj"),
-        "mlp": ("mlp/fc1", "mlp/fc2"),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

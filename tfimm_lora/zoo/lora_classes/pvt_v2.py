@@ -16,6 +16,7 @@ from tfimm.architectures.pvt_v2 import (
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.pvt_v2 import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -24,10 +25,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAPyramidVisionTransformerV2Config(LoRAConfig, PyramidVisionTransformerV2Config):
     """``PyramidVisionTransformerV2Config`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "attention": ("attn/q", "attn/kv", "attn/proj"),
-        "mlp": ("mlp/fc1", "mlp/fc2"),
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

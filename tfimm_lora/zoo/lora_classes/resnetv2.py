@@ -14,6 +14,7 @@ from tfimm.architectures.resnetv2 import ResNetV2, ResNetV2Config
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.resnet import PRESETS_V2
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -22,9 +23,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAResNetV2Config(LoRAConfig, ResNetV2Config):
     """``ResNetV2Config`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "default": r"stages/.*/conv[123]",
-    }
+    lora_presets: ClassVar[Presets] = PRESETS_V2
 
 
 @keras_serializable

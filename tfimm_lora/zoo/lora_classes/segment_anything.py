@@ -20,6 +20,7 @@ from tfimm.architectures.segment_anything import (
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.segment_anything import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -28,11 +29,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRASegmentAnythingModelConfig(LoRAConfig, SegmentAnythingModelConfig):
     """``SegmentAnythingModelConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "default": r"image_encoder/blocks/\d+/(attn/(qkv|proj)|mlp/lin[12])",
-        "attention": r"image_encoder/blocks/\d+/attn/(qkv|proj)",
-        "mlp": r"image_encoder/blocks/\d+/mlp/lin[12]",
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

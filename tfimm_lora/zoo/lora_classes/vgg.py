@@ -14,6 +14,7 @@ from tfimm.architectures.vgg import VGG, VGGConfig
 from tfimm.models import keras_serializable
 
 from tfimm_lora.config import LoRAConfig, Presets
+from tfimm_lora.families.vgg import PRESETS
 from tfimm_lora.model.registry import register_lora_architecture
 from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 
@@ -22,9 +23,7 @@ from tfimm_lora.zoo.lora_classes.lora_model import LoRAModel
 class LoRAVGGConfig(LoRAConfig, VGGConfig):
     """``VGGConfig`` with the fields of ``LoRAConfig``."""
 
-    lora_presets: ClassVar[Presets] = {
-        "default": r"features/0*[1-9]\d*|pre_logits/fc[12]",
-    }
+    lora_presets: ClassVar[Presets] = PRESETS
 
 
 @keras_serializable

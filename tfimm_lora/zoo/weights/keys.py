@@ -30,6 +30,7 @@ IGNORED_IN_MODEL = {
     r"(^|/)relative_position_index$": "computed from the window size (Swin)",
     r"(^|/)attn_mask$": "computed from the input size (Swin)",
     r"(^|/)blur_kernel$": "the fixed kernel of a blur pooling",
+    r"(^|/)position_ids$": "the numbers of the positions (CLIP, SigLIP)",
 }
 
 #: The last part of a variable's name -> its possible names in timm, the likeliest first.
@@ -164,10 +165,12 @@ def to_torch(value: np.ndarray, target: CheckpointVariable) -> np.ndarray:
 def torch_leaf(target: CheckpointVariable) -> str:
     """Return torch's name of a weight in its module: "weight", "running_mean".
 
-    A gamma outside of a norm keeps its name.
+    A gamma outside of a norm keeps its name. The number of a variable that Keras named, which
+    differs between models, is left out.
     """
     is_norm = "Normalization" in "".join(cls.__name__ for cls in type(target.layer).__mro__)
     leaf = target.name.rpartition("/")[2]
+    leaf = re.sub(r"^variable_\d+$", "variable", leaf)
     keeps_name = leaf in ("gamma", "beta") and not is_norm
     return _LEAVES.get(leaf, (leaf,))[-1 if keeps_name else 0]
 

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tfimm_lora.backend import backend_of
 from tfimm_lora.families.recognize import Naming, explanation
 from tfimm_lora.families.templates import Name
@@ -30,9 +32,14 @@ from tfimm_lora.zoo.weights.labels import labels_of
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 from tfimm_lora.zoo.weights.named_tensors import NamedTensors
 from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
+from tfimm_lora.zoo.weights.windows import as_window
 
 #: The fields of a checkpoint's config.json about preprocessing.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
+
+
+#: The variable of DINOv2 in keras_hub that is computed from its position embeddings.
+_RESIZED = "interpolated_position_embeddings"
 
 
 def load_timm_weights(
@@ -107,17 +114,49 @@ def load_timm_weights(
         named = NamedTensors(tensors, family, layout)
         matches = _match(names, named, tensors, checkpoint, weights_to_ignore or ())
         # All are read before any is assigned: reading may still fail.
-        values = [to_keras(named.read(match.name), match.target) for match in matches]
+        values = [
+            to_keras(_in_window(named.read(match.name), match.window), match.target)
+            for match in matches
+        ]
     backend = backend_of(model)
     for match, value in zip(matches, values):
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
+    _compute_positions(model)
     _copy_preprocessing(model, checkpoint)
     record_class_names(model, labels_of(checkpoint.config))
     # A local path has the name of the file, without the folders of this machine.
     on_disk = Path(checkpoint.source).expanduser().exists()
     record_base_name(model, Path(checkpoint.source).name if on_disk else checkpoint.source)
     return model
+
+
+def _is_resized(target: CheckpointVariable) -> bool:
+    """Whether a variable is computed from another one: the position embeddings of DINOv2."""
+    return target.name.rpartition("/")[2] == _RESIZED
+
+
+def _compute_positions(model: Any) -> None:
+    """Compute the constants of keras_hub's position embeddings, which are in no checkpoint.
+
+    DINOv2 resizes its position embeddings to the images of the model; CLIP and SigLIP have the
+    numbers of the positions.
+    """
+    backend = backend_of(model)
+    for _, layer in backend.walk(model):
+        names = {backend.variable_name(x): x for x in backend.own_variables(layer)}
+        if _RESIZED in names:
+            resized = layer._interpolate_position_embeddings(
+                layer.position_embeddings,
+                patch_size=layer.patch_size,
+                source_shape=layer.position_embedding_shape,
+                target_shape=layer.image_shape,
+                antialias=layer.antialias_in_interpolation,
+            )
+            names[_RESIZED].assign(resized)
+        if "position_ids" in names:
+            count = names["position_ids"].shape[1]
+            names["position_ids"].assign(np.arange(count)[None])
 
 
 def _layout_of(naming: Naming | None) -> Layout | None:
@@ -129,6 +168,22 @@ def _layout_of(naming: Naming | None) -> Layout | None:
 class _Match(NamedTuple):
     target: CheckpointVariable
     name: Name
+    window: int | None
+
+
+def _in_window(value: np.ndarray, size: int | None) -> np.ndarray:
+    return value if size is None else as_window(value, size)
+
+
+def _window_of(
+    target: CheckpointVariable, names: ModuleNames, found: Name | None
+) -> int | None:
+    """Return the size of the window of a module that is linear in some libraries, else None."""
+    module, _, leaf = ("" if found is None else found.name).rpartition(".")
+    if leaf != "weight" or names.naming is None or names.naming.names.window(module) is None:
+        return None
+    shape = expected_shape(target)
+    return shape[-1] if len(shape) > 2 else 0
 
 
 def _check_model(model: Any) -> None:
@@ -163,15 +218,20 @@ def _match(
     heads = classifier_paths(names.model)
     for weight in names.weights:
         target, wanted = weight.target, names.timm_names(weight)
+        if _is_resized(target):
+            continue
         found = next((name for name in wanted if named.sources(name)), None)
         taken.update(named.sources(found) if found is not None else ())
         name = target.name
         own = f"{weight.path}/{name.rpartition('/')[2]}" if weight.path else name
         if any(re.search(pattern, own) for pattern in patterns):
             continue
-        problem = _problem(target, own, wanted, found, named)
+        if found is None and type(weight.layer).__name__ == "Normalization":
+            continue  # preprocessing in a model of keras.applications
+        window = _window_of(target, names, found)
+        problem = _problem(target, own, wanted, found, named, window)
         if problem is None and found is not None:
-            matches.append(_Match(target, found))
+            matches.append(_Match(target, found, window))
             continue
         problems.append(problem)
         classifier |= weight.path in heads
@@ -193,12 +253,13 @@ def _problem(
     wanted: list[Name],
     found: Name | None,
     named: NamedTensors,
+    window: int | None,
 ) -> str | None:
     if found is None:
         key = wanted[0] if wanted else "a tensor that has a name in timm"
         return f"missing: {key} for {own} {tuple(target.variable.shape)}"
     shape = named.shape(found)
-    if shape is None or not fits(shape, target):
+    if shape is None or not fits(_shape_in_window(shape, window), target):
         return (
             f"wrong shape: {named.key(named.sources(found)[0])} has {shape}, {own} "
             f"expects {expected_shape(target)} (in torch's order of axes)"
@@ -208,6 +269,13 @@ def _problem(
         key = named.key(named.sources(found)[0])
         return f"wrong type: {key} is {wrong}, expected one of {FLOATS}"
     return None
+
+
+def _shape_in_window(shape: tuple[int, ...], size: int | None) -> tuple[int, ...]:
+    try:
+        return shape if size is None else as_window(np.empty(shape, "bool"), size).shape
+    except ValueError:
+        return shape
 
 
 def _message(

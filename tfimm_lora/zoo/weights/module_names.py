@@ -8,6 +8,8 @@ since it differs between processes, and between two models in one process.
 from __future__ import annotations
 
 import functools
+import re
+from collections import Counter
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -112,16 +114,22 @@ class ModuleNames:
     def weights(self) -> list[ModelWeight]:
         """The weights of the model without LoRA's factors."""
         weights = []
+        unnamed: Counter[str] = Counter()
         for target in checkpoint_variables(self.model):
             path, _, leaf = target.name.rpartition("/")
+            if re.fullmatch(r"variable(_\d+)?", leaf):  # Keras counts those of the process
+                leaf = f"variable_{unnamed[path]}" if unnamed[path] else "variable"
+                unnamed[path] += 1
             stable = self._stable.get(path, path)
             named = target._replace(name=f"{stable}/{leaf}" if stable else leaf)
             if self.is_tfimm:
                 old = named.keys
                 key = self._current(_key(named))
             else:
-                key = f"{self._module(stable)}.{torch_leaf(named)}".strip(".")
-                old = (key,)
+                module = self._module(stable)
+                key = f"{module}.{torch_leaf(named)}".strip(".")
+                # Files of earlier versions have the number of a variable that Keras named.
+                old = (key, f"{module}.{leaf}") if leaf.startswith("variable_") else (key,)
             weights.append(ModelWeight(key, path, named, old, key in self._convolutions))
         return weights
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.new_classifier import takes_pictures, with_classifier
 from tfimm_lora.model.output_activation import PROBABILITIES, activation_name
 
 
@@ -14,7 +15,7 @@ def with_logits(backend: Backend, model: Any, classes: int | None) -> tuple[Any,
 
     The classifier is a dense layer, or a 1x1 convolution whose output is flattened. It may be
     inside models that are inside ``model``. The softmax may be its activation, or a layer of
-    any of these models.
+    any of these models. A backbone that has no classifier gets one.
 
     Args:
         backend: The backend of the model.
@@ -22,13 +23,15 @@ def with_logits(backend: Backend, model: Any, classes: int | None) -> tuple[Any,
         classes: The number of classes. Default: that of the model.
 
     Returns:
-        The model, and whether its classifier was replaced.
+        The model, and whether its classifier is new.
 
     Raises:
         ValueError: if there is no classifier that can be replaced.
     """
     layers = dict(backend.walk(model))
     heads = classifier_paths(model)
+    if not heads and classes is not None and takes_pictures(model):
+        return with_classifier(model, classes), True
     head: Any = layers[heads[0]] if len(heads) == 1 else None
     keras = backend.keras
     if not isinstance(head, (keras.layers.Dense, keras.layers.Conv2D)):

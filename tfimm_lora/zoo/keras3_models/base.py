@@ -1,0 +1,210 @@
+"""Create the ordinary model of a name on Keras 3, with its weights."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+from tfimm_lora.backend import default_backend
+from tfimm_lora.model.classifier import canonical_path, classifier_paths
+from tfimm_lora.model.logits import with_logits
+from tfimm_lora.model.new_classifier import with_classifier, with_pooling
+from tfimm_lora.model.state import (
+    copy_base_name,
+    random_weights,
+    record_base_name,
+    record_timm_names,
+)
+from tfimm_lora.model.transfer import transfer_weights
+from tfimm_lora.validation import check_keywords
+from tfimm_lora.zoo.keras3_models.build import build
+from tfimm_lora.zoo.keras3_models.folders import folder_config, folder_kind
+from tfimm_lora.zoo.keras3_models.known import KnownConfig, is_known, known
+from tfimm_lora.zoo.keras3_models.presets import (
+    HUB,
+    converter_normalization,
+    is_preset,
+    open_preset,
+)
+from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
+
+#: The arguments of ``create_base`` that change the architecture.
+ARGUMENTS = ("nb_classes", "in_channels", "input_size", *PREPROCESSING_FIELDS)
+
+
+class Base(NamedTuple):
+    """A model that returns logits.
+
+    Attributes:
+        model: The model. ``model.cfg`` is its ``KnownConfig`` if its preprocessing is known.
+        new_classifier: Whether the classifier is new, and not that of the named model.
+        converter: The ``ImageConverter`` of a preset of keras_hub, or None.
+    """
+
+    model: Any
+    new_classifier: bool
+    converter: Any = None
+
+
+def create_base(
+    name: str, *, pretrained: bool = False, weights: Any = None, **arguments: Any
+) -> Base:
+    """Create a model on Keras 3 by its name.
+
+    Args:
+        name: A name of tfimm or timm (see ``known``), or a preset (see ``is_preset``).
+        pretrained: Whether to load the weights of the name.
+        weights: A checkpoint to load instead, as ``load_timm_weights`` takes it.
+        **arguments: nb_classes, in_channels, input_size, mean, std, crop_pct, interpolation.
+
+    Raises:
+        ValueError, TypeError, ImportError, FileNotFoundError, ConnectionError: As
+            ``create_model``.
+    """
+    check_keywords(arguments, ARGUMENTS, "create_model")
+    given = {key: value for key, value in arguments.items() if value is not None}
+    architecture = _architecture_of(name)
+    if architecture is not None:
+        return _of_known(architecture, pretrained, weights or _folder(name), given)
+    if is_preset(name):
+        if weights is not None:
+            raise ValueError(
+                f"Received the preset {name!r} and a checkpoint; expected only one of them."
+            )
+        return _of_preset(name, pretrained or not name.startswith(HUB), given)
+    known(name)  # raises the error for an unknown name
+    raise AssertionError(name)
+
+
+def _architecture_of(name: str) -> str | None:
+    """The name that ``build`` takes; for a folder of timm, that of its architecture."""
+    if is_known(name):
+        return name
+    if folder_kind(name) == "timm":
+        architecture = str(folder_config(name)["architecture"])
+        return architecture if is_known(architecture) else None
+    return None
+
+
+def _folder(name: str) -> str | None:
+    return name if folder_kind(name) == "timm" and not is_known(name) else None
+
+
+def _of_known(name: str, pretrained: bool, weights: Any, given: dict[str, Any]) -> Base:
+    row = known(name)
+    if weights is None and pretrained:
+        if not row.checkpoint:
+            raise ValueError(
+                f"Received model_name={name!r} with pretrained=True, but there are no weights "
+                "for it. Pass pretrained=False, or a checkpoint as model_path."
+            )
+        weights = f"timm/{row.checkpoint}"
+    wanted = {
+        "classes": given.get("nb_classes"),
+        "input_size": given.get("input_size"),
+        "in_channels": given.get("in_channels", 3),
+    }
+    if weights is None:
+        model, _ = build(name, **wanted)
+        record_base_name(model, random_weights(row.config.name))
+        classes = row.config.nb_classes
+    else:
+        model, classes = _with_weights(name, row.config, weights, wanted)
+    preprocessing = {k: given[k] for k in PREPROCESSING_FIELDS if k in given}
+    model.cfg = replace(model.cfg, **preprocessing)
+    record_timm_names(model)
+    _forget_compilation(model)
+    return Base(model, model.cfg.nb_classes != classes)
+
+
+def _with_weights(
+    name: str, config: KnownConfig, weights: Any, wanted: dict[str, Any]
+) -> tuple[Any, int]:
+    """Create a model with the weights of a checkpoint.
+
+    Returns:
+        The model, and the number of classes of the checkpoint.
+    """
+    own: dict[str, Any] = {
+        "classes": config.nb_classes,
+        "input_size": config.input_size,
+        "in_channels": 3,
+    }
+    own.update(_own_settings(weights))
+    loaded, _ = build(name, **own)
+    load_timm_weights(loaded, weights)
+    wanted = {key: own[key] if value is None else value for key, value in wanted.items()}
+    if wanted == own:
+        return loaded, own["classes"]
+    model, _ = build(name, **wanted)
+    transfer_weights(loaded, model)
+    copy_base_name(loaded, model)
+    fields = {key: getattr(loaded.cfg, key) for key in PREPROCESSING_FIELDS}
+    model.cfg = replace(model.cfg, **fields)
+    return model, own["classes"]
+
+
+def _own_settings(weights: Any) -> dict[str, Any]:
+    """The number of classes and the input size in the config.json of a local checkpoint."""
+    path = os.fspath(weights)
+    config = folder_config(path if os.path.isdir(path) else os.path.dirname(path))
+    fields = config.get("pretrained_cfg")
+    fields = fields if isinstance(fields, dict) else {}
+    settings: dict[str, Any] = {}
+    classes = config.get("num_classes", fields.get("num_classes"))
+    if isinstance(classes, int):
+        settings["classes"] = classes
+    size = fields.get("input_size")
+    if isinstance(size, list) and len(size) == 3:
+        settings["in_channels"], settings["input_size"] = size[0], (size[1], size[2])
+    return settings
+
+
+def _of_preset(name: str, load_weights: bool, given: dict[str, Any]) -> Base:
+    if given.get("in_channels", 3) != 3:
+        raise ValueError(
+            f"Received in_channels={given['in_channels']} for the preset {name!r}; expected 3."
+        )
+    preset = open_preset(name, load_weights=load_weights, input_size=given.get("input_size"))
+    classes, backend = given.get("nb_classes"), default_backend()
+    if preset.has_classifier:
+        model, is_new = with_logits(backend, preset.model, classes)
+    elif classes is not None:
+        model, is_new = with_classifier(preset.model, classes), True
+    else:
+        model, is_new = with_pooling(preset.model), False
+    plain = os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
+    record_base_name(model, plain if load_weights else random_weights(plain))
+    shape = tuple(backend.input_shapes(model) or model.input_shape)
+    config = _preset_config(plain, preset.converter, shape, model.output_shape[-1])
+    if config is not None:
+        fields = {k: given[k] for k in PREPROCESSING_FIELDS if k in given}
+        heads = map(canonical_path, classifier_paths(model))
+        model.cfg = replace(config, classifier=tuple(heads), **fields)
+    _forget_compilation(model)
+    return Base(model, is_new, preset.converter)
+
+
+def _forget_compilation(model: Any) -> None:
+    """Undo the compilation with default arguments in the tasks of keras_hub.
+
+    LoRA changes the trained variables, which would be reported to the user.
+    """
+    backend = default_backend()
+    if backend.is_compiled(model):
+        backend.mark_uncompiled(model)
+
+
+def _preset_config(
+    name: str, converter: Any, shape: tuple[Any, ...], classes: int
+) -> KnownConfig | None:
+    """The config of a preset; None if its preprocessing or its image size is unknown."""
+    if converter is None:
+        return None
+    mean, std, interpolation, size = converter_normalization(converter, shape[-1])
+    own = shape[1:3]
+    size = size if None in own else (own[0], own[1])
+    if size is None:
+        return None
+    return KnownConfig(name, "", classes, shape[-1], size, mean, std, 1.0, interpolation)

@@ -1,0 +1,110 @@
+"""``build``: create a model of timm on Keras 3 with keras_hub or ``keras.applications``."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import replace
+from typing import Any
+
+from tfimm_lora.backend import backend_of, keras3_backend
+from tfimm_lora.model.classifier import canonical_path
+from tfimm_lora.validation import check_integer
+from tfimm_lora.zoo.keras3_models.known import KnownConfig, known
+from tfimm_lora.zoo.keras3_models.positions import POSITIONS, resized_positions
+
+
+def build(
+    name: str,
+    *,
+    classes: int | None = None,
+    input_size: tuple[int, int] | None = None,
+    in_channels: int = 3,
+) -> tuple[Any, KnownConfig]:
+    """Create a model with random weights that has the exact architecture of timm's.
+
+    The model has neither dropout nor stochastic depth.
+
+    Args:
+        name: A name of tfimm or timm, optionally with a tag; see ``known``.
+        classes: The number of classes. Default: that of the named weights. With 0, which
+            only ViT and DINOv2 allow, the model returns the features of the class token.
+        input_size: The height and width of the images. Default: that of the named weights.
+        in_channels: The number of channels of the images. Default: 3.
+
+    Returns:
+        A functional Keras model that returns logits, and its config, which is also
+        ``model.cfg``.
+
+    Raises:
+        ValueError: If Keras 3 cannot build the model exactly, or if an argument is out of
+            range.
+        ImportError: If the model needs keras_hub and it is not installed.
+
+    Example:
+        >>> from tfimm_lora.zoo.keras3_models.build import build
+        >>> model, cfg = build("convnext_tiny", classes=5, input_size=(64, 64))
+        >>> model.output_shape, cfg.mean
+        ((None, 5), (0.485, 0.456, 0.406))
+    """
+    row = known(name)
+    config = replace(
+        row.config,
+        nb_classes=row.config.nb_classes if classes is None else classes,
+        in_channels=in_channels,
+        input_size=row.config.input_size if input_size is None else _size(input_size),
+        mean=_repeated(row.config.mean, in_channels),
+        std=_repeated(row.config.std, in_channels),
+    )
+    check_integer(config.nb_classes, "classes", 0)
+    check_integer(in_channels, "in_channels", 1)
+    family = importlib.import_module(f"{__package__}.{row.family}")
+    if not config.nb_classes and not getattr(family, "ALLOWS_NO_CLASSES", False):
+        raise ValueError(
+            f"Received model_name={name!r} with 0 classes; expected a number of classes: on "
+            "Keras 3 this model has a classifier. Pass nb_classes."
+        )
+    keras = keras3_backend().keras
+    shape = (*config.input_size, in_channels)
+    model = family.build(keras, row.arguments, config.nb_classes, shape)
+    config = replace(
+        config,
+        classifier=tuple(family.CLASSIFIER) if config.nb_classes else (),
+        first_conv=_first_convolution(model),
+        transform_weights=dict.fromkeys(_position_embeddings(model), resized_positions),
+    )
+    model.cfg = config
+    return model, config
+
+
+def _first_convolution(model: Any) -> str:
+    """The path of the convolution of the images."""
+    backend = backend_of(model)
+    for path, layer in backend.walk(model):
+        if any(len(variable.shape) == 4 for variable in backend.own_variables(layer)):
+            return canonical_path(path)
+    return ""
+
+
+def _position_embeddings(model: Any) -> list[str]:
+    """The names of the position embeddings, which depend on the size of the images."""
+    backend = backend_of(model)
+    return [
+        f"{path}/{name}"
+        for path, layer in backend.walk(model)
+        for name in map(backend.variable_name, backend.own_variables(layer))
+        if POSITIONS.search(f"{path}/{name}")
+    ]
+
+
+def _size(value: Any) -> tuple[int, int]:
+    sides = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+    if len(sides) != 2 or not all(isinstance(x, int) and x > 0 for x in sides):
+        raise ValueError(
+            f"Received input_size={value!r}; expected (height, width) in pixels, for example "
+            "(224, 224)."
+        )
+    return (sides[0], sides[1])
+
+
+def _repeated(values: tuple[float, ...], channels: int) -> tuple[float, ...]:
+    return tuple(values[i % len(values)] for i in range(channels))
