@@ -46,7 +46,9 @@ a fused projection.
 ## How the tables are read
 
 * `{i}` is a number. `{i+1}` is the number plus one, where two libraries count from
-  different numbers. `{i:a}` is a letter, `a` for 0.
+  different numbers. `{i:a}` is a letter, `a` for 0. Where one library counts blocks within
+  a stage and another over all stages, the letters differ, and the depths of the stages of
+  the model connect them.
 * `qkv[q]`, `qkv[k]` and `qkv[v]` are the query, key and value blocks of a fused projection.
   Separate layers become blocks at the smallest exact rank, and the reverse.
 * A name stands for the module and for its weights (`weight`, `bias`, ...).

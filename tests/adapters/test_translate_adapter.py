@@ -84,7 +84,7 @@ def test_prefixes_are_found_given_and_written():
     ("layers", "arguments", "words"),
     [
         ({"a.b": 1}, {}, "no known family, with the layers a.b; expected names of .*ViT"),
-        ({"swinv2.b": 1}, {}, "begin with 'swinv2.'"),
+        ({"focalnet.0.x": 1}, {}, "begin with 'focalnet.'"),
         ({attention(0, "query"): 1, "vit.b": 1}, {}, "transformers 4's.*unknown name vit.b"),
         ({attention(0, "query"): 1}, dict(names="tim"), "names='tim'; expected one of timm"),
         ({attention(0, "query"): 1}, dict(dialect="v6"), "dialect='v6'; expected one of v4"),

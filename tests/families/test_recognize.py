@@ -44,6 +44,7 @@ def test_names_are_recognized(names, text):
 
 def test_a_few_known_names_among_others_are_not_recognized():
     assert recognize_surely([*OURS, "blocks.0.gate", "blocks.1.gate", "blocks.2.gate"]) is None
+    assert recognize_surely(["head"]) is recognize_surely(["norm", "head"]) is None
     others = [f"thing.{i}" for i in range(5)]
     assert recognize_surely([*V4, *others]) is None
     assert recognize_surely([*V4, others[0]]) is not None
@@ -63,7 +64,7 @@ def test_the_base_model_decides_between_families_with_equal_names():
         (OURS, None, "^$"),
         (OURS, Naming(VIT, TIMM), "^$"),
         (V4, Naming(VIT, TIMM), "It has transformers 4's names .*, the model timm's names"),
-        (["swinv2.layer.fc"], Naming(VIT, TIMM), "begin with 'swinv2.', as in transformers"),
+        (["focalnet.0.x"], Naming(VIT, TIMM), "begin with 'focalnet.', as in transformers"),
         (["a.fc", "b.fc"], Naming(VIT, TIMM), "^$"),
     ],
 )
@@ -80,6 +81,8 @@ def test_a_family_with_the_same_names_is_not_another_one():
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)
 def test_every_row_is_translated_into_timm_and_back(family):
+    if getattr(family, "depths", ()):
+        pytest.skip("the numbers of its blocks depend on the model")
     for library in LIBRARIES:
         names = family.names(library)
         for row in family.rows:
@@ -88,8 +91,11 @@ def test_every_row_is_translated_into_timm_and_back(family):
                 continue
             template, timm = Template(own), Template(row.timm)
             numbers = {name: 3 for name in "abcdefghijklmnopqrstuvwxyz"}
-            there = names.to_timm(template.write(numbers))
-            assert there == timm.write(numbers), (library, own)
+            written, expected = template.write(numbers), timm.write(numbers)
+            if written is None or expected is None:
+                continue  # not every number is one of this row
+            there = names.to_timm(written)
+            assert there == expected, (library, own)
             # Several names of a library may be one in timm: the way back is one of them.
             back = names.from_timm(there)
             assert back is not None and names.to_timm(back) == there

@@ -8,7 +8,9 @@ import warnings
 from typing import Any
 
 from tfimm_lora.adapters.adapter_data import AdapterData
+from tfimm_lora.backend import uses_legacy_keras
 from tfimm_lora.model.state import RANDOM, base_name
+from tfimm_lora.zoo.keras3_models.known import is_known, known
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
 
@@ -62,7 +64,7 @@ def _may_be_the_same(here: tuple[str, str], there: tuple[str, str]) -> bool:
 
 
 def architecture_differences(model: Any, adapter: AdapterData) -> list[str]:
-    """Compare the base model of an adapter with a tfimm model.
+    """Compare the base model of an adapter with a model that was created by its name.
 
     This check is needed because a larger model often has all layers of a smaller one, with the
     same shapes.
@@ -72,6 +74,8 @@ def architecture_differences(model: Any, adapter: AdapterData) -> list[str]:
         one of them is not known by name.
     """
     mine = getattr(getattr(model, "cfg", None), "name", "")
+    if not uses_legacy_keras():
+        return _differences_on_keras3(mine, adapter.base_model.removesuffix(RANDOM))
     named = adapter.base_model.removesuffix(RANDOM).removeprefix("timm/")
     theirs = [name for name, tag in CHECKPOINTS.items() if named in (name, tag)]
     if not mine or not theirs or mine in theirs:
@@ -91,6 +95,20 @@ def architecture_differences(model: Any, adapter: AdapterData) -> list[str]:
         f"{field} is {there[0].get(field)!r} there, {here.get(field)!r} here"
         for field in sorted(here.keys() | there[0].keys())
         if here.get(field) != there[0].get(field)
+    ]
+
+
+def _differences_on_keras3(mine: str, theirs: str) -> list[str]:
+    """Return the differences between two models that can be created by name on Keras 3."""
+    if not (is_known(mine) and is_known(theirs)):
+        return []
+    here, there = known(mine), known(theirs)
+    if here.family != there.family:
+        return [f"it is of the family {there.family}"]
+    return [
+        f"{field} is {there.arguments.get(field)!r} there, {here.arguments.get(field)!r} here"
+        for field in sorted(here.arguments.keys() | there.arguments.keys())
+        if here.arguments.get(field) != there.arguments.get(field) and field != "epsilon"
     ]
 
 

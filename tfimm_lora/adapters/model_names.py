@@ -12,7 +12,7 @@ from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.adapters.translation import OfBase, layout_of_timm, translate
 from tfimm_lora.families import FAMILIES
-from tfimm_lora.families.family import V4, V5
+from tfimm_lora.families.family import APPLICATIONS, V4, V5
 from tfimm_lora.families.recognize import (
     Naming,
     explanation,
@@ -117,9 +117,14 @@ def target_naming(source: Naming, library: str, dialect: str, prefix: str | None
     if prefix is None:
         backbone = next(iter(family.transformers.values()), "")
         prefix = f"{backbone}." if library == "transformers" and backbone else ""
-    elif prefix and not prefix.endswith("."):
-        prefix += "."
+    else:
+        prefix = _complete(prefix, internal)
     return Naming(family, internal, prefix, depths=source.depths)
+
+
+def _complete(prefix: str, library: str) -> str:
+    """Return a prefix with its dot. Those of keras.applications have none: "convnext_tiny_"."""
+    return f"{prefix.rstrip('.')}." if prefix and library != APPLICATIONS else prefix
 
 
 def check_library(library: str, dialect: str) -> None:
@@ -222,8 +227,10 @@ def _with_prefix(
     candidates: Collection[Naming], adapter: AdapterData, prefix: str, argument: str
 ) -> Naming:
     """Return that of some namings which an adapter has behind a prefix that the user gave."""
-    before = f"{prefix.rstrip('.')}." if prefix else ""
-    behind = [dataclasses.replace(x, prefix=before, head=None) for x in candidates]
+    behind = [
+        dataclasses.replace(x, prefix=_complete(prefix, x.library), head=None)
+        for x in candidates
+    ]
     best = min(behind, key=lambda x: len(untranslated(x, adapter.layers)))
     unknown = untranslated(best, adapter.layers)
     if unknown:

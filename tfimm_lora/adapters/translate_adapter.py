@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.adapters.model_names import (
     base_norms,
+    base_weights,
     check_library,
     naming_of_adapter,
     target_naming,
 )
-from tfimm_lora.adapters.translation import OfBase, translate
+from tfimm_lora.adapters.translation import translate
 from tfimm_lora.families.family import Family
+from tfimm_lora.families.recognize import Naming
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
 
@@ -46,8 +49,9 @@ def translate_adapter(
         source_prefix: What comes before the names of the backbone in ``adapter``. Default:
             found from the names.
         model: The built base model, in any library. It is needed only for an adapter with DoRA
-            on some of query, key and value: the DoRA magnitude of a fused projection contains
-            the norms of the base weights of the others.
+            or trained biases on some of query, key and value: the DoRA magnitude of a fused
+            projection contains the norms of the base weights of the others, its bias their
+            biases. Also where the names do not show the depths of the stages that they need.
 
     Returns:
         The adapter with the new names. Its ``base_model`` is the same.
@@ -76,14 +80,21 @@ def translate_adapter(
         )
     check_library(names, dialect)
     source = naming_of_adapter(adapter, source_prefix)
+    if model is None:
+        target = target_naming(source, names, dialect, prefix)
+        return adapter if source == target else translate(adapter, source, target)
+    base = ModuleNames(model)
+    own = _naming_of_base(base, source.family)
+    source = dataclasses.replace(source, depths=own.depths or source.depths)
     target = target_naming(source, names, dialect, prefix)
-    norms = None if model is None else _norms(model, source.family)
-    return adapter if source == target else translate(adapter, source, target, norms)
+    if source == target:
+        return adapter
+    return translate(adapter, source, target, base_norms(base, own), base_weights(base, own))
 
 
-def _norms(model: Any, family: Family) -> OfBase:
-    names = ModuleNames(model)
-    naming = names.naming
+def _naming_of_base(names: ModuleNames, family: Family) -> Naming:
+    """Return the naming of a model, which must be of a family."""
+    model, naming = names.model, names.naming
     # Families may share their names, as ViT and DeiT do.
     if naming is None or not set(naming.family.rows) & set(family.rows):
         found = "not known" if naming is None else naming.family.name
@@ -91,4 +102,4 @@ def _norms(model: Any, family: Family) -> OfBase:
             f"Received model '{model.name}' ({type(model).__name__}), whose family is {found}, "
             f"for an adapter of the family {family.name}; expected its base model."
         )
-    return base_norms(names, naming)
+    return naming

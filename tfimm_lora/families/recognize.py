@@ -32,6 +32,9 @@ _MAX_COUNTED = 5000
 #: The length of a name that is not looked at.
 _MAX_LENGTH = 500
 
+#: A number of a block in timm's names: "blocks.0.fc", "layer1.0", "features.3".
+_NUMBER = re.compile(r"\d\.|\.\d+$")
+
 #: The names of backbones in transformers' image models, some of which have no table here.
 _BACKBONES = frozenset(
     (
@@ -235,7 +238,9 @@ def is_plain_timm(naming: Naming) -> bool:
 def recognize_surely(
     names: Collection[str], *, hint: str = "", is_weight: bool = False
 ) -> Naming | None:
-    """Return the naming of names, or None unless it has half of them, of timm's all.
+    """Return the naming of names, or None unless it is sure.
+
+    It must have half of the names, of timm's all, and one with a number.
 
     Args:
         names, hint, is_weight: As in ``recognize``.
@@ -245,7 +250,13 @@ def recognize_surely(
         return None
     unknown = len(untranslated(found, names, is_weight))
     is_sure = not unknown if is_plain_timm(found) else 2 * unknown <= len(names)
-    return found if is_sure else None
+    return found if is_sure and _has_numbers(found, names, is_weight) else None
+
+
+def _has_numbers(naming: Naming, names: Iterable[str], is_weight: bool) -> bool:
+    """Whether any name is of a block: models of many kinds have a layer "fc" or "norm"."""
+    found = (naming.to_timm(name, is_weight) for name in names)
+    return any(name is not None and _NUMBER.search(name.name) for name in found)
 
 
 def recognize_other(
@@ -280,7 +291,7 @@ def explanation(
     """
     found = recognize_other(names, own, hint=hint, is_weight=is_weight)
     if found is None:
-        backbone = _backbone_without_table(names) if recognize(names) is None else None
+        backbone = _backbone_without_table(names)
         return (
             f"Its names begin with '{backbone}.', as in transformers; this family has no table "
             "of names here (docs/reference/names.md)."
@@ -301,7 +312,8 @@ def explanation(
 def _backbone_without_table(names: Collection[str]) -> str | None:
     """Return the level with which all names begin, if transformers has such a backbone."""
     first = {name.partition(".")[0] for name in names}
-    return first.pop() if len(first) == 1 and first <= _BACKBONES else None
+    tables = {backbone for family in FAMILIES for backbone in family.transformers.values()}
+    return first.pop() if len(first) == 1 and first <= _BACKBONES - tables else None
 
 
 def family_of_timm(model_name: str) -> Family | None:
