@@ -125,20 +125,36 @@ def save_adapter(
         >>> lora.Adapter.load(folder) == lora.adapter_of(model)
         True
     """
+    if names is None:
+        adapter_to_save(model, base_model).save(path, format)
+    else:
+        adapter = adapter_of(model, base_model)
+        in_library(ModuleNames(model), adapter, names, dialect, prefix).save(path, format)
+
+
+def adapter_to_save(model: Any, base_model: str | None = None) -> Adapter:
+    """Return the adapter of a model with the names that files have by default.
+
+    They are timm's names for a model that was created by its timm name.
+
+    Args:
+        model, base_model: As for ``adapter_of``.
+
+    Warns:
+        UserWarning: If not all layers have a name in timm. The paths are used then.
+    """
     adapter = adapter_of(model, base_model)
-    own = ModuleNames(model)
-    if names is not None:
-        adapter = in_library(own, adapter, names, dialect, prefix)
-    elif saves_timm_names(model):
-        try:
-            adapter = in_library(own, adapter, "timm", dialect, prefix)
-        except ValueError as error:
-            warnings.warn(
-                f"The adapter of model '{model.name}' is saved with the paths of its layers, "
-                f"since not all of them have a name in timm. {error}",
-                stacklevel=2,
-            )
-    adapter.save(path, format)
+    if not saves_timm_names(model):
+        return adapter
+    try:
+        return in_library(ModuleNames(model), adapter, "timm", "v5", None)
+    except ValueError as error:
+        warnings.warn(
+            f"The adapter of model '{model.name}' is saved with the paths of its layers, since "
+            f"not all of them have a name in timm. {error}",
+            stacklevel=3,
+        )
+        return adapter
 
 
 def fully_trained(names: ModuleNames) -> tuple[tuple[str, ...], list[ModelWeight]]:

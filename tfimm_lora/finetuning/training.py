@@ -10,7 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 
-from tfimm_lora.adapters.save import adapter_of
+from tfimm_lora.adapters.save import adapter_to_save
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.checkpoint import (
@@ -378,7 +378,7 @@ class _EpochRecorder:
     def _save_adapter(self) -> None:
         if self.out is not None:
             # All workers call this: some values are averaged over them.
-            adapter = adapter_of(self.model)
+            adapter = adapter_to_save(self.model)
             if self.writes:
                 adapter.save(self.out / ADAPTER)
 

@@ -73,7 +73,23 @@ def build(
         transform_weights=dict.fromkeys(_position_embeddings(model), resized_positions),
     )
     model.cfg = config
+    _initialize_classifier(model)
     return model, config
+
+
+def _initialize_classifier(model: Any) -> None:
+    """Initialize dense classifiers as Keras' Dense does by default.
+
+    The EfficientNets of ``keras.applications`` scale theirs by the number of classes, so that
+    with few classes the first loss is large.
+    """
+    backend = keras3_backend()
+    layers = dict(backend.walk(model))
+    for path in model.cfg.classifier:
+        layer: Any = layers.get(path)
+        if isinstance(layer, backend.keras.layers.Dense):
+            glorot = backend.keras.initializers.GlorotUniform()
+            layer.kernel.assign(glorot(layer.kernel.shape, layer.kernel.dtype))
 
 
 def _first_convolution(model: Any) -> str:
