@@ -154,9 +154,9 @@ def test_legacy_keras_is_not_selected_without_tensorflow():
 
 def test_tfimm_names_what_it_needs():
     code = """
-import tfimm_lora as lora
+from tfimm_lora.zoo.tfimm_models import import_tfimm
 try:
-    lora.create_model("vit_tiny_patch16_224")
+    import_tfimm()
 except ImportError as error:
     print(error)
 """

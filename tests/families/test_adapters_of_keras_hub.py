@@ -116,6 +116,7 @@ def test_backbone_inside_of_other_models():
         fusion_hidden_dim=8,
         head_hidden_dim=4,
         head_in_index=-1,
+        feature_keys=["stage1", "stage2", "stage3", "stage4"],
     )
     paths = set(timm_view(depth).paths.values())
     assert {"blocks/0/attn/qkv", "blocks/3/mlp/fc2", "patch_embed/proj"} <= paths

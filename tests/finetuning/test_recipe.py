@@ -452,7 +452,9 @@ def test_a_model_from_a_file_gives_logits(tmp_path):
     headless = keras.Sequential([keras.Input((8, 8, 3)), keras.layers.Conv2D(2, 3)])
     headless.save(tmp_path / "headless.keras")
     with pytest.raises(ValueError, match="classifier"):
-        open_base_model(tmp_path / "headless.keras", normalisation="unit", classes=2)
+        open_base_model(tmp_path / "headless.keras", normalisation="unit")
+    base = open_base_model(tmp_path / "headless.keras", normalisation="unit", classes=2)
+    assert base.new_classifier and base.model.output_shape == (None, 2)
 
 
 @pytest.mark.long

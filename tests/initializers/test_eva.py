@@ -166,7 +166,7 @@ def test_rows_times_the_kernel_are_the_layers_product(case):
     layer, x = case.make(), case.inputs()
     rows = layer._input_rows()
     if rows is None:
-        names = ("embed", "depthwise", "grouped")
+        names = ("embed", "depthwise", "grouped", "one_group")
         shared = "EinsumDense" in type(layer).__name__
         assert any(name in case.name for name in names) or shared
         return

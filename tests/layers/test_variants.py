@@ -73,8 +73,13 @@ def test_output_is_that_of_the_reference_merged_or_not(case):
 @EVERY
 def test_layer_starts_as_its_base_and_is_restored_exactly(case):
     x, base = case.inputs(), case.make_base()
-    before = run(base, x)
+    original = run(base, x)
     lora.convert_to_lora_layer(base, lora_alpha=case.alpha, **case.lora_args)
+    base.disable()
+    # With one group per channel TensorFlow has another routine for it, equal up to rounding.
+    before = run(base, x) if "one_group_per_channel" in case.name else original
+    base.enable()
+    np.testing.assert_allclose(before, original, **CLOSE)
     np.testing.assert_allclose(run(base, x), before, **CLOSE)
     for seed, variable in enumerate(base.trainable_weights):
         variable.assign(array(variable) + normal(*variable.shape, seed=seed))
@@ -94,7 +99,7 @@ def test_layer_starts_as_its_base_and_is_restored_exactly(case):
     base.enable()
     assert base.merged
     lora.remove_lora(model_around(case, base), merge=False)
-    np.testing.assert_array_equal(run(base, x), before)
+    np.testing.assert_array_equal(run(base, x), original)
 
 
 @pytest.mark.backends
