@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests.helpers.kerases import array, ids, keras, normal, run
+from tests.helpers.kerases import LEGACY, array, ids, keras, normal, run
 from tfimm_lora.model.merge import lora_layers
 
 pytest.importorskip("safetensors")
@@ -370,3 +370,15 @@ def test_dropout_is_no_reason_to_refuse_an_adapter(tmp_path):
     folder = write(tmp_path, modules=["fc"], lora_dropout=0.1)
     model = lora.load_adapter(make(), folder)
     assert list(lora_layers(model)) == ["fc"]
+
+
+@pytest.mark.skipif(not LEGACY, reason="needs tfimm")
+def test_tfimm_models_without_a_table_have_timms_names(tmp_path):
+    model = lora.create_model(
+        "cait_xxs24_224", nb_blocks=1, embed_dim=16, nb_heads=2, lora_rank=2
+    )
+    lora.save_adapter(model, tmp_path, names="timm")
+    assert lora.Adapter.load(tmp_path) == lora.adapter_of(model)
+    with pytest.raises(ValueError, match="no family whose names are known"):
+        lora.save_adapter(model, tmp_path / "other", names="transformers")
+    assert not (tmp_path / "other").exists()

@@ -90,8 +90,10 @@ def in_library(
             known or not in that library, or a layer has no name there.
     """
     source = names.naming
+    check_library(library, dialect)
+    if names.is_tfimm and library == "timm" and not prefix:
+        return adapter  # tfimm has timm's names, also those of families without a table
     if source is None:
-        check_library(library, dialect)
         raise ValueError(
             f"Received names={library!r} for model '{names.model.name}' "
             f"({type(names.model).__name__}), which is of no family whose names are known. "
