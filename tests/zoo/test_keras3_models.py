@@ -208,3 +208,15 @@ print(model.output_shape)
         env={**os.environ, **environment},
     )
     assert done.stdout.strip().endswith("(None, 3)"), done.stderr[-2000:]
+
+
+@pytest.mark.skipif(LEGACY, reason="of Keras 3")
+def test_models_are_plain_and_their_classifiers_start_small():
+    """keras_hub's tasks cannot be trained without TensorFlow or grain, and the classifier of
+    keras.applications' EfficientNet starts with large weights if there are few classes."""
+    model, _ = build("vit_tiny_patch16_224", classes=3, input_size=(32, 32))
+    assert type(model) is keras.Model or type(model).__module__.startswith("keras.")
+    model, config = build("efficientnet_lite0", classes=3, input_size=(32, 32))
+    kernel = array(model.get_layer(*config.classifier).kernel)
+    limit = np.sqrt(6 / sum(kernel.shape))  # of Glorot's uniform initializer
+    assert 0.9 * limit < np.abs(kernel).max() <= limit

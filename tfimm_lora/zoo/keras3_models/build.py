@@ -66,6 +66,9 @@ def build(
     keras = keras3_backend().keras
     shape = (*config.input_size, in_channels)
     model = family.build(keras, row.arguments, config.nb_classes, shape)
+    if type(model) is not keras.Model:
+        # The fit and predict of keras_hub's tasks need TensorFlow or grain on every framework.
+        model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
     config = replace(
         config,
         classifier=tuple(family.CLASSIFIER) if config.nb_classes else (),
