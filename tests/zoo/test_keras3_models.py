@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests.helpers.kerases import LEGACY, run
+from tests.helpers.kerases import LEGACY, array, keras, run
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base_model import open_base_model
+from tfimm_lora.zoo.keras3_models.build import build
 from tfimm_lora.zoo.keras3_models.folders import folder_kind
 from tfimm_lora.zoo.keras3_models.known import is_known, known, names, refusal_reason
 from tfimm_lora.zoo.model_table import keras3_models
