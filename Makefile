@@ -55,7 +55,8 @@ test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported
 
 test-interop: $(VENV)/.made-interop $(FOUR)/.made  ## Compare with timm, transformers and PEFT on torch
 	$(LEGACY) tests/interop
-	KERAS_BACKEND=jax $(KERAS3) tests/interop/keras3
+	KERAS_BACKEND=torch $(KERAS3) tests/interop/keras3/test_keras3_models.py
+	KERAS_BACKEND=jax $(KERAS3) tests/interop/keras3/test_transformers.py
 
 test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 random files with PEFT (30 minutes)
 	TFIMM_LORA_LONG_PEFT_TESTS=1 TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -s -rA \
