@@ -10,7 +10,7 @@ import numpy as np
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.torch_layout import base_kernel
-from tfimm_lora.adapters.translation import OfBase, layout_of_timm, translate
+from tfimm_lora.adapters.translation import translate
 from tfimm_lora.families import FAMILIES
 from tfimm_lora.families.family import APPLICATIONS, V4, V5
 from tfimm_lora.families.recognize import (
@@ -25,6 +25,7 @@ from tfimm_lora.families.templates import Name
 from tfimm_lora.model.state import model_state
 from tfimm_lora.zoo.weights.keys import to_torch
 from tfimm_lora.zoo.weights.module_names import ModuleNames
+from tfimm_lora.zoo.weights.renamed import OfBase, layout_of_timm
 
 _D = TypeVar("_D", bound=AdapterData)
 

@@ -17,16 +17,9 @@ from tfimm_lora.adapters.fused import fuse, split
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.families.recognize import Naming
 from tfimm_lora.families.templates import Name
-from tfimm_lora.layers.qkv import LAYOUTS
+from tfimm_lora.zoo.weights.renamed import OfBase, in_blocks, layout_of_timm, renamed_weights
 from tfimm_lora.zoo.weights.windows import as_window
 
-#: Returns a value of the base model by timm's name of a module or weight, or of a block of it.
-OfBase = Callable[[Name], "np.ndarray | None"]
-
-#: timm's name -> the values of its blocks, or of the whole under None.
-Blocks = dict[str, dict["str | None", "_T"]]
-
-_T = TypeVar("_T")
 _D = TypeVar("_D", bound=AdapterData)
 
 #: The number of names that an error message lists.
@@ -56,7 +49,7 @@ def translate(
     """
     problems: list[str] = []
     layers = _renamed_layers(adapter.layers, source, target, norms, problems)
-    renamed = _renamed_weights(adapter.weights, source, target, problems, weights)
+    renamed = renamed_weights(adapter.weights, source, target, problems, weights)
     if problems:
         more = len(problems) - _MAX_LISTED
         raise ValueError(
@@ -65,9 +58,7 @@ def translate(
             "docs/reference/names.md lists the known names. Leave the other layers out."
         )
     inside = [k for k in adapter.weights if any(k.startswith(f"{m}.") for m in adapter.modules)]
-    full = _renamed_weights(
-        {k: adapter.weights[k] for k in inside}, source, target, [], weights
-    )
+    full = renamed_weights({k: adapter.weights[k] for k in inside}, source, target, [], weights)
     modules = tuple(sorted({key.rpartition(".")[0] for key in full}))
     selection = adapter.selection
     if selection is not None:
@@ -106,7 +97,7 @@ def _renamed_layers(
     problems: list[str],
 ) -> dict[str, LayerUpdate]:
     renamed = {}
-    for timm, parts in _in_blocks(layers, source, False, problems).items():
+    for timm, parts in in_blocks(layers, source, False, problems).items():
         layout = layout_of_timm(timm)
         if None in parts and target.names.is_split(timm):
             parts = dict(split(parts[None], layout).items())
@@ -136,61 +127,3 @@ def _in_window(update: LayerUpdate, size: int | None) -> LayerUpdate:
 
 def _norms_of(timm: str, norms: OfBase) -> Callable[[str], np.ndarray | None]:
     return lambda block: norms(Name(timm, block))
-
-
-def _renamed_weights(
-    weights: Mapping[str, np.ndarray],
-    source: Naming,
-    target: Naming,
-    problems: list[str],
-    base: OfBase | None,
-) -> dict[str, np.ndarray]:
-    renamed = {}
-    for timm, parts in _in_blocks(weights, source, True, problems).items():
-        layout = layout_of_timm(timm.rpartition(".")[0])
-        split_there = target.from_timm(Name(timm, layout[:1]), True) is not None
-        if None in parts and layout and split_there:
-            parts = dict(zip(layout, np.split(parts[None], len(layout))))
-        elif None not in parts and not split_there:
-            values = {
-                b: parts[b] if b in parts else base and base(Name(timm, b)) for b in layout
-            }
-            missing = [block for block, value in values.items() if value is None]
-            if missing:
-                problems.append(
-                    f"{timm} lacks the blocks {', '.join(missing)}, whose values are those of "
-                    "the base model, which is not given"
-                )
-                continue
-            parts = {None: np.concatenate([values[block] for block in layout])}
-        module, _, leaf = timm.rpartition(".")
-        size = target.names.window(module) if leaf == "weight" else None
-        for block, value in parts.items():
-            name = target.from_timm(Name(timm, block), True)
-            if name is None:
-                problems.append(f"no name for {Name(timm, block)}")
-                continue
-            try:
-                renamed[name] = value if size is None else as_window(value, size)
-            except ValueError as error:
-                problems.append(f"{name} {error}")
-    return renamed
-
-
-def _in_blocks(
-    values: Mapping[str, _T], source: Naming, is_weight: bool, problems: list[str]
-) -> Blocks[_T]:
-    blocks: Blocks[_T] = {}
-    for name, value in values.items():
-        timm = source.to_timm(name, is_weight)
-        if timm is None:
-            problems.append(f"unknown name {name}")
-        else:
-            blocks.setdefault(timm.name, {})[timm.block] = value
-    return blocks
-
-
-def layout_of_timm(module: str) -> str:
-    """Return the blocks of a projection of timm in their order; "" for another module."""
-    layout = LAYOUTS.get(module.rpartition(".")[2], "")
-    return layout if len(layout) > 1 else ""

@@ -20,7 +20,7 @@ from tfimm_lora.families.family import (
     Family,
     Names,
 )
-from tfimm_lora.families.templates import Name, Positions
+from tfimm_lora.families.templates import Name, Positions, Template
 
 #: torch's names of weights.
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "variable")
@@ -314,6 +314,16 @@ def _backbone_without_table(names: Collection[str]) -> str | None:
     first = {name.partition(".")[0] for name in names}
     tables = {backbone for family in FAMILIES for backbone in family.transformers.values()}
     return first.pop() if len(first) == 1 and first <= _BACKBONES - tables else None
+
+
+def lacked_by_timm(naming: Naming, name: str) -> bool:
+    """Whether timm has the family of a weight, but no such weight; see ``Row.in_timm``."""
+    timm = naming.to_timm(name, is_weight=True)
+    if timm is None or TIMM not in naming.family.libraries():
+        return False
+    forms = (timm, timm._replace(name=timm.name.rpartition(".")[0]))
+    rows = [Template(row.timm) for row in naming.family.rows if not row.in_timm]
+    return any(row.read(form) is not None for row in rows for form in forms)
 
 
 def family_of_timm(model_name: str) -> Family | None:

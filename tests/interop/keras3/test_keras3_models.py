@@ -5,13 +5,18 @@ import re
 import numpy as np
 import pytest
 import torch
+from safetensors.numpy import load_file
 
+import tfimm_lora as lora
 from tests.interop import timm_models
 from tfimm_lora.backend import keras3_backend
 from tfimm_lora.zoo.keras3_models.build import build
 from tfimm_lora.zoo.keras3_models.known import known
 
 BACKEND = keras3_backend()
+
+#: Tensors of timm that are not weights.
+BUFFERS = re.compile(r"num_batches_tracked$|relative_position_index$|attn_mask$")
 
 #: Our name, and the height and width. Of every family, every kind of layer.
 MODELS = {
@@ -55,7 +60,7 @@ TOLERANCES = {"resnet": 1e-4, "efficientnet": 5e-5}
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_logits_agree_with_timm(name):
+def test_logits_agree_with_timm(name, tmp_path):
     size, row = MODELS[name], known(name)
     sized = row.family in ("vit", "deit", "dinov2", "swin")
     theirs = timm_models.make(
@@ -72,6 +77,17 @@ def test_logits_agree_with_timm(name):
         expected = theirs(timm_models.to_torch(x)).numpy()
     ours = model.predict(x, verbose=0)  # compiled: faster than each operation by itself
     timm_models.assert_agree(ours, expected, TOLERANCES.get(row.family, 1e-5))
+    # Its checkpoint has timm's names, shapes and values, and is read by load_timm_weights.
+    lora.save_timm_weights(model, tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    wanted = {k: v.numpy() for k, v in theirs.state_dict().items() if not BUFFERS.search(k)}
+    assert saved.keys() == wanted.keys()
+    for key, value in wanted.items():
+        np.testing.assert_array_equal(saved[key], value, err_msg=key)
+    before = model.get_weights()
+    model.set_weights([np.zeros_like(value) for value in before])
+    lora.load_timm_weights(model, tmp_path)
+    np.testing.assert_allclose(model.predict(x, verbose=0), ours, rtol=1e-5, atol=1e-6)
 
 
 # -- timm's weights, by hand ---------------------------------------------------------------

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.families.recognize import Naming, explanation
+from tfimm_lora.families.family import TIMM
+from tfimm_lora.families.recognize import Naming, explanation, lacked_by_timm
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.classifier import classifier_paths
@@ -131,7 +132,7 @@ def load_timm_weights(
     return model
 
 
-def _is_resized(target: CheckpointVariable) -> bool:
+def is_resized(target: CheckpointVariable) -> bool:
     """Whether a variable is computed from another one: the position embeddings of DINOv2."""
     return target.name.rpartition("/")[2] == _RESIZED
 
@@ -218,7 +219,7 @@ def _match(
     heads = classifier_paths(names.model)
     for weight in names.weights:
         target, wanted = weight.target, names.timm_names(weight)
-        if _is_resized(target):
+        if is_resized(target):
             continue
         found = next((name for name in wanted if named.sources(name)), None)
         taken.update(named.sources(found) if found is not None else ())
@@ -228,6 +229,8 @@ def _match(
             continue
         if found is None and type(weight.layer).__name__ == "Normalization":
             continue  # preprocessing in a model of keras.applications
+        if found is None and _is_not_in_timm(weight.key, names.naming, named.naming):
+            continue  # such as the mask token of DINOv2, which only pretraining uses
         window = _window_of(target, names, found)
         problem = _problem(target, own, wanted, found, named, window)
         if problem is None and found is not None:
@@ -245,6 +248,12 @@ def _match(
             _message(names, checkpoint, named, tensors, problems, heads if classifier else [])
         )
     return matches
+
+
+def _is_not_in_timm(key: str, model: Naming | None, file: Naming | None) -> bool:
+    """Whether a file of timm lacks a weight because timm has no such weight."""
+    of_timm = file is None or file.library == TIMM
+    return of_timm and model is not None and lacked_by_timm(model, key)
 
 
 def _problem(

@@ -9,27 +9,27 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.families.family import V4
-from tfimm_lora.families.recognize import Naming
-from tfimm_lora.families.templates import Name
-from tfimm_lora.layers.qkv import LAYOUTS
+from tfimm_lora.families.family import TIMM, V4
+from tfimm_lora.families.recognize import Naming, lacked_by_timm
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.zoo.weights.checkpoint import CONFIG, WEIGHTS
-from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS
+from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, is_resized
 from tfimm_lora.zoo.weights.module_names import ModuleNames
+from tfimm_lora.zoo.weights.renamed import renamed_weights
 
-#: Weights that timm and transformers hold with axes (1, tokens, width).
-_TOKENS = ("cls_token", "dist_token", "reg_token", "pos_embed")
+#: The number of weights that an error message lists.
+_MAX_LISTED = 20
 
 
 def save_timm_weights(model: Any, path: str | os.PathLike[str], *, names: str = "timm") -> None:
     """Save the weights of a model as a checkpoint of timm or transformers.
 
-    The checkpoint can be loaded with ``load_timm_weights`` into the model of the same
-    architecture on either Keras, and into timm's or transformers' model. Neither torch nor timm
-    is needed.
+    Weights that timm does not have, such as DINOv2's mask token, which only pretraining uses,
+    are not in its checkpoints. The checkpoint can be loaded with ``load_timm_weights`` into the
+    model of the same architecture on either Keras, and into timm's or transformers' model.
+    Neither torch nor timm is needed.
 
     Args:
         model: A built model of tfimm, or a model of Keras 3 whose family is in
@@ -45,6 +45,7 @@ def save_timm_weights(model: Any, path: str | os.PathLike[str], *, names: str = 
         ValueError: If the model has LoRA, is not built, is of no family whose names are known,
             or has weights that the library does not have; the message names all of them.
             Nothing is written.
+        NotADirectoryError: If the path is a file.
 
     Example:
         >>> import os, tempfile, tfimm_lora as lora
@@ -64,15 +65,15 @@ def save_timm_weights(model: Any, path: str | os.PathLike[str], *, names: str = 
             "merges it, or save the adapter with save_adapter."
         )
     own = ModuleNames(model)
-    tensors = _in_timm(own)
-    if names == "transformers":
-        tensors = _in_transformers(own, tensors)
+    tensors = _renamed(own, names)
     from safetensors.numpy import save
 
     content = save(
         {key: np.ascontiguousarray(x) for key, x in tensors.items()}, {"format": "pt"}
     )
     folder = Path(path)
+    if folder.is_file():
+        raise NotADirectoryError(f"Received path={str(path)!r}, a file; expected a folder.")
     folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / WEIGHTS, content)
     config = _timm_config(model) if names == "timm" else None
@@ -80,68 +81,33 @@ def save_timm_weights(model: Any, path: str | os.PathLike[str], *, names: str = 
         write_file(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
 
 
-def _in_timm(own: ModuleNames) -> dict[str, np.ndarray]:
-    """Return the weights of a model with timm's current names and shapes."""
-    if not own.is_tfimm and own.naming is None:
+def _renamed(own: ModuleNames, library: str) -> dict[str, np.ndarray]:
+    """Return the weights of a model with the names and shapes of a library."""
+    computed = {x.key for x in own.weights if is_resized(x.target)}
+    weights = {x.key: x.value() for x in own.weights if x.key not in computed}
+    if own.is_tfimm and library == "timm":
+        return weights
+    source = own.naming
+    internal = V4 if library == "transformers" else TIMM
+    if source is None or internal not in source.family.libraries():
         raise ValueError(
-            f"Received model '{own.model.name}' ({type(own.model).__name__}), which is of no "
-            "family whose names in timm are known. Save it with model.save_weights."
+            f"Received names={library!r} for model '{own.model.name}' "
+            f"({type(own.model).__name__}), whose family has no names there or is not known. "
+            "docs/reference/names.md lists the families. Save it with model.save_weights."
         )
-    parts: dict[str, dict[str | None, np.ndarray]] = {}
-    unknown = []
-    for weight in own.weights:
-        names = own.timm_names(weight)
-        value = weight.value()
-        if not names:
-            unknown.append(weight.key)
-            continue
-        if names[0].name.rpartition(".")[2] in _TOKENS and value.ndim < 3:
-            value = value.reshape(1, *(1 for _ in range(2 - value.ndim)), *value.shape)
-        parts.setdefault(names[0].name, {})[names[0].block] = value
-    if unknown:
+    backbone = next(iter(source.family.transformers.values()), "")
+    prefix = f"{backbone}." if backbone and library == "transformers" else ""
+    target = Naming(source.family, internal, prefix, depths=source.depths)
+    if library == "timm":
+        weights = {key: x for key, x in weights.items() if not lacked_by_timm(source, key)}
+    problems: list[str] = []
+    renamed = renamed_weights(weights, source, target, problems, None)
+    if problems:
+        more = len(problems) - _MAX_LISTED
         raise ValueError(
-            f"Received model '{own.model.name}', whose weights {', '.join(unknown[:20])} have "
-            "no name in timm. Save it with model.save_weights."
-        )
-    return {name: _joined(name, found) for name, found in parts.items()}
-
-
-def _joined(name: str, parts: dict[str | None, np.ndarray]) -> np.ndarray:
-    """Return a weight from its blocks."""
-    if None in parts:
-        return parts[None]
-    layout = LAYOUTS[name.rpartition(".")[0].rpartition(".")[2]]
-    joined: np.ndarray = np.concatenate([parts[block] for block in layout])
-    return joined
-
-
-def _in_transformers(own: ModuleNames, tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return weights with the names that checkpoints of transformers have."""
-    family = own.naming.family if own.naming is not None else None
-    if family is None or V4 not in family.libraries():
-        raise ValueError(
-            f"Received names='transformers' for model '{own.model.name}', whose family has no "
-            "names there. Use names='timm'."
-        )
-    backbone = next(iter(family.transformers.values()), "")
-    target = Naming(family, V4, f"{backbone}." if backbone else "")
-    renamed, unknown = {}, []
-    for key, value in tensors.items():
-        layout = LAYOUTS.get(key.rpartition(".")[0].rpartition(".")[2], "")
-        if layout and target.from_timm(Name(key, layout[0]), True) is not None:
-            blocks = {Name(key, x): y for x, y in zip(layout, np.split(value, len(layout)))}
-        else:
-            blocks = {Name(key): value}
-        for name, block in blocks.items():
-            found = target.from_timm(name, True)
-            if found is None:
-                unknown.append(str(name))
-            else:
-                renamed[found] = block
-    if unknown:
-        raise ValueError(
-            f"Received names='transformers' for model '{own.model.name}', whose weights "
-            f"{', '.join(unknown[:20])} have no name there. Use names='timm'."
+            f"Received names={library!r} for model '{own.model.name}', some of whose weights "
+            f"have no name or another shape there: {'; '.join(problems[:_MAX_LISTED])}"
+            f"{f'; and {more} more' if more > 0 else ''}. Save it with model.save_weights."
         )
     return renamed
 
