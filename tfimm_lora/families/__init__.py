@@ -5,7 +5,7 @@ One file per family. They are strings only: nothing here imports a framework.
 
 from tfimm_lora.families.beit import BEIT
 from tfimm_lora.families.clip import CLIP, SIGLIP
-from tfimm_lora.families.convnext import CONVNEXT, CONVNEXTV2
+from tfimm_lora.families.convnext import CONVNEXT, CONVNEXT_CONVOLUTIONS, CONVNEXTV2
 from tfimm_lora.families.densenet import DENSENET
 from tfimm_lora.families.dinov2 import (
     DINOV2,
@@ -18,7 +18,7 @@ from tfimm_lora.families.efficientnet import EFFICIENTNET, EFFICIENTNET_EDGE, EF
 from tfimm_lora.families.family import Family
 from tfimm_lora.families.mobilenet import MOBILENETV1, MOBILENETV2, MOBILENETV3
 from tfimm_lora.families.pvt_v2 import PVT_V2
-from tfimm_lora.families.resnet import RESNET, RESNET_D, RESNETV2
+from tfimm_lora.families.resnet import RESNET, RESNET_C, RESNET_D, RESNETV2
 from tfimm_lora.families.segformer import MIT, SEGFORMER
 from tfimm_lora.families.segment_anything import SEGMENT_ANYTHING
 from tfimm_lora.families.swin import SWIN, SWINV2
@@ -46,7 +46,9 @@ FAMILIES: tuple[Family, ...] = (
     SWINV2,
     SWIN,
     CONVNEXTV2,
+    CONVNEXT_CONVOLUTIONS,
     CONVNEXT,
+    RESNET_C,
     RESNET_D,
     RESNET,
     RESNETV2,

@@ -6,7 +6,9 @@ arXiv:2301.00808.
 
 from __future__ import annotations
 
-from tfimm_lora.families.family import Family, Row
+from dataclasses import replace
+
+from tfimm_lora.families.family import TIMM, Family, Row
 
 PRESETS = {"mlp": ("mlp/fc1", "mlp/fc2")}
 
@@ -60,6 +62,18 @@ CONVNEXT = Family(
     applications=("ConvNeXt*",),
     transformers={"convnext": "convnext"},
     presets=PRESETS,
+)
+
+# The small ones have 1x1 convolutions instead of linear layers in timm.
+CONVNEXT_CONVOLUTIONS = replace(
+    CONVNEXT,
+    name="ConvNeXt of 1x1 convolutions",
+    rows=tuple(
+        row._replace(windows=((TIMM, 1),)) if ".mlp." in row.timm else row
+        for row in CONVNEXT.rows
+    ),
+    timm_models=tuple(f"convnext_{name}*" for name in ("atto", "femto", "pico", "nano")),
+    tfimm="",
 )
 
 # Without layer scale, and with global response normalization, which keras.applications lacks.

@@ -89,6 +89,7 @@ def _family(name: str, timm_model: str, backbone: str, *needs: str) -> Family:
         needs=needs,
         transformers={backbone: backbone},
         presets=PRESETS,
+        patch_positions="num_register_tokens" in needs,
     )
 
 

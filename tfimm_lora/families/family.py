@@ -79,6 +79,8 @@ class Family:
             a classifier, which begins the names of its modules.
         presets: The LoRA targets by preset, with timm's names. "default" is all of them
             together unless it is given.
+        patch_positions: Whether timm's position embeddings are of the patches alone, where the
+            first of the other libraries is of the class token.
         depths: The number of blocks of each stage in the variants, if a library counts the
             blocks of all stages in one sequence.
     """
@@ -94,6 +96,7 @@ class Family:
     applications: tuple[str, ...] = ()
     transformers: Mapping[str, str] = field(default_factory=dict)
     presets: Presets = field(default_factory=dict)
+    patch_positions: bool = False
     depths: tuple[tuple[int, ...], ...] = ()
 
     def names(self, library: str, depths: tuple[int, ...] = ()) -> Names:

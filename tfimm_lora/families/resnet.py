@@ -73,25 +73,43 @@ RESNET = Family(
     presets=PRESETS,
 )
 
-# With three convolutions in the stem, and a pooling before the shortcut's convolution.
+#: Three convolutions in the stem, and the blocks of keras_hub and timm.
+_DEEP = (
+    Row("conv1.0", keras_hub="conv1_conv"),
+    Row("conv1.1", keras_hub="conv1_bn"),
+    Row("conv1.3", keras_hub="conv2_conv"),
+    Row("conv1.4", keras_hub="conv2_bn"),
+    Row("conv1.6", keras_hub="conv3_conv"),
+    Row("bn1", keras_hub="conv3_bn"),
+    *(row._replace(transformers=None) for row in _BLOCKS),
+)
+
+RESNET_C = Family(
+    "ResNet-C",
+    "arXiv:1812.01187",
+    (
+        *_DEEP,
+        Row(f"{_BLOCK}.downsample.0", keras_hub=f"{_HUB}_0_conv"),
+        Row(f"{_BLOCK}.downsample.1", keras_hub=f"{_HUB}_0_bn"),
+    ),
+    timm_models=("*resnet[0-9]*[cs]",),
+    keras_hub=("ResNetBackbone",),
+    presets=PRESETS,
+)
+
+# Also with a pooling before the shortcut's convolution.
 RESNET_D = Family(
     "ResNet-D",
     "arXiv:1812.01187",
     (
-        Row("conv1.0", keras_hub="conv1_conv"),
-        Row("conv1.1", keras_hub="conv1_bn"),
-        Row("conv1.3", keras_hub="conv2_conv"),
-        Row("conv1.4", keras_hub="conv2_bn"),
-        Row("conv1.6", keras_hub="conv3_conv"),
-        Row("bn1", keras_hub="conv3_bn"),
+        *_DEEP,
         Row(f"{_BLOCK}.downsample.1", keras_hub=f"{_HUB}_0_conv"),
         Row(f"{_BLOCK}.downsample.2", keras_hub=f"{_HUB}_0_bn"),
         # The stem alone may be of this kind: the shortcut is that of ResNet.
         Row(f"{_BLOCK}.downsample.0"),
-        *(row._replace(transformers=None) for row in _BLOCKS),
     ),
     timm_models=(
-        "*resnet[0-9]*[dst]",
+        "*resnet[0-9]*[dt]",
         "*resnext[0-9]*[dt]_*",
         "resnetrs*",
         "ecaresnetlight",

@@ -43,11 +43,25 @@ def naming_of(model: Any, names: Mapping[str, str]) -> Naming | None:
     if is_tfimm(model):
         family = _of_tfimm(model)
         return None if family is None else Naming(family, TIMM).with_depths(names.values())
-    found = _of_keras(model, names)
+    found = _by_name(model, _of_keras(model, names), names)
     heads = classifier_paths(model)
     if found is None or len(heads) != 1 or found.to_timm(names[heads[0]]) is not None:
         return found
     return replace(found, head=names[heads[0]])
+
+
+def _by_name(model: Any, found: Naming | None, names: Mapping[str, str]) -> Naming | None:
+    """Return the naming of the family of a model's timm name, if it has the same layers.
+
+    Some variants differ in timm only.
+    """
+    cfg = getattr(model, "cfg", None)
+    name = getattr(cfg, "architecture", "") or getattr(cfg, "name", "")
+    family = family_of_timm(name) if name else None
+    if found is None or family is None or family is found.family:
+        return found
+    named = replace(found, family=family)
+    return named if _count(named, names.values()) >= _count(found, names.values()) else found
 
 
 def _of_tfimm(model: Any) -> Family | None:
@@ -69,9 +83,7 @@ def _of_keras(model: Any, names: Mapping[str, str]) -> Naming | None:
         if _is_backbone(layer, family, names)
     ]
     if backbones:  # some share a class in keras_hub, so the one that has the most layers
-        return max(
-            backbones, key=lambda x: sum(x.to_timm(n) is not None for n in names.values())
-        )
+        return max(backbones, key=lambda x: _count(x, names.values()))
     adaptable = [names[p] for p, x in layers if isinstance(x, LoRALayer) or supported(x)]
     found = recognize(adaptable, libraries=(APPLICATIONS,))
     if found is None:

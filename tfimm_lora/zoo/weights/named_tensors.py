@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import numpy as np
 
-from tfimm_lora.families.family import Family
+from tfimm_lora.families.family import TIMM, Family
 from tfimm_lora.families.recognize import Naming, recognize
 from tfimm_lora.families.templates import Name
 from tfimm_lora.layers.qkv import LAYOUTS
 from tfimm_lora.zoo.weights.key_layouts import Layout, find_layout
 from tfimm_lora.zoo.weights.keys import is_ignored_in_checkpoint
 from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
+
+#: timm's position embeddings.
+_POSITIONS = "pos_embed"
 
 
 class NamedTensors:
@@ -34,6 +37,9 @@ class NamedTensors:
         self.naming = _naming(keys, family)
         # The names of timm before 0.9 are renamed to the current ones.
         old = layout if layout is not None and find_layout(keys) is not layout else None
+        # timm adds no position to the class token: zero is added to it.
+        of_timm = self.naming is None or self.naming.library == TIMM
+        self._adds_position = of_timm and family is not None and family.patch_positions
         self._files: dict[Name, str] = {}
         self.unknown: list[str] = []
         for key in keys:
@@ -68,6 +74,8 @@ class NamedTensors:
         if not found:
             return None
         shapes = [self._tensors.shapes[self._files[x]] for x in found]
+        if self._adds_position and name.name == _POSITIONS:
+            return (1, shapes[0][1] + 1, shapes[0][2])
         first = sum(shape[0] if shape else 1 for shape in shapes)
         if name.block is not None and found[0].block is None:
             return (first // len(_layout(name)), *shapes[0][1:])
@@ -82,6 +90,9 @@ class NamedTensors:
         """Return the value of a weight."""
         found = self.sources(name)
         values = [self._tensors.read(self._files[x]) for x in found]
+        if self._adds_position and name.name == _POSITIONS:
+            padded: np.ndarray = np.pad(values[0], ((0, 0), (1, 0), (0, 0)))
+            return padded
         if name.block is not None and found[0].block is None:
             layout = _layout(name)
             rows: np.ndarray = np.split(values[0], len(layout))[layout.index(name.block)]

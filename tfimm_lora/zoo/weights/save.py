@@ -102,6 +102,11 @@ def _renamed(own: ModuleNames, library: str) -> dict[str, np.ndarray]:
         weights = {key: x for key, x in weights.items() if not lacked_by_timm(source, key)}
     problems: list[str] = []
     renamed = renamed_weights(weights, source, target, problems, None)
+    if source.family.patch_positions and library == "timm":
+        # timm adds no position to the class token, so it is in the token itself.
+        positions = renamed["pos_embed"]
+        renamed["cls_token"] = renamed["cls_token"] + positions[:, :1]
+        renamed["pos_embed"] = positions[:, 1:]
     if problems:
         more = len(problems) - _MAX_LISTED
         raise ValueError(
