@@ -287,3 +287,32 @@ def test_another_base_model_is_warned_of(base, named, differ):
     texts = [str(w.message) for w in caught if "trained on" in str(w.message)]
     assert len(texts) == differ
     assert all(repr(base) in text and repr(named) in text for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (dict(dialect="v4"), "without names, where they have no effect"),
+        (dict(prefix="encoder."), "without names, where they have no effect"),
+        (dict(names="timm", dialect="v4"), "only with names='transformers'"),
+        (dict(names="torchvision"), "expected one of timm"),
+    ],
+)
+def test_arguments_without_effect_are_errors(arguments, message, tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="fc")])
+    lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
+    with pytest.raises(ValueError, match=message):
+        lora.save_adapter(model, tmp_path / "out", **arguments)
+    assert not (tmp_path / "out").exists()
+
+
+def test_prefix_is_a_string(tmp_path):
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="fc")])
+    lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
+    adapter = lora.adapter_of(model)
+    for call in (
+        lambda: lora.save_adapter(model, tmp_path / "out", names="timm", prefix=3),
+        lambda: lora.load_adapter(model, adapter, prefix=3),
+    ):
+        with pytest.raises(TypeError, match="prefix=3; expected a string"):
+            call()

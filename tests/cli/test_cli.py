@@ -32,20 +32,6 @@ SMALL = "resnet18" if LEGACY else "applications/MobileNetV2"
 
 
 @pytest.fixture
-def call(capsys):
-    """Run the command line: its exit code, stdout and stderr."""
-
-    def call(*argv, expect=0):
-        capsys.readouterr()
-        code = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        assert code == expect, err
-        return out, err
-
-    return call
-
-
-@pytest.fixture
 def document(call):
     """Run a command with --json: what it printed."""
     return lambda *argv: json.loads(call(*argv, "--json")[0])

@@ -6,23 +6,10 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import normal
-from tfimm_lora.cli import main
 
 pytest.importorskip("safetensors")
 
 pytestmark = pytest.mark.once
-
-
-@pytest.fixture
-def call(capsys):
-    def call(*argv, expect=0):
-        capsys.readouterr()
-        code = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        assert code == expect, err
-        return out, err
-
-    return call
 
 
 @pytest.fixture

@@ -14,7 +14,6 @@ import tfimm_lora as lora
 from tests.helpers.finished_run import SIDE, finished_run
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run
 from tfimm_lora.cli import export as export_module
-from tfimm_lora.cli import main
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.model.merge import has_lora
 
@@ -25,20 +24,6 @@ pytestmark = pytest.mark.skipif(BACKEND != "tensorflow", reason="fine-tuning is 
 def finished(tmp_path_factory):
     """A run, and the folder in which its pictures are."""
     return finished_run(tmp_path_factory.mktemp("run"))
-
-
-@pytest.fixture
-def call(capsys):
-    """Run the command line: its exit code, stdout and stderr."""
-
-    def call(*argv, expect=0):
-        capsys.readouterr()
-        code = main([str(word) for word in argv])
-        out, err = capsys.readouterr()
-        assert code == expect, err
-        return out, err
-
-    return call
 
 
 @pytest.fixture(scope="module")

@@ -272,7 +272,7 @@ def test_shapes_are_those_of_the_other_library():
     model = SMALL["mobilenet_v3"]()
     lora.inject_lora(model, lora_rank=2, lora_targets=["logits", "conv_2"])
     randomise(model)
-    there = in_library(ModuleNames(model), lora.adapter_of(model), "timm", "v5", None)
+    there = in_library(ModuleNames(model), lora.adapter_of(model), "timm", None, None)
     classifier, head = there.layers["classifier"], there.layers["conv_head"]
     assert classifier.kind == "linear" and classifier.a.ndim == classifier.b.ndim == 2
     assert head.kind == "conv" and head.a.shape[2:] == (1, 1)

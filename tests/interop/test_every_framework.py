@@ -117,7 +117,7 @@ def test_one_adapter_in_every_framework_and_back(transformers_5, tmp_path):
         **common,
         weights=tmp_path / "weights",
         adapter=tmp_path / "peft",
-        save=[[tmp_path / "timm", "timm", "v5"]],
+        save=[[tmp_path / "timm", "timm", None]],
     )
     timm = make_timm("vit")
     weights = load_file(tmp_path / "weights" / "model.safetensors")

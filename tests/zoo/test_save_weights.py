@@ -43,6 +43,12 @@ def outputs(model):
     return np.array(keras.ops.convert_to_numpy(model(x)) if not LEGACY else model(x))
 
 
+class Config:
+    """The preprocessing of a model."""
+
+    mean, std, in_channels = (0.5,) * 3, (0.5,) * 3, 3
+
+
 x = normal(2, 32, 32, 3)
 
 
@@ -98,6 +104,51 @@ def test_config_of_transformers_sets_labels(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     lora.load_timm_weights(model, tmp_path)
     assert lora.class_names(model) == ("ant", "bee", "cat")
+
+
+@pytest.mark.skipif(LEGACY, reason="of keras_hub and Keras 3's layers")
+def test_shapes_are_those_of_timm(tmp_path):
+    """A convolution of keras.applications that is linear in timm, and DINOv2's positions."""
+    model = keras.applications.MobileNetV3Small(
+        weights=None, input_shape=(32, 32, 3), classes=3, include_preprocessing=False
+    )
+    lora.save_timm_weights(model, tmp_path / "mobilenet")
+    tensors = safetensors.load_file(tmp_path / "mobilenet" / "model.safetensors")
+    assert tensors["classifier.weight"].shape == (3, 1024)
+    assert tensors["conv_head.weight"].shape == (1024, 576, 1, 1)
+    hub = pytest.importorskip("keras_hub").models
+    for registers in (0, 4):
+        folder = tmp_path / str(registers)
+        backbone = hub.DINOV2Backbone(
+            *(8, 1, 16, 2, 32),
+            num_register_tokens=registers,
+            image_shape=(32, 32, 3),
+            position_embedding_shape=(32, 32),
+        )
+        lora.save_timm_weights(backbone, folder)
+        tensors = safetensors.load_file(folder / "model.safetensors")
+        # Beside registers, timm adds no position to the class token.
+        assert tensors["pos_embed"].shape == (1, 16 if registers else 17, 16)
+        assert not {"mask_token", "pos_embed_resized"} & tensors.keys()
+        lora.load_timm_weights(backbone, folder)
+
+
+def test_path_must_not_be_a_file(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(NotADirectoryError, match="expected a folder"):
+        lora.save_timm_weights(vit(), tmp_path / "file")
+
+
+def test_merged_copy_keeps_config_and_labels(tmp_path):
+    model = vit()
+    model.cfg = getattr(model, "cfg", None) or Config()
+    config = {"model_type": "vit", "id2label": {"2": "cat", "0": "ant", "1": "bee"}}
+    lora.save_timm_weights(model, tmp_path, names="transformers")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    lora.load_timm_weights(model, tmp_path)
+    regular = lora.convert_to_regular_model(lora.convert_to_lora_model(model, lora_rank=2))
+    assert lora.class_names(regular) == ("ant", "bee", "cat")
+    assert lora.create_preprocessing(regular) is not None
 
 
 def test_model_with_lora_is_refused(tmp_path):

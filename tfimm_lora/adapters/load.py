@@ -27,7 +27,7 @@ from tfimm_lora.adapters.fit import (
 from tfimm_lora.adapters.former_lora import FormerLoRA
 from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.lora_arguments import lora_arguments
-from tfimm_lora.adapters.model_names import in_names_of
+from tfimm_lora.adapters.model_names import check_prefix, in_names_of
 from tfimm_lora.adapters.save import fully_trained
 from tfimm_lora.adapters.torch_layout import DoesNotFit
 from tfimm_lora.backend import backend_of
@@ -106,6 +106,7 @@ def load_adapter(
             )
     else:
         adapter = Adapter.load(adapter, **load_options)
+    check_prefix(prefix, "prefix")
     names = ModuleNames(model)
     adapter = in_names_of(names, adapter, prefix)
     weights = weight_values(names, adapter)

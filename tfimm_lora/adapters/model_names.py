@@ -75,7 +75,7 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
 
 
 def in_library(
-    names: ModuleNames, adapter: _D, library: str, dialect: str, prefix: str | None
+    names: ModuleNames, adapter: _D, library: str, dialect: str | None, prefix: str | None
 ) -> _D:
     """Return the adapter of a model in the names of a library.
 
@@ -83,7 +83,7 @@ def in_library(
         names: The names of the model.
         adapter: Its adapter, in its names.
         library: One of ``NAMES``.
-        dialect: For transformers, one of ``DIALECTS``.
+        dialect: For transformers, one of ``DIALECTS``; None for the later one.
         prefix: What comes before the names of the backbone; None for that of the library.
 
     Raises:
@@ -91,7 +91,7 @@ def in_library(
             known or not in that library, or a layer has no name there.
     """
     source = names.naming
-    check_library(library, dialect)
+    check_library(library, dialect, prefix)
     if names.is_tfimm and library == "timm" and not prefix:
         return adapter  # tfimm has timm's names, also those of families without a table
     if source is None:
@@ -106,11 +106,13 @@ def in_library(
     )
 
 
-def target_naming(source: Naming, library: str, dialect: str, prefix: str | None) -> Naming:
+def target_naming(
+    source: Naming, library: str, dialect: str | None, prefix: str | None
+) -> Naming:
     """Return the naming of a family in a library that users named; see ``in_library``."""
-    check_library(library, dialect)
+    check_library(library, dialect, prefix)
     family = source.family
-    internal = {"v4": V4, "v5": V5}[dialect] if library == "transformers" else library
+    internal = (V4 if dialect == "v4" else V5) if library == "transformers" else library
     if internal not in family.libraries():
         known = dict.fromkeys(x.partition("-")[0] for x in family.libraries())
         raise ValueError(
@@ -130,14 +132,43 @@ def _complete(prefix: str, library: str) -> str:
     return f"{prefix.rstrip('.')}." if prefix and library != APPLICATIONS else prefix
 
 
-def check_library(library: str, dialect: str) -> None:
-    """Raise a ValueError unless these are the names of a library and a dialect."""
-    if library not in NAMES:
+def check_library(library: str | None, dialect: str | None, prefix: str | None = None) -> None:
+    """Raise an error unless these are a library, a dialect and a prefix that go together.
+
+    Args:
+        library: One of ``NAMES``; None if the names of a model are not changed.
+        dialect: For transformers one of ``DIALECTS``, or None for the default; else None.
+        prefix: What comes before the names of the backbone, or None.
+
+    Raises:
+        TypeError: If the prefix is not a string.
+        ValueError: If an argument is unknown, or has no effect.
+    """
+    check_prefix(prefix, "prefix")
+    if library is None and (dialect is not None or prefix is not None):
+        raise ValueError(
+            f"Received dialect={dialect!r} and prefix={prefix!r} without names, where they "
+            f"have no effect; expected names, one of {', '.join(NAMES)}."
+        )
+    if library is not None and library not in NAMES:
         raise ValueError(f"Received names={library!r}; expected one of {', '.join(NAMES)}.")
-    if dialect not in DIALECTS:
+    if dialect is not None and dialect not in DIALECTS:
         raise ValueError(
             f"Received dialect={dialect!r}; expected one of {', '.join(DIALECTS)}, the major "
             "versions of transformers."
+        )
+    if dialect is not None and library != "transformers":
+        raise ValueError(
+            f"Received dialect={dialect!r} with names={library!r}, where it has no effect; "
+            "expected it only with names='transformers'."
+        )
+
+
+def check_prefix(prefix: str | None, name: str) -> None:
+    """Raise a TypeError unless a prefix is a string or None."""
+    if prefix is not None and not isinstance(prefix, str):
+        raise TypeError(
+            f"Received {name}={prefix!r}; expected a string, for example 'encoder.'."
         )
 
 

@@ -7,7 +7,7 @@ import warnings
 from typing import Any
 
 from tfimm_lora.adapters.adapter import Adapter
-from tfimm_lora.adapters.model_names import in_library
+from tfimm_lora.adapters.model_names import check_library, in_library
 from tfimm_lora.adapters.torch_layout import update_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.layer_paths import is_suffix
@@ -85,7 +85,7 @@ def save_adapter(
     format: str | None = None,
     base_model: str | None = None,
     names: str | None = None,
-    dialect: str = "v5",
+    dialect: str | None = None,
     prefix: str | None = None,
 ) -> None:
     """Save the adapter of a LoRA model to a folder, in PEFT's format.
@@ -125,6 +125,7 @@ def save_adapter(
         >>> lora.Adapter.load(folder) == lora.adapter_of(model)
         True
     """
+    check_library(names, dialect, prefix)
     if names is None:
         adapter_to_save(model, base_model).save(path, format)
     else:
@@ -147,7 +148,7 @@ def adapter_to_save(model: Any, base_model: str | None = None) -> Adapter:
     if not saves_timm_names(model):
         return adapter
     try:
-        return in_library(ModuleNames(model), adapter, "timm", "v5", None)
+        return in_library(ModuleNames(model), adapter, "timm", None, None)
     except ValueError as error:
         warnings.warn(
             f"The adapter of model '{model.name}' is saved with the paths of its layers, since "

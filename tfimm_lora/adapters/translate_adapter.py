@@ -23,7 +23,7 @@ def translate_adapter(
     adapter: Adapter,
     names: str,
     *,
-    dialect: str = "v5",
+    dialect: str | None = None,
     prefix: str | None = None,
     source_prefix: str | None = None,
     model: Any = None,
@@ -78,7 +78,7 @@ def translate_adapter(
             f"Received adapter={adapter!r}; expected an Adapter. Read a folder with "
             "Adapter.load."
         )
-    check_library(names, dialect)
+    check_library(names, dialect, prefix)
     source = naming_of_adapter(adapter, source_prefix)
     if model is None:
         target = target_naming(source, names, dialect, prefix)

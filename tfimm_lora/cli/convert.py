@@ -34,8 +34,11 @@ def convert_command(
     output: Annotated[Path, typer.Argument(help="Folder for the new adapter.")],
     to: Annotated[str, typer.Option(help=f"The library: {', '.join(NAMES)}.")],
     dialect: Annotated[
-        str, typer.Option(help="For transformers: v4 or v5, the version that will load it.")
-    ] = "v5",
+        str | None,
+        typer.Option(
+            help="For transformers: v4 or v5, the version that will load it. Default: v5."
+        ),
+    ] = None,
     prefix: Annotated[
         str | None,
         typer.Option(

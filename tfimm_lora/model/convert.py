@@ -15,7 +15,7 @@ from tfimm_lora.model.copy import build_like, plain_copy
 from tfimm_lora.model.inject import freeze_rest, inject_lora
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import base_config, lora_base_of, lora_version_of
-from tfimm_lora.model.state import config_of, copy_base_name
+from tfimm_lora.model.state import config_of, copy_base_name, copy_description
 from tfimm_lora.model.trainable_weights import inside_paths
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.validation import check_keywords
@@ -162,6 +162,7 @@ def convert_to_regular_model(model: Any) -> Any:
         build_like(backend, regular, model)
     with _kernels_merged(model):
         transfer_weights(model, regular)
+    copy_description(model, regular)
     return regular
 
 

@@ -12,6 +12,7 @@ from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import FrozenLayer, copying_plain_layers
 from tfimm_lora.layers.state import original_class, state_of
 from tfimm_lora.model.inject import restore_layers
+from tfimm_lora.model.state import copy_description
 
 
 def plain_copy(model: Layer) -> Any:
@@ -33,6 +34,7 @@ def plain_copy(model: Layer) -> Any:
         copy = _recreate(backend, model)
     restore_layers(copy)
     _copy_state(backend, model, copy)
+    copy_description(model, copy)
     return copy
 
 

@@ -83,7 +83,7 @@ def _of_keras(model: Any, names: Mapping[str, str]) -> Naming | None:
         if _is_backbone(layer, family, names)
     ]
     if backbones:  # some share a class in keras_hub, so the one that has the most layers
-        return max(backbones, key=lambda x: _count(x, names.values()))
+        return max(backbones, key=lambda x: (_count(x, names.values()), len(x.family.needs)))
     adaptable = [names[p] for p, x in layers if isinstance(x, LoRALayer) or supported(x)]
     found = recognize(adaptable, libraries=(APPLICATIONS,))
     if found is None:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
+from tfimm_lora.model.classifier import classifier_paths
 
 #: The names of the new layers, as in keras_hub's ``ImageClassifier``.
 _POOLER, _HEAD = "pooler", "predictions"
@@ -87,6 +88,22 @@ def _pooled_outputs(backbone: Any) -> tuple[Tensor, Tensor]:
     named = isinstance(getattr(backbone, "_inputs_struct", None), dict)
     entries = {key: inputs for key in backbone._inputs_struct} if named else inputs
     return inputs, _pooled(backend, backbone, backbone(entries))
+
+
+def initialize_classifier(model: Layer) -> None:
+    """Initialize the kernels of dense classifiers as Keras' Dense does by default.
+
+    Glorot's uniform initializer takes the inputs and the outputs into account. The
+    EfficientNets of ``keras.applications`` scale theirs by the number of classes alone, so that
+    with few classes the first loss is large.
+    """
+    backend = backend_of(model)
+    layers = dict(backend.walk(model))
+    for path in classifier_paths(model):
+        layer: Any = layers[path]
+        if isinstance(layer, backend.keras.layers.Dense):
+            glorot = backend.keras.initializers.GlorotUniform()
+            layer.kernel.assign(glorot(tuple(layer.kernel.shape), layer.kernel.dtype))
 
 
 def takes_pictures(model: Layer) -> bool:

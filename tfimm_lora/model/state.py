@@ -78,6 +78,17 @@ def copy_base_name(source: Layer, target: Layer) -> None:
     name = base_name(source)
     if name is not None:
         record_base_name(target, name)
+    copy_description(source, target)
+
+
+def copy_description(source: Layer, target: Layer) -> None:
+    """Record for a copy what describes a model, but not the origin of its weights.
+
+    It is the config with the preprocessing, which a functional model does not recreate, the
+    names of the classes, and that its adapters have timm's names.
+    """
+    if hasattr(source, "cfg") and not hasattr(target, "cfg"):
+        target.cfg = source.cfg
     record_class_names(target, recorded_class_names(source))
     if saves_timm_names(source):
         record_timm_names(target)

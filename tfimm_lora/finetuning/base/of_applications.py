@@ -16,6 +16,7 @@ from tfimm_lora.finetuning.base.names import APPLICATIONS, unknown_model
 from tfimm_lora.finetuning.base.opened import BaseModel, Size
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.new_classifier import initialize_classifier
 from tfimm_lora.model.state import random_weights, record_base_name
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.zoo.model_table import applications_table
@@ -56,9 +57,11 @@ def open_application(
     count = _CLASSES if classes is None else classes
 
     def with_random_weights() -> Any:
-        return create(
+        model = create(
             weights=None, classifier_activation=None, classes=count, input_shape=shape
         )
+        initialize_classifier(model)
+        return model
 
     if given is None:
         model = with_random_weights()

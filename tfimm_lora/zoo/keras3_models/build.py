@@ -8,6 +8,7 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of, keras3_backend
 from tfimm_lora.model.classifier import canonical_path
+from tfimm_lora.model.new_classifier import initialize_classifier
 from tfimm_lora.validation import check_integer
 from tfimm_lora.zoo.keras3_models.known import KnownConfig, known
 from tfimm_lora.zoo.keras3_models.positions import POSITIONS, resized_positions
@@ -55,7 +56,7 @@ def build(
         mean=_repeated(row.config.mean, in_channels),
         std=_repeated(row.config.std, in_channels),
     )
-    check_integer(config.nb_classes, "classes", 0)
+    check_integer(config.nb_classes, "nb_classes", 0)
     check_integer(in_channels, "in_channels", 1)
     family = importlib.import_module(f"{__package__}.{row.family}")
     if not config.nb_classes and not getattr(family, "ALLOWS_NO_CLASSES", False):
@@ -65,7 +66,13 @@ def build(
         )
     keras = keras3_backend().keras
     shape = (*config.input_size, in_channels)
-    model = family.build(keras, row.arguments, config.nb_classes, shape)
+    try:
+        model = family.build(keras, row.arguments, config.nb_classes, shape)
+    except ValueError as error:  # keras_hub names neither the model nor our argument
+        sides = "x".join(map(str, config.input_size))
+        raise ValueError(
+            f"Received input_size={sides} for {name!r}, which cannot be built so: {error}"
+        ) from error
     if type(model) is not keras.Model:
         # The fit and predict of keras_hub's tasks need TensorFlow or grain on every framework.
         model = keras.Model(model.inputs[0], model.outputs[0], name=model.name)
@@ -76,23 +83,8 @@ def build(
         transform_weights=dict.fromkeys(_position_embeddings(model), resized_positions),
     )
     model.cfg = config
-    _initialize_classifier(model)
+    initialize_classifier(model)
     return model, config
-
-
-def _initialize_classifier(model: Any) -> None:
-    """Initialize dense classifiers as Keras' Dense does by default.
-
-    The EfficientNets of ``keras.applications`` scale theirs by the number of classes, so that
-    with few classes the first loss is large.
-    """
-    backend = keras3_backend()
-    layers = dict(backend.walk(model))
-    for path in model.cfg.classifier:
-        layer: Any = layers.get(path)
-        if isinstance(layer, backend.keras.layers.Dense):
-            glorot = backend.keras.initializers.GlorotUniform()
-            layer.kernel.assign(glorot(layer.kernel.shape, layer.kernel.dtype))
 
 
 def _first_convolution(model: Any) -> str:

@@ -36,12 +36,17 @@ def class_names(model: Any) -> tuple[str, ...] | None:
         A name for each output, from the checkpoint's config.json (transformers' id2label or
         timm's label_names), or None if it has none.
 
+    Raises:
+        TypeError: If it is not a model.
+
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora
         >>> model = tf.keras.Sequential([tf.keras.Input((4,)), tf.keras.layers.Dense(3)])
         >>> print(lora.class_names(model))
         None
     """
+    if not hasattr(model, "__dict__"):
+        raise TypeError(f"Received model={model!r}; expected a Keras model.")
     names = recorded_class_names(model)
     shape = getattr(model, "output_shape", None)
     if names is None or (isinstance(shape, tuple) and shape and shape[-1] != len(names)):

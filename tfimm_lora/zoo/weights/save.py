@@ -90,9 +90,14 @@ def _renamed(own: ModuleNames, library: str) -> dict[str, np.ndarray]:
     source = own.naming
     internal = V4 if library == "transformers" else TIMM
     if source is None or internal not in source.family.libraries():
+        reason = (
+            "which is of no family whose names are known"
+            if source is None
+            else f"and family '{source.family.name}' has no names there"
+        )
         raise ValueError(
             f"Received names={library!r} for model '{own.model.name}' "
-            f"({type(own.model).__name__}), whose family has no names there or is not known. "
+            f"({type(own.model).__name__}), {reason}. "
             "docs/reference/names.md lists the families. Save it with model.save_weights."
         )
     backbone = next(iter(source.family.transformers.values()), "")
