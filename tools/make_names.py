@@ -72,7 +72,7 @@ def overview():
         "|---|---|---|---|---|---|",
     ]
     for family in FAMILIES:
-        has = family.libraries()
+        has = family.libraries
         cells = [
             _codes(family.timm_models),
             _codes([family.tfimm] if family.tfimm else []),
@@ -87,7 +87,7 @@ def overview():
 
 def section(family):
     """Return the heading, the description and the rows of a family."""
-    columns = [library for library in TITLES if library in family.libraries()]
+    columns = [library for library in TITLES if library in family.libraries]
     same = all(row.column(V4) == row.column(V5) for row in family.rows)
     titles = dict(TITLES)
     if same and V5 in columns:

@@ -20,7 +20,7 @@ def test_variables_are_in_the_table(name):
     names = ModuleNames(ARCHITECTURES[name].make())
     keys = [weight.key for weight in names.weights]
     assert [key for key in keys if names.naming.to_timm(key, is_weight=True) != Name(key)] == []
-    for library in names.naming.family.libraries():
+    for library in names.naming.family.libraries:
         table = names.naming.family.names(library)
         found = {}
         for key in keys:

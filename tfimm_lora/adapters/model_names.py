@@ -61,7 +61,7 @@ def in_names_of(names: ModuleNames, adapter: _D, prefix: str | None = None) -> _
         depths=target.depths,
     )
     if prefix is not None:
-        same = [dataclasses.replace(target, library=x) for x in target.family.libraries()]
+        same = [dataclasses.replace(target, library=x) for x in target.family.libraries]
         source = _with_prefix(same, adapter, prefix, "prefix")
     if source is None or source == target:
         return adapter
@@ -113,8 +113,8 @@ def target_naming(
     check_library(library, dialect, prefix)
     family = source.family
     internal = (V4 if dialect == "v4" else V5) if library == "transformers" else library
-    if internal not in family.libraries():
-        known = dict.fromkeys(x.partition("-")[0] for x in family.libraries())
+    if internal not in family.libraries:
+        known = dict.fromkeys(x.partition("-")[0] for x in family.libraries)
         raise ValueError(
             f"Received names={library!r} for {family.name}, which has no names there; "
             f"expected one of {', '.join(known)}."
@@ -232,7 +232,7 @@ def naming_of_adapter(adapter: AdapterData, prefix: str | None = None) -> Naming
             behind it.
     """
     if prefix is not None:
-        candidates = [Naming(x, y) for x in reversed(FAMILIES) for y in x.libraries()]
+        candidates = [Naming(x, y) for x in reversed(FAMILIES) for y in x.libraries]
         return _with_prefix(candidates, adapter, prefix, "source_prefix")
     found = recognize_surely([*adapter.layers], hint=adapter.base_model)
     if found is None:

@@ -108,7 +108,7 @@ class Family:
         """
         return _names(self.rows, library, depths)
 
-    @property
+    @functools.cached_property
     def head(self) -> str | None:
         """timm's name of the classifier, or None if the family has none."""
         heads = ("/classifier", "/classifier.1", "/predictions")
@@ -116,9 +116,10 @@ class Family:
         named = (r for r in self.rows if r.timm in ("head", "head.fc", "fc", "classifier"))
         return next((row.timm for row in (*rows, *named)), None)
 
-    def libraries(self) -> list[str]:
-        """Return the libraries that have this family."""
-        return [x for x in LIBRARIES if any(row.column(x) for row in self.rows)]
+    @functools.cached_property
+    def libraries(self) -> tuple[str, ...]:
+        """The libraries that have this family."""
+        return tuple(x for x in LIBRARIES if any(row.column(x) for row in self.rows))
 
 
 class Names:

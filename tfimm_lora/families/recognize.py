@@ -213,7 +213,7 @@ def recognize(
     sample = names[:: max(1, len(names) // _SAMPLE)]
     # The general families last in FAMILIES are the better guess among equals.
     for each in reversed(FAMILIES) if family is None else (family,):
-        for library in libraries:
+        for library in (x for x in libraries if x in each.libraries):
             for prefix in _prefixes(each, library, sample, is_weight):
                 naming = Naming(each, library, prefix, depths=depths).with_depths(names)
                 found = sum(naming.to_timm(name, is_weight) is not None for name in names)
@@ -319,7 +319,7 @@ def _backbone_without_table(names: Collection[str]) -> str | None:
 def lacked_by_timm(naming: Naming, name: str) -> bool:
     """Whether timm has the family of a weight, but no such weight; see ``Row.in_timm``."""
     timm = naming.to_timm(name, is_weight=True)
-    if timm is None or TIMM not in naming.family.libraries():
+    if timm is None or TIMM not in naming.family.libraries:
         return False
     forms = (timm, timm._replace(name=timm.name.rpartition(".")[0]))
     rows = [Template(row.timm) for row in naming.family.rows if not row.in_timm]

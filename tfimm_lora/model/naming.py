@@ -78,13 +78,16 @@ def _of_keras(model: Any, names: Mapping[str, str]) -> Naming | None:
     layers = [*backend_of(model).walk(model)]
     backbones = [
         _in_keras_hub(family, layer, path, layers, names).with_depths(names.values())
-        for family in reversed(FAMILIES)
         for path, layer in layers
+        if _is_of_keras_hub(type(layer))
+        for family in reversed(FAMILIES)
         if _is_backbone(layer, family, names)
     ]
     if backbones:  # some share a class in keras_hub, so the one that has the most layers
         return max(backbones, key=lambda x: (_count(x, names.values()), len(x.family.needs)))
     adaptable = [names[p] for p, x in layers if isinstance(x, LoRALayer) or supported(x)]
+    if len(adaptable) < _MIN_KNOWN:
+        return None
     found = recognize(adaptable, libraries=(APPLICATIONS,))
     if found is None:
         return None
@@ -98,12 +101,14 @@ def _count(naming: Naming, names: Iterable[str]) -> int:
     return sum(naming.to_timm(name) is not None for name in names)
 
 
+def _is_of_keras_hub(cls: type) -> bool:
+    """Whether a class or one of its bases is of keras_hub."""
+    return any(base.__module__.startswith("keras_hub") for base in cls.__mro__)
+
+
 def _is_backbone(layer: Any, family: Family, names: Mapping[str, str]) -> bool:
-    found = any(
-        cls.__name__ in family.keras_hub and cls.__module__.startswith("keras_hub")
-        for cls in type(layer).__mro__
-    )
-    return found and all(
+    classes = {cls.__name__ for cls in type(layer).__mro__ if _is_of_keras_hub(cls)}
+    return not classes.isdisjoint(family.keras_hub) and all(
         need[1:] in names.values() if need.startswith("/") else getattr(layer, need, None)
         for need in family.needs
     )

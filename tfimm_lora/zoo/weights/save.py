@@ -89,7 +89,7 @@ def _renamed(own: ModuleNames, library: str) -> dict[str, np.ndarray]:
         return weights
     source = own.naming
     internal = V4 if library == "transformers" else TIMM
-    if source is None or internal not in source.family.libraries():
+    if source is None or internal not in source.family.libraries:
         reason = (
             "which is of no family whose names are known"
             if source is None
