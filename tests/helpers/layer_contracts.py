@@ -1,8 +1,8 @@
 """What every LoRA layer and every LoRA model must do, in either Keras.
 
-``check_layer(case)`` and ``check_model(make, ...)`` are called by the tests once for each
-layer and each model; the single promises are functions of their own, so that a failure
-names the one that broke.
+Each promise is a function of its own, so that a failure names the one that broke. Single steps
+run eagerly, which takes less time than to trace them; training in graphs and under XLA has
+tests of its own.
 """
 
 import numpy as np
@@ -60,7 +60,7 @@ def trains_by_the_true_gradient(case):
     others = [v for v in layer.weights if v is not layer.kernel_lora_a]
     frozen = [v for v in others if v is not layer.kernel_lora_b]
     before = values(frozen)
-    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.compile(keras.optimizers.SGD(1.0), "mse", run_eagerly=True)
     model.train_on_batch(x, target)
 
     def loss(a, b):
@@ -100,7 +100,7 @@ def passes_the_true_gradient_to_its_input(case):
     model = keras.Model(entry, layer(shift(entry)))
     target = np.random.default_rng(3).normal(size=run(layer, x).shape).astype("float32")
     a, b = (array(v).astype("float64") for v in (layer.kernel_lora_a, layer.kernel_lora_b))
-    model.compile(keras.optimizers.SGD(1.0), "mse")
+    model.compile(keras.optimizers.SGD(1.0), "mse", run_eagerly=True)
     model.train_on_batch(x, target)
     for channel in range(case.input_shape[-1]):
         ends = []
@@ -232,7 +232,7 @@ def survives_saving(case, path):
     for variable, value in zip(twin.weights, before):
         np.testing.assert_array_equal(array(variable), value)
     np.testing.assert_allclose(run(loaded, x), output, **CLOSE)
-    loaded.compile(sgd(), "mse")
+    loaded.compile(sgd(), "mse", run_eagerly=True)
     loaded.train_on_batch(x, np.zeros_like(output))
     assert np.abs(array(twin.kernel_lora_b) - array(before[-1])).max() > 0
     assert len(loaded.trainable_weights) == 2

@@ -127,7 +127,7 @@ def keras_trains_what_is_reported(spec, path):
     others = lora.lora_non_trainable_weights(model, train_bias="all")
     still, trained = values(others), Trained()
     assert ids(model.trainable_weights) == ids(named)
-    compile_for(model, run_eagerly=BACKEND == "tensorflow")  # tracing takes longer
+    compile_for(model, run_eagerly=BACKEND == "tensorflow")
     x, y = spec.inputs(), spec.labels()
     model.fit(x, y, batch_size=len(x) // 2, verbose=0, callbacks=[trained])
     assert len(trained.seen) == 4 and all(seen == ids(named) for seen in trained.seen)
@@ -190,7 +190,7 @@ def comes_back_as_it_was(spec, path):
         if not merge:
             for variable, value in zip(model.weights, kernels):
                 np.testing.assert_array_equal(array(variable), value)
-        compile_for(model)
+        compile_for(model, run_eagerly=True)
         model.fit(x, spec.labels(), verbose=0)
 
 
@@ -248,7 +248,7 @@ def weight_files_load_and_train_on(spec, path):
             np.testing.assert_allclose(run(twin, x), output, **CLOSE, err_msg=name)
             assert len(twin.trainable_weights) == 2 * len(lora_layers(model))
         before = values(twin.trainable_weights)
-        compile_for(twin)
+        compile_for(twin, run_eagerly=True)
         twin.fit(x, spec.labels(), verbose=0)
         after = values(twin.trainable_weights)
         assert any(np.abs(a - b).max() > 0 for a, b in zip(after, before))
@@ -285,7 +285,7 @@ def whole_files_load_and_train_on_or_are_refused(spec, path):
             assert len(named) == len(model.trainable_weights)
             frozen = loaded.non_trainable_weights
             still, before = values(frozen), values(named)
-            compile_for(loaded)
+            compile_for(loaded, run_eagerly=True)
             loaded.fit(x, spec.labels(), verbose=0)
             for variable, value in zip(frozen, still):
                 np.testing.assert_array_equal(array(variable), value)
