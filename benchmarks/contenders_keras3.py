@@ -1,5 +1,5 @@
 """On Keras 3 and TensorFlow: ours and Keras' ``enable_lora``, the same layers of one model,
-with and without XLA, by which Keras 3's ``fit`` compiles."""
+with and without XLA."""
 
 import entrants
 import keras

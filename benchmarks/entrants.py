@@ -56,8 +56,8 @@ CONTENDERS = {
     "tfimm": ("contenders_tfimm", "tfimm's own LoRA"),
     "ours on Keras 3": ("contenders_keras3", "tfimm_lora on Keras' model"),
     "enable_lora": ("contenders_keras3", "Keras' enable_lora on the same model"),
-    "ours on Keras 3, XLA": ("contenders_keras3", "compiled, as Keras 3's fit does"),
-    "enable_lora, XLA": ("contenders_keras3", "compiled, as Keras 3's fit does"),
+    "ours on Keras 3, XLA": ("contenders_keras3", "compiled, as by jit_compile=True"),
+    "enable_lora, XLA": ("contenders_keras3", "compiled, as by jit_compile=True"),
     "peft": ("contenders_torch", "timm's model with PEFT, on torch"),
 }
 

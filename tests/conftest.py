@@ -38,7 +38,7 @@ def seeded():
 def uncompiled():
     """Let ``fit`` run TensorFlow's graphs, which XLA takes longer to compile than to run.
 
-    Keras 3 chooses XLA itself. Tests of training under XLA ask for it.
+    Some versions of Keras 3 choose XLA themselves. Tests of training under XLA ask for it.
     """
     if LEGACY or keras.backend.backend() != "tensorflow":
         yield

@@ -101,6 +101,14 @@ def test_a_path_is_not_an_adapter():
         lora.translate_adapter("folder", "timm")
 
 
+def test_errors_of_a_combination_are_in_the_names_of_the_model():
+    one = dataclasses.replace(hugging_face(), weights={}, modules=())
+    model, timm = backbone(), lora.translate_adapter(one, "timm")
+    errors = lora.combination_errors(timm, [one], model=model)
+    assert errors.keys() <= ModuleNames(model).paths.keys()
+    assert max(errors.values()) < 1e-6
+
+
 def backbone(blocks=2):
     """A ViT of keras_hub, with its classifier."""
     models = pytest.importorskip("keras_hub").models
@@ -281,12 +289,14 @@ def test_another_base_model_is_warned_of(base, named, differ):
     model = lora.inject_lora(plain(), lora_rank=2, lora_targets=["fc"])
     adapter = dataclasses.replace(lora.adapter_of(model), base_model=named)
     record_base_name(model, base)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        lora.load_adapter(model, adapter)
-    texts = [str(w.message) for w in caught if "trained on" in str(w.message)]
-    assert len(texts) == differ
-    assert all(repr(base) in text and repr(named) in text for text in texts)
+    for call in (lora.load_adapter, lambda model, x: lora.attach_adapters(model, {"a": x})):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            call(model, adapter)
+        texts = [str(w.message) for w in caught if "trained on" in str(w.message)]
+        assert len(texts) == differ
+        assert all(repr(base) in text and repr(named) in text for text in texts)
+        assert all(w.filename == __file__ for w in caught)
 
 
 @pytest.mark.parametrize(

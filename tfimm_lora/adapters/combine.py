@@ -19,6 +19,7 @@ from tfimm_lora.adapters.combine_trained_weights import (
 from tfimm_lora.adapters.combine_updates import CombinationMethod, Loss, Term, norm_of_sum
 from tfimm_lora.adapters.decompose import result_dtype
 from tfimm_lora.adapters.fit import check_fits
+from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.families.recognize import recognize_surely
 from tfimm_lora.validation import check_number
@@ -164,10 +165,11 @@ def combination_errors(
         combined: The combined adapter.
         adapters, weights: As in ``combine_adapters``.
         model: The base model, with or without LoRA. Needed if an adapter has DoRA magnitudes.
+            Adapters with the names of another library are translated to those of the model.
 
     Returns:
-        Module path -> relative error. It is infinite if the sum is zero and the change by
-        ``combined`` is not.
+        Module path, with a model in its names -> relative error. It is infinite if the sum is
+        zero and the change by ``combined`` is not.
 
     Raises:
         TypeError, ValueError: As ``combine_adapters``. Also ValueError if an adapter has
@@ -183,6 +185,9 @@ def combination_errors(
     """
     adapters, weights = _check_adapters(adapters, weights)
     _check_adapters([combined], None)
+    if model is not None:
+        names = ModuleNames(model)
+        combined, *adapters = (in_names_of(names, x) for x in (combined, *adapters))
     _check_names([*adapters, combined])
     expected = _terms(adapters, weights)
     differences = _terms([*adapters, combined], [*weights, -1.0])

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.base_architecture import warn_if_other_checkpoint
 from tfimm_lora.adapters.fit import check_fits
 from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.layer_update import LayerUpdate
@@ -49,6 +50,10 @@ def attach_adapters(
             not a product of two narrow matrices (grouped, depthwise, standardised
             convolutions). The message names all of them, and the model is unchanged.
 
+    Warns:
+        UserWarning: If an adapter is incomplete, or names another checkpoint on the hub than
+            the model was loaded from, as in ``load_adapter``.
+
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
         >>> model = tf.keras.Sequential([
@@ -80,6 +85,7 @@ def attach_adapters(
             )
         check_fits(model, adapter)
         warn_if_incomplete(names, adapter, stacklevel=2)
+        warn_if_other_checkpoint(model, adapter, stacklevel=2)
     injected = _inject_if_needed(model, loaded)
     try:
         attached = _stacked_factors(model, loaded)
