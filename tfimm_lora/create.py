@@ -28,7 +28,6 @@ from tfimm_lora.model.state import random_weights, record_base_name
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.validation import check_keywords
 from tfimm_lora.zoo.keras3_models.base import ARGUMENTS, create_base
-from tfimm_lora.zoo.keras3_models.known import is_known
 from tfimm_lora.zoo.keras3_models.known import names as keras3_names
 from tfimm_lora.zoo.tfimm_models import import_tfimm, require_known
 from tfimm_lora.zoo.weights.checkpoint import is_checkpoint
@@ -55,8 +54,8 @@ def create_model(
         model_name: A name from ``list_models()``, for example "convnext_tiny". On Keras 3 also
             a name with a tag of timm ("vit_base_patch16_224.augreg_in1k"), a preset of
             keras_hub ("hub/dinov2_base"), or a folder or repository ("hf://user/name") of
-            keras_hub, timm or transformers that keras_hub can read. Presets without a
-            classifier get one for ``nb_classes``.
+            keras_hub, timm or transformers (docs/how-to/models-on-keras-3.md). Models without
+            a classifier get one for ``nb_classes``.
         pretrained: Whether to load the pretrained weights of this name: from tfimm's own
             cache, otherwise from the hub with ``load_timm_weights``, without torch (see
             docs/how-to/pretrained-weights.md). Mean, std, crop and interpolation of the
@@ -157,7 +156,7 @@ def _create_on_keras3(
         _require_no_settings(lora_kwargs)
         if not isinstance(adapter, Adapter):
             adapter = Adapter.load(adapter)
-        if arguments.get("nb_classes") is None and is_known(name):
+        if arguments.get("nb_classes") is None:
             arguments["nb_classes"] = _classes_in(adapter, _HEADS)
     checkpoint = model_path if model_path and is_checkpoint(model_path) else None
     base = create_base(

@@ -57,6 +57,27 @@ def test_all_problems_in_one_error_and_nothing_is_changed():
         np.testing.assert_array_equal(array(variable), value)
 
 
+@pytest.mark.skipif(LEGACY, reason="Keras 3 counts variables without a name")
+def test_variables_without_a_name_are_found():
+    class Scaled(keras.layers.Layer):
+        def build(self, shape):
+            self.scale = self.add_weight(shape=shape[-1:], initializer="ones")
+            self.shift = self.add_weight(shape=shape[-1:], initializer="zeros")
+
+        def call(self, x):
+            return x * self.scale + self.shift
+
+    def make():
+        return keras.Sequential([keras.Input((3,)), Scaled(name="scaled")])
+
+    source, other = make(), make()
+    assert source.weights[0].name != other.weights[0].name
+    source.set_weights([normal(3), normal(3, seed=1)])
+    lora.transfer_weights(source, other)
+    for ours, theirs in zip(other.weights, source.weights):
+        np.testing.assert_array_equal(array(ours), array(theirs))
+
+
 def test_unbuilt_models_are_refused():
     with pytest.raises(ValueError, match="src_model.*no weights"):
         lora.transfer_weights(keras.Sequential([keras.layers.Dense(3)]), small())

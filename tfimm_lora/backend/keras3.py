@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -16,6 +17,9 @@ from keras.src.layers.convolutional.base_conv import BaseConv
 
 from tfimm_lora.backend.interface import Backend, Layer, Tensor, Variable
 from tfimm_lora.backend.learning_rates import Keras3VariableRates
+
+#: The names that Keras gives to variables.
+_UNNAMED = re.compile(r"variable_\d+")
 
 
 class _BuildHook:
@@ -136,6 +140,14 @@ class Keras3Backend(Backend):
             dilation_rate=layer.dilation_rate,
             data_format=layer.data_format,
         )
+
+    def variable_name(self, variable: Variable) -> str:
+        """The last part of a variable's name; "variable" if it was given none.
+
+        Keras then counts the variables of the process.
+        """
+        name = super().variable_name(variable)
+        return "variable" if _UNNAMED.fullmatch(name) else name
 
     def own_variables(self, layer: Layer) -> list[Variable]:
         return _own_variables(layer)

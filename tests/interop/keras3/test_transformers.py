@@ -42,3 +42,22 @@ def test_outputs_are_those_of_transformers(name, hugging_face):
         wanted, found = outputs[adapter], run(model, x)
         assert np.abs(wanted - base).max() > 100 * tolerance * np.abs(wanted).max()
         assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max(), adapter
+
+
+@pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "convnext"])
+def test_models_are_created_from_folders(name, hugging_face):
+    """By keras_hub's converters, and by those of this package for ConvNeXt."""
+    folder = str(hugging_face.base(name))
+    x = hugging_face.batch(name)["pixel_values"].transpose(0, 2, 3, 1)
+    outputs = hugging_face.outputs(name)
+    model = lora.create_model(folder, lora_rank=2)
+    limit = 1e-5 * np.abs(outputs["base"]).max()
+    if model.output_shape[-1] == outputs["base"].shape[-1]:
+        assert np.abs(run(model, x) - outputs["base"]).max() < limit
+    else:
+        assert name in ("dinov2", "swin")  # keras_hub converts the backbone alone
+    adapter = hugging_face.adapter(name, "classifier")
+    model = lora.create_model(folder, adapter=adapter)
+    limit = 1e-5 * np.abs(outputs["classifier"]).max()
+    assert np.abs(run(model, x) - outputs["classifier"]).max() < limit
+    assert lora.create_model(folder, nb_classes=5).output_shape == (None, 5)

@@ -21,6 +21,7 @@ from tfimm_lora.zoo.keras3_models.folders import PRESETS, folder_kind
 from tfimm_lora.zoo.keras3_models.known import is_known as is_known_on_keras3
 from tfimm_lora.zoo.keras3_models.known import known, refusal_reason
 from tfimm_lora.zoo.keras3_models.presets import HUB, is_preset
+from tfimm_lora.zoo.keras3_models.sources import find_source
 from tfimm_lora.zoo.model_table import applications_table
 from tfimm_lora.zoo.tfimm_models import import_tfimm
 from tfimm_lora.zoo.weights.hub_ids import WITHOUT_WEIGHTS
@@ -80,7 +81,9 @@ def check_preset(name: str) -> None:
             f"{name} is a model for keras_hub, which needs Keras 3, but this process uses "
             "legacy Keras. Set the environment variable TF_USE_LEGACY_KERAS=0."
         )
-    _require_keras_hub(name)
+    source = find_source(name, download=False)
+    if source is None or source.model.needs_keras_hub:
+        _require_keras_hub(name)
 
 
 def _require_keras_hub(name: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,15 +19,16 @@ from tfimm_lora.model.state import (
 )
 from tfimm_lora.model.transfer import transfer_weights
 from tfimm_lora.validation import check_keywords
-from tfimm_lora.zoo.keras3_models.build import build
-from tfimm_lora.zoo.keras3_models.folders import folder_config, folder_kind
-from tfimm_lora.zoo.keras3_models.known import KnownConfig, is_known, known
+from tfimm_lora.zoo.keras3_models.build import allows_no_classes, build
+from tfimm_lora.zoo.keras3_models.folders import folder_config
+from tfimm_lora.zoo.keras3_models.known import KnownConfig, KnownModel3, known
 from tfimm_lora.zoo.keras3_models.presets import (
     HUB,
     converter_normalization,
     is_preset,
     open_preset,
 )
+from tfimm_lora.zoo.keras3_models.sources import find_source
 from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
 
 #: The arguments of ``create_base`` that change the architecture.
@@ -53,7 +55,8 @@ def create_base(
     """Create a model on Keras 3 by its name.
 
     Args:
-        name: A name of tfimm or timm (see ``known``), or a preset (see ``is_preset``).
+        name: A name of tfimm or timm (see ``known``), a folder of timm or transformers, a
+            repository "hf://USER/REPOSITORY", or a preset (see ``is_preset``).
         pretrained: Whether to load the weights of the name.
         weights: A checkpoint to load instead, as ``load_timm_weights`` takes it.
         **arguments: nb_classes, in_channels, input_size, mean, std, crop_pct, interpolation.
@@ -64,9 +67,9 @@ def create_base(
     """
     check_keywords(arguments, ARGUMENTS, "create_model")
     given = {key: value for key, value in arguments.items() if value is not None}
-    architecture = _architecture_of(name)
-    if architecture is not None:
-        return _of_known(architecture, pretrained, weights or _folder(name), given)
+    source = find_source(name)
+    if source is not None:
+        return _of_known(source.model, pretrained, weights or source.weights, given)
     if is_preset(name):
         if weights is not None:
             raise ValueError(
@@ -77,22 +80,8 @@ def create_base(
     raise AssertionError(name)
 
 
-def _architecture_of(name: str) -> str | None:
-    """The name that ``build`` takes; for a folder of timm, that of its architecture."""
-    if is_known(name):
-        return name
-    if folder_kind(name) == "timm":
-        architecture = str(folder_config(name)["architecture"])
-        return architecture if is_known(architecture) else None
-    return None
-
-
-def _folder(name: str) -> str | None:
-    return name if folder_kind(name) == "timm" and not is_known(name) else None
-
-
-def _of_known(name: str, pretrained: bool, weights: Any, given: dict[str, Any]) -> Base:
-    row = known(name)
+def _of_known(row: KnownModel3, pretrained: bool, weights: Any, given: dict[str, Any]) -> Base:
+    name = row.config.name
     if weights is None and pretrained:
         if not row.checkpoint:
             raise ValueError(
@@ -106,11 +95,11 @@ def _of_known(name: str, pretrained: bool, weights: Any, given: dict[str, Any]) 
         "in_channels": given.get("in_channels", 3),
     }
     if weights is None:
-        model, _ = build(name, **wanted)
-        record_base_name(model, random_weights(row.config.name))
+        model, _ = build(row, **wanted)
+        record_base_name(model, random_weights(name))
         classes = row.config.nb_classes
     else:
-        model, classes = _with_weights(name, row.config, weights, wanted)
+        model, classes = _with_weights(row, weights, wanted)
     preprocessing = {k: given[k] for k in PREPROCESSING_FIELDS if k in given}
     model.cfg = replace(model.cfg, **preprocessing)
     record_timm_names(model)
@@ -118,31 +107,35 @@ def _of_known(name: str, pretrained: bool, weights: Any, given: dict[str, Any]) 
     return Base(model, model.cfg.nb_classes != classes)
 
 
-def _with_weights(
-    name: str, config: KnownConfig, weights: Any, wanted: dict[str, Any]
-) -> tuple[Any, int]:
+def _with_weights(row: KnownModel3, weights: Any, wanted: dict[str, Any]) -> tuple[Any, int]:
     """Create a model with the weights of a checkpoint.
 
     Returns:
         The model, and the number of classes of the checkpoint.
     """
     own: dict[str, Any] = {
-        "classes": config.nb_classes,
-        "input_size": config.input_size,
+        "classes": row.config.nb_classes,
+        "input_size": row.config.input_size,
         "in_channels": 3,
     }
     own.update(_own_settings(weights))
-    loaded, _ = build(name, **own)
-    load_timm_weights(loaded, weights)
+    classes, ignored = own["classes"], None
+    if not classes and not allows_no_classes(row):
+        # The classifier, which the checkpoint lacks, is new; `build` reports if there is none.
+        own["classes"] = wanted["classes"] or 0
+    loaded, _ = build(row, **own)
+    if own["classes"] != classes:
+        ignored = [f"^{re.escape(path)}/" for path in loaded.cfg.classifier]
+    load_timm_weights(loaded, weights, weights_to_ignore=ignored)
     wanted = {key: own[key] if value is None else value for key, value in wanted.items()}
     if wanted == own:
-        return loaded, own["classes"]
-    model, _ = build(name, **wanted)
+        return loaded, classes
+    model, _ = build(row, **wanted)
     transfer_weights(loaded, model)
     copy_base_name(loaded, model)
     fields = {key: getattr(loaded.cfg, key) for key in PREPROCESSING_FIELDS}
     model.cfg = replace(model.cfg, **fields)
-    return model, own["classes"]
+    return model, classes
 
 
 def _own_settings(weights: Any) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from tfimm_lora.backend import backend_of, keras3_backend
 from tfimm_lora.model.classifier import canonical_path
 from tfimm_lora.model.new_classifier import initialize_classifier
 from tfimm_lora.validation import check_integer
-from tfimm_lora.zoo.keras3_models.known import KnownConfig, known
+from tfimm_lora.zoo.keras3_models.known import KnownConfig, KnownModel3, known
 from tfimm_lora.zoo.keras3_models.positions import POSITIONS, resized_positions
 
 
 def build(
-    name: str,
+    name: str | KnownModel3,
     *,
     classes: int | None = None,
     input_size: tuple[int, int] | None = None,
@@ -26,7 +26,7 @@ def build(
     The model has neither dropout nor stochastic depth.
 
     Args:
-        name: A name of tfimm or timm, optionally with a tag; see ``known``.
+        name: A name of tfimm or timm, optionally with a tag, or what ``known`` returns for it.
         classes: The number of classes. Default: that of the named weights. With 0, which
             only ViT and DINOv2 allow, the model returns the features of the class token.
         input_size: The height and width of the images. Default: that of the named weights.
@@ -47,7 +47,7 @@ def build(
         >>> model.output_shape, cfg.mean
         ((None, 5), (0.485, 0.456, 0.406))
     """
-    row = known(name)
+    row = known(name) if isinstance(name, str) else name
     config = replace(
         row.config,
         nb_classes=row.config.nb_classes if classes is None else classes,
@@ -59,10 +59,10 @@ def build(
     check_integer(config.nb_classes, "nb_classes", 0)
     check_integer(in_channels, "in_channels", 1)
     family = importlib.import_module(f"{__package__}.{row.family}")
-    if not config.nb_classes and not getattr(family, "ALLOWS_NO_CLASSES", False):
+    if not config.nb_classes and not allows_no_classes(row):
         raise ValueError(
-            f"Received model_name={name!r} with 0 classes; expected a number of classes: on "
-            "Keras 3 this model has a classifier. Pass nb_classes."
+            f"Received model_name={config.name!r} with 0 classes; expected a number of "
+            "classes: on Keras 3 this model has a classifier. Pass nb_classes."
         )
     keras = keras3_backend().keras
     shape = (*config.input_size, in_channels)
@@ -71,7 +71,8 @@ def build(
     except ValueError as error:  # keras_hub names neither the model nor our argument
         sides = "x".join(map(str, config.input_size))
         raise ValueError(
-            f"Received input_size={sides} for {name!r}, which cannot be built so: {error}"
+            f"Received input_size={sides} for {config.name!r}, which cannot be built so: "
+            f"{error}"
         ) from error
     if type(model) is not keras.Model:
         # The fit and predict of keras_hub's tasks need TensorFlow or grain on every framework.
@@ -85,6 +86,12 @@ def build(
     model.cfg = config
     initialize_classifier(model)
     return model, config
+
+
+def allows_no_classes(model: KnownModel3) -> bool:
+    """Whether a model can be built without a classifier, for its features."""
+    family = importlib.import_module(f"{__package__}.{model.family}")
+    return bool(getattr(family, "ALLOWS_NO_CLASSES", False))
 
 
 def _first_convolution(model: Any) -> str:

@@ -123,6 +123,13 @@ def known(name: str) -> KnownModel3:
     return found
 
 
+def known_with(family: str, arguments: Mapping[str, Any]) -> str | None:
+    """Return timm's name of the architecture with these dimensions, or None."""
+    models = _read()["models"].items()
+    same = (x for x, row in models if (row["family"], row["arguments"]) == (family, arguments))
+    return next(same, None)
+
+
 def refusal_reason(name: str) -> str | None:
     """The reason why a model of tfimm or timm cannot be built on Keras 3.
 

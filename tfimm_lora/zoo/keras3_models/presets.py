@@ -58,6 +58,12 @@ def is_preset(name: str | os.PathLike[str]) -> bool:
     return bool(_HUGGING_FACE.match(name)) or folder_kind(name) in PRESETS
 
 
+def repository_of(name: str) -> str | None:
+    """Return "USER/REPOSITORY" of a name "hf://USER/REPOSITORY", or None."""
+    found = _HUGGING_FACE.match(name)
+    return name[found.end() :] if found else None
+
+
 def open_preset(
     name: str | os.PathLike[str],
     *,

@@ -14,9 +14,8 @@ def build(keras: Any, arguments: dict[str, Any], classes: int, shape: Shape) -> 
     """Create the model."""
     models = keras_hub_models("ResNet")
     backbone = models.ResNetBackbone(
-        stackwise_num_filters=[64, 128, 256, 512],
         stackwise_num_strides=[1, 2, 2, 2],
         image_shape=shape,
-        **arguments,
+        **{"stackwise_num_filters": [64, 128, 256, 512], **arguments},
     )
     return models.ResNetImageClassifier(backbone, classes)

@@ -63,6 +63,19 @@ def find_checkpoint(
     return _on_hub(identifier, revision, cache_dir)
 
 
+def repository_config(identifier: str) -> dict[str, Any]:
+    """Return the config.json of a repository on the hub; empty if it has none.
+
+    Raises:
+        ImportError: If huggingface_hub is not installed.
+        FileNotFoundError, PermissionError, ConnectionError, ValueError: As
+            ``load_timm_weights``.
+    """
+    _require("huggingface_hub")
+    path = hub.Repository(identifier, None, None).download_optional(CONFIG)
+    return {} if path is None else _read_config(path)
+
+
 def is_checkpoint(path: str | os.PathLike[str]) -> bool:
     """Whether a path is a safetensors or torch file, or a folder with safetensors files."""
     found = Path(os.fspath(path)).expanduser()

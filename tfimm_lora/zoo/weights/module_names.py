@@ -8,7 +8,6 @@ since it differs between processes, and between two models in one process.
 from __future__ import annotations
 
 import functools
-import re
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -117,7 +116,7 @@ class ModuleNames:
         unnamed: Counter[str] = Counter()
         for target in checkpoint_variables(self.model):
             path, _, leaf = target.name.rpartition("/")
-            if re.fullmatch(r"variable(_\d+)?", leaf):  # Keras counts those of the process
+            if leaf == "variable":  # it has no name
                 leaf = f"variable_{unnamed[path]}" if unnamed[path] else "variable"
                 unnamed[path] += 1
             stable = self._stable.get(path, path)
@@ -128,8 +127,7 @@ class ModuleNames:
             else:
                 module = self._module(stable)
                 key = f"{module}.{torch_leaf(named)}".strip(".")
-                # Files of earlier versions have the number of a variable that Keras named.
-                old = (key, f"{module}.{leaf}") if leaf.startswith("variable_") else (key,)
+                old = (key,)
             weights.append(ModelWeight(key, path, named, old, key in self._convolutions))
         return weights
 
