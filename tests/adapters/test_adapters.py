@@ -12,10 +12,19 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers import tiny_models
-from tests.helpers.kerases import BACKEND, array, keras, run, values
+from tests.helpers.kerases import BACKEND, LEGACY, array, keras, run, values
+from tests.helpers.selection import long_except
 from tfimm_lora.model.merge import has_lora, lora_layers
 
 GENERIC = pytest.mark.parametrize("spec", tiny_models.GENERIC, ids=lambda spec: spec.name)
+#: On legacy Keras one that Keras rebuilds and one that it cannot.
+KINDS = pytest.mark.parametrize(
+    "spec",
+    long_except(tiny_models.GENERIC, ["functional", "subclassed"])
+    if LEGACY
+    else tiny_models.GENERIC,
+    ids=None if LEGACY else lambda spec: spec.name,
+)
 CLOSE = dict(rtol=1e-4, atol=1e-5)
 
 
@@ -378,7 +387,7 @@ def test_update_of_another_kind_is_refused_before_anything_changes():
 
 @pytest.mark.backends
 @pytest.mark.parametrize("merged", [False, True])
-@GENERIC
+@KINDS
 def test_disabled_adapter_is_off_in_the_block_and_back_after_it(spec, merged):
     model, x = tuned(spec), spec.inputs()
     plain = base_like(model, spec) if spec.copyable else None
@@ -538,7 +547,7 @@ def spec_copy(spec, changed, base):
 
 
 @pytest.mark.backends
-@GENERIC
+@KINDS
 def test_each_row_is_what_its_adapter_alone_gives(spec):
     cats = tuned(spec, seed=1, lora_alpha=2)
     dogs = lora.adapter_of(tuned(spec, seed=2, lora_rank=3, lora_alpha=8))

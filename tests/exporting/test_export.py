@@ -11,6 +11,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run, values
+from tests.helpers.selection import long_on_legacy
 from tests.helpers.tiny_models import MODELS, Subclassed
 from tfimm_lora.exporting import export as export_module
 from tfimm_lora.exporting import runners
@@ -475,6 +476,7 @@ def test_a_model_that_differs_in_16_bits_is_reported(tmp_path, policy):
 
 
 @on_tensorflow
+@long_on_legacy
 @pytest.mark.parametrize("quantize", ["float16", "dynamic"])
 def test_quantised_weights_are_smaller(tmp_path, quantize):
     entry = keras.Input((64,))

@@ -228,6 +228,7 @@ def interrupted():
     raise KeyboardInterrupt
 
 
+@pytest.mark.long
 def test_test_pictures_are_reported_apart_and_never_choose_the_epoch(folder, tmp_path, capsys):
     data = write_split(tmp_path / "digits", labels=range(3), each=10, size=16)
     write_digits(data / "test", labels=range(3), each=4, size=16, first=30)
@@ -261,7 +262,9 @@ def test_test_pictures_are_reported_apart_and_never_choose_the_epoch(folder, tmp
     "options",
     [
         pytest.param(dict(lora_init="eva", lora_freeze_a=True), marks=pytest.mark.long),
-        dict(lora_init="pissa_niter_2", lora_use_dora=True),
+        pytest.param(
+            dict(lora_init="pissa_niter_2", lora_use_dora=True), marks=pytest.mark.long
+        ),
         pytest.param(dict(lora_bias=True, lora_targets=["conv", "fc"]), marks=pytest.mark.long),
     ],
     ids=["eva", "pissa_dora", "bias"],

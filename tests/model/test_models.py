@@ -17,12 +17,20 @@ TRACING = {
     contracts.whole_files_load_and_train_on_or_are_refused,
 }
 QUICK = {"functional"} if LEGACY else {"functional", "nested"}
+#: One of each kind of model. On Keras 3 the others run, too.
+KINDS = {"functional", "subclassed", "convnext"}
+
+
+def _is_long(name, promise):
+    return (promise in TRACING and name not in QUICK) or (LEGACY and name not in KINDS)
+
+
 EVERY = [
     pytest.param(
         spec,
         promise,
         id=f"{spec.name}-{promise.__name__}",
-        marks=pytest.mark.long if promise in TRACING and spec.name not in QUICK else (),
+        marks=pytest.mark.long if _is_long(spec.name, promise) else (),
     )
     for spec in MODELS
     for promise in contracts.PROMISES

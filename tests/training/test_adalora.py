@@ -242,6 +242,7 @@ def test_the_budget_is_kept_and_the_least_important_go():
     assert sum(x.rank for x in compact_adapter(model).layers.values()) == 2
 
 
+@pytest.mark.long
 def test_what_is_pruned_may_come_back_before_the_end():
     """Two layers swap what is asked of them in the middle of the training."""
     entry = keras.Input((6,))
