@@ -1,11 +1,13 @@
 """Matching of layer paths, and what is adapted by default."""
 
+import warnings
+
 import numpy as np
 import pytest
 
 import tfimm_lora as lora
 from tests.helpers import tiny_models
-from tests.helpers.kerases import LEGACY, keras, normal, run
+from tests.helpers.kerases import LEGACY, array, keras, normal, run, values
 from tfimm_lora.layer_paths import matches
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.merge import lora_layers
@@ -227,6 +229,25 @@ def test_a_compiled_model_must_be_compiled_again():
         model.fit(x, np.zeros((2, 3)), verbose=0)
     model.compile("sgd", "mse")
     model.fit(x, np.zeros((2, 3)), verbose=0)
+
+
+@pytest.mark.parametrize("mixed", [False, True])
+def test_a_model_that_is_compiled_but_not_trained_stays_compiled(mixed, policy):
+    if mixed:
+        policy("mixed_float16")  # its optimizer is wrapped in one that scales the loss
+    model, x = tiny_models.functional(), normal(2, 8, 8, 3)
+    model.compile("adam", "mse")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        lora.inject_lora(model, lora_rank=2)
+    frozen = model.non_trainable_weights
+    before = values(frozen)
+    model.fit(x, np.zeros((2, 3)), verbose=0)
+    for variable, value in zip(frozen, before):
+        np.testing.assert_array_equal(array(variable), value)
+    assert max(np.abs(array(v)).max() for v in model.trainable_weights if "_b" in v.name) > 0
+    with pytest.warns(UserWarning, match="after it was trained. Compile it again"):
+        lora.remove_lora(model)
 
 
 @pytest.mark.skipif(LEGACY, reason="of Keras 3")

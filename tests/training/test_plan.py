@@ -188,10 +188,14 @@ def test_wrong_arguments_are_refused():
         plan(adapted, lora_rank=4)
 
 
-def test_a_compiled_model_is_refused_and_a_compiled_lora_model_described():
+def test_a_trained_model_is_refused_and_a_compiled_lora_model_described():
     model = functional()
-    model.compile("sgd", "mse")
-    with pytest.raises(ValueError, match="is compiled"):
+    model.compile("sgd", "mse", run_eagerly=True)
+    planned = plan(model, lora_rank=2).trainable
+    assert planned == size(lora.inject_lora(functional(), lora_rank=2).trainable_weights)
+    x = np.zeros((2, *model.input_shape[1:]), "float32")
+    model.fit(x, np.zeros((2, model.output_shape[-1])), verbose=0)
+    with pytest.raises(ValueError, match="was trained; expected a new model"):
         plan(model, lora_rank=2)
     assert "LoRA" not in "".join(c.__name__ for c in classes(model))
     adapted = lora.inject_lora(functional(), lora_rank=2)

@@ -56,7 +56,7 @@ def load_adapter(
     If the model has LoRA of the same ranks in the same layers, only values are assigned:
     compiled functions keep working without a new trace, and a merged model stays merged.
     Otherwise the LoRA that the adapter needs is injected, replacing any other LoRA and what it
-    learned, and the model must be compiled again.
+    learned, and a model that was trained must be compiled again.
 
     Fully trained weights of the adapter (a classifier, biases) replace the model's. The
     original values return when an adapter without them is loaded. These weights are trained

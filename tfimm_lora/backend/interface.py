@@ -213,6 +213,10 @@ class Backend(ABC):
         """Whether ``compile`` was called on the model."""
 
     @abstractmethod
+    def has_built_optimizer(self, model: Layer) -> bool:
+        """Whether the optimizer of a compiled model has its variables, as after a step."""
+
+    @abstractmethod
     def mark_uncompiled(self, model: Layer) -> None:
         """Make ``fit`` ask for ``compile``, because the optimizer has other variables."""
 

@@ -244,6 +244,9 @@ class Keras3Backend(Backend):
     def is_compiled(self, model: Layer) -> bool:
         return bool(getattr(model, "compiled", False))
 
+    def has_built_optimizer(self, model: Layer) -> bool:
+        return bool(getattr(model.optimizer, "built", False))
+
     def mark_uncompiled(self, model: Layer) -> None:
         model.compiled = False
 

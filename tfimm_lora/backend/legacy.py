@@ -223,6 +223,12 @@ class LegacyBackend(Backend):
     def is_compiled(self, model: Layer) -> bool:
         return bool(getattr(model, "_is_compiled", False))
 
+    def has_built_optimizer(self, model: Layer) -> bool:
+        optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+        if not isinstance(optimizer, tf_keras.optimizers.Optimizer):
+            return True  # those of ``keras.optimizers.legacy`` do not say
+        return bool(getattr(optimizer, "_built", False))
+
     def mark_uncompiled(self, model: Layer) -> None:
         model._is_compiled = False
 

@@ -31,8 +31,8 @@ def inject_lora(model: Any, **lora_arguments: Any) -> Any:
     The target layers become LoRA layers: the same objects with another class and two small
     additional variables. All other layers are frozen, with batch normalization in inference
     mode. This works for functional, Sequential, subclassed and nested models of legacy Keras
-    and Keras 3. Compile a compiled model again, and recreate your own ``tf.function`` objects
-    that call the model.
+    and Keras 3. If the model was trained, compile it again; recreate your own ``tf.function``
+    objects that call it.
 
     Args:
         model: The model. It must be built.
@@ -181,8 +181,8 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
     """Remove LoRA from a model, in place; the reverse of ``inject_lora``.
 
     The result is the ordinary model: ordinary classes, its own variables, and the original
-    trainability. It can be saved and loaded without this package. Compile a compiled model
-    again.
+    trainability. It can be saved and loaded without this package. If the model was trained,
+    compile it again.
 
     Args:
         model: A model with LoRA layers.
@@ -251,7 +251,9 @@ def restore_layers(model: Layer) -> None:
 
 
 def drop_compiled(model: Layer, what: str) -> None:
-    """Drop cached functions and the compilation, whose optimizer has other variables.
+    """Drop cached functions, and the compilation if its optimizer has other variables.
+
+    An optimizer that has not made a step yet has none, and gets those that are trained then.
 
     Args:
         model: The model.
@@ -260,13 +262,15 @@ def drop_compiled(model: Layer, what: str) -> None:
     backend = backend_of(model)
     backend.reset_functions(model)
     compiled = [
-        x for _, x in backend.walk(model) if backend.is_model(x) and backend.is_compiled(x)
+        x
+        for _, x in backend.walk(model)
+        if backend.is_model(x) and backend.is_compiled(x) and backend.has_built_optimizer(x)
     ]
     for inside in compiled:
         backend.mark_uncompiled(inside)
     if compiled:
         warnings.warn(
-            f"{what} model '{model.name}' after it was compiled. Compile it again before "
+            f"{what} model '{model.name}' after it was trained. Compile it again before "
             "training: its optimizer has other variables.",
             stacklevel=4,
         )

@@ -48,7 +48,7 @@ def initialize_eva(
 
     Up to 1024 inputs (for a convolution: window size times channels) the directions are exact
     for the data. For more inputs they are computed from a sketch of the covariance that needs
-    little memory. If ranks changed, compile the model (again) afterwards.
+    little memory.
 
     Args:
         model: A built model that LoRA was injected into and that has not been trained since.

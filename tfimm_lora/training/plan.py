@@ -181,7 +181,7 @@ def plan(model: Any, **lora_arguments: Any) -> Plan:
         of parameters, and sizes in bytes.
 
     Raises:
-        TypeError, ValueError: As ``inject_lora``. Also ValueError if the model is compiled,
+        TypeError, ValueError: As ``inject_lora``. Also ValueError if the model was trained,
             since it would have to be compiled again.
         ImportError: If safetensors, which measures the adapter, is not installed.
 
@@ -203,12 +203,13 @@ def plan(model: Any, **lora_arguments: Any) -> Plan:
     require_built(model)
     backend.keras.initializers.get(lora_arguments.get("lora_initializer"))  # or it raises
     if not has_lora(model) and any(
-        backend.is_model(x) and backend.is_compiled(x) for _, x in backend.walk(model)
+        backend.is_model(x) and backend.is_compiled(x) and backend.has_built_optimizer(x)
+        for _, x in backend.walk(model)
     ):
         raise ValueError(
-            f"Received model '{model.name}', which is compiled; expected a model that is not, "
-            "since it must be compiled again after injecting LoRA. Plan before compile, or "
-            "pass the LoRA model: plan(lora_model)."
+            f"Received model '{model.name}', which was trained; expected a new model, since it "
+            "would have to be compiled again. Plan before training, or pass the LoRA model: "
+            "plan(lora_model)."
         )
     # Zeros, so that the random numbers of the training do not change.
     inject_lora(model, **{**lora_arguments, "lora_initializer": "zeros"})

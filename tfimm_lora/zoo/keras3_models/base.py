@@ -180,10 +180,7 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any]) -> Base:
 
 
 def _forget_compilation(model: Any) -> None:
-    """Undo the compilation with default arguments in the tasks of keras_hub.
-
-    LoRA changes the trained variables, which would be reported to the user.
-    """
+    """Undo the compilation of the tasks of keras_hub, whose loss may be for probabilities."""
     backend = default_backend()
     if backend.is_compiled(model):
         backend.mark_uncompiled(model)
