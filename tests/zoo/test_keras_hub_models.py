@@ -95,7 +95,7 @@ def test_model(spec, tmp_path):
     heads = classifier_paths(plain)
     before, weights = outputs(plain, x), values(plain.weights)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*after it was compiled")  # tasks compile themselves
+        warnings.filterwarnings("error", ".*Compile it again")  # tasks compile themselves
         model = lora.inject_lora(plain, lora_rank=2)
     chosen = lora_layers(model)
     _assert_sensible(chosen, heads)

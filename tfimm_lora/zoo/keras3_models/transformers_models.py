@@ -37,7 +37,7 @@ def of_transformers(name: str, config: Mapping[str, Any]) -> KnownModel3 | None:
         >>> from tfimm_lora.zoo.keras3_models.transformers_models import of_transformers
         >>> found = of_transformers("mine", {"model_type": "convnext", "depths": [3, 3, 27, 3]})
         >>> found.config.architecture, found.config.nb_classes, found.arguments["depths"]
-        ('', 0, [3, 3, 27, 3])
+        ('convnext_small', 0, [3, 3, 27, 3])
     """
     if config.get("model_type") not in _ARGUMENTS:
         return None
