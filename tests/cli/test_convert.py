@@ -1,11 +1,13 @@
 """``tfimm-lora convert``, and whose names ``tfimm-lora inspect`` shows."""
 
+import dataclasses
 import json
 
+import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests.helpers.kerases import normal
+from tests.helpers.kerases import LEGACY, normal
 
 pytest.importorskip("safetensors")
 
@@ -90,3 +92,26 @@ def test_inspect_shows_whose_names_the_layers_have(theirs, call, tmp_path):
     lora.Adapter({"fc": update}).save(tmp_path / "other")
     assert "of no known family" in call("inspect", tmp_path / "other")[0]
     assert json.loads(call("inspect", tmp_path / "other", "--json")[0])["names"] is None
+
+
+@pytest.mark.skipif(LEGACY, reason="the base model is of keras_hub")
+def test_convert_takes_the_norms_of_dora_from_the_base_model(theirs, call, tmp_path):
+    models = pytest.importorskip("keras_hub").models
+    body = models.ViTBackbone((8, 8, 3), 4, 3, 2, 8, 16)
+    model = models.ViTImageClassifier(body, num_classes=3)
+    model.save(tmp_path / "base.keras")
+    plain = lora.Adapter.load(theirs)
+    layers = {
+        name: dataclasses.replace(update, magnitude=1 + np.abs(normal(8, seed=3)))
+        for name, update in plain.layers.items()
+    }
+    dora = dataclasses.replace(plain, layers=layers)
+    dora.save(theirs)
+    _, err = call("convert", theirs, tmp_path / "out", "--to", "timm", expect=1)
+    assert "--model" in err
+    call(
+        "convert", theirs, tmp_path / "out", "--to", "timm", "--model", tmp_path / "base.keras"
+    )
+    assert lora.Adapter.load(tmp_path / "out") == lora.translate_adapter(
+        dora, "timm", model=model
+    )

@@ -131,7 +131,7 @@ def _magnitude(
             raise ValueError(
                 f"Received DoRA updates of {', '.join(parts)} alone, for a projection of "
                 f"{', '.join(layout)} in one layer. Its magnitude needs the norms of the base "
-                "weights. Pass the base model (model=...)."
+                "weights. Pass the base model: model=..., or --model on the command line."
             )
         values.append(np.asarray(value, "float32"))
     return np.concatenate(values)

@@ -23,6 +23,8 @@ tfimm-lora convert hf://user/vit-lora adapters/vit --to timm
 tfimm-lora convert runs/flowers out --to transformers --dialect v4
 
 tfimm-lora convert runs/flowers out --to transformers --prefix ""
+
+tfimm-lora convert hf://user/vit-dora out --to timm --model vit_base_patch16_224
 """
 
 
@@ -54,6 +56,13 @@ def convert_command(
         str | None,
         typer.Option(help="Name of the base model in OUTPUT. Default: as in ADAPTER."),
     ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(
+            help="The base model with its weights: a name or file as for finetune. Needed only "
+            "if an adapter with DoRA lacks some of query, key and value."
+        ),
+    ] = None,
     overwrite: Overwrite = False,
     as_json: Json = False,
 ) -> None:
@@ -74,7 +83,12 @@ def convert_command(
     source = naming_of_adapter(before, source_prefix)
     target = target_naming(source, to, dialect, prefix)
     after = translate_adapter(
-        before, to, dialect=dialect, prefix=prefix, source_prefix=source_prefix
+        before,
+        to,
+        dialect=dialect,
+        prefix=prefix,
+        source_prefix=source_prefix,
+        model=None if model is None else _base(model),
     )
     if base_model is not None:
         after = dataclasses.replace(after, base_model=base_model)
@@ -86,6 +100,15 @@ def convert_command(
         "after": {"names": naming_facts(target), **_numbers(after)},
     }
     emit(data, as_json, lambda: show(data))
+
+
+def _base(name: str) -> Any:
+    """Open the base model. Only its weights matter, so any normalization will do."""
+    from tfimm_lora.finetuning.base_model import open_base_model
+
+    is_file = Path(name).exists()
+    normalisation = "unit" if is_file else None
+    return open_base_model(name, pretrained=not is_file, normalisation=normalisation).model
 
 
 def _numbers(adapter: Adapter) -> dict[str, Any]:
