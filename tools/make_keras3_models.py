@@ -22,6 +22,7 @@ from timm.models import (
     deit,
     densenet,
     efficientnet,
+    eva,
     mobilenetv3,
     pvt_v2,
     resnet,
@@ -131,6 +132,40 @@ def vit(model):
     require(model.patch_embed.proj.bias is not None, "its patch embedding has no bias")
     arguments["epsilon"] = epsilon
     return ("deit" if hasattr(model, "dist_token") else "vit"), arguments
+
+
+def dinov3(model):
+    """DINOv3, which is the only model of timm's EVA that keras_hub has."""
+    require("dinov3" in NAME, "neither keras_hub nor keras.applications has its blocks")
+    first = model.blocks[0]
+    require(type(model.rope).__name__ == "RotaryEmbeddingDinoV3", "its positions differ")
+    require(model.rope.temperature == 100 and model.rope.rotate_half, "its positions differ")
+    require(model.rope.normalize_coords == "separate", "its positions differ")
+    require(isinstance(model.norm, nn.LayerNorm), "its final normalization differs")
+    require(isinstance(model.fc_norm, nn.Identity), "it normalizes after pooling")
+    require(model.global_pool == "avg", "its pooling differs")
+    require(isinstance(first.attn.q_norm, nn.Identity), "it normalizes queries and keys")
+    require(first.attn.proj.bias is not None, "its projections have no biases")
+    require(
+        all(m.eps == 1e-5 for m in model.modules() if isinstance(m, nn.LayerNorm)),
+        "its normalization has another epsilon",
+    )
+    gated = type(first.mlp).__name__ == "SwiGLU"
+    if gated:
+        require(isinstance(first.mlp.act, nn.SiLU), "its MLP differs")
+    else:
+        require(is_gelu(first.mlp.act), "its activation is not the exact GELU")
+    width = first.mlp.fc1_x if gated else first.mlp.fc1
+    return "dinov3", {
+        "patch_size": only(model.patch_embed.patch_size, "its patches are not square"),
+        "hidden_dim": model.embed_dim,
+        "num_layers": len(model.blocks),
+        "num_heads": first.attn.num_heads,
+        "mlp_dim": width.out_features,
+        "registers": model.num_prefix_tokens - 1,
+        "gated": gated,
+        "qkv_bias": first.attn.q_bias is not None,
+    }
 
 
 def swin(model):
@@ -401,6 +436,7 @@ MODULES = {
     convnext: convnext_,
     resnet: resnet_,
     efficientnet: efficientnet_,
+    eva: dinov3,
     mobilenetv3: mobilenetv3_,
     vgg: vgg_,
     densenet: densenet_,
@@ -445,7 +481,7 @@ def table(chosen):
         for name in timm.list_models(module=short):
             built.pop(name, None), refused.pop(name, None)
             NAME = name
-            classes = {"num_classes": 1000} if read is not vit else {}
+            classes = {"num_classes": 1000} if read not in (vit, dinov3) else {}
             cfg = timm.get_pretrained_cfg(name)
             try:
                 with torch.device("meta"):

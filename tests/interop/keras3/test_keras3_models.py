@@ -26,6 +26,8 @@ MODELS = {
     "deit_tiny_distilled_patch16_224": 48,
     "vit_small_patch14_dinov2": 56,
     "vit_small_patch14_reg4_dinov2": 56,
+    "vit_small_patch16_dinov3": 64,
+    "vit_small_plus_patch16_dinov3_qkvb": 64,
     "swin_tiny_patch4_window7_224": 224,
     "convnext_nano": 64,
     "convnext_tiny": 64,
@@ -113,6 +115,23 @@ VIT = {
     r"^predictions_distillation": "head_dist",
     r"^predictions": "head",
 }
+DINOV3 = {
+    r"^dinov3_backbone/": "",
+    r"^embeddings/(class|cls)_token": "cls_token",
+    r"^embeddings/register_tokens": "reg_token",
+    r"^embeddings/patch_embeddings/projection": "patch_embed/proj",
+    r"^encoder/layers_(\d+)": r"blocks/\1",
+    r"^layernorm/": "norm/",
+    r"/attention/([qv])_proj/bias": r"/attn/\1_bias",
+    r"/attention/o_proj": "/attn/proj",
+    r"/attention/q_proj": "/attn/query",
+    r"/attention/k_proj": "/attn/key",
+    r"/attention/v_proj": "/attn/value",
+    r"/gate_proj/": "/fc1_g/",
+    r"/down_proj/": "/fc2/",
+    r"layer_scale(\d)/lambda1": r"gamma_\1",
+    r"^predictions": "head",
+}
 SWIN = {
     r"^swin_transformer_backbone/": "",
     r"^patch_embedding/": "patch_embed/",
@@ -152,6 +171,7 @@ RULES = {
     "vit": VIT,
     "deit": VIT,
     "dinov2": VIT,
+    "dinov3": DINOV3,
     "swin": SWIN,
     "convnext": CONVNEXT,
     "resnet": RESNET,
@@ -179,11 +199,13 @@ def load(model, family, theirs):
         in_order(variables, state)
         return
     used = set()
+    gated = any("gate_proj" in path for path, *_ in variables)
     for path, _, variable in variables:
         name = BACKEND.variable_name(variable)
         key = f"{path}/{name}"
         for pattern, replacement in RULES[family].items():
             key = re.sub(pattern, replacement, key)
+        key = key.replace("/up_proj/", "/fc1_x/" if gated else "/fc1/")
         if family == "resnet":
             key = resnet_key(key, theirs)
         *before, last = key.split("/")
