@@ -16,7 +16,7 @@ MODELS = {
     ),
     "resnet": (
         "resnet50",
-        dict(nb_blocks=(2, 1, 1, 1), nb_channels=(8, 16, 24, 32)),
+        dict(nb_blocks=(2, 1, 1, 1), nb_channels=(64, 16, 24, 32)),
     ),
     # The small EfficientNet is left out: where a narrow stage has as many inputs as outputs,
     # only tfimm adds a shortcut.

@@ -111,10 +111,10 @@ MODELS = {
     ),
     "resnet": Small(
         "ResNetForImageClassification",
-        # timm's stem has 64 channels in every ResNet.
-        dict(embedding_size=64, hidden_sizes=[32, 64, 96, 128], depths=[2, 1, 1, 1]),
+        # timm's stem has 64 channels in every ResNet, and so has keras_hub's first stage.
+        dict(embedding_size=64, hidden_sizes=[256, 64, 96, 128], depths=[2, 1, 1, 1]),
         size=64,
-        timm=("resnet50", dict(layers=(2, 1, 1, 1), channels=(8, 16, 24, 32))),
+        timm=("resnet50", dict(layers=(2, 1, 1, 1), channels=(64, 16, 24, 32))),
         convolutional=True,
         targets=("layer.0.convolution", "layer.2.convolution"),
     ),

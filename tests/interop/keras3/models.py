@@ -4,7 +4,9 @@ import keras
 from keras_hub import models as hub
 
 from tfimm_lora.model.new_classifier import with_classifier
-from tfimm_lora.zoo.keras3_models import convnext, deit
+from tfimm_lora.zoo.keras3_models import deit
+from tfimm_lora.zoo.keras3_models.build import build
+from tfimm_lora.zoo.keras3_models.transformers_models import of_transformers
 
 
 def shape(config):
@@ -63,9 +65,9 @@ def dinov2(config, classes):
     return with_classifier(backbone, classes)
 
 
-def convnext_tiny(config, classes):
-    arguments = dict(depths=config["depths"], projection_dims=config["hidden_sizes"])
-    return convnext.build(keras, arguments, classes, shape(config))
+def converted(config, classes):
+    """A model that this package converts."""
+    return build(of_transformers("model", config), classes=classes, input_size=(64, 64))[0]
 
 
 def segformer(config, classes):

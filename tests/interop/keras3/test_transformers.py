@@ -21,7 +21,8 @@ MODELS = {
     "deit_distilled": (models.deit_distilled, 1e-5),
     "swin": (models.swin, 1e-5),
     "dinov2": (models.dinov2, 1e-5),
-    "convnext": (models.convnext_tiny, 1e-5),
+    "convnext": (models.converted, 1e-5),
+    "resnet": (models.converted, 1e-5),
     "segformer": (models.segformer, 1e-3),
 }
 
@@ -44,20 +45,20 @@ def test_outputs_are_those_of_transformers(name, hugging_face):
         assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max(), adapter
 
 
-@pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "convnext"])
+@pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "convnext", "resnet"])
 def test_models_are_created_from_folders(name, hugging_face):
-    """By keras_hub's converters, and by those of this package for ConvNeXt."""
+    """By keras_hub's converters, and by those of this package for ConvNeXt and ResNet."""
     folder = str(hugging_face.base(name))
     x = hugging_face.batch(name)["pixel_values"].transpose(0, 2, 3, 1)
-    outputs = hugging_face.outputs(name)
-    model = lora.create_model(folder, lora_rank=2)
+    outputs, size = hugging_face.outputs(name), {"input_size": x.shape[1:3]}
+    model = lora.create_model(folder, lora_rank=2, **size)
     limit = 1e-5 * np.abs(outputs["base"]).max()
     if model.output_shape[-1] == outputs["base"].shape[-1]:
         assert np.abs(run(model, x) - outputs["base"]).max() < limit
     else:
         assert name in ("dinov2", "swin")  # keras_hub converts the backbone alone
     adapter = hugging_face.adapter(name, "classifier")
-    model = lora.create_model(folder, adapter=adapter)
+    model = lora.create_model(folder, adapter=adapter, **size)
     limit = 1e-5 * np.abs(outputs["classifier"]).max()
     assert np.abs(run(model, x) - outputs["classifier"]).max() < limit
     assert lora.create_model(folder, nb_classes=5).output_shape == (None, 5)
