@@ -24,7 +24,7 @@ tfimm-lora convert runs/flowers out --to transformers --dialect v4
 
 tfimm-lora convert runs/flowers out --to transformers --prefix ""
 
-tfimm-lora convert hf://user/vit-dora out --to timm --model vit_base_patch16_224
+tfimm-lora convert runs/dora out --to timm --model vit_base_patch16_224
 """
 
 
