@@ -198,6 +198,10 @@ def _application(name, size=32, variance=None, **kwargs):
         model = getattr(keras.applications, name)(
             weights=None, input_shape=(size, size, 3), classes=3, **kwargs
         )
+        for layer in model.layers:
+            if type(layer).__name__ == "LayerScale":
+                # Its initial value of 1e-6 hides every effect of the blocks.
+                layer.gamma.assign(np.ones(layer.gamma.shape))
         for layer in model.layers if variance else []:
             if hasattr(layer, "moving_variance"):
                 # Untrained, its signal dies out over the layers in inference mode.
