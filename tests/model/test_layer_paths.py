@@ -250,6 +250,14 @@ def test_a_model_that_is_compiled_but_not_trained_stays_compiled(mixed, policy):
         lora.remove_lora(model)
 
 
+@pytest.mark.skipif(not LEGACY, reason="of legacy Keras")
+def test_an_optimizer_that_does_not_say_whether_it_is_built_counts_as_built():
+    model = tiny_models.functional()
+    model.compile(keras.optimizers.legacy.SGD(), "mse")
+    with pytest.warns(UserWarning, match="Compile it again"):
+        lora.inject_lora(model, lora_rank=2)
+
+
 @pytest.mark.skipif(LEGACY, reason="of Keras 3")
 def test_layers_with_keras_own_lora_or_quantised_are_refused():
     model = tiny_models.functional()

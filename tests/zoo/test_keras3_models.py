@@ -105,6 +105,11 @@ def test_wrong_arguments_are_named_before_the_model_is_built():
         lora.create_model("swin_tiny_patch4_window7_224", input_size=(64, 64))
     with pytest.raises(ValueError, match="Keras 3 cannot build exactly"):
         lora.create_model("resnext50_32x4d")
+    for patched in (name, "vit_small_patch16_dinov3"):
+        with pytest.raises(ValueError, match=r"\(30, 32\).*multiples of 16.*dropped"):
+            lora.create_model(patched, input_size=(30, 32), nb_classes=3)
+    with pytest.raises(FileNotFoundError, match="./none', which does not exist; expected a"):
+        lora.create_model("./none")
 
 
 @only_keras3

@@ -13,28 +13,26 @@ def shape(config):
     return (config["image_size"], config["image_size"], 3)
 
 
-def vit(config, classes):
-    backbone = hub.ViTBackbone(
-        image_shape=shape(config),
+def sizes(config):
+    """The sizes of a ViT or DeiT, as keras_hub names them."""
+    return dict(
         patch_size=config["patch_size"],
         num_layers=config["num_hidden_layers"],
         num_heads=config["num_attention_heads"],
         hidden_dim=config["hidden_size"],
         mlp_dim=config["intermediate_size"],
-        layer_norm_epsilon=config["layer_norm_eps"],
+    )
+
+
+def vit(config, classes):
+    backbone = hub.ViTBackbone(
+        image_shape=shape(config), layer_norm_epsilon=config["layer_norm_eps"], **sizes(config)
     )
     return hub.ViTImageClassifier(backbone=backbone, num_classes=classes)
 
 
 def deit_distilled(config, classes):
-    arguments = dict(
-        patch_size=config["patch_size"],
-        num_layers=config["num_hidden_layers"],
-        num_heads=config["num_attention_heads"],
-        hidden_dim=config["hidden_size"],
-        mlp_dim=config["intermediate_size"],
-        epsilon=config["layer_norm_eps"],
-    )
+    arguments = dict(epsilon=config["layer_norm_eps"], **sizes(config))
     return deit.build(keras, arguments, classes, shape(config))
 
 

@@ -76,6 +76,12 @@ def create_base(
                 f"Received the preset {name!r} and a checkpoint; expected only one of them."
             )
         return _of_preset(name, pretrained or not name.startswith(HUB), given)
+    if name.startswith(("/", "./", "../", "~")):
+        what = "which contains no model" if os.path.exists(name) else "which does not exist"
+        raise FileNotFoundError(
+            f"Received model_name={name!r}, {what}; expected a folder with the config.json and "
+            "the weights of keras_hub, timm or transformers, or a name (see list_models)."
+        )
     known(name)  # raises the error for an unknown name
     raise AssertionError(name)
 

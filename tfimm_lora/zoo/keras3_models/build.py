@@ -64,6 +64,12 @@ def build(
             f"Received model_name={config.name!r} with 0 classes; expected a number of "
             "classes: on Keras 3 this model has a classifier. Pass nb_classes."
         )
+    patch = row.arguments.get("patch_size", 1)
+    if any(side % patch for side in config.input_size):
+        raise ValueError(
+            f"Received input_size={config.input_size} for {config.name!r}; expected multiples "
+            f"of {patch}, the size of its patches. The rest of the images would be dropped."
+        )
     keras = keras3_backend().keras
     shape = (*config.input_size, in_channels)
     try:

@@ -6,7 +6,7 @@ ConvNeXt is built with ``keras.applications``, ResNet with keras_hub. The defaul
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -39,17 +39,18 @@ def of_transformers(name: str, config: Mapping[str, Any]) -> KnownModel3 | None:
         >>> found.config.architecture, found.config.nb_classes, found.arguments["depths"]
         ('convnext_small', 0, [3, 3, 27, 3])
     """
-    if config.get("model_type") not in _ARGUMENTS:
+    kind = str(config.get("model_type"))
+    if kind not in _ARGUMENTS:
         return None
-    family, likeness, arguments_of = _ARGUMENTS[config["model_type"]]
+    family, likeness, arguments_of = _ARGUMENTS[kind]
     arguments = arguments_of(name, config)
     row = known_with(family, arguments)
     like = known(likeness).config
-    kinds = config.get("architectures") or []
-    has_classifier = any(str(x).endswith("ForImageClassification") for x in kinds)
+    names = config.get("architectures") or []
+    has_classifier = any(str(x).endswith("ForImageClassification") for x in names)
     labels = labels_of(dict(config))
-    classes = len(labels) if labels else int(config.get("num_labels", _DEFAULT_CLASSES))
-    size = int(config.get("image_size") or like.input_size[0])
+    classes = _integer(name, config, "num_labels", len(labels or ()) or _DEFAULT_CLASSES)
+    size = _integer(name, config, "image_size", like.input_size[0])
     return KnownModel3(
         replace(
             like,
@@ -68,10 +69,11 @@ def of_transformers(name: str, config: Mapping[str, Any]) -> KnownModel3 | None:
 def _convnext(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     _require(name, config, {"hidden_act": "gelu", "patch_size": 4, "num_channels": 3})
     arguments: dict[str, Any] = {
-        "depths": list(config.get("depths", (3, 3, 9, 3))),
-        "projection_dims": list(config.get("hidden_sizes", (96, 192, 384, 768))),
+        "depths": _of_stages(name, config, "depths", (3, 3, 9, 3)),
+        "projection_dims": _of_stages(name, config, "hidden_sizes", (96, 192, 384, 768)),
     }
-    if config.get("layer_scale_init_value", 1e-6) <= 0:  # then there is no such parameter
+    scale = config.get("layer_scale_init_value", 1e-6)
+    if not isinstance(scale, (int, float)) or scale <= 0:  # then there is no such parameter
         arguments["layer_scale_init_value"] = None
     return arguments
 
@@ -85,23 +87,59 @@ def _resnet(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
     }
     _require(name, config, fixed)
     is_basic = config.get("layer_type", "bottleneck") == "basic"
-    widths = config.get("hidden_sizes", (256, 512, 1024, 2048))
+    widths = _of_stages(name, config, "hidden_sizes", (256, 512, 1024, 2048))
     arguments: dict[str, Any] = {
-        "input_conv_filters": [config.get("embedding_size", 64)],
+        "input_conv_filters": [_integer(name, config, "embedding_size", 64)],
         "input_conv_kernel_sizes": [7],
-        "stackwise_num_blocks": list(config.get("depths", (3, 4, 6, 3))),
+        "stackwise_num_blocks": _of_stages(name, config, "depths", (3, 4, 6, 3)),
         "block_type": "basic_block" if is_basic else "bottleneck_block",
     }
     filters = [width if is_basic else width // 4 for width in widths]
     if filters[0] != _RESNET_WIDTH:
         raise ValueError(
-            f"Received {name!r}, whose config.json has hidden_sizes={list(widths)}; expected "
+            f"Received {name!r}, whose config.json has hidden_sizes={widths}; expected "
             f"{_RESNET_WIDTH if is_basic else 4 * _RESNET_WIDTH} as the first of them, with "
             "which alone keras_hub builds a ResNet."
         )
     if filters != [64, 128, 256, 512]:
         arguments["stackwise_num_filters"] = filters
     return arguments
+
+
+def _integer(name: str, config: Mapping[str, Any], field: str, default: int) -> int:
+    """Return a field that is a positive integer; null means the default."""
+    value = config.get(field)
+    if value is None:
+        return default
+    if not _is_size(value):
+        raise ValueError(
+            f"Received {name!r}, whose config.json has {field}={value!r}; expected a positive "
+            "integer."
+        )
+    return int(value)
+
+
+def _of_stages(
+    name: str, config: Mapping[str, Any], field: str, default: Sequence[int]
+) -> list[int]:
+    """Return a field with one positive integer for each of the stages."""
+    value = config.get(field)
+    if value is None:
+        return list(default)
+    if (
+        not isinstance(value, list)
+        or len(value) != len(default)
+        or not all(map(_is_size, value))
+    ):
+        raise ValueError(
+            f"Received {name!r}, whose config.json has {field}={value!r}; expected "
+            f"{len(default)} positive integers, one for each stage."
+        )
+    return value
+
+
+def _is_size(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
 def _require(name: str, config: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
