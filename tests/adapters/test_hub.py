@@ -188,7 +188,7 @@ def test_missing_files_are_explained(hub):
     kind, message = hub["again"]["timm/good"]
     assert kind == "FileNotFoundError" and "at revision 'no' has no such revision" in message
     kind, message = hub["outcomes"]["timm/./good"]
-    assert kind == "FileNotFoundError" and "expected a safetensors file" in message
+    assert kind == "FileNotFoundError" and "expected a safetensors or torch file" in message
 
 
 @pytest.mark.long

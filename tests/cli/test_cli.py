@@ -255,7 +255,9 @@ def test_names_are_not_cut_on_a_narrow_terminal(call, monkeypatch):
         out, _ = call("models", "DenseNet")
         for name in ("DenseNet121", "DenseNet169", "DenseNet201"):
             assert f"applications/{name} " in out
-        assert out.split().count("classifier") == 3
+        assert "…" not in out
+        if not LEGACY:  # where the last column has patterns, which are wrapped at any letter
+            assert out.split().count("classifier") == 3
 
 
 # -- plan -----------------------------------------------------------------------------------
