@@ -64,15 +64,27 @@ def is_gelu(module):
     return type(module).__name__ == "GELU" and getattr(module, "approximate", "none") == "none"
 
 
+def gelu_name(module):
+    """keras_hub's name of an activation of CLIP or SigLIP."""
+    if is_gelu(module):
+        return "gelu"
+    names = {"GELU": "gelu_approximate", "GELUTanh": "gelu_approximate"}
+    names["QuickGELU"] = "quick_gelu"
+    require(type(module).__name__ in names, "its activation is not a GELU")
+    return names[type(module).__name__]
+
+
 # -- families ------------------------------------------------------------------------------
 
 
 def vit(model):
-    """ViT and DeiT without distillation; DINOv2, which has layer scales."""
+    """ViT and DeiT without distillation; DINOv2, which has layer scales; CLIP and SigLIP."""
     require(
         type(model) in (vision_transformer.VisionTransformer, deit.VisionTransformerDistilled),
         "its class in timm is another one than that of ViT",
     )
+    if found := re.search(r"_(clip|siglip)_(?!gap)", NAME):
+        return clip(model) if found[1] == "clip" else siglip(model)
     blocks = list(model.blocks)
     first = blocks[0]
     require(
@@ -132,6 +144,77 @@ def vit(model):
     require(model.patch_embed.proj.bias is not None, "its patch embedding has no bias")
     arguments["epsilon"] = epsilon
     return ("deit" if hasattr(model, "dist_token") else "vit"), arguments
+
+
+def plain_blocks(model):
+    """The dimensions of the blocks of CLIP and SigLIP, as keras_hub names them."""
+    blocks = list(model.blocks)
+    first = blocks[0]
+    require(all(type(b) is vision_transformer.Block for b in blocks), "its blocks differ")
+    require(isinstance(model.fc_norm, nn.Identity), "it normalizes after pooling")
+    require(isinstance(model.norm, nn.LayerNorm), "its final normalization differs")
+    require(isinstance(first.attn.q_norm, nn.Identity), "it normalizes queries and keys")
+    require(isinstance(first.ls1, nn.Identity), "it has layer scales")
+    require(type(first.mlp).__name__ == "Mlp", "its MLP differs")
+    require(
+        first.attn.qkv.out_features == 3 * model.embed_dim, "its heads have another dimension"
+    )
+    require(
+        first.attn.qkv.bias is not None and first.attn.proj.bias is not None,
+        "its projections have no biases",
+    )
+    require(not model.num_reg_tokens, "it has register tokens")
+    require(model.pos_embed is not None, "it has no absolute position embedding")
+    return {
+        "patch_size": only(model.patch_embed.patch_size, "its patches are not square"),
+        "hidden_dim": model.embed_dim,
+        "num_layers": len(blocks),
+        "num_heads": first.attn.num_heads,
+        "intermediate_dim": first.mlp.fc1.out_features,
+        "intermediate_activation": gelu_name(first.mlp.act),
+    }
+
+
+def clip(model):
+    """The image encoder of CLIP."""
+    require(model.has_class_token and model.attn_pool is None, "it has no class token")
+    require(model.global_pool == "token", "it pools the mean of the patches")
+    require(not model.no_embed_class, "its class token has no position embedding")
+    require(isinstance(model.norm_pre, nn.LayerNorm), "its first normalization differs")
+    require(model.patch_embed.proj.bias is None, "its patch embedding has a bias")
+    require(
+        all(m.eps == 1e-5 for m in model.modules() if isinstance(m, nn.LayerNorm)),
+        "its normalization has another epsilon",
+    )
+    arguments = plain_blocks(model)
+    require(
+        arguments["intermediate_activation"] != "gelu_approximate", "its activation differs"
+    )
+    return "clip", arguments
+
+
+def siglip(model):
+    """The image encoder of SigLIP with its pooling by attention."""
+    pool = model.attn_pool
+    require(pool is not None and not model.has_class_token, "it does not pool by attention")
+    require(isinstance(model.norm_pre, nn.Identity), "it normalizes before the first block")
+    require(model.patch_embed.proj.bias is not None, "its patch embedding has no bias")
+    require(
+        all(m.eps == 1e-6 for m in model.modules() if isinstance(m, nn.LayerNorm)),
+        "its normalization has another epsilon",
+    )
+    arguments = plain_blocks(model)
+    require(
+        pool.latent_len == 1
+        and pool.pool == "token"
+        and pool.pos_embed is None
+        and isinstance(pool.q_norm, nn.Identity)
+        and pool.num_heads == arguments["num_heads"]
+        and pool.mlp.fc1.out_features == arguments["intermediate_dim"]
+        and gelu_name(pool.mlp.act) == arguments["intermediate_activation"],
+        "its pooling by attention differs",
+    )
+    return "siglip", arguments
 
 
 def dinov3(model):
@@ -473,13 +556,14 @@ def table(chosen):
     """The content of models.json; all modules that are not chosen keep their content."""
     global NAME
     before = json.loads(TABLE.read_text()) if chosen else {"models": {}, "refused": {}}
-    built, refused = before["models"], before["refused"]
+    built, refused = {}, {}
     for module, read in MODULES.items():
         short = module.__name__.rpartition(".")[2]
-        if chosen and short not in chosen:
-            continue
         for name in timm.list_models(module=short):
-            built.pop(name, None), refused.pop(name, None)
+            if chosen and short not in chosen:
+                kept = "models" if name in before["models"] else "refused"
+                {"models": built, "refused": refused}[kept][name] = before[kept][name]
+                continue
             NAME = name
             classes = {"num_classes": 1000} if read not in (vit, dinov3) else {}
             cfg = timm.get_pretrained_cfg(name)

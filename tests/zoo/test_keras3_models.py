@@ -130,6 +130,33 @@ def test_weights_move_to_other_classes_channels_and_sizes():
 
 
 @only_keras3
+@pytest.mark.parametrize("name", ["vit_base_patch32_clip_224", "vit_base_patch16_siglip_224"])
+def test_the_positions_of_clip_and_siglip_are_numbered(name):
+    """keras_hub gives all patches the same position. Of another size they are numbered anew."""
+
+    def small(size):
+        row = known(name)
+        sizes = dict(hidden_dim=8, num_layers=1, num_heads=2, intermediate_dim=8)
+        return build(row._replace(arguments=row.arguments | sizes), classes=2, input_size=size)
+
+    source, cfg = small((64, 64))
+    target, _ = small((96, 96))
+    patch = known(name).arguments["patch_size"]
+    for model, side in ((source, 64), (target, 96)):
+        (numbers,) = [v for v in model.variables if v.name == "position_ids"]
+        count = (side // patch) ** 2 + ("clip" in name)
+        np.testing.assert_array_equal(array(numbers), [range(count)])
+    x = np.random.default_rng(0).normal(size=(1, 64, 64, 3)).astype("float32")
+    moved = np.roll(x, patch, axis=1)
+    assert np.abs(run(source, x) - run(source, moved)).max() > 1e-4
+    lora.transfer_weights(source, target)
+    back, _ = small((64, 64))
+    lora.transfer_weights(source, back)
+    np.testing.assert_array_equal(run(back, x), run(source, x))
+    np.testing.assert_array_equal(array(numbers), [range(count)])
+
+
+@only_keras3
 def test_a_preset_folder_of_keras_hub(tmp_path):
     """With a classifier, and as a backbone, which gets one."""
     models = keras_hub.models

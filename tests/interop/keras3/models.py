@@ -63,6 +63,22 @@ def dinov2(config, classes):
     return with_classifier(backbone, classes)
 
 
+def _encoder(cls, config):
+    arguments = sizes(config)
+    arguments["intermediate_dim"] = arguments.pop("mlp_dim")
+    return cls(image_shape=shape(config), **arguments)
+
+
+def clip(config):
+    """The image encoder alone, whose last layer is the last normalization."""
+    return _encoder(hub.CLIPVisionEncoder, config)
+
+
+def siglip(config):
+    """The image encoder alone, whose last layers are a normalization and the pooling."""
+    return _encoder(hub.SigLIPVisionEncoder, config)
+
+
 def converted(config, classes):
     """A model that this package converts."""
     return build(of_transformers("model", config), classes=classes, input_size=(64, 64))[0]

@@ -28,6 +28,9 @@ MODELS = {
     "vit_small_patch14_reg4_dinov2": 56,
     "vit_small_patch16_dinov3": 64,
     "vit_small_plus_patch16_dinov3_qkvb": 64,
+    "vit_base_patch32_clip_224": 64,
+    "vit_base_patch32_clip_quickgelu_224": 64,
+    "vit_base_patch16_siglip_224": 64,
     "swin_tiny_patch4_window7_224": 224,
     "convnext_nano": 64,
     "convnext_tiny": 64,
@@ -64,7 +67,7 @@ TOLERANCES = {"resnet": 1e-4, "efficientnet": 5e-5}
 @pytest.mark.parametrize("name", MODELS)
 def test_logits_agree_with_timm(name, tmp_path):
     size, row = MODELS[name], known(name)
-    sized = row.family in ("vit", "deit", "dinov2", "swin")
+    sized = row.family in ("vit", "deit", "dinov2", "clip", "siglip", "swin")
     theirs = timm_models.make(
         row.config.architecture,
         size,
@@ -132,6 +135,24 @@ DINOV3 = {
     r"layer_scale(\d)/lambda1": r"gamma_\1",
     r"^predictions": "head",
 }
+CLIP = {
+    r"^(clip|sig_lip)_vision_encoder/": "",
+    r"^embedding/class_embedding": "cls_token",
+    r"^embedding/position_embedding/embeddings": "pos_embed",
+    r"^embedding/patch_embedding": "patch_embed/proj",
+    r"^pre_layer_norm": "norm_pre",
+    r"^encoder_block_(\d+)": r"blocks/\1",
+    r"/layer_norm_?(\d)": r"/norm\1",
+    r"^(post_)?layer_norm/": "norm/",
+    r"/(attention|self_attn)/": "/attn/",
+    r"/attn/attention_output": "/attn/proj",
+    r"^(blocks/\d+)/dense_(\d)/": r"\1/mlp/fc\2/",
+    r"^head/": "attn_pool/",
+    r"^attn_pool/variable": "attn_pool/latent",
+    r"^attn_pool/attn/": "attn_pool/",
+    r"^attn_pool/layernorm": "attn_pool/norm",
+    r"^predictions": "head",
+}
 SWIN = {
     r"^swin_transformer_backbone/": "",
     r"^patch_embedding/": "patch_embed/",
@@ -172,6 +193,8 @@ RULES = {
     "deit": VIT,
     "dinov2": VIT,
     "dinov3": DINOV3,
+    "clip": CLIP,
+    "siglip": CLIP,
     "swin": SWIN,
     "convnext": CONVNEXT,
     "resnet": RESNET,
@@ -199,6 +222,7 @@ def load(model, family, theirs):
         in_order(variables, state)
         return
     used = set()
+    variables = [x for x in variables if BACKEND.variable_name(x[2]) != "position_ids"]
     gated = any("gate_proj" in path for path, *_ in variables)
     for path, _, variable in variables:
         name = BACKEND.variable_name(variable)
@@ -209,16 +233,19 @@ def load(model, family, theirs):
         if family == "resnet":
             key = resnet_key(key, theirs)
         *before, last = key.split("/")
-        block = BLOCKS.get(before[-1]) if before else None
+        parts, block = 3, BLOCKS.get(before[-1]) if before else None
         if block is not None:
             before[-1] = "qkv"
+            if before[0] == "attn_pool":  # one query, and keys and values of the tokens
+                parts, block = (2, block - 1) if block else (1, 0)
+                before[-1] = "kv" if parts == 2 else "q"
         key = ".".join([*before, last])
         if key not in state:
             key = ".".join([*before, SUFFIXES.get(last, last)])
         value = state[key]
         used.add(key)
         if block is not None:
-            value = np.split(value, 3)[block]
+            value = np.split(value, parts)[block]
         if key == "pos_embed" and value.shape[1] < np.prod(variable.shape[:-1]):
             value = np.pad(value, ((0, 0), (1, 0), (0, 0)))
         assign(variable, value)

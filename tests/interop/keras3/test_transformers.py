@@ -2,6 +2,7 @@
 
 import json
 
+import keras
 import numpy as np
 import pytest
 
@@ -43,6 +44,41 @@ def test_outputs_are_those_of_transformers(name, hugging_face):
         wanted, found = outputs[adapter], run(model, x)
         assert np.abs(wanted - base).max() > 100 * tolerance * np.abs(wanted).max()
         assert np.abs(found - wanted).max() < tolerance * np.abs(wanted).max(), adapter
+
+
+@pytest.mark.parametrize("name", ["clip", "siglip"])
+def test_image_encoders_are_those_of_transformers(name, hugging_face):
+    """Before the last normalization of CLIP, which keras_hub applies to all tokens, and
+    before the pooling of SigLIP."""
+    config = json.loads((hugging_face.base(name) / "config.json").read_text())
+    model = getattr(models, name)(config.get("vision_config", config))
+    base = hugging_face.base(name)
+    with pytest.raises(ValueError, match="unexpected: classifier.weight"):
+        lora.load_timm_weights(model, base)
+    lora.load_timm_weights(model, base, weights_to_ignore=["^classifier"])
+    tensors = hugging_face.base_tensors(name)
+    tokens = keras.Model(model.inputs[0], model.layers[-2 if name == "siglip" else -1].output)
+    x = hugging_face.batch(name)["pixel_values"].transpose(0, 2, 3, 1)
+    outputs = hugging_face.outputs(name)
+    plain = run(tokens, x)
+    for adapter in (None, "features"):
+        if adapter is not None:
+            lora.load_adapter(model, hugging_face.adapter(name, adapter))
+        wanted = outputs[adapter or "base_features"]
+        if name == "clip":
+            centred = wanted - wanted.mean(-1, keepdims=True)
+            wanted = centred / np.sqrt(np.square(centred).mean(-1, keepdims=True) + 1e-5)
+            norm = "vision_model.post_layernorm"
+            wanted = wanted * tensors[f"{norm}.weight"] + tensors[f"{norm}.bias"]
+        found = run(tokens, x)
+        assert np.abs(found - wanted).max() < 1e-5 * np.abs(wanted).max()
+    assert np.abs(found - plain).max() > 1e-2 * np.abs(plain).max()
+    if name == "siglip":  # one parameter of torch's MultiheadAttention
+        attention = model.get_layer("head").attention
+        layers = (attention.query_dense, attention.key_dense, attention.value_dense)
+        kernels = [np.asarray(layer.kernel).reshape(32, 32).T for layer in layers]
+        expected = tensors["vision_model.head.attention.in_proj_weight"]
+        np.testing.assert_array_equal(np.concatenate(kernels), expected)
 
 
 @pytest.mark.parametrize("name", ["vit", "dinov2", "swin", "convnext", "resnet"])

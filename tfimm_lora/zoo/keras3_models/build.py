@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -11,7 +12,12 @@ from tfimm_lora.model.classifier import canonical_path
 from tfimm_lora.model.new_classifier import initialize_classifier
 from tfimm_lora.validation import check_integer
 from tfimm_lora.zoo.keras3_models.known import KnownConfig, KnownModel3, known
-from tfimm_lora.zoo.keras3_models.positions import POSITIONS, resized_positions
+from tfimm_lora.zoo.keras3_models.positions import (
+    POSITIONS,
+    renumbered_positions,
+    resized_positions,
+)
+from tfimm_lora.zoo.weights.positions import NUMBERS, compute_positions
 
 
 def build(
@@ -28,7 +34,8 @@ def build(
     Args:
         name: A name of tfimm or timm, optionally with a tag, or what ``known`` returns for it.
         classes: The number of classes. Default: that of the named weights. With 0, which
-            only ViT and DINOv2 allow, the model returns the features of the class token.
+            only ViT, DINOv2, DINOv3, CLIP and SigLIP allow, the model returns the features
+            that its classifier would have.
         input_size: The height and width of the images. Default: that of the named weights.
         in_channels: The number of channels of the images. Default: 3.
 
@@ -87,9 +94,10 @@ def build(
         config,
         classifier=tuple(family.CLASSIFIER) if config.nb_classes else (),
         first_conv=_first_convolution(model),
-        transform_weights=dict.fromkeys(_position_embeddings(model), resized_positions),
+        transform_weights=_position_transforms(model),
     )
     model.cfg = config
+    compute_positions(model)
     initialize_classifier(model)
     return model, config
 
@@ -109,15 +117,18 @@ def _first_convolution(model: Any) -> str:
     return ""
 
 
-def _position_embeddings(model: Any) -> list[str]:
-    """The names of the position embeddings, which depend on the size of the images."""
+def _position_transforms(model: Any) -> dict[str, Callable[[Any, Any, Any], Any]]:
+    """The variables that depend on the size of the images, and how to fit them to another."""
     backend = backend_of(model)
-    return [
-        f"{path}/{name}"
-        for path, layer in backend.walk(model)
-        for name in map(backend.variable_name, backend.own_variables(layer))
-        if POSITIONS.search(f"{path}/{name}")
-    ]
+    transforms: dict[str, Callable[[Any, Any, Any], Any]] = {}
+    for path, layer in backend.walk(model):
+        for variable in backend.own_variables(layer):
+            name = f"{path}/{backend.variable_name(variable)}"
+            if POSITIONS.search(name):
+                transforms[name] = resized_positions
+            elif name.endswith(f"/{NUMBERS}"):
+                transforms[name] = renumbered_positions
+    return transforms
 
 
 def _size(value: Any) -> tuple[int, int]:

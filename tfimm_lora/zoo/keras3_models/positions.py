@@ -1,4 +1,4 @@
-"""Resize position embeddings for images of another size."""
+"""Position embeddings, and the numbers of positions, for images of another size."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from tfimm_lora.zoo.weights.resizing import resized
 
 #: The names of position embeddings that have one row per patch.
 POSITIONS = re.compile(
-    r"position_embeddings?(/embeddings)?$"  # ViT, DeiT, DINOv2
+    r"position_embeddings?(/embeddings)?$"  # ViT, DeiT, DINOv2, CLIP, SigLIP
 )
 
 
@@ -31,13 +31,26 @@ def resized_positions(model: Any, embedding: Any, config: Any) -> np.ndarray:
     before, after = model.cfg.input_size, config.input_size
     if before == after:
         return value
-    tokens = next(t for t in range(3) if _grid(before, rows - t) is not None)
-    patch = math.isqrt(before[0] * before[1] // (rows - tokens))
+    tokens, patch = _layout(before, rows)
     grid = value[..., tokens:, :].reshape(before[0] // patch, before[1] // patch, -1)
     size = (after[0] // patch, after[1] // patch)
     fitted = resized(grid, size, "bicubic").reshape(*value.shape[:-2], -1, value.shape[-1])
     result: np.ndarray = np.concatenate([value[..., :tokens, :], fitted], axis=-2)
     return result
+
+
+def renumbered_positions(model: Any, numbers: Any, config: Any) -> np.ndarray:
+    """Return the numbers of the positions (1, rows) for images of another size."""
+    tokens, patch = _layout(model.cfg.input_size, numbers.shape[-1])
+    height, width = config.input_size
+    result: np.ndarray = np.arange(tokens + (height // patch) * (width // patch))[None]
+    return result
+
+
+def _layout(size: tuple[int, int], rows: int) -> tuple[int, int]:
+    """The number of tokens that are no patches, and the side of a patch."""
+    tokens = next(t for t in range(3) if _grid(size, rows - t) is not None)
+    return tokens, math.isqrt(size[0] * size[1] // (rows - tokens))
 
 
 def _grid(size: tuple[int, int], patches: int) -> int | None:

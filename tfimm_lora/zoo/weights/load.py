@@ -32,15 +32,12 @@ from tfimm_lora.zoo.weights.keys import (
 from tfimm_lora.zoo.weights.labels import labels_of
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 from tfimm_lora.zoo.weights.named_tensors import NamedTensors
+from tfimm_lora.zoo.weights.positions import compute_positions, is_resized
 from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
 from tfimm_lora.zoo.weights.windows import as_window
 
 #: The fields of a checkpoint's config.json about preprocessing.
 PREPROCESSING_FIELDS = ("mean", "std", "crop_pct", "interpolation")
-
-
-#: The variable of DINOv2 in keras_hub that is computed from its position embeddings.
-_RESIZED = "interpolated_position_embeddings"
 
 
 def load_timm_weights(
@@ -75,7 +72,9 @@ def load_timm_weights(
             ``model.cfg``, for ``create_preprocessing``. The names of the classes in it are
             returned by ``class_names``.
         weights_to_ignore: Regular expressions, searched for in the names of the model's
-            weights ("blocks/0/mlp/fc1/kernel"). Weights that match are not loaded.
+            weights ("blocks/0/mlp/fc1/kernel"). Weights that match are not loaded. Also in the
+            keys of tensors that the model does not have: "^text_model" for the text encoder
+            beside that of CLIP's images. Default: none.
         revision: Branch, tag or commit of a hub repository. Default: its main branch.
         cache_dir: Folder for downloads. Default: the cache of huggingface_hub (HF_HOME).
 
@@ -123,41 +122,13 @@ def load_timm_weights(
     for match, value in zip(matches, values):
         variable = match.target.variable
         variable.assign(value.astype(backend.to_numpy(variable).dtype))
-    _compute_positions(model)
+    compute_positions(model)
     _copy_preprocessing(model, checkpoint)
     record_class_names(model, labels_of(checkpoint.config))
     # A local path has the name of the file, without the folders of this machine.
     on_disk = Path(checkpoint.source).expanduser().exists()
     record_base_name(model, Path(checkpoint.source).name if on_disk else checkpoint.source)
     return model
-
-
-def is_resized(target: CheckpointVariable) -> bool:
-    """Whether a variable is computed from another one: the position embeddings of DINOv2."""
-    return target.name.rpartition("/")[2] == _RESIZED
-
-
-def _compute_positions(model: Any) -> None:
-    """Compute the constants of keras_hub's position embeddings, which are in no checkpoint.
-
-    DINOv2 resizes its position embeddings to the images of the model; CLIP and SigLIP have the
-    numbers of the positions.
-    """
-    backend = backend_of(model)
-    for _, layer in backend.walk(model):
-        names = {backend.variable_name(x): x for x in backend.own_variables(layer)}
-        if _RESIZED in names:
-            resized = layer._interpolate_position_embeddings(
-                layer.position_embeddings,
-                patch_size=layer.patch_size,
-                source_shape=layer.position_embedding_shape,
-                target_shape=layer.image_shape,
-                antialias=layer.antialias_in_interpolation,
-            )
-            names[_RESIZED].assign(resized)
-        if "position_ids" in names:
-            count = names["position_ids"].shape[1]
-            names["position_ids"].assign(np.arange(count)[None])
 
 
 def _layout_of(naming: Naming | None) -> Layout | None:
@@ -219,7 +190,7 @@ def _match(
     heads = classifier_paths(names.model)
     for weight in names.weights:
         target, wanted = weight.target, names.timm_names(weight)
-        if is_resized(target):
+        if is_resized(target.name):
             continue
         found = next((name for name in wanted if named.sources(name)), None)
         taken.update(named.sources(found) if found is not None else ())
@@ -241,7 +212,8 @@ def _match(
     unexpected = [key for name, key in named.keys().items() if name not in taken]
     problems += [
         f"unexpected: {key} of shape {tensors.shapes[key]}"
-        for key in [*named.unknown, *unexpected]
+        for key in dict.fromkeys([*named.unknown, *unexpected])
+        if not any(re.search(pattern, key) for pattern in patterns)
     ]
     if problems:
         raise ValueError(
@@ -316,7 +288,7 @@ def _message(
             f"nb_classes=...), or keep the model's classifier with weights_to_ignore={patterns}"
         )
     else:
-        remedy += ", or pass patterns of weights to keep as weights_to_ignore"
+        remedy += ", or pass patterns of what to leave out as weights_to_ignore"
     return (
         f"Received source={checkpoint.source!r}{of}, whose weights do not fit model '{name}' "
         f"({type(model).__name__}): {len(problems)} problems."

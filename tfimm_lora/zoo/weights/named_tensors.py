@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
 
 from tfimm_lora.families.family import TIMM, Family
@@ -14,6 +16,14 @@ from tfimm_lora.zoo.weights.tensor_files import FLOATS, Tensors
 
 #: timm's position embeddings.
 _POSITIONS = "pos_embed"
+
+#: The rows of torch's MultiheadAttention: query, key and value.
+_IN_PROJ = re.compile(r"(?P<attention>.*\.)in_proj_(?P<leaf>weight|bias)")
+
+#: timm's names of these rows, by that of the output projection: SigLIP's pooling.
+_ROWS = {
+    "attn_pool.proj": (Name("attn_pool.q"), Name("attn_pool.kv", "k"), Name("attn_pool.kv", "v"))
+}
 
 
 class NamedTensors:
@@ -41,15 +51,28 @@ class NamedTensors:
         of_timm = self.naming is None or self.naming.library == TIMM
         self._adds_position = of_timm and family is not None and family.patch_positions
         self._files: dict[Name, str] = {}
+        self._thirds: dict[Name, int] = {}
         self.unknown: list[str] = []
         for key in keys:
             name: Name | None = Name(old.rename_back(key) if old else key)
             if self.naming is not None:
                 name = self.naming.to_timm(key, is_weight=True)
-            if name is None:
-                self.unknown.append(key)
-            else:
+            if name is not None:
                 self._files[name] = key
+            elif rows := self._rows(key):
+                self._files.update(dict.fromkeys(rows, key))
+                self._thirds.update({row: i for i, row in enumerate(rows)})
+            else:
+                self.unknown.append(key)
+
+    def _rows(self, key: str) -> list[Name]:
+        """Return timm's names of the query, key and value in one tensor, if it has these."""
+        found = _IN_PROJ.fullmatch(key)
+        if found is None or self.naming is None:
+            return []
+        output = self.naming.to_timm(f"{found['attention']}out_proj.weight", is_weight=True)
+        module = "" if output is None else output.name.rpartition(".")[0]
+        return [name.leaf(found["leaf"]) for name in _ROWS.get(module, ())]
 
     def keys(self) -> dict[Name, str]:
         """Return timm's names and the keys in the file."""
@@ -76,6 +99,8 @@ class NamedTensors:
         shapes = [self._tensors.shapes[self._files[x]] for x in found]
         if self._adds_position and name.name == _POSITIONS:
             return (1, shapes[0][1] + 1, shapes[0][2])
+        if found[0] in self._thirds:
+            return (shapes[0][0] // 3, *shapes[0][1:])
         first = sum(shape[0] if shape else 1 for shape in shapes)
         if name.block is not None and found[0].block is None:
             return (first // len(_layout(name)), *shapes[0][1:])
@@ -93,6 +118,9 @@ class NamedTensors:
         if self._adds_position and name.name == _POSITIONS:
             padded: np.ndarray = np.pad(values[0], ((0, 0), (1, 0), (0, 0)))
             return padded
+        if found[0] in self._thirds:
+            third: np.ndarray = np.split(values[0], 3)[self._thirds[found[0]]]
+            return third
         if name.block is not None and found[0].block is None:
             layout = _layout(name)
             rows: np.ndarray = np.split(values[0], len(layout))[layout.index(name.block)]

@@ -15,8 +15,9 @@ from tfimm_lora.model.merge import has_lora
 from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.zoo.weights.checkpoint import CONFIG, WEIGHTS
-from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, is_resized
+from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS
 from tfimm_lora.zoo.weights.module_names import ModuleNames
+from tfimm_lora.zoo.weights.positions import is_resized
 from tfimm_lora.zoo.weights.renamed import renamed_weights
 
 #: The number of weights that an error message lists.
@@ -83,7 +84,7 @@ def save_timm_weights(model: Any, path: str | os.PathLike[str], *, names: str = 
 
 def _renamed(own: ModuleNames, library: str) -> dict[str, np.ndarray]:
     """Return the weights of a model with the names and shapes of a library."""
-    computed = {x.key for x in own.weights if is_resized(x.target)}
+    computed = {x.key for x in own.weights if is_resized(x.target.name)}
     weights = {x.key: x.value() for x in own.weights if x.key not in computed}
     if own.is_tfimm and library == "timm":
         return weights
