@@ -11,6 +11,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, keras
+from tests.helpers.selection import mark_slow_tests
 
 assert lora is not None
 
@@ -18,6 +19,11 @@ assert lora is not None
 def pytest_report_header():
     kind = "legacy Keras" if LEGACY else f"Keras {keras.__version__}, {keras.backend.backend()}"
     return f"keras: {kind}"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config, items):
+    mark_slow_tests(items, not any("::" in str(argument) for argument in config.args))
 
 
 #: Keras 3 collects garbage in clear_session. A full collection over TensorFlow's modules and

@@ -1,8 +1,47 @@
 """Which tests `make test` runs, and which are left to `make test-long`."""
 
+from pathlib import Path
+
 import pytest
 
-from tests.helpers.kerases import LEGACY
+from tests.helpers.kerases import BACKEND, LEGACY
+
+_TESTS = Path(__file__).parents[1]
+
+
+def slow_tests():
+    """The ids of the tests that are slow here, although they are of an ordinary kind.
+
+    They took more than two seconds on this Keras, while others of their kind are quick.
+    `tools/find_slow_tests.py` writes the lists.
+    """
+    if BACKEND != "tensorflow":
+        return frozenset()
+    file = _TESTS / f"slow_on_{'legacy' if LEGACY else 'keras3'}.txt"
+    return frozenset(file.read_text().splitlines())
+
+
+def mark_slow_tests(items, whole_files):
+    """Mark the slow tests as long.
+
+    Args:
+        items: The collected tests.
+        whole_files: Whether all tests of their files were collected.
+
+    Raises:
+        pytest.UsageError: If the list has a test that is not in its file any more.
+    """
+    slow = slow_tests()
+    for item in items:
+        if item.nodeid in slow:
+            item.add_marker(pytest.mark.long)
+    found = {item.nodeid for item in items}
+    files = {nodeid.partition("::")[0] for nodeid in found}
+    gone = sorted(x for x in slow - found if x.partition("::")[0] in files)
+    if whole_files and gone:
+        raise pytest.UsageError(
+            f"These slow tests do not exist; update tests/slow_on_*.txt: {', '.join(gone)}"
+        )
 
 
 def long_except(values, quick, name=lambda value: getattr(value, "name", value)):

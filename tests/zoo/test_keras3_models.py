@@ -139,7 +139,7 @@ def test_the_positions_of_clip_and_siglip_are_numbered(name):
         sizes = dict(hidden_dim=8, num_layers=1, num_heads=2, intermediate_dim=8)
         return build(row._replace(arguments=row.arguments | sizes), classes=2, input_size=size)
 
-    source, cfg = small((64, 64))
+    source, _ = small((64, 64))
     target, _ = small((96, 96))
     patch = known(name).arguments["patch_size"]
     for model, side in ((source, 64), (target, 96)):
