@@ -267,6 +267,18 @@ def test_only_what_is_known_to_be_no_weight_is_left_out(tensors, changed):
     assert_logits(model, "convnext")
 
 
+def test_tensors_that_the_model_does_not_have_are_left_out_on_request(tensors, changed):
+    for key in ("text_model.fc.weight", "logit_scale"):
+        tensors[key] = np.ones((2, 2), "float32")
+    file, model = changed(tensors), make("convnext")
+    before = state(model)
+    with pytest.raises(ValueError, match=r"1 problem\.\n  unexpected: logit_scale"):
+        lora.load_timm_weights(model, file, weights_to_ignore=["^text_model"])
+    assert_same(model, before)
+    lora.load_timm_weights(model, file, weights_to_ignore=["^text_model", "^logit_scale$"])
+    assert_logits(model, "convnext")
+
+
 @pytest.mark.parametrize("kind", ["float16", "bfloat16", "float64"])
 def test_other_types_of_floats_are_converted(kind, tensors, changed):
     dtype = getattr(ml_dtypes, kind, None) or np.dtype(kind)

@@ -291,7 +291,7 @@ def _message(
         remedy += ", or pass patterns of what to leave out as weights_to_ignore"
     return (
         f"Received source={checkpoint.source!r}{of}, whose weights do not fit model '{name}' "
-        f"({type(model).__name__}): {len(problems)} problems."
+        f"({type(model).__name__}): {len(problems)} problem{'s' * (len(problems) > 1)}."
         f"{f' {whose}' if whose else ''}{lines}{remedy}."
     )
 
