@@ -28,7 +28,7 @@ ALWAYS = (
     "test_examples.py::test_example_in_documents[docs/tutorials",
     "test_examples.py::test_examples_in_docstrings[tfimm_lora.create]",
     "test_origin.py::test_a_named_model_starts_with_its_pretrained_weights",
-    "test_recipe.py::test_the_command_line_does_it_all",
+    "test_runs.py::test_the_command_line_does_it_all",
     "test_recipe.py::test_a_run_can_be_opened",
     "test_report.py::test_the_report_is_complete_escaped",
     "test_finetune.py::test_training_learns_and_changes",

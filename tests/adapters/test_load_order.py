@@ -7,12 +7,11 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import array, keras, normal, run, values
-from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.adapters import load
 from tfimm_lora.adapters.torch_layout import DoesNotFit
 from tfimm_lora.model.merge import has_lora, lora_layers
 
-pytestmark = [pytest.mark.backends, *LONG_ON_LEGACY]
+pytestmark = [pytest.mark.backends, pytest.mark.once]
 
 K = keras.layers
 CLOSE = dict(rtol=1e-5, atol=1e-5)

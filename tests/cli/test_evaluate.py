@@ -12,10 +12,9 @@ from sklearn.metrics import accuracy_score, recall_score
 
 from tests.helpers.finished_run import LABELS, finished_run
 from tests.helpers.picture_folders import break_picture, digit_pictures, touch
-from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.cli import main
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(scope="module")

@@ -16,11 +16,10 @@ from scipy.special import softmax
 
 from tests.helpers.finished_run import finished_run
 from tests.helpers.picture_folders import digit_pictures, touch
-from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.cli import main, picture_sources
 from tfimm_lora.cli.picture_sources import Problem, find_pictures
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = pytest.mark.once
 
 
 @pytest.fixture(scope="module")

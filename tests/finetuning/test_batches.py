@@ -11,15 +11,14 @@ import pytest
 import tensorflow as tf
 from PIL import Image
 
-from tests.helpers.kerases import LEGACY, keras
+from tests.helpers.kerases import keras
 from tests.helpers.picture_folders import break_picture, photograph, write_digits
-from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.finetuning.data.augmentation import PRESETS, Augmentation
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, find_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = pytest.mark.once
 
 #: Leaves pixels as they are but for a division by 255.
 PLAIN = Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0)
@@ -198,7 +197,6 @@ print(sizes)
 
 
 @pytest.mark.long
-@pytest.mark.skipif(not LEGACY, reason="once is enough")
 def test_two_devices_share_each_batch_of_one(tmp_path):
     sizes = in_new_process(DISTRIBUTED, str(tmp_path))
     assert sizes == str([[2, 2], [2, 2], [2, 1]] * 2)

@@ -3,8 +3,6 @@
 import csv
 import json
 import os
-import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,20 +10,27 @@ import numpy as np
 import pytest
 import yaml
 
-import tfimm_lora as lora
-from tests.helpers.kerases import LEGACY, array, keras, values
+from tests.helpers.kerases import array, keras, values
 from tests.helpers.picture_folders import break_picture, write_digits, write_split
-from tests.helpers.selection import LONG_ON_LEGACY
+from tests.helpers.recipes import (
+    adapter_values,
+    arguments,
+    assert_same_run,
+    make_folder,
+    recipe,
+    save_model,
+)
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning import recipe as recipe_module
 from tfimm_lora.finetuning.base.of_applications import applications
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.checkpoint import TrainingCheckpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
-from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+from tfimm_lora.finetuning.recipe import finetune_pictures
 from tfimm_lora.finetuning.run import Run, one_writer
 
-pytestmark = LONG_ON_LEGACY
+#: The same on both Kerases; test_runs.py has whole runs on both.
+pytestmark = pytest.mark.once
 
 ROOT = Path(__file__).parents[2]
 
@@ -33,65 +38,7 @@ ROOT = Path(__file__).parents[2]
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """A small saved model, and pictures."""
-    root = tmp_path_factory.mktemp("data")
-    save_model(root / "model.keras")
-    write_digits(root / "digits", labels=range(3), each=12, size=16)
-    return root
-
-
-def save_model(path, classes=7, size=16):
-    keras.utils.set_random_seed(3)
-    layers = keras.layers
-    model = keras.Sequential(
-        [
-            keras.Input((size, size, 3)),
-            layers.Conv2D(8, 3, strides=2, activation="relu", name="conv"),
-            layers.BatchNormalization(name="bn"),
-            layers.Dropout(0.1, name="drop"),
-            layers.Flatten(name="flatten"),
-            layers.Dense(16, activation="relu", name="fc"),
-            layers.Dense(classes, activation="softmax", name="head"),
-        ]
-    )
-    model.save(path)
-    return model
-
-
-def recipe(folder, **options):
-    settings = {
-        "model": str(folder / "model.keras"),
-        "data": str(folder / "digits"),
-        "normalisation": "unit",
-        "epochs": 3,
-        "batch_size": 8,
-        "learning_rate": 0.01,
-        "augmentation": "light",
-        "lora": {"lora_rank": 2, "lora_dropout": 0.1},
-    }
-    return Recipe.from_dict({**settings, **options})
-
-
-def arguments(folder, out, *more):
-    return [
-        "finetune",
-        *("--model", str(folder / "model.keras"), "--data", str(folder / "digits")),
-        *("--normalisation", "unit", "--epochs", "3", "--batch-size", "8", "--lr", "0.01"),
-        *("--rank", "2", "--lora", "dropout=0.1", "--out", str(out), *more),
-    ]
-
-
-def adapter_values(run):
-    adapter = lora.Adapter.load(run / "adapter")
-    arrays = {f"{k}/{x}": getattr(v, x) for k, v in adapter.layers.items() for x in "ab"}
-    return {**arrays, **adapter.weights}
-
-
-def assert_same_run(one, two):
-    first, second = adapter_values(one), adapter_values(two)
-    assert first.keys() == second.keys() and first
-    for key, value in first.items():
-        np.testing.assert_array_equal(value, second[key])
-    assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()
+    return make_folder(tmp_path_factory.mktemp("data"))
 
 
 def test_a_run_can_be_opened_and_gives_the_model_of_its_best_epoch(folder, tmp_path):
@@ -140,36 +87,6 @@ def test_the_same_recipe_gives_the_same_weights_and_another_seed_others(folder, 
     assert_same_run(tmp_path / "one", tmp_path / "two")
     one, three = adapter_values(tmp_path / "one"), adapter_values(tmp_path / "three")
     assert any(not np.array_equal(one[key], three[key]) for key in one)
-
-
-@pytest.mark.long
-def test_a_killed_run_is_resumed_to_identical_weights(folder, tmp_path):
-    def command(out):
-        return [sys.executable, "-m", "tfimm_lora", *arguments(folder, out, "--resume")]
-
-    def start(out):
-        return subprocess.Popen(
-            command(out),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    whole = start(tmp_path / "whole")
-    said, _ = whole.communicate()
-    assert whole.returncode == 0 and "accuracy" in said
-    child = start(tmp_path / "run")
-    for line in child.stderr:
-        if line.startswith("epoch 1/3"):
-            os.kill(child.pid, signal.SIGKILL)
-            break
-    child.wait()
-    assert child.returncode == -signal.SIGKILL
-    again = start(tmp_path / "run")
-    _, errors = again.communicate()
-    assert again.returncode == 0 and "resuming the run" in errors, errors[-2000:]
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
 
 
 @pytest.mark.long
@@ -337,25 +254,6 @@ def test_weights_that_nobody_could_make_again_are_kept_in_the_run(folder, tmp_pa
     assert model.output_shape == (None, 3)
 
 
-def test_the_command_line_does_it_all(folder, tmp_path, capsys):
-    assert main(arguments(folder, tmp_path / "run", "--json")) == 0
-    told = json.loads(capsys.readouterr().out)
-    run = Run.open(tmp_path / "run")
-    assert told["trainable"] == run.facts["trainable"] < told["parameters"]
-    best = run.history[told["best_epoch"] - 1]
-    assert told["accuracy"] == pytest.approx(best["val_accuracy"], abs=1e-6)
-    for name in ("report.html", "curves.png", "confusion.png", "logs", "labels.txt"):
-        assert (run.path / name).exists(), name
-    # The config is enough to repeat it.
-    more = ["--config", str(run.path / "config.yaml"), "--out", str(tmp_path / "again")]
-    assert main(["finetune", *more]) == 0
-    assert_same_run(tmp_path / "run", tmp_path / "again")
-    capsys.readouterr()
-    assert main(["finetune", *more]) == 1
-    assert "--resume" in capsys.readouterr().err
-    assert main(["finetune", "--out", str(tmp_path / "again"), "--resume"]) == 0
-
-
 @pytest.mark.parametrize(
     "more, said",
     [
@@ -458,24 +356,6 @@ def test_a_model_from_a_file_gives_logits(tmp_path):
         open_base_model(tmp_path / "headless.keras", normalisation="unit")
     base = open_base_model(tmp_path / "headless.keras", normalisation="unit", classes=2)
     assert base.new_classifier and base.model.output_shape == (None, 2)
-
-
-@pytest.mark.long
-@pytest.mark.skipif(not LEGACY, reason="needs tfimm")
-def test_a_tfimm_model_is_fine_tuned(folder, tmp_path):
-    asked = recipe(
-        folder,
-        model="vit_tiny_patch16_224",
-        pretrained=False,
-        normalisation=None,
-        input_size=[32, 32],
-        epochs=1,
-        lora={"lora_rank": 2, "lora_targets": "attention", "lora_qkv": "qv"},
-    )
-    run = finetune_pictures(asked, tmp_path / "run", verbose="none")
-    assert run.preprocessing.mean == (0.5, 0.5, 0.5)
-    model = run.model()
-    assert model.cfg.nb_classes == 3 and model.cfg.input_size == (32, 32)
 
 
 @pytest.mark.long

@@ -23,7 +23,6 @@ import tfimm_lora as lora
 from tests.helpers.finished_run import LABELS, finished_run
 from tests.helpers.kerases import keras
 from tests.helpers.picture_folders import break_picture, write_digits
-from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.finetuning.data.dataset import find_pictures
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
@@ -34,7 +33,7 @@ from tfimm_lora.finetuning.report.page import evaluate_run, write_report
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_curves, draw_mistakes
 from tfimm_lora.finetuning.run import Run
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = pytest.mark.once
 
 CHROMIUM = next(filter(shutil.which, ("chromium", "chromium-browser", "google-chrome")), None)
 
