@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 #: How long the tests of one Keras may take, in seconds of one process.
-SECONDS = {"legacy": 560, "keras3": 720}
+SECONDS = {"legacy": 520, "keras3": 670}
 
 ALWAYS = (
     "test_create.py::test_saved_lora_model_loads_and_trains_on[none-False-keras]",
