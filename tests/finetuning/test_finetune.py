@@ -123,6 +123,39 @@ def test_training_learns_and_changes_what_it_may_only(tmp_path):
     )
 
 
+@pytest.mark.parametrize("labels", ["numbers", "one column", "one-hot"])
+def test_a_step_is_traced_once(labels):
+    """Keras alone traces it twice: its optimizer and metrics get their variables in between."""
+    traced = []
+
+    class Counted(keras.layers.Layer):
+        def call(self, x, training=None):
+            if training and not tf.executing_eagerly():
+                traced.append(x)
+            return x
+
+    inputs = keras.Input((4,))
+    outputs = keras.layers.Dense(3, name="fc")(Counted()(inputs))
+    model = lora.inject_lora(keras.Model(inputs, outputs), lora_rank=2, lora_targets=["fc"])
+    y = np.arange(6) % 3
+    loss = None
+    if labels == "one column":
+        y = y[:, None]
+    elif labels == "one-hot":
+        y = np.eye(3, dtype="float32")[y]
+        loss = keras.losses.CategoricalCrossentropy(from_logits=True)
+    data = tf.data.Dataset.from_tensor_slices((np.ones((6, 4), "float32"), y)).batch(4)
+    result = finetune(model, data, data, epochs=2, loss=loss, verbose="none")
+    assert len(traced) == 1
+    # The metric is the one that Keras chooses for these labels.
+    reference = keras.metrics.CategoricalAccuracy()
+    reference.update_state(
+        np.eye(3)[np.arange(6) % 3], array(model(np.ones((6, 4), "float32")))
+    )
+    best = result.history[result.best_epoch - 1]
+    assert best["val_accuracy"] == pytest.approx(float(reference.result()))
+
+
 @pytest.mark.parametrize("crash", [1, pytest.param(3, marks=pytest.mark.long)])
 def test_a_resumed_training_is_the_same_to_the_last_bit(tmp_path, crash):
     whole = net()

@@ -573,7 +573,8 @@ def concepts() -> dict[str, Any]:
 
 
 def boxes() -> dict[str, Any]:
-    box = np.array([[[4.0, 4.0, 20.0, 20.0]]], "float32")
+    # As large as the smallest anchors: with none that matches, the loss is zero.
+    box = np.array([[[0.0, 0.0, 32.0, 32.0]]], "float32")
     return {"boxes": np.tile(box, (2, 1, 1)), "labels": np.array([[0], [2]])}
 
 
@@ -609,7 +610,7 @@ def task(cls: str, backbone: Callable[[], Any], arguments=None, **more: Any) -> 
 BACKBONES = [
     HubModel("CSPNetBackbone", cspnet, features=16),
     HubModel("DeiTBackbone", deit, features=8),
-    HubModel("DenseNetBackbone", densenet, features=10),
+    HubModel("DenseNetBackbone", densenet, features=38),
     HubModel("EfficientNetBackbone", efficientnet, features=1280),
     HubModel("EfficientNetBackbone", efficientnet_v2, kind="v2", features=1280),
     HubModel("HGNetV2Backbone", hgnetv2, features=32),

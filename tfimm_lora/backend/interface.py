@@ -217,6 +217,18 @@ class Backend(ABC):
         """Whether the optimizer of a compiled model has its variables, as after a step."""
 
     @abstractmethod
+    def create_metrics(self, model: Any, batch: tuple[Any, Any]) -> None:
+        """Create the metrics of a compiled model before ``fit``, where ``fit`` would be late.
+
+        On TensorFlow ``fit`` of both Kerases creates them in its first step, which is then
+        traced twice: half of the time until it runs.
+
+        Args:
+            model: The compiled model, whose optimizer has its variables.
+            batch: Inputs and targets, of which only shapes and types matter.
+        """
+
+    @abstractmethod
     def mark_uncompiled(self, model: Layer) -> None:
         """Make ``fit`` ask for ``compile``, because the optimizer has other variables."""
 

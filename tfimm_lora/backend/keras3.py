@@ -247,6 +247,13 @@ class Keras3Backend(Backend):
     def has_built_optimizer(self, model: Layer) -> bool:
         return bool(getattr(model.optimizer, "built", False))
 
+    def create_metrics(self, model: Any, batch: tuple[Any, Any]) -> None:
+        # JAX does this in fit; torch has nothing to trace. Keras 3.3 lacks the method.
+        build = getattr(model, "_symbolic_build", None)
+        is_own = type(model).train_step is not keras.Model.train_step
+        if build is not None and not is_own and keras.backend.backend() == "tensorflow":
+            build(data_batch=batch)
+
     def mark_uncompiled(self, model: Layer) -> None:
         model.compiled = False
 

@@ -229,6 +229,14 @@ class LegacyBackend(Backend):
             return True  # those of ``keras.optimizers.legacy`` do not say
         return bool(getattr(optimizer, "_built", False))
 
+    def create_metrics(self, model: Any, batch: tuple[Any, Any]) -> None:
+        if type(model).train_step is not tf_keras.Model.train_step:
+            return  # a step of its own may have other outputs
+        x, y = batch
+        outputs = model(x, training=False)
+        model.compiled_loss.build(outputs)
+        model.compiled_metrics.build(outputs, tf.convert_to_tensor(y))
+
     def mark_uncompiled(self, model: Layer) -> None:
         model._is_compiled = False
 

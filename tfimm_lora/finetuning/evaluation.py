@@ -112,9 +112,11 @@ def predict_pictures(
             return problem
         return np.asarray(prepare(pixels), np.float32)
 
+    logits_of = _Logits(model)
+
     def predicted(batch: list[Any]) -> Iterator[np.ndarray | UnreadablePicture]:
         good = [x for x in batch if isinstance(x, np.ndarray)]
-        p = iter(np.exp(log_softmax(_logits(model, np.stack(good)))) if good else ())
+        p = iter(np.exp(log_softmax(logits_of(np.stack(good)))) if good else ())
         yield from (next(p) if isinstance(x, np.ndarray) else x for x in batch)
 
     names = [os.fspath(path) for path in paths]
@@ -135,7 +137,8 @@ def _outputs(model: Any, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray
             "Received an infinite dataset; expected one with each picture once. Leave out "
             "repeat()."
         )
-    pairs = [(_logits(model, x), np.asarray(y)) for x, y in batches]
+    logits_of = _Logits(model)
+    pairs = [(logits_of(x), np.asarray(y)) for x, y in batches]
     if not pairs:
         raise ValueError("Received a dataset without batches; expected at least one picture.")
     logits, labels = (np.concatenate(parts) for parts in zip(*pairs))
@@ -149,15 +152,26 @@ def _outputs(model: Any, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray
     return logits, labels
 
 
-def _logits(model: Any, pictures: Any) -> np.ndarray:
-    """The outputs of the model for a batch, in float64."""
-    x = np.asarray(pictures)
-    outputs = model.predict_on_batch(x)
-    shape = getattr(outputs, "shape", None)
-    if shape is None or len(shape) != 2 or len(outputs) < len(x):
-        raise ValueError(
-            f"The model '{model.name}' returns outputs of shape {shape} for {len(x)} pictures; "
-            "expected logits, (pictures, classes)."
-        )
-    # Under a strategy, Keras 3 returns the outputs once for each device.
-    return np.asarray(outputs, np.float64)[: len(x)]
+class _Logits:
+    """The outputs of a model for one batch after the other, in float64.
+
+    A batch that is smaller than an earlier one, as the last often is, is filled up with copies:
+    another size would be traced or compiled anew, which takes longer than to compute it.
+    """
+
+    def __init__(self, model: Any) -> None:
+        self.model, self.size = model, 0
+
+    def __call__(self, pictures: Any) -> np.ndarray:
+        x = np.asarray(pictures)
+        self.size = max(self.size, len(x))
+        filled = np.concatenate([x, np.repeat(x[-1:], self.size - len(x), axis=0)])
+        outputs = self.model.predict_on_batch(filled)
+        shape = getattr(outputs, "shape", None)
+        if shape is None or len(shape) != 2 or len(outputs) < len(x):
+            raise ValueError(
+                f"The model '{self.model.name}' returns outputs of shape {shape} for "
+                f"{len(filled)} pictures; expected logits, (pictures, classes)."
+            )
+        # Under a strategy, Keras 3 returns the outputs once for each device.
+        return np.asarray(outputs, np.float64)[: len(x)]

@@ -187,6 +187,9 @@ def finetune(
                 train.epochs(first) if is_infinite else train,
                 dict(class_weight) if class_weight else None,
             )
+            example = _example(batches)
+            if example is not None and type(devices) is Devices:
+                backend.create_metrics(model, example)
             model.fit(
                 batches,
                 epochs=epochs,
@@ -234,6 +237,20 @@ def _steps(train: Any, steps_per_epoch: int | None) -> int:
             "dataset of known length. Pass steps_per_epoch for others."
         )
     return steps
+
+
+def _example(batches: Any) -> tuple[np.ndarray, np.ndarray] | None:
+    """Zeros of the shapes and types of a batch of two; None if they are not known."""
+    spec = getattr(batches, "element_spec", None)
+    if not isinstance(spec, tuple) or len(spec) < 2:
+        return None
+    zeros = []
+    for part in spec[:2]:
+        shape, dtype = getattr(part, "shape", None), getattr(part, "dtype", None)
+        if shape is None or getattr(shape, "rank", 1) is None or None in tuple(shape)[1:]:
+            return None
+        zeros.append(np.zeros((2, *tuple(shape)[1:]), getattr(dtype, "as_numpy_dtype", dtype)))
+    return zeros[0], zeros[1]
 
 
 def _cross_entropy(backend: Backend, devices: Devices) -> Any:

@@ -75,10 +75,13 @@ def _plain_class_of(model: Layer) -> type:
 
 def _copy_state(backend: Backend, model: Layer, copy: Layer) -> None:
     """Copy values and trainability of a model into its copy, layer by layer."""
-    pairs = list(zip(_plain_layers(backend, model), _plain_layers(backend, copy)))
+    layers = [_plain_layers(backend, m) for m in (model, copy)]
+    if len(layers[0]) != len(layers[1]):
+        # A layer without variables, which two layers share, may have become two.
+        layers = [[x for x in each if backend.own_variables(x)] for each in layers]
+    pairs = list(zip(*layers))
     shapes = [[_shapes(backend, layer) for layer in pair] for pair in pairs]
-    counts = {len(_plain_layers(backend, m)) for m in (model, copy)}
-    if len(counts) > 1 or any(one != other for one, other in shapes):
+    if len(layers[0]) != len(layers[1]) or any(one != other for one, other in shapes):
         raise ValueError(
             _cannot_copy(model, "a model created from its config has other variables")
         )

@@ -83,18 +83,21 @@ def _of_keras(model: Any, names: Mapping[str, str]) -> Naming | None:
         for family in reversed(FAMILIES)
         if _is_backbone(layer, family, names)
     ]
-    if backbones:  # some share a class in keras_hub, so the one that has the most layers
-        return max(backbones, key=lambda x: (_count(x, names.values()), len(x.family.needs)))
     adaptable = [names[p] for p, x in layers if isinstance(x, LoRALayer) or supported(x)]
+    if backbones:  # some share a class in keras_hub, so the one that has the most layers
+        found = max(backbones, key=lambda x: (_count(x, names.values()), len(x.family.needs)))
+        # Of BASNet's encoder only the stem: its blocks are parts of other models.
+        if _count(found, adaptable) > 1:
+            return found
     if len(adaptable) < _MIN_KNOWN:
         return None
-    found = recognize(adaptable, libraries=(APPLICATIONS,))
-    if found is None:
+    recognized = recognize(adaptable, libraries=(APPLICATIONS,))
+    if recognized is None:
         return None
-    others = [name for name in adaptable if found.to_timm(name) is None]
+    others = [name for name in adaptable if recognized.to_timm(name) is None]
     if len(adaptable) - len(others) < _MIN_KNOWN:
         return None
-    return found if len(others) <= min(_MAX_OTHERS, len(adaptable) // 4) else None
+    return recognized if len(others) <= min(_MAX_OTHERS, len(adaptable) // 4) else None
 
 
 def _count(naming: Naming, names: Iterable[str]) -> int:

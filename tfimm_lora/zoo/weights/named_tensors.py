@@ -22,7 +22,11 @@ _IN_PROJ = re.compile(r"(?P<attention>.*\.)in_proj_(?P<leaf>weight|bias)")
 
 #: timm's names of these rows, by that of the output projection: SigLIP's pooling.
 _ROWS = {
-    "attn_pool.proj": (Name("attn_pool.q"), Name("attn_pool.kv", "k"), Name("attn_pool.kv", "v"))
+    "attn_pool.proj": (
+        Name("attn_pool.q"),
+        Name("attn_pool.kv", "k"),
+        Name("attn_pool.kv", "v"),
+    )
 }
 
 
