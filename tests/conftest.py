@@ -23,7 +23,9 @@ def pytest_report_header():
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config, items):
-    mark_slow_tests(items, not any("::" in str(argument) for argument in config.args))
+    # --lf collects the failed tests of a file only.
+    whole_files = not any("::" in str(argument) for argument in config.args)
+    mark_slow_tests(items, whole_files and not config.getoption("lf", False))
 
 
 #: Keras 3 collects garbage in clear_session. A full collection over TensorFlow's modules and

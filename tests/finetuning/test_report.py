@@ -21,7 +21,7 @@ from sklearn.calibration import calibration_curve
 
 import tfimm_lora as lora
 from tests.helpers.finished_run import LABELS, finished_run
-from tests.helpers.kerases import keras
+from tests.helpers.kerases import array, keras
 from tests.helpers.picture_folders import break_picture, write_digits
 from tfimm_lora.finetuning.data.dataset import find_pictures
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
@@ -173,6 +173,28 @@ def test_evaluation_of_a_model_is_what_keras_says():
     assert value.labels == ("cat", "dog", "eel") and value.predictions[0].path is None
     batches = [(x[:20], y[:20]), (x[20:], y[20:])]
     assert evaluate(model, iter(batches)).to_dict()["confusion"] == value.confusion.tolist()
+
+
+def test_a_smaller_batch_is_filled_up_and_changes_nothing(monkeypatch):
+    """A batch of another size would be traced or compiled anew."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), keras.layers.Dense(3)])
+    x, y = np.random.normal(size=(10, 6)).astype("float32"), np.arange(10) % 3
+    sizes, original = [], model.predict_on_batch
+
+    def predict_on_batch(batch):
+        sizes.append(len(batch))
+        return original(batch)
+
+    monkeypatch.setattr(model, "predict_on_batch", predict_on_batch)
+    parts = [(x[i:j], y[i:j]) for i, j in ((0, 4), (4, 8), (8, 10))]
+    found = evaluate(model, parts, labels=("a", "b", "c"))
+    assert sizes == [4, 4, 4] and found.confusion.sum() == 10
+    logits = x.astype("float64") @ array(model.layers[-1].kernel).astype("float64")
+    assert found.accuracy == np.mean(logits.argmax(1) == y)
+    expected = np.exp(logits) / np.exp(logits).sum(1, keepdims=True)
+    loss = -np.log(expected[np.arange(10), y]).mean()
+    np.testing.assert_allclose(found.loss, loss, rtol=1e-5)
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, keras, run
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base_model import open_base_model
+from tfimm_lora.zoo.keras3_models import base, presets
 from tfimm_lora.zoo.keras3_models.build import build
 from tfimm_lora.zoo.keras3_models.folders import folder_kind
 from tfimm_lora.zoo.keras3_models.known import is_known, known, names, refusal_reason
@@ -154,6 +155,16 @@ def test_the_positions_of_clip_and_siglip_are_numbered(name):
     lora.transfer_weights(source, back)
     np.testing.assert_array_equal(run(back, x), run(source, x))
     np.testing.assert_array_equal(array(numbers), [range(count)])
+
+
+@only_keras3
+def test_the_positions_of_a_preset_without_weights_are_numbered(monkeypatch):
+    encoder = keras_hub.models.CLIPVisionEncoder(16, 8, 1, 2, 8, image_shape=(32, 32, 3))
+    preset = presets.Preset(encoder, None, False)
+    monkeypatch.setattr(base, "open_preset", lambda *args, **kwargs: preset)
+    model = lora.create_model("hub/clip", nb_classes=2)
+    (numbers,) = [v for v in model.variables if v.name == "position_ids"]
+    np.testing.assert_array_equal(array(numbers), [range(5)])
 
 
 @only_keras3

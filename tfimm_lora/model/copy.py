@@ -77,8 +77,8 @@ def _copy_state(backend: Backend, model: Layer, copy: Layer) -> None:
     """Copy values and trainability of a model into its copy, layer by layer."""
     layers = [_plain_layers(backend, m) for m in (model, copy)]
     if len(layers[0]) != len(layers[1]):
-        # A layer without variables, which two layers share, may have become two.
-        layers = [[x for x in each if backend.own_variables(x)] for each in layers]
+        # A layer without weights, which two layers share, may have become two.
+        layers = [[x for x in each if x.weights] for each in layers]
     pairs = list(zip(*layers))
     shapes = [[_shapes(backend, layer) for layer in pair] for pair in pairs]
     if len(layers[0]) != len(layers[1]) or any(one != other for one, other in shapes):

@@ -30,6 +30,7 @@ from tfimm_lora.zoo.keras3_models.presets import (
 )
 from tfimm_lora.zoo.keras3_models.sources import find_source
 from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
+from tfimm_lora.zoo.weights.positions import compute_positions
 
 #: The arguments of ``create_base`` that change the architecture.
 ARGUMENTS = ("nb_classes", "in_channels", "input_size", *PREPROCESSING_FIELDS)
@@ -166,6 +167,8 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any]) -> Base:
             f"Received in_channels={given['in_channels']} for the preset {name!r}; expected 3."
         )
     preset = open_preset(name, load_weights=load_weights, input_size=given.get("input_size"))
+    if not load_weights:
+        compute_positions(preset.model)
     classes, backend = given.get("nb_classes"), default_backend()
     if preset.has_classifier:
         model, is_new = with_logits(backend, preset.model, classes)

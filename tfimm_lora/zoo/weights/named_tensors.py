@@ -103,7 +103,7 @@ class NamedTensors:
         shapes = [self._tensors.shapes[self._files[x]] for x in found]
         if self._adds_position and name.name == _POSITIONS:
             return (1, shapes[0][1] + 1, shapes[0][2])
-        if found[0] in self._thirds:
+        if found[0] in self._thirds and shapes[0][0] % 3 == 0:
             return (shapes[0][0] // 3, *shapes[0][1:])
         first = sum(shape[0] if shape else 1 for shape in shapes)
         if name.block is not None and found[0].block is None:
