@@ -20,7 +20,7 @@ PYTEST  = $(PY) -m pytest -n 2
 LEGACY  = TF_USE_LEGACY_KERAS=1 $(PYTEST)
 KERAS3  = TF_USE_LEGACY_KERAS=0 $(PYTEST)
 
-.PHONY: help demo test test-legacy test-keras3 test-long test-backends test-jax test-torch \
+.PHONY: help demo test test-legacy test-keras3 test-long test-nightly test-backends test-jax test-torch \
 	test-oldest test-interop test-peft-random test-wheel benchmark experiment docs quality clean
 
 help:  ## Show this list
@@ -32,26 +32,30 @@ demo: $(STAMP)  ## Fine-tune an ImageNet model on photographs in four ways, comp
 test: test-legacy test-keras3  ## Run the tests on legacy Keras and on Keras 3
 
 test-legacy: $(STAMP)  ## Run the tests on legacy Keras
-	$(LEGACY) -m "not long and not once"
+	$(LEGACY) -m "not long and not nightly and not once"
 
 test-keras3: $(HUB)  ## Run the tests on Keras 3, and those that do not depend on Keras
-	$(KERAS3) -m "not long"
+	$(KERAS3) -m "not long and not nightly"
 
 test-long: $(HUB)  ## Run slow tests: killed and resumed runs, several devices, exports
-	$(LEGACY) -m "long and not once"
-	$(KERAS3) -m long
+	$(LEGACY) -m "long and not nightly and not once"
+	$(KERAS3) -m "long and not nightly"
+
+test-nightly: $(HUB)  ## Run more models, formats and settings on the paths that the other tests take
+	$(LEGACY) -m "nightly and not once"
+	$(KERAS3) -m nightly
 
 test-backends: test-jax test-torch  ## Run the tests of layers and models on JAX and torch
 
 test-jax: $(VENV)/.made-backends  ## Run the tests of layers and models on JAX
-	KERAS_BACKEND=jax $(KERAS3) -m "backends and not long"
+	KERAS_BACKEND=jax $(KERAS3) -m "backends and not long and not nightly"
 
 test-torch: $(VENV)/.made-backends  ## Run the tests of layers and models on torch
-	KERAS_BACKEND=torch $(KERAS3) -m "backends and not long"
+	KERAS_BACKEND=torch $(KERAS3) -m "backends and not long and not nightly"
 
 test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported versions
-	TF_USE_LEGACY_KERAS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" $(OLDEST_TESTS)
-	TF_USE_LEGACY_KERAS=0 $(OLDEST)/bin/python -m pytest -n 2 -m "not long" $(OLDEST_TESTS)
+	TF_USE_LEGACY_KERAS=1 $(OLDEST)/bin/python -m pytest -n 2 -m "not long and not nightly" $(OLDEST_TESTS)
+	TF_USE_LEGACY_KERAS=0 $(OLDEST)/bin/python -m pytest -n 2 -m "not long and not nightly" $(OLDEST_TESTS)
 
 test-interop: $(VENV)/.made-interop $(FOUR)/.made  ## Compare with timm, transformers and PEFT on torch
 	$(LEGACY) tests/interop
@@ -63,7 +67,7 @@ test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 r
 		-o timeout=3600 tests/interop/test_peft_random_targets.py tests/interop/test_peft_random_files.py
 
 test-wheel: $(VENV)/.made-wheel  ## Build sdist and wheel; run the commands of README and docs in new environments
-	$(PY) -m pytest -m "not long" tests/wheel
+	$(PY) -m pytest -m "not long and not nightly" tests/wheel
 
 benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and other LoRAs
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/performance.py \

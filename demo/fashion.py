@@ -31,6 +31,7 @@ from _data import LABELS, find_fashion_mnist, write_pictures
 from _report import Way, console, print_table, write_report
 from _weights import MODEL, write_checkpoint
 
+from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.base_model import BaseModel, open_base_model
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import PictureSet, Split, find_pictures
@@ -158,8 +159,8 @@ class Demo:
             seed=self.seed,
         )
         run = finetune_pictures(recipe, self.out / "run", verbose=self.verbose)
-        evaluate_run(run)  # writes report.html
         model = run.model()
+        evaluate_run(run, model)  # writes report.html
         logits = logits_of(model, split.test, run.preprocessing)
         trained, total = run.facts["trainable"], run.facts["parameters"]
         way = _way("LoRA", True, split, logits, trained, total, run.facts["seconds"])
@@ -235,6 +236,10 @@ def fit(
     loss = tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     optimizer = create_optimizer(tf.keras, steps=epochs * steps_per_epoch, learning_rate=rate)
     model.compile(optimizer, loss)
+    # The first step is traced twice if it creates the variables of the optimizer and metrics.
+    optimizer.build(model.trainable_variables)
+    x, y = next(iter(train))
+    backend_of(model).create_metrics(model, (x[:2], y[:2]))
     model.fit(
         train,
         epochs=epochs,

@@ -138,9 +138,9 @@ def test_list_models():
     "train_bias, merged, form",
     [
         ("none", False, "keras"),
-        pytest.param("all", True, "keras", marks=pytest.mark.long),
-        pytest.param("all", False, "savedmodel", marks=pytest.mark.long),
-        pytest.param("none", True, "savedmodel", marks=pytest.mark.long),
+        pytest.param("all", True, "keras", marks=pytest.mark.nightly),
+        pytest.param("all", False, "savedmodel", marks=pytest.mark.nightly),
+        pytest.param("none", True, "savedmodel", marks=pytest.mark.nightly),
     ],
 )
 def test_saved_lora_model_loads_and_trains_on(tmp_path, train_bias, merged, form):

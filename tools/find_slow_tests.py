@@ -3,9 +3,9 @@
     TF_USE_LEGACY_KERAS=1 python -m pytest -n 2 --durations=0 -m "not once" > durations.txt
     python tools/find_slow_tests.py legacy durations.txt
 
-The slowest tests of a run are left to `make test-long` until the others take SECONDS
+The slowest tests of a run are left to `make test-nightly` until the others take SECONDS
 altogether. Tests in ALWAYS stay: each is the only one that follows a job from end to end.
-Tests that are marked long in their source are not listed.
+Tests that are marked in their source are not listed.
 """
 
 import re

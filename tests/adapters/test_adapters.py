@@ -13,14 +13,14 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras, run, values
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 from tfimm_lora.model.merge import has_lora, lora_layers
 
 GENERIC = pytest.mark.parametrize("spec", tiny_models.GENERIC, ids=lambda spec: spec.name)
 #: On legacy Keras one that Keras rebuilds and one that it cannot.
 KINDS = pytest.mark.parametrize(
     "spec",
-    long_except(tiny_models.GENERIC, ["functional", "subclassed"])
+    nightly_except(tiny_models.GENERIC, ["functional", "subclassed"])
     if LEGACY
     else tiny_models.GENERIC,
     ids=None if LEGACY else lambda spec: spec.name,

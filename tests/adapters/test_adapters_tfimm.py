@@ -15,7 +15,7 @@ if not LEGACY:
     pytest.skip("tfimm needs legacy Keras", allow_module_level=True)
 
 from tests.golden import images
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 from tests.helpers.tiny_architectures import ARCHITECTURES, CLASSIFIERS, digits
 from tests.zoo.test_weights import make, path_of
 
@@ -57,7 +57,7 @@ def test_adapter_that_peft_wrote_gives_pefts_logits(name, tmp_path):
 #: With every supported layer and every bias for all families, with the defaults for some.
 KINDS = [(name, "all") for name in CLASSIFIERS]
 KINDS += [(name, "none") for name in ("vit", "swin", "convnext", "resnet")]
-KINDS = long_except(KINDS, {"vit-all", "convnext-none"}, name="-".join)
+KINDS = nightly_except(KINDS, {"vit-all", "convnext-none"}, name="-".join)
 
 
 @pytest.mark.parametrize("name, train_bias", KINDS)
@@ -174,7 +174,7 @@ INITIALIZATIONS = ("gaussian", "orthogonal", "pissa", "pissa_niter_4", "olora", 
 
 
 @pytest.mark.parametrize("freeze_a", [False, True])
-@pytest.mark.parametrize("init", long_except(INITIALIZATIONS, ["pissa"]))
+@pytest.mark.parametrize("init", nightly_except(INITIALIZATIONS, ["pissa"]))
 def test_a_lora_class_of_any_initialization_takes_adapters_like_an_injected_model(
     init, freeze_a
 ):
@@ -211,7 +211,7 @@ def test_lora_of_an_adapter_does_not_keep_other_settings_of_the_lora_class(setti
     np.testing.assert_allclose(run(model, x), run(tuned, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", long_except(["swin", "convnext", "resnet"], ["convnext"]))
+@pytest.mark.parametrize("name", nightly_except(["swin", "convnext", "resnet"], ["convnext"]))
 def test_each_row_of_a_batch_has_its_own_adapter(name):
     tiny = ARCHITECTURES[name]
     base, x = tiny.make(), digits(4, tiny.size)[0]

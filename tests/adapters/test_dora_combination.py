@@ -5,7 +5,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, keras, normal, run
-from tests.helpers.selection import long_on_legacy
+from tests.helpers.selection import nightly_on_legacy
 
 K = keras.layers
 
@@ -43,7 +43,7 @@ def kernels(x):
 @pytest.mark.parametrize("merged", [False, True], ids=["unmerged", "merged"])
 @pytest.mark.parametrize("combination_type", TYPES)
 @pytest.mark.filterwarnings("ignore:combination_type.*lost")
-@long_on_legacy
+@nightly_on_legacy
 def test_the_error_is_that_of_the_merged_kernels(combination_type, merged):
     given, weights = [adapter(1), adapter(10)], [1.0, 0.5]
     combined = lora.combine_adapters(

@@ -64,7 +64,7 @@ def test_a_layer_named_like_a_level_of_peft_round_trips(word, tmp_path):
 
 #: Pairs of words. `make test` runs those with the first word.
 PAIRS = [
-    pytest.param(pair, id="-".join(pair), marks=[] if WORDS[0] in pair else pytest.mark.long)
+    pytest.param(pair, id="-".join(pair), marks=[] if WORDS[0] in pair else pytest.mark.nightly)
     for pair in itertools.combinations(WORDS[:9], 2)
 ]
 

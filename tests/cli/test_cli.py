@@ -13,7 +13,7 @@ import typer
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal
-from tests.helpers.selection import LONG_ON_LEGACY
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tests.helpers.tiny_models import functional
 from tfimm_lora.backend.frameworks import installed
 from tfimm_lora.cli import commands, main
@@ -23,7 +23,7 @@ from tfimm_lora.cli.models import known_models
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.zoo.model_table import tfimm_models
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = NIGHTLY_ON_LEGACY
 
 #: The commands that are tested here.
 COMMANDS = ("models", "plan", "inspect", "convert", "combine", "diff")

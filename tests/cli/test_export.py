@@ -13,14 +13,14 @@ from scipy.special import softmax
 import tfimm_lora as lora
 from tests.helpers.finished_run import SIDE, finished_run
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run
-from tests.helpers.selection import LONG_ON_LEGACY
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tfimm_lora.cli import export as export_module
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.model.merge import has_lora
 
 pytestmark = [
     pytest.mark.skipif(BACKEND != "tensorflow", reason="fine-tuning is tf.data's"),
-    *LONG_ON_LEGACY,
+    *NIGHTLY_ON_LEGACY,
 ]
 
 

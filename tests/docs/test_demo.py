@@ -101,7 +101,7 @@ def test_pictures_and_weights_that_are_missing_name_what_to_do(demo, tmp_path, m
         weights.weights_file()
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
 def test_notebook_from_photographs_to_tflite(demo, tmp_path):
     """With small drawn pictures in place of the photographs."""

@@ -26,8 +26,8 @@ NEEDS_TFIMM = ("create_model(", "list_models(")
 def python_blocks():
     for path in [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]:
         for number, code in enumerate(blocks(path, "python")):
-            # Examples that run on both Kerases: on legacy Keras by `make test-long`.
-            marks = [pytest.mark.long] if LEGACY and not needs_tfimm(code) else []
+            # Examples that run on both Kerases: on legacy Keras by `make test-nightly`.
+            marks = [pytest.mark.nightly] if LEGACY and not needs_tfimm(code) else []
             yield pytest.param(code, id=f"{path.relative_to(ROOT)}-{number}", marks=marks)
 
 
@@ -87,7 +87,9 @@ def modules():
         if not LEGACY and "architectures" in module.name:
             continue
         if module.name.rpartition(".")[2] not in (*skipped, "__main__"):
-            marks = [pytest.mark.long] if LEGACY and not needs_tfimm(source_of(module)) else []
+            marks = (
+                [pytest.mark.nightly] if LEGACY and not needs_tfimm(source_of(module)) else []
+            )
             yield pytest.param(module.name, id=module.name, marks=marks)
 
 
@@ -121,7 +123,7 @@ NEEDS_PHOTOGRAPHS = "photographs_to_int8_tflite"
 def notebooks():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
         if path.stem not in (NEEDS_TORCH, NEEDS_PHOTOGRAPHS):
-            yield pytest.param(path, id=path.stem, marks=pytest.mark.long)
+            yield pytest.param(path, id=path.stem, marks=pytest.mark.nightly)
 
 
 @pytest.mark.parametrize("path", list(notebooks()))
@@ -199,7 +201,7 @@ def test_links_in_the_documents_lead_somewhere():
                 assert found, (path.name, target)
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.skipif(not LEGACY, reason="of tfimm models")
 def test_benchmark_runs(tmp_path):
     out, picture = tmp_path / "table.json", tmp_path / "images" / "table.svg"

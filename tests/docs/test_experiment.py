@@ -36,7 +36,7 @@ def run(tmp_path):
     )
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_the_experiment_runs(tmp_path):
     done = run(tmp_path)
     assert done.returncode == 0, done.stderr[-3000:]

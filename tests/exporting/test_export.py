@@ -11,7 +11,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run, values
-from tests.helpers.selection import long_on_legacy
+from tests.helpers.selection import nightly_except, nightly_on_legacy
 from tests.helpers.tiny_models import MODELS, Subclassed
 from tfimm_lora.exporting import export as export_module
 from tfimm_lora.exporting import runners
@@ -476,7 +476,7 @@ def test_a_model_that_differs_in_16_bits_is_reported(tmp_path, policy):
 
 
 @on_tensorflow
-@long_on_legacy
+@nightly_on_legacy
 @pytest.mark.parametrize("quantize", ["float16", "dynamic"])
 def test_quantised_weights_are_smaller(tmp_path, quantize):
     entry = keras.Input((64,))
@@ -645,7 +645,7 @@ FAST = ("vit", "onnx")
 @pytest.mark.parametrize(
     "name, format",
     [
-        pytest.param(n, f, marks=() if (n, f) == FAST else pytest.mark.long)
+        pytest.param(n, f, marks=() if (n, f) == FAST else pytest.mark.nightly)
         for n in ("vit", "convnext")
         for f in NAMES
     ],
@@ -665,7 +665,7 @@ def test_tfimm_models(tmp_path, name, format):
 
 @pytest.mark.long
 @pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
-@pytest.mark.parametrize("name", ["swin", "pvt", "seresnext"])
+@pytest.mark.parametrize("name", nightly_except(["swin", "pvt", "seresnext"], ["pvt"]))
 @pytest.mark.parametrize("format", ["tflite", "onnx"])
 def test_tfimm_models_that_ask_for_sizes_roll_or_have_groups(tmp_path, name, format):
     """As they are, TFLite lacks operations for them, and onnxruntime refuses PVT's file."""

@@ -5,7 +5,7 @@ import pytest
 
 from tests.helpers.kerases import LEGACY
 from tests.helpers.kerases import run as run_model
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 
 pytestmark = pytest.mark.skipif(LEGACY, reason="keras_hub runs on Keras 3")
 
@@ -72,7 +72,7 @@ def test_round_trip_through_other_names(variant, tmp_path):
 FAMILIES = ("deit_distilled", "swin", "dinov2_registers", "segformer")
 
 
-@pytest.mark.parametrize("name", long_except(FAMILIES, ["deit_distilled", "segformer"]))
+@pytest.mark.parametrize("name", nightly_except(FAMILIES, ["deit_distilled", "segformer"]))
 def test_families(name, tmp_path):
     model, weights = make(name)
     lora.inject_lora(model, lora_rank=2)

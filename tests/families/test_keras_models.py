@@ -8,7 +8,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, keras, normal, randomise, run
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 from tfimm_lora.adapters.model_names import in_library
 from tfimm_lora.model.naming import timm_view
 from tfimm_lora.zoo.weights.module_names import ModuleNames
@@ -240,7 +240,7 @@ def test_the_default_targets_are_those_of_the_family(name):
 
 
 @pytest.mark.backends
-@pytest.mark.parametrize("variant", long_except(["plain", "dora"], ["dora"]))
+@pytest.mark.parametrize("variant", nightly_except(["plain", "dora"], ["dora"]))
 @pytest.mark.parametrize("name", SMALL)
 def test_an_adapter_in_the_names_of_another_library_is_the_same(name, variant, tmp_path):
     make = SMALL[name]

@@ -12,7 +12,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import keras_hub_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras
-from tests.helpers.selection import long_except, long_on_legacy
+from tests.helpers.selection import nightly_except, nightly_on_legacy
 from tfimm_lora.backend import installed
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.model.classifier import classifier_paths
@@ -104,8 +104,10 @@ def test_another_activation_at_the_end_is_not_removed_silently(in_layer, tmp_pat
             open_base_model(tmp_path / "m.keras", normalisation="unit", classes=classes)
 
 
-@long_on_legacy
-@pytest.mark.parametrize("name", long_except(["MobileNet", "MobileNetV3Small"], ["MobileNet"]))
+@nightly_on_legacy
+@pytest.mark.parametrize(
+    "name", nightly_except(["MobileNet", "MobileNetV3Small"], ["MobileNet"])
+)
 def test_a_convolution_may_be_the_classifier(name, tmp_path):
     """By name and as a file: another number of classes, trained, merged, saved and loaded."""
     by_name = open_base_model(name, classes=3, input_size=(32, 32))
@@ -150,7 +152,7 @@ def test_a_backbone_gets_a_classifier(tmp_path):
 
 @pytest.mark.skipif(not KERAS_HUB, reason="needs keras_hub, which is for Keras 3")
 @pytest.mark.parametrize(
-    "name", long_except(["DINOV2Backbone", "CLIPVisionEncoder"], ["CLIPVisionEncoder"])
+    "name", nightly_except(["DINOV2Backbone", "CLIPVisionEncoder"], ["CLIPVisionEncoder"])
 )
 def test_a_backbone_of_keras_hub_is_trained(name, tmp_path):
     (spec,) = [m for m in keras_hub_models.BACKBONES if m.name == name]
@@ -220,7 +222,7 @@ def change_config(path, change):
     shutil.move(other, path)
 
 
-@long_on_legacy
+@nightly_on_legacy
 def test_a_file_of_the_other_keras_says_which_one_it_needs(tmp_path):
     path = tmp_path / "model.keras"
     code = OTHER.format(module="keras" if LEGACY else "tf_keras", path=str(path))

@@ -15,13 +15,13 @@ from safetensors.numpy import load_file
 
 import tfimm_lora as lora
 from tests.helpers.kerases import array, keras, values
-from tests.helpers.selection import LONG_ON_LEGACY
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints
 from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.training import finetune
 from tfimm_lora.utils.atomic_files import write_file
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = NIGHTLY_ON_LEGACY
 
 ROOT = Path(__file__).parents[2]
 
@@ -156,7 +156,7 @@ def test_a_step_is_traced_once(labels):
     assert best["val_accuracy"] == pytest.approx(float(reference.result()))
 
 
-@pytest.mark.parametrize("crash", [1, pytest.param(3, marks=pytest.mark.long)])
+@pytest.mark.parametrize("crash", [1, pytest.param(3, marks=pytest.mark.nightly)])
 def test_a_resumed_training_is_the_same_to_the_last_bit(tmp_path, crash):
     whole = net()
     expected = trained(whole, tmp_path / "whole")

@@ -178,11 +178,13 @@ def test_test_pictures_are_reported_apart_and_never_choose_the_epoch(folder, tmp
 @pytest.mark.parametrize(
     "options",
     [
-        pytest.param(dict(lora_init="eva", lora_freeze_a=True), marks=pytest.mark.long),
+        pytest.param(dict(lora_init="eva", lora_freeze_a=True), marks=pytest.mark.nightly),
         pytest.param(
-            dict(lora_init="pissa_niter_2", lora_use_dora=True), marks=pytest.mark.long
+            dict(lora_init="pissa_niter_2", lora_use_dora=True), marks=pytest.mark.nightly
         ),
-        pytest.param(dict(lora_bias=True, lora_targets=["conv", "fc"]), marks=pytest.mark.long),
+        pytest.param(
+            dict(lora_bias=True, lora_targets=["conv", "fc"]), marks=pytest.mark.nightly
+        ),
     ],
     ids=["eva", "pissa_dora", "bias"],
 )

@@ -10,12 +10,11 @@ import pytest
 
 from tests.helpers.kerases import LEGACY
 from tests.helpers.recipes import arguments, assert_same_run, make_folder, recipe
-from tests.helpers.selection import LONG_ON_LEGACY
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning.recipe import finetune_pictures
 from tfimm_lora.finetuning.run import Run
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = [pytest.mark.long] if LEGACY else []
 
 
 @pytest.fixture(scope="module")

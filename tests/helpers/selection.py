@@ -1,4 +1,4 @@
-"""Which tests `make test` runs, and which are left to `make test-long`."""
+"""Which tests `make test` runs, and which are left to `make test-nightly`."""
 
 from pathlib import Path
 
@@ -22,7 +22,7 @@ def slow_tests():
 
 
 def mark_slow_tests(items, whole_files):
-    """Mark the slow tests as long.
+    """Mark the slow tests as nightly.
 
     Args:
         items: The collected tests.
@@ -34,7 +34,7 @@ def mark_slow_tests(items, whole_files):
     slow = slow_tests()
     for item in items:
         if item.nodeid in slow:
-            item.add_marker(pytest.mark.long)
+            item.add_marker(pytest.mark.nightly)
     found = {item.nodeid for item in items}
     files = {nodeid.partition("::")[0] for nodeid in found}
     gone = sorted(x for x in slow - found if x.partition("::")[0] in files)
@@ -44,7 +44,7 @@ def mark_slow_tests(items, whole_files):
         )
 
 
-def long_except(values, quick, name=lambda value: getattr(value, "name", value)):
+def nightly_except(values, quick, name=lambda value: getattr(value, "name", value)):
     """Parameters of which only those named in ``quick`` run in `make test`.
 
     The others differ in what they contain, but take the same path through the package.
@@ -53,17 +53,17 @@ def long_except(values, quick, name=lambda value: getattr(value, "name", value))
         pytest.param(
             *(value if isinstance(value, tuple) else (value,)),
             id=str(name(value)),
-            marks=[] if name(value) in quick else pytest.mark.long,
+            marks=[] if name(value) in quick else pytest.mark.nightly,
         )
         for value in values
     ]
 
 
 #: For modules whose code is the same on both Kerases: `make test` runs them on Keras 3 only,
-#: `make test-long` on legacy Keras, too.
-LONG_ON_LEGACY = [pytest.mark.long] if LEGACY else []
+#: `make test-nightly` on legacy Keras, too.
+NIGHTLY_ON_LEGACY = [pytest.mark.nightly] if LEGACY else []
 
 
-def long_on_legacy(test):
-    """Mark one test as LONG_ON_LEGACY marks a module."""
-    return pytest.mark.long(test) if LEGACY else test
+def nightly_on_legacy(test):
+    """Mark one test as NIGHTLY_ON_LEGACY marks a module."""
+    return pytest.mark.nightly(test) if LEGACY else test

@@ -11,7 +11,7 @@ import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, randomise, run, values
 from tests.helpers.layer_cases import CASES
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 from tfimm_lora.config import lora_field_names
 from tfimm_lora.initializers.covariance import (
     Covariance,
@@ -306,7 +306,7 @@ def test_every_model_keeps_its_outputs_and_its_budget(kind):
 
 
 @pytest.mark.parametrize(
-    "kind", long_except(tiny_models.MODELS, ["convnext" if LEGACY else "functional"])
+    "kind", nightly_except(tiny_models.MODELS, ["convnext" if LEGACY else "functional"])
 )
 def test_a_model_trains_the_same_afterwards(kind):
     model = kind.make()

@@ -5,7 +5,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, run
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 from tfimm_lora.layers import forms
 
 layers = keras.layers
@@ -81,10 +81,10 @@ def forward_derivative(model, x, dx, compiled):
     "options",
     [
         pytest.param({}, id="lora"),
-        pytest.param({"lora_use_dora": True}, id="dora", marks=pytest.mark.long),
+        pytest.param({"lora_use_dora": True}, id="dora", marks=pytest.mark.nightly),
     ],
 )
-@pytest.mark.parametrize("kind", long_except(KINDS, ["dense"] if LEGACY else KINDS))
+@pytest.mark.parametrize("kind", nightly_except(KINDS, ["dense"] if LEGACY else KINDS))
 def test_the_derivative_is_that_of_the_merged_model(kind, options, compiled, monkeypatch):
     for form in FORMS if kind in ("dense", "conv", "pointwise") else ["whole"]:
         model, x = adapted(kind, monkeypatch, form, **options)

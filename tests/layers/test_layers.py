@@ -9,7 +9,7 @@ import tfimm_lora as lora
 from tests.helpers import layer_contracts
 from tests.helpers.kerases import BACKEND, LEGACY, UNIT_ROUNDOFF, array, keras, normal, run
 from tests.helpers.layer_cases import CASES, IDS
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 
 pytestmark = pytest.mark.backends
 
@@ -47,7 +47,7 @@ def test_layer_in_16_bits_is_near_the_reference(case, kind, policy):
 
 
 @pytest.mark.skipif(BACKEND == "torch", reason="torch compiles by other means, in minutes")
-@pytest.mark.parametrize("case", long_except(CASES, UNDER_XLA))
+@pytest.mark.parametrize("case", nightly_except(CASES, UNDER_XLA))
 def test_layer_trains_the_same_when_compiled_by_xla(case):
     steps, start = [], None
     for jit in (False, True):

@@ -20,7 +20,7 @@ from tests.helpers.kerases import (
     run,
     values,
 )
-from tests.helpers.selection import long_except, long_on_legacy
+from tests.helpers.selection import nightly_except, nightly_on_legacy
 from tfimm_lora.model.merge import lora_layers
 
 layers = keras.layers
@@ -37,8 +37,8 @@ def dense_model(*names, width=8, inputs=8):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="once is enough")
-@pytest.mark.parametrize("train_bias", long_except(["none", "all"], ["all"]))
-@long_on_legacy
+@pytest.mark.parametrize("train_bias", nightly_except(["none", "all"], ["all"]))
+@nightly_on_legacy
 def test_whole_file_loads_in_a_fresh_process_and_trains_the_same(tmp_path, train_bias):
     model, x = tiny_models.functional(), normal(4, 8, 8, 3)
     lora.inject_lora(model, lora_rank=2, lora_train_bias=train_bias)
@@ -373,7 +373,7 @@ def test_spectral_normalisation_stands_still():
         np.testing.assert_array_equal(array(variable), value)
 
 
-@long_on_legacy
+@nightly_on_legacy
 def test_sequences_with_masks_and_recurrent_layers():
     entry = keras.Input((5,), dtype="int32")
     x = layers.Embedding(9, 8, mask_zero=True, name="emb")(entry)

@@ -6,7 +6,7 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import model_contracts as contracts
 from tests.helpers.kerases import BACKEND, LEGACY, UNIT_ROUNDOFF, array, keras, run, values
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 from tests.helpers.tiny_models import APPLICATIONS, GENERIC, MODELS
 
 #: These trace several training and prediction functions, which takes seconds for each model.
@@ -21,7 +21,7 @@ QUICK = {"functional"} if LEGACY else {"functional", "nested"}
 KINDS = {"functional", "subclassed", "convnext"}
 
 
-def _is_long(name, promise):
+def _is_nightly(name, promise):
     return (promise in TRACING and name not in QUICK) or (LEGACY and name not in KINDS)
 
 
@@ -30,7 +30,7 @@ EVERY = [
         spec,
         promise,
         id=f"{spec.name}-{promise.__name__}",
-        marks=pytest.mark.long if _is_long(spec.name, promise) else (),
+        marks=pytest.mark.nightly if _is_nightly(spec.name, promise) else (),
     )
     for spec in MODELS
     for promise in contracts.PROMISES
@@ -53,7 +53,7 @@ def test_applications_adapt_train_merge_and_reload(spec, tmp_path):
 
 
 @pytest.mark.parametrize("kind", ["mixed_float16", "mixed_bfloat16"])
-@pytest.mark.parametrize("spec", long_except(GENERIC, ["functional"]))
+@pytest.mark.parametrize("spec", nightly_except(GENERIC, ["functional"]))
 def test_model_trains_and_merges_in_16_bits(spec, kind, policy):
     policy(kind)
     model, x = contracts.adapted(spec), spec.inputs(8)
@@ -75,7 +75,7 @@ def test_model_trains_and_merges_in_16_bits(spec, kind, policy):
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="XLA on TensorFlow; JAX always compiles")
-@pytest.mark.parametrize("spec", long_except(GENERIC, ["sequential"]))
+@pytest.mark.parametrize("spec", nightly_except(GENERIC, ["sequential"]))
 def test_model_trains_the_same_under_xla(spec):
     results, start = [], None
     for jit in (False, True):

@@ -12,14 +12,14 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, randomise, run, values
-from tests.helpers.selection import LONG_ON_LEGACY
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tfimm_lora.adapters.compact import compact_adapter, live_components
 from tfimm_lora.backend import backend_of
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.training.adalora import RankAllocator
 from tfimm_lora.training.loraplus import loraplus_optimizer
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = NIGHTLY_ON_LEGACY
 
 layers, optimizers = keras.layers, keras.optimizers
 CLOSE = dict(rtol=1e-4, atol=1e-5)

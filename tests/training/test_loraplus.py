@@ -11,11 +11,11 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, values
-from tests.helpers.selection import LONG_ON_LEGACY
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tfimm_lora.backend import default_backend
 from tfimm_lora.training.loraplus import LoRAPlus, loraplus_class, loraplus_optimizer
 
-pytestmark = LONG_ON_LEGACY
+pytestmark = NIGHTLY_ON_LEGACY
 
 layers, optimizers = keras.layers, keras.optimizers
 backend = default_backend()

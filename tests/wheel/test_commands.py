@@ -99,8 +99,10 @@ def clone(dist, tmp_path_factory):
     return root
 
 
-#: Another installation of TensorFlow takes minutes: `pytest tests/wheel -m long` runs it.
-QUICK = [pytest.param(x, marks=pytest.mark.long if x == "tensorflow" else ()) for x in SETUPS]
+#: Another installation of TensorFlow takes minutes: `pytest tests/wheel -m nightly` runs it.
+QUICK = [
+    pytest.param(x, marks=pytest.mark.nightly if x == "tensorflow" else ()) for x in SETUPS
+]
 
 
 @pytest.fixture(params=QUICK)

@@ -7,7 +7,7 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, ids, keras, randomise, run, values
-from tests.helpers.selection import long_except
+from tests.helpers.selection import nightly_except
 from tfimm_lora.model.merge import lora_layers
 
 if not LEGACY:
@@ -24,7 +24,7 @@ CLOSE = dict(rtol=1e-3, atol=1e-4)
 #: `make test` builds these models; the others differ in what they contain.
 QUICK = {"vit", "resnet", "convnext", "swin", "efficientnet"}
 
-classifiers = pytest.mark.parametrize("name", long_except(CLASSIFIERS, QUICK))
+classifiers = pytest.mark.parametrize("name", nightly_except(CLASSIFIERS, QUICK))
 
 
 def loss_of(labels, logits):
@@ -40,7 +40,7 @@ def leaves(model):
     return {path.rpartition("/")[2] for path in lora_layers(model)}
 
 
-@pytest.mark.parametrize("name", long_except(CLASSIFIERS, {"vit", "convnext"}))
+@pytest.mark.parametrize("name", nightly_except(CLASSIFIERS, {"vit", "convnext"}))
 def test_adapts_trains_merges_saves_and_reloads(name, tmp_path):
     tiny = ARCHITECTURES[name]
     base = tiny.make()
@@ -145,7 +145,7 @@ def test_features_and_models_without_classifier(name):
     np.testing.assert_allclose(given.reshape(pooled.shape), pooled, **CLOSE)
 
 
-@pytest.mark.parametrize("name", long_except(ARCHITECTURES, QUICK))
+@pytest.mark.parametrize("name", nightly_except(ARCHITECTURES, QUICK))
 def test_targets_all_adapts_every_layer_but_the_classifier(name):
     """Squeeze-and-excite, grouped, depthwise and standardised convolutions too."""
     base = ARCHITECTURES[name].make()
@@ -231,7 +231,7 @@ def test_layers_in_a_sequential_have_the_paths_of_the_weights():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("decoder", [False, True])
+@pytest.mark.parametrize("decoder", nightly_except([False, True], [True]))
 def test_segment_anything_learns_synthetic_masks(decoder, tmp_path):
     """Squares on noise, each asked for by a point in it."""
     base = ARCHITECTURES["segment_anything"].make()
@@ -322,7 +322,7 @@ COUNTED = [
 ]
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 def test_numbers_in_the_table_of_architectures_are_those_of_the_models():
     """One model of each family is counted; `make quality` compares the rest with the code."""
     (page,) = ROOT.glob("docs/**/architectures.md")

@@ -27,7 +27,7 @@ QUICK = {"ResNetBackbone", "ViTImageClassifier", "DINOV2Backbone", "SegFormerIma
 
 def of_each(models):
     return [
-        pytest.param(m, id=m.name, marks=() if m.name in QUICK else pytest.mark.long)
+        pytest.param(m, id=m.name, marks=() if m.name in QUICK else pytest.mark.nightly)
         for m in models
     ]
 

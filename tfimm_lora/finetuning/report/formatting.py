@@ -115,6 +115,8 @@ def readable(text: str) -> str:
         >>> print(readable("a\\x1b[2J\\n"))
         a\\x1b[2J\\n
     """
+    if text.isprintable():  # as are the pictures of a report, which are long
+        return text
     return "".join(_visible(character) for character in text)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
 from tfimm_lora.finetuning.metrics import Evaluation
@@ -29,7 +30,7 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 _SHOWN = 24
 
 
-def evaluate_run(run: Run) -> dict[str, Evaluation]:
+def evaluate_run(run: Run, model: Any = None) -> dict[str, Evaluation]:
     """Evaluate a run on its validation and test pictures and write the report.
 
     Writes ``curves.png``, ``confusion.png``, ``mistakes.png`` and ``report.html`` to the folder
@@ -37,6 +38,7 @@ def evaluate_run(run: Run) -> dict[str, Evaluation]:
 
     Args:
         run: A run whose training is complete.
+        model: Its model, if you have it already. Default: ``run.model()``.
 
     Returns:
         The evaluation on the validation pictures, "val", and, if there are any, on the test
@@ -45,7 +47,8 @@ def evaluate_run(run: Run) -> dict[str, Evaluation]:
     Raises:
         FileNotFoundError, ValueError: as ``Run.model`` and ``Run.split``.
     """
-    model, split = run.model(), run.split
+    model = run.model() if model is None else model
+    split = run.split
     held_out = {name: part for name, part in split.parts().items() if name != "train"}
     evaluations = {
         name: evaluate_pictures(
