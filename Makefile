@@ -19,6 +19,11 @@ PYTEST  = $(PY) -m pytest -n 2
 # Tests that do not depend on Keras are marked "once" and run with Keras 3 only.
 LEGACY  = TF_USE_LEGACY_KERAS=1 $(PYTEST)
 KERAS3  = TF_USE_LEGACY_KERAS=0 $(PYTEST)
+define INTEROP
+	$(LEGACY) -m $(1) tests/interop
+	KERAS_BACKEND=torch $(KERAS3) -m $(1) tests/interop/keras3/test_keras3_models.py
+	KERAS_BACKEND=jax $(KERAS3) -m $(1) tests/interop/keras3/test_transformers.py
+endef
 
 .PHONY: help demo test test-legacy test-keras3 test-long test-nightly test-backends test-jax test-torch \
 	test-oldest test-interop test-peft-random test-wheel benchmark experiment docs quality clean
@@ -41,9 +46,10 @@ test-long: $(HUB)  ## Run slow tests: killed and resumed runs, several devices, 
 	$(LEGACY) -m "long and not nightly and not once"
 	$(KERAS3) -m "long and not nightly"
 
-test-nightly: $(HUB)  ## Run more models, formats and settings on the paths that the other tests take
+test-nightly: $(VENV)/.made-interop $(FOUR)/.made  ## Run more models, formats and settings on the paths that the other tests take
 	$(LEGACY) -m "nightly and not once"
 	$(KERAS3) -m nightly
+	$(call INTEROP,nightly)
 
 test-backends: test-jax test-torch  ## Run the tests of layers and models on JAX and torch
 
@@ -58,9 +64,7 @@ test-oldest: $(OLDEST)/.made  ## Run the tests of layers on the oldest supported
 	TF_USE_LEGACY_KERAS=0 $(OLDEST)/bin/python -m pytest -n 2 -m "not long and not nightly" $(OLDEST_TESTS)
 
 test-interop: $(VENV)/.made-interop $(FOUR)/.made  ## Compare with timm, transformers and PEFT on torch
-	$(LEGACY) tests/interop
-	KERAS_BACKEND=torch $(KERAS3) tests/interop/keras3/test_keras3_models.py
-	KERAS_BACKEND=jax $(KERAS3) tests/interop/keras3/test_transformers.py
+	$(call INTEROP,"not nightly")
 
 test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 random files with PEFT (30 minutes)
 	TFIMM_LORA_LONG_PEFT_TESTS=1 TF_USE_LEGACY_KERAS=1 $(PY) -m pytest -n 2 -s -rA \

@@ -144,6 +144,7 @@ def test_one_adapter_in_every_framework_and_back(transformers_5, tmp_path):
         np.testing.assert_array_equal(end.weights[name], value)
 
 
+@pytest.mark.nightly
 def test_training_is_that_of_transformers(transformers_5, tmp_path):
     """20 steps of SGD from the same adapter: the same factors in PEFT and in Keras on JAX."""
     env = transformers_5

@@ -89,6 +89,7 @@ def test_an_unknown_key_is_an_error(transformers_5, tmp_path):
         transformers_5.check("vit", [tmp_path], tmp_path)
 
 
+@pytest.mark.nightly
 def test_training_goes_down(hugging_face, tmp_path):
     hugging_face.run(
         "train",

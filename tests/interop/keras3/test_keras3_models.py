@@ -8,6 +8,7 @@ import torch
 from safetensors.numpy import load_file
 
 import tfimm_lora as lora
+from tests.helpers.selection import nightly_except
 from tests.interop import timm_models
 from tfimm_lora.backend import keras3_backend
 from tfimm_lora.zoo.keras3_models.build import build
@@ -57,6 +58,13 @@ MODELS = {
     "densenet121": 64,
 }
 
+#: One of each family; the others run in `make test-nightly`.
+QUICK = {
+    *("vit_tiny_patch16_224", "vit_small_patch14_dinov2", "vit_small_patch16_dinov3"),
+    *("vit_base_patch32_clip_224", "convnext_nano", "resnet18", "efficientnet_lite0"),
+    *("mobilenetv3_small_100", "densenet121"),
+}
+
 CLASSES = 10
 
 #: Deep models with random weights amplify rounding: each layer agrees to 1e-7, the logits of
@@ -64,7 +72,7 @@ CLASSES = 10
 TOLERANCES = {"resnet": 1e-4, "efficientnet": 5e-5}
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", nightly_except(MODELS, QUICK))
 def test_logits_agree_with_timm(name, tmp_path):
     size, row = MODELS[name], known(name)
     sized = row.family in ("vit", "deit", "dinov2", "clip", "siglip", "swin")
