@@ -49,6 +49,8 @@ test-long: $(HUB)  ## Run slow tests: killed and resumed runs, several devices, 
 test-nightly: $(VENV)/.made-interop $(FOUR)/.made  ## Run more models, formats and settings on the paths that the other tests take
 	$(LEGACY) -m "nightly and not once"
 	$(KERAS3) -m nightly
+	KERAS_BACKEND=jax $(KERAS3) -m "backends and nightly"
+	KERAS_BACKEND=torch $(KERAS3) -m "backends and nightly"
 	$(call INTEROP,nightly)
 
 test-backends: test-jax test-torch  ## Run the tests of layers and models on JAX and torch

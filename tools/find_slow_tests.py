@@ -1,11 +1,15 @@
-"""Write tests/slow_on_legacy.txt or tests/slow_on_keras3.txt: what `make test` leaves out.
+"""Write tests/slow_on_legacy.txt, slow_on_keras3.txt or slow_on_jax.txt.
 
-    TF_USE_LEGACY_KERAS=1 python -m pytest -n 2 --durations=0 -m "not once" > durations.txt
+Measure without the old list, on an idle machine:
+
+    rm tests/slow_on_legacy.txt
+    TF_USE_LEGACY_KERAS=1 python -m pytest -n 2 --durations=0 \\
+        -m "not long and not nightly and not once" > durations.txt
     python tools/find_slow_tests.py legacy durations.txt
 
-The slowest tests of a run are left to `make test-nightly` until the others take SECONDS
+For JAX, use KERAS_BACKEND=jax and -m "backends and not long and not nightly". `make test` and
+`make test-jax` leave the slowest tests to `make test-nightly`, until the others take SECONDS
 altogether. Tests in ALWAYS stay: each is the only one that follows a job from end to end.
-Tests that are marked in their source are not listed.
 """
 
 import re
@@ -15,8 +19,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 
-#: How long the tests of one Keras may take, in seconds of one process.
-SECONDS = {"legacy": 520, "keras3": 670}
+#: How long the tests of one Keras or backend may take, in seconds of one process.
+SECONDS = {"legacy": 520, "keras3": 670, "jax": 440}
 
 ALWAYS = (
     "test_create.py::test_saved_lora_model_loads_and_trains_on[none-False-keras]",

@@ -12,13 +12,12 @@ _TESTS = Path(__file__).parents[1]
 def slow_tests():
     """The ids of the tests that are slow here, although they are of an ordinary kind.
 
-    They took more than two seconds on this Keras, while others of their kind are quick.
+    They took longest on this Keras, while others of their kind are quick.
     `tools/find_slow_tests.py` writes the lists.
     """
-    if BACKEND != "tensorflow":
-        return frozenset()
-    file = _TESTS / f"slow_on_{'legacy' if LEGACY else 'keras3'}.txt"
-    return frozenset(file.read_text().splitlines())
+    names = {"tensorflow": "legacy" if LEGACY else "keras3"}
+    file = _TESTS / f"slow_on_{names.get(BACKEND, BACKEND)}.txt"
+    return frozenset(file.read_text().splitlines()) if file.exists() else frozenset()
 
 
 def mark_slow_tests(items, whole_files):
