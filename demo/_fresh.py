@@ -22,15 +22,18 @@ predict = tf.saved_model.load(str(model_path)).signatures["serving_default"]
 
 files = sorted(folder.glob("*/*.png"), key=lambda f: (labels.index(f.parent.name), f.name))
 logits = []
-for path in files:
-    pixels = np.asarray(Image.open(path).convert("RGB"), "float32")
+for start in range(0, len(files), 100):
+    pictures = [Image.open(file).convert("RGB") for file in files[start : start + 100]]
     pixels = tf.image.resize(
-        pixels, preprocessing["input_size"], preprocessing["interpolation"], antialias=True
+        np.stack(pictures),
+        preprocessing["input_size"],
+        preprocessing["interpolation"],
+        antialias=True,
     )
     # The file contains the normalization: it takes pixels in [0, 255].
     pixels = tf.clip_by_value(pixels, 0.0, 255.0)
-    (output,) = predict(pictures=pixels[None]).values()
-    logits.append(output.numpy()[0])
+    (output,) = predict(pictures=pixels).values()
+    logits.extend(output.numpy())
 np.save(logits_path, logits)
 
 right = sum(labels[i] == f.parent.name for i, f in zip(np.argmax(logits, 1), files))

@@ -103,46 +103,67 @@ class Demo:
         )
         return split
 
-    def base(self, *, pretrained: bool = True, classes: int | None = len(LABELS)) -> BaseModel:
+    def base(self, pretrained: bool = True, classes: int | None = len(LABELS)) -> BaseModel:
         """A new base model."""
         tf.keras.utils.set_random_seed(self.seed)
         weights = self.weights if pretrained else None
         return open_base_model(MODEL, classes=classes, weights=weights, input_size=self.size)
 
-    def not_at_all(self, split: Split) -> Way:
+    def frozen(self, split: Split, *, pretrained: bool = True) -> list[Way]:
+        """The ways that leave the model as it is and need its outputs only once.
+
+        From ImageNet weights: not at all, and classifier only. From random weights: the latter.
+        """
+        started = time.perf_counter()
+        base = self.base(pretrained=pretrained, classes=None)
+        model = compiled(base.model)
+        features = {
+            name: outputs_of(model, part, base.preprocessing)[1]
+            for name, part in (("train", split.train), ("val", split.val))
+        }
+        seconds = time.perf_counter() - started
+        logits, features["test"] = outputs_of(model, split.test, base.preprocessing)
+        ways = [self.not_at_all(split, logits)] if pretrained else []
+        frozen = base.model.count_params() - base.model.classifier.count_params()
+        return [*ways, self.classifier_only(split, features, pretrained, frozen, seconds)]
+
+    def not_at_all(self, split: Split, logits: np.ndarray) -> Way:
         """Classify with the 1,000 classes of ImageNet that the model has."""
-        base = self.base(classes=None)
-        logits = logits_of(base.model, split.test, base.preprocessing)
         # A class is as likely as the likeliest of the classes of ImageNet that name it.
         scores = np.full((len(logits), len(split.labels)), -math.inf, "float32")
         for label, numbers in IMAGENET.items():
             scores[:, split.labels.index(label)] = logits[:, numbers].max(1)
         return _way("not at all", True, split, scores, 0, 1, 0.0)
 
-    def classifier_only(self, split: Split, pretrained: bool = True) -> Way:
-        """Train a classifier on the features of the frozen model, which are computed once."""
+    def classifier_only(
+        self,
+        split: Split,
+        features: dict[str, np.ndarray],
+        pretrained: bool,
+        frozen: int,
+        seconds: float,
+    ) -> Way:
+        """Train a classifier on the features of a model with so many frozen parameters."""
         started = time.perf_counter()
-        base = self.base(pretrained=pretrained)
 
-        def features(part: str) -> tf.data.Dataset:
-            batches = PictureBatches(split.parts()[part], base.preprocessing, 100).in_order()
-            found = [(base.model.forward_features(x), y) for x, y in batches]
-            x, y = (np.concatenate(values) for values in zip(*found))
-            return tf.data.Dataset.from_tensor_slices((x.mean((1, 2)), y))
+        def examples(name: str) -> tf.data.Dataset:
+            labels = [picture.label for picture in split.parts()[name].pictures]
+            return tf.data.Dataset.from_tensor_slices((features[name], labels))
 
-        train = features("train")
-        inputs = tf.keras.Input(train.element_spec[0].shape)
+        tf.keras.utils.set_random_seed(self.seed)
+        inputs = tf.keras.Input(features["train"].shape[1:])
         head = tf.keras.Sequential([inputs, tf.keras.layers.Dense(len(LABELS))])
         fit(
             head,
-            train.shuffle(len(split.train), seed=self.seed).batch(32),
-            features("val").batch(100),
+            examples("train").shuffle(len(split.train), seed=self.seed).batch(32),
+            examples("val").batch(100),
             self.epochs if self.quick else CLASSIFIER_EPOCHS,
             CLASSIFIER_RATE,
         )
-        seconds = time.perf_counter() - started
-        logits = head.predict(features("test").batch(100), verbose=0)
-        trained, total = head.count_params(), base.model.count_params()
+        seconds += time.perf_counter() - started
+        logits = head.predict(features["test"], verbose=0)
+        trained = head.count_params()
+        total = frozen + trained
         return _way("classifier only", pretrained, split, logits, trained, total, seconds)
 
     def with_lora(self, split: Split) -> tuple[Way, Any, np.ndarray]:
@@ -161,7 +182,7 @@ class Demo:
         run = finetune_pictures(recipe, self.out / "run", verbose=self.verbose)
         model = run.model()
         evaluate_run(run, model)  # writes report.html
-        logits = logits_of(model, split.test, run.preprocessing)
+        logits, _ = outputs_of(compiled(model), split.test, run.preprocessing)
         trained, total = run.facts["trainable"], run.facts["parameters"]
         way = _way("LoRA", True, split, logits, trained, total, run.facts["seconds"])
         return way, (run, model), logits
@@ -190,7 +211,7 @@ class Demo:
         val = PictureBatches(split.val, preprocessing, 32).in_order()
         fit(model, train.epochs(), val, self.epochs, rate, train.steps_per_epoch)
         seconds = time.perf_counter() - started
-        logits = logits_of(model, split.test, preprocessing)
+        logits, _ = outputs_of(compiled(model), split.test, preprocessing)
         trained = sum(math.prod(v.shape) for v in model.trainable_weights)
         return _way(name, pretrained, split, logits, trained, model.count_params(), seconds)
 
@@ -251,10 +272,24 @@ def fit(
     model.set_weights(best["weights"])
 
 
-def logits_of(model: Any, pictures: PictureSet, preprocessing: Preprocessing) -> np.ndarray:
-    """The outputs of a model for pictures, shape (n, classes)."""
+def compiled(model: Any) -> Any:
+    """A function from a batch to a model's logits and the features before its classifier."""
+
+    @tf.function(reduce_retracing=True)
+    def outputs(x: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        logits, found = model(x, training=False, return_features=True)
+        return logits, tf.reduce_mean(found["conv_features"], (1, 2))
+
+    return outputs
+
+
+def outputs_of(
+    function: Any, pictures: PictureSet, preprocessing: Preprocessing
+) -> tuple[np.ndarray, np.ndarray]:
+    """The logits (n, classes) and features (n, channels) of a compiled model for pictures."""
     batches = PictureBatches(pictures, preprocessing, 100).in_order()
-    return np.concatenate([model(x, training=False).numpy() for x, _ in batches])
+    logits, features = zip(*(function(x) for x, _ in batches))
+    return np.concatenate(logits), np.concatenate(features)
 
 
 def _way(
@@ -343,12 +378,13 @@ def main(argv: list[str] | None = None) -> int:
             f"{weights} weights, {way.name}: {way.accuracy:.1f} % ({way.seconds:.0f} s)"
         )
 
-    report(demo.not_at_all(split))
-    report(demo.classifier_only(split))
+    for way in demo.frozen(split):
+        report(way)
     adapted, opened, logits = demo.with_lora(split)
     report(adapted)
     report(demo.everything(split))
-    report(demo.classifier_only(split, pretrained=False))
+    for way in demo.frozen(split, pretrained=False):
+        report(way)
     report(demo.with_lora_from_random(split))
     same = same_predictions(logits, demo.merged_elsewhere(opened))
 

@@ -228,6 +228,17 @@ class TestTfimmConvolutions:
         twin = type(layer)(4, 3, strides=strides, padding="symmetric", lora_rank=2)
         assert twin.pad is not None
 
+    def test_pad_conv_is_traced_as_the_convolution_of_keras(self):
+        """Its call only pads, so it is not given an effective kernel that nothing uses."""
+        import tensorflow as tf
+        from tfimm.layers.conv import PadConv2D
+
+        x, counts = normal(2, 7, 6, 4), []
+        for cls in (PadConv2D, Conv2D):
+            traced = tf.function(converted(cls(4, 3), x)).get_concrete_function(x)
+            counts.append(len(traced.graph.get_operations()))
+        assert counts[0] == counts[1]
+
     def test_pad_conv_drops(self):
         from tfimm.layers.conv import PadConv2D
 

@@ -328,11 +328,15 @@ class LoRALayer(LoRAForward, Converted):
         return {**config, **self.lora.to_config(backend_of(self).keras)}
 
 
-def has_keras_call(lora_cls: type, method: str = "call") -> bool:
+def has_keras_call(lora_cls: type, method: str = "call", or_of: str = "") -> bool:
     """Whether a method of the base layer is that of the Keras class that its kind is named
-    after, which is known, and not of a subclass: a user's, or Keras' ReversibleEmbedding."""
+    after, which is known, and not of a subclass: a user's, or Keras' ReversibleEmbedding.
+
+    That of the class ``or_of``, "module.Name", counts as well.
+    """
     for cls in lora_cls.__mro__:
         ours = issubclass(cls, (LoRALayer, DepthwiseRoutine))
         if method in cls.__dict__ and not ours:
-            return cls in lora_cls._keras_class.__mro__  # type: ignore[attr-defined]
+            known = cls in lora_cls._keras_class.__mro__  # type: ignore[attr-defined]
+            return known or f"{cls.__module__}.{cls.__qualname__}" == or_of
     return False

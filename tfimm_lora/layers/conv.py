@@ -119,6 +119,10 @@ class PointwiseProduct(ConvolutionProduct):
         return self.ops.reshape(flat, a.shape)
 
 
+#: Its call pads the inputs and gives them to that of Keras. It never touches the kernel.
+_PADDING = "tfimm.layers.conv.PadConv2D"
+
+
 class ConvUpdate(LoRALayer):
     """A convolution whose kernel has a low-rank update.
 
@@ -154,11 +158,13 @@ class ConvUpdate(LoRALayer):
     data_format: str
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        known = has_keras_call(type(self)) and has_keras_call(type(self), "convolution_op")
+        known = has_keras_call(type(self), or_of=_PADDING) and has_keras_call(
+            type(self), "convolution_op"
+        )
         if self.merged or self.groups > 1 or not known:
             return super().call(inputs, *args, **kwargs)
-        # Keras' own call gives the kernel attribute to ``convolution_op`` and nothing else, so
-        # W itself does as the sign that the adapted product is meant.
+        # Such a call gives the kernel attribute to ``convolution_op`` and nothing else, so W
+        # itself does as the sign that the adapted product is meant.
         with kernel_hook.kernel_shown_as(self, self._kernel_variable):
             return self._base_call(inputs, *args, **kwargs)
 
