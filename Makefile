@@ -73,7 +73,7 @@ test-peft-random: $(VENV)/.made-interop  ## Compare 550 random configs and 250 r
 		-o timeout=3600 tests/interop/test_peft_random_targets.py tests/interop/test_peft_random_files.py
 
 test-wheel: $(VENV)/.made-wheel  ## Build sdist and wheel; run the commands of README and docs in new environments
-	$(PY) -m pytest -m "not long and not nightly" tests/wheel
+	$(PYTEST) -m "not long and not nightly" tests/wheel
 
 benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and other LoRAs
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/performance.py \

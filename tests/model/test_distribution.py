@@ -68,7 +68,13 @@ def losses_of(kind, **variant):
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
 @pytest.mark.long
-@pytest.mark.parametrize("variant", [{}, {"lora_use_dora": True, "lora_init": "pissa"}])
+@pytest.mark.parametrize(
+    "variant",
+    [
+        pytest.param({}, marks=pytest.mark.nightly),
+        {"lora_use_dora": True, "lora_init": "pissa"},
+    ],
+)
 def test_mirrored_strategy_trains_to_the_same_losses(variant):
     one, two = losses_of("one", **variant), losses_of("mirrored", **variant)
     assert one[-1] < one[0]

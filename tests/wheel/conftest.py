@@ -1,5 +1,6 @@
 """The sdist and the wheel, which all tests of this folder install from."""
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,12 @@ def run(*command, **options):
 @pytest.fixture(scope="session")
 def dist(tmp_path_factory):
     """The sdist, and the wheel that is built from it."""
-    folder = tmp_path_factory.mktemp("dist")
-    run(sys.executable, "-m", "build", "--outdir", folder, ROOT)
-    return folder
+    from filelock import FileLock
+
+    folder = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:  # made once for all workers of a session
+        folder = folder.parent
+    with FileLock(folder / "dist.lock"):
+        if not any((folder / "dist").glob("*.whl")):
+            run(sys.executable, "-m", "build", "--outdir", folder / "dist", ROOT)
+    return folder / "dist"

@@ -230,8 +230,8 @@ def test_layers_in_a_sequential_have_the_paths_of_the_weights():
     assert paths < weights
 
 
-@pytest.mark.long
-@pytest.mark.parametrize("decoder", nightly_except([False, True], [True]))
+@pytest.mark.nightly
+@pytest.mark.parametrize("decoder", [False, True])
 def test_segment_anything_learns_synthetic_masks(decoder, tmp_path):
     """Squares on noise, each asked for by a point in it."""
     base = ARCHITECTURES["segment_anything"].make()
