@@ -20,7 +20,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 #: How long the tests of one Keras or backend may take, in seconds of one process.
-SECONDS = {"legacy": 520, "keras3": 670, "jax": 440}
+SECONDS = {"legacy": 520, "keras3": 670, "jax": 300}
 
 ALWAYS = (
     "test_create.py::test_saved_lora_model_loads_and_trains_on[none-False-keras]",

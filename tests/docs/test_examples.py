@@ -62,7 +62,7 @@ def test_example_in_documents(code, tmp_path, monkeypatch):
     exec(compile(code, "example", "exec"), {"__name__": "__main__"})
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.skipif(LEGACY, reason="once is enough")
 def test_tutorial_with_the_command_line(tmp_path):
     tutorial = ROOT / "docs" / "tutorials" / "pictures-to-report.md"

@@ -572,7 +572,7 @@ print(json.dumps([losses, allocator.ranks, allocator.step, score]))
 """
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
 def test_two_devices_allocate_as_one_does():
     def result(kind):

@@ -329,7 +329,7 @@ print(json.dumps([losses, [np.array(v).tolist() for v in model.trainable_weights
 """
 
 
-@pytest.mark.long
+@pytest.mark.nightly
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
 def test_two_devices_train_as_one_does():
     def result(kind):
