@@ -46,10 +46,10 @@ test-long: $(HUB)  ## Run slow tests: killed and resumed runs, several devices, 
 	$(LEGACY) -m "long and not nightly and not once"
 	$(KERAS3) -m "long and not nightly"
 
-test-nightly: $(VENV)/.made-interop $(FOUR)/.made  ## Run more models, formats and settings on the paths that the other tests take
+test-nightly: $(VENV)/.made-interop $(FOUR)/.made  ## Run more models, formats and settings; JAX with its optimizations
 	$(LEGACY) -m "nightly and not once"
 	$(KERAS3) -m nightly
-	KERAS_BACKEND=jax $(KERAS3) -m "backends and nightly"
+	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(KERAS3) -m "backends and not long"
 	KERAS_BACKEND=torch $(KERAS3) -m "backends and nightly"
 	$(call INTEROP,nightly)
 

@@ -103,7 +103,7 @@ class Demo:
         )
         return split
 
-    def base(self, pretrained: bool = True, classes: int | None = len(LABELS)) -> BaseModel:
+    def base(self, *, pretrained: bool = True, classes: int | None = len(LABELS)) -> BaseModel:
         """A new base model."""
         tf.keras.utils.set_random_seed(self.seed)
         weights = self.weights if pretrained else None
