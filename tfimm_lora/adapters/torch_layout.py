@@ -19,18 +19,19 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate
+from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer
 from tfimm_lora.config import LayerSettings
 from tfimm_lora.layers import qkv
-from tfimm_lora.layers.base import LoRALayer, has_keras_call
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import (
     adapt_layer,
     kernel_variable,
     lora_class,
     restore_layer,
 )
+from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.forward import Factors
 from tfimm_lora.layers.state import Values, original_class
 
@@ -122,25 +123,31 @@ def magnitude_for(layer: Any, update: LayerUpdate) -> Values:
     return {"kernel_lora_magnitude": layer.outputs_from_torch(offset, shape).reshape(shape)}
 
 
-def columns_for(layer: Any, update: LayerUpdate) -> Factors:
-    """a and b of an update at its own rank, with its scale in b, for a mixed batch.
+def own_factors(layer: Any, update: LayerUpdate) -> Factors:
+    """a and b of an update at its own rank, in the order of an adapted layer, whose blocks are
+    not adapted separately. The scale and the gain of DoRA are in b.
 
     Raises:
-        DoesNotFit: if the layer's product does not split into two narrow products.
+        DoesNotFit: if shape or kind differ.
     """
-    if update.magnitude is not None or update.bias is not None:
-        what = "a magnitude (DoRA)" if update.magnitude is not None else "a bias"
-        raise DoesNotFit(f"has {what}, which belongs to the layer and not to an example")
-    kind = kind_of(layer)
-    if update.kind in OWN_KINDS or kind in OWN_KINDS:
-        own = update.kind if update.kind in OWN_KINDS else kind
-        raise DoesNotFit(f"is {own}, so its product does not split into two narrow products")
-    is_convolution = hasattr(layer, "convolution_op")
-    if not is_convolution and not has_keras_call(type(layer)):
-        raise DoesNotFit("is of a class with a call of its own, which does not support it")
-    scaled = update.scale * update.b.reshape(update.b.shape[:2])
-    a, b = layer.columns_from_torch(update.a, scaled)
-    return a.astype("float32"), b.astype("float32")
+    rank = update.rank
+    if update.kind == "batched":
+        rank //= positions_of(layer)
+    shapes = layer._factor_shapes(tuple(layer._kernel_variable.shape), rank)
+    b = update.scale * update.b.astype("float64")
+    if update.magnitude is not None:
+        b = gains(layer, update).reshape(-1, *[1] * (b.ndim - 1)) * b
+    return _in_layer_order(layer, update, b, shapes)
+
+
+def gains(layer: Any, update: LayerUpdate) -> np.ndarray:
+    """DoRA's factor m / |W + dW| of each output, in torch's order; 1 where W + dW is zero."""
+    assert update.magnitude is not None
+    adapted = base_kernel(layer).reshape(update.shape) + update.delta()
+    norms = np.linalg.norm(adapted.reshape(len(adapted), -1), axis=1)
+    dead = norms == 0
+    found: np.ndarray = np.where(dead, 1.0, update.magnitude / np.where(dead, 1.0, norms))
+    return found
 
 
 def kernel_shape(layer: Layer) -> tuple[int, ...]:
@@ -211,32 +218,50 @@ def _factors(layer: Any, values: Values) -> Factors:
 
 def _factors_for(layer: Any, update: LayerUpdate) -> Factors:
     """a and b of an update in the order and with the scale of a layer."""
-    kind, scale = kind_of(layer), layer.lora.lora_scale
-    if not kinds_agree(update.kind, kind):
-        raise DoesNotFit(f"is of the kind {update.kind!r}, expected {kind!r}")
+    scale = layer.lora.lora_scale
     zeros: Values = {name: np.zeros(x, "float32") for name, x in _shapes(layer).items()}
     own = _factors(layer, zeros)
-    expected = layer.factors_to_torch(*layer._widen(np, *own))
-    given = (update.a, update.b)
+    b = update.b
+    if scale != update.scale:
+        if not scale:
+            raise DoesNotFit("has a scale, but the layer's scale is 0")
+        b = b * np.float32(update.scale / scale)
+    return _in_layer_order(layer, update, b, (own[0].shape, own[1].shape))
+
+
+def _in_layer_order(
+    layer: Any, update: LayerUpdate, b: np.ndarray, shapes: tuple[Any, Any]
+) -> Factors:
+    """a of an update, and a multiple of its b, in the order of a layer.
+
+    Args:
+        layer: The adapted layer.
+        update: The update.
+        b: The multiple of its b.
+        shapes: The shapes of a and b in the layer.
+
+    Raises:
+        DoesNotFit: if shape or kind differ.
+    """
+    kind = kind_of(layer)
+    if not kinds_agree(update.kind, kind):
+        raise DoesNotFit(f"is of the kind {update.kind!r}, expected {kind!r}")
+    zeros = (np.zeros(shape, "float32") for shape in shapes)
+    expected = layer.factors_to_torch(*layer._widen(np, *zeros))
+    given = (update.a, b)
     if [_without_ones(x.shape) for x in expected] != [_without_ones(x.shape) for x in given]:
         shape_a, shape_b = (x.shape for x in expected)
         raise DoesNotFit(
             f"has A {update.a.shape} and B {update.b.shape}, expected {shape_a} and {shape_b}"
         )
     try:
-        a, b = layer.factors_from_torch(
+        factors = layer.factors_from_torch(
             *(x.reshape(like.shape) for x, like in zip(given, expected))
         )
     except ValueError as error:
         raise DoesNotFit(str(error)) from error
-    if scale != update.scale:
-        if not scale:
-            raise DoesNotFit("has a scale, but the layer's scale is 0")
-        b = b * np.float32(update.scale / scale)
-    return (
-        a.reshape(own[0].shape).astype("float32"),
-        b.reshape(own[1].shape).astype("float32"),
-    )
+    a, b = (x.reshape(shape).astype("float32") for x, shape in zip(factors, shapes))
+    return a, b
 
 
 def _norms(layer: Layer, kernel: np.ndarray) -> np.ndarray:

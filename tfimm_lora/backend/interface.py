@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # so that importing the package does not import NumPy
@@ -54,6 +54,8 @@ class Ops(Protocol):
     sqrt: Callable[..., Tensor]
     where: Callable[..., Tensor]
     take: Callable[..., Tensor]
+    pad: Callable[..., Tensor]
+    arange: Callable[..., Tensor]
     stop_gradient: Callable[..., Tensor]
 
 
@@ -374,6 +376,35 @@ class Backend(ABC):
     @abstractmethod
     def full_precision(self, variable: Variable) -> Tensor:
         """The value of a variable as a tensor of its own dtype, never autocast."""
+
+    @abstractmethod
+    def create_table(self, shape: tuple[int, int], name: str) -> Variable:
+        """A float32 variable of zeros whose rows are read and written one by one."""
+
+    @abstractmethod
+    def read_rows(self, table: Variable, rows: Tensor) -> Tensor:
+        """The rows of a table with these numbers, which may have any shape, as a tensor."""
+
+    @abstractmethod
+    def write_rows(self, table: Variable, first: int, values: np.ndarray) -> None:
+        """Assign values to consecutive rows of a table, in place."""
+
+    @abstractmethod
+    def compiled(
+        self, function: Callable[..., Tensor], variables: Sequence[Variable]
+    ) -> Callable[..., np.ndarray]:
+        """A compiled function of arrays whose first axis is the batch, for inference.
+
+        It reads the current values of the variables whenever it is called.
+
+        Args:
+            function: A function of tensors that returns a tensor.
+            variables: The variables that it reads.
+        """
+
+    def compiles_each_batch_size(self) -> bool:
+        """Whether ``compiled`` functions are compiled again for another batch size."""
+        return self.framework() == "jax"
 
     @abstractmethod
     def store_value(self, value: Any) -> Any:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import keras
@@ -368,6 +369,44 @@ class Keras3Backend(Backend):
         result: str = keras.backend.standardize_dtype(x.dtype)
         return result
 
+    def create_table(self, shape: tuple[int, int], name: str) -> Variable:
+        return keras.Variable(
+            np.zeros(shape, "float32"), trainable=False, name=name, dtype="float32"
+        )
+
+    def read_rows(self, table: Variable, rows: Tensor) -> Tensor:
+        if keras.backend.backend() == "tensorflow":
+            import tensorflow as tf
+
+            # From the variable itself, which is not copied while it is written to.
+            return tf.gather(table.value, rows)
+        return keras.ops.take(table.value, rows, axis=0)
+
+    def write_rows(self, table: Variable, first: int, values: np.ndarray) -> None:
+        framework = keras.backend.backend()
+        if framework == "tensorflow":
+            table.value[first : first + len(values)].assign(values)
+        elif framework == "torch":
+            import torch
+
+            with torch.no_grad():
+                rows = table.value[first : first + len(values)]
+                rows.copy_(torch.from_numpy(values))
+        else:
+            table.assign(_jax_write()(table.value, values, first))
+
+    def compiled(
+        self, function: Callable[..., Tensor], variables: Sequence[Variable]
+    ) -> Callable[..., np.ndarray]:
+        framework = keras.backend.backend()
+        if framework == "tensorflow":
+            from tfimm_lora.backend.tensorflow_functions import compiled_for_any_batch
+
+            return compiled_for_any_batch(function)
+        if framework == "torch":
+            return _without_gradients(function)
+        return _jax_compiled(function, list(variables))
+
     def store_value(self, value: Any) -> Any:
         """Return a variable or array in the form that ``save_own_variables`` stores."""
         return value
@@ -407,6 +446,45 @@ class Keras3Backend(Backend):
         """Return the nested shapes of the inputs that a model was built for, or None."""
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         return next(iter(shapes.values())) if len(shapes) == 1 else None
+
+
+@functools.cache
+def _jax_write() -> Callable[..., Any]:
+    """A function that assigns rows of an array in place, by giving up the array."""
+    import jax
+
+    def write(table: Any, values: Any, first: Any) -> Any:
+        return jax.lax.dynamic_update_slice(table, values, (first, 0))
+
+    return jax.jit(write, donate_argnums=0)
+
+
+def _jax_compiled(
+    function: Callable[..., Any], variables: list[Variable]
+) -> Callable[..., np.ndarray]:
+    import jax
+
+    @jax.jit
+    def pure(values: list[Any], *arrays: Any) -> Any:
+        with keras.StatelessScope(state_mapping=list(zip(variables, values))):
+            return function(*arrays)
+
+    def call(*arrays: np.ndarray) -> np.ndarray:
+        return np.asarray(pure([v.value for v in variables], *arrays))
+
+    return call
+
+
+def _without_gradients(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
+    import torch
+
+    def call(*arrays: np.ndarray) -> np.ndarray:
+        with torch.no_grad():
+            outputs = function(*map(keras.ops.convert_to_tensor, arrays))
+        result: np.ndarray = keras.ops.convert_to_numpy(outputs)
+        return result
+
+    return call
 
 
 def _with_tangent(function: Callable[..., Any], tangent: Any) -> Any:

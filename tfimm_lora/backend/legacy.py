@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from tf_keras.src.mixed_precision import autocast_variable
 from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
+from tfimm_lora.backend.tensorflow_functions import compiled_for_any_batch
 from tfimm_lora.backend.tensorflow_vjp import vjp
 
 _OPS: Any = types.SimpleNamespace(
@@ -32,6 +33,8 @@ _OPS: Any = types.SimpleNamespace(
     sqrt=tf.sqrt,
     where=tf.where,
     take=lambda x, indices, axis: tf.gather(x, indices, axis=axis),
+    pad=tf.pad,
+    arange=tf.range,
     stop_gradient=tf.stop_gradient,
 )
 
@@ -271,6 +274,20 @@ class LegacyBackend(Backend):
     def dtype_of(self, x: Tensor) -> str:
         result: str = x.dtype.base_dtype.name
         return result
+
+    def create_table(self, shape: tuple[int, int], name: str) -> Variable:
+        return tf.Variable(tf.zeros(shape), trainable=False, name=name)
+
+    def read_rows(self, table: Variable, rows: Tensor) -> Tensor:
+        return tf.gather(table, rows)
+
+    def write_rows(self, table: Variable, first: int, values: np.ndarray) -> None:
+        table[first : first + len(values)].assign(values)
+
+    def compiled(
+        self, function: Callable[..., Tensor], variables: Sequence[Variable]
+    ) -> Callable[..., np.ndarray]:
+        return compiled_for_any_batch(function)
 
     def store_value(self, value: Any) -> Any:
         """Return a variable or array in the form that ``save_own_variables`` stores."""

@@ -249,6 +249,23 @@ class LoRALayer(LoRAForward, Converted):
             return None
         return "it has no bias into which that of the branch could be merged"
 
+    def shift_refusal(self) -> str | None:
+        """Why no bias can be added to the outputs of the layer, or None."""
+        if getattr(self, "bias", None) is None:
+            return "it has no bias"
+        return self._bias_refusal(self)
+
+    def mixed_batch_refusal(self) -> str | None:
+        """Why each example of a batch cannot use an adapter of its own here, or None."""
+        if self._computes_mixed_batches():
+            return None
+        cls = original_class(type(self)).__name__
+        return f"is of the class {cls}, whose own call does not support mixed batches"
+
+    def _computes_mixed_batches(self) -> bool:
+        """Whether the call is known to compute with the values of a source."""
+        return has_keras_call(type(self))
+
     @classmethod
     def _qkv_refusal(cls, layer: Layer, settings: LayerSettings) -> str | None:
         """Why the kernel of a layer does not consist of fused blocks, or None."""
@@ -294,10 +311,10 @@ class LoRALayer(LoRAForward, Converted):
                 "adapted. Leave the layer out of lora_targets, or let its call use the kernel "
                 "attribute."
             )
-        assignment = mixed_batch.current()
-        if assignment is not None:
-            name = original_class(type(self)).__name__
-            mixed_batch.require_applied(self, name, assignment, self.merged)
+        if not running.reached_product:
+            own = f"{original_class(type(self)).__name__} has a call of its own"
+            why = "it is merged" if self.merged else own + ", which does not support it"
+            mixed_batch.require_none(self, why)
         # The product of a merged layer is not ours, so it does not show.
         transformed = running.read_kernel and not running.reached_product and not self.merged
         state.kernel_transformed = state.kernel_transformed or transformed

@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Backend, Layer, Tensor
-from tfimm_lora.layers import forms, kernel_hook, mixed_batch
+from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.layers import forms, kernel_hook, mixed_batch, row_convolution
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
 from tfimm_lora.layers.forward import Factors
 from tfimm_lora.layers.input_rows import InputRows, PatchRows
+from tfimm_lora.layers.mixed_product import by_example, sizes
 from tfimm_lora.layers.products import leading_shape
 
 _AXES = "abcdefg"
@@ -23,24 +24,24 @@ _AXES = "abcdefg"
 class ConvolutionProduct:
     """conv(x, W) without groups; W: (*size, in, out), A: (*size, in, r), B: (r, out).
 
-    x A is the same convolution with r filters, and h B a product over channels. ``convolve``
-    is the layer's own convolution, so strides, padding, dilation and data format are its.
+    x A is the same convolution with r filters, and h B a product over channels. The
+    convolution is the layer's own, so strides, padding, dilation and data format are its.
     """
 
-    def __init__(
-        self,
-        backend: Backend,
-        convolve: Callable[[Tensor, Tensor], Tensor],
-        spatial: int,
-        last: bool,
-    ) -> None:
-        self.backend, self.ops = backend, backend.ops
-        self.convolve, self.last = convolve, last
-        self.matrix = MatrixProduct(backend)
-        self.space = _AXES[:spatial]
+    has_cheap_rows: bool | None = False
+
+    def __init__(self, layer: Layer) -> None:
+        self.layer, self.backend = layer, backend_of(layer)
+        self.ops, self.convolve = self.backend.ops, layer._convolve
+        self.last = not layer._has_channels_first
+        self.matrix = MatrixProduct(self.backend)
+        self.space = _AXES[: len(layer.kernel_size)]
 
     def apply(self, x: Tensor, kernel: Tensor) -> Tensor:
         return self.convolve(x, kernel)
+
+    def branch_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return row_convolution.branch_rows(self.layer, x, a, b)
 
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         # As one product of matrices; with its four axes it would be a batch of small ones.
@@ -104,6 +105,34 @@ class PointwiseProduct(ConvolutionProduct):
     with what follows.
     """
 
+    has_cheap_rows = None
+
+    def apply_rows(self, x: Tensor, kernels: Tensor) -> Tensor:
+        flat = self._without_window(kernels)
+        shape = (*leading_shape(self.ops.shape(x), x.shape), kernels.shape[-1])
+        rows = self.ops.matmul(self._rows_of_examples(x, flat), flat)
+        return self.ops.reshape(rows, shape)
+
+    def update_rows(self, a: Tensor, b: Tensor) -> Tensor:
+        update = self.ops.matmul(self._without_window(a), b)
+        return self.ops.reshape(update, (-1, *a.shape[1:-1], b.shape[-1]))
+
+    def branch_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        flat = self._without_window(a)
+        h = self.ops.matmul(self._rows_of_examples(x, flat), flat)
+        shape = (*leading_shape(self.ops.shape(x), x.shape), b.shape[-1])
+        return self.ops.reshape(self.ops.matmul(h, b), shape)
+
+    def _without_window(self, kernels: Tensor) -> Tensor:
+        """(examples, 1, ..., in, out) as (examples, in, out)."""
+        return self.ops.reshape(kernels, (-1, *kernels.shape[-2:]))
+
+    def _rows_of_examples(self, x: Tensor, kernels: Tensor) -> Tensor:
+        """The places of each example as rows: (examples, places, in)."""
+        grouped = by_example(self.backend, x, kernels)
+        examples = sizes(self.backend, grouped)[0]
+        return self.ops.reshape(grouped, (examples, -1, kernels.shape[-2]))
+
     def down(self, x: Tensor, a: Tensor) -> Tensor:
         return self._down(self.matrix.down, x, a)
 
@@ -121,6 +150,7 @@ class PointwiseProduct(ConvolutionProduct):
 
 #: Its call pads the inputs and gives them to that of Keras. It never touches the kernel.
 _PADDING = "tfimm.layers.conv.PadConv2D"
+_PADDING_DEPTHWISE = "tfimm.layers.conv.PadDepthwiseConv2D"
 
 
 class ConvUpdate(LoRALayer):
@@ -158,6 +188,9 @@ class ConvUpdate(LoRALayer):
     data_format: str
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        values = mixed_batch.values_for(self)
+        if values is not None and values.kernel is not None and not self.merged:
+            return self._classify(inputs, values)
         known = has_keras_call(type(self), or_of=_PADDING) and has_keras_call(
             type(self), "convolution_op"
         )
@@ -174,6 +207,10 @@ class ConvUpdate(LoRALayer):
         running = kernel_hook.running_call(self)
         if running is None or kernel is not running.kernel or self.merged:
             return self._convolve(inputs, kernel)
+        values = mixed_batch.values_for(self)
+        if values is not None and has_keras_call(type(self), "convolution_op"):
+            running.reached_product = True
+            return self._with_adapters(inputs, self._places(tuple(inputs.shape)), values)
         if self.groups > 1 or not has_keras_call(type(self), "convolution_op"):
             return self._convolve(inputs, kernel)
         running.reached_product = True
@@ -189,14 +226,43 @@ class ConvUpdate(LoRALayer):
         branch = settings.lora_dropout or settings.lora_bias or mixed_batch.current()
         return backend.runs_eagerly() and not branch and backend.dtype_of(kernel) == "float32"
 
+    def _jit_compiled_convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
+        """Legacy Keras calls this instead of ``convolution_op`` if there are groups."""
+        running = kernel_hook.running_call(self)
+        if running is not None and mixed_batch.values_for(self) is not None:
+            return self.convolution_op(inputs, running.kernel)
+        return super()._jit_compiled_convolution_op(inputs, kernel)  # type: ignore[misc]
+
     def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
-        return super().convolution_op(inputs, kernel)  # type: ignore[misc]
+        base: Any = super()
+        if self.groups > 1 and mixed_batch.values_for(self) is not None:
+            compiled = getattr(base, "_jit_compiled_convolution_op", None)
+            if compiled is not None:
+                return compiled(inputs, kernel)
+        return base.convolution_op(inputs, kernel)
+
+    def _classify(self, inputs: Tensor, values: mixed_batch.RowValues) -> Tensor:
+        """A classifier with the number of classes of the adapters, and not that of its own."""
+        outputs = self._with_adapters(inputs, self._places(tuple(inputs.shape)), values)
+        return outputs if self.activation is None else self.activation(outputs)
+
+    @property
+    def _splits(self) -> bool:
+        return self.groups == 1
+
+    def mixed_batch_refusal(self) -> str | None:
+        if self._lora_state.kernel_transformed:
+            return "standardises its kernel, so that its product is not linear in it"
+        return super().mixed_batch_refusal()
+
+    def _computes_mixed_batches(self) -> bool:
+        return has_keras_call(type(self), "convolution_op")
 
     def _product(self, inputs: Tensor = None) -> ConvolutionProduct:
         last = not self._has_channels_first
         pointwise = last and set((*self.kernel_size, *self.strides)) == {1}
-        product = PointwiseProduct if pointwise else ConvolutionProduct
-        return product(backend_of(self), self._convolve, len(self.kernel_size), last)
+        pointwise = pointwise and self.groups == 1
+        return (PointwiseProduct if pointwise else ConvolutionProduct)(self)
 
     def _factor_shapes(
         self, kernel_shape: tuple[int, ...], rank: int
@@ -251,11 +317,6 @@ class ConvUpdate(LoRALayer):
     def factors_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
         return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
 
-    def columns_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
-        a = a.reshape(*a.shape[:2], *self._kernel_variable.shape[:-2])
-        return self.factors_from_torch(a, b)
-
-
 class Conv1DUpdate(ConvUpdate):
     """As ``LoRAConv2D``, also for causal padding."""
 
@@ -282,6 +343,18 @@ class DepthwiseProduct:
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         shape = tuple(self.layer._kernel_variable.shape)
         return self.backend.ops.reshape(self.backend.ops.matmul(a, b), shape)
+
+    has_cheap_rows = True
+
+    def apply_rows(self, x: Tensor, kernels: Tensor) -> Tensor:
+        return row_convolution.depthwise_rows(self.layer, x, kernels)
+
+    def update_rows(self, a: Tensor, b: Tensor) -> Tensor:
+        shape = tuple(self.layer._kernel_variable.shape)
+        return self.backend.ops.reshape(self.backend.ops.matmul(a, b), (-1, *shape))
+
+    def branch_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return self.apply_rows(x, self.update_rows(a, b))
 
 
 class DepthwiseConvUpdate(LoRALayer):
@@ -314,6 +387,10 @@ class DepthwiseConvUpdate(LoRALayer):
         backend = backend_of(self)
         dtype, settings = backend.compute_dtype(self), self.lora
         narrow = dtype in ("float16", "bfloat16")
+        values = mixed_batch.values_for(self)
+        if values is not None and not self.merged:
+            if has_keras_call(type(self), or_of=_PADDING_DEPTHWISE):
+                return self._mixed_call(inputs, values)
         separate = settings.lora_dropout or settings.lora_bias or narrow
         if self.merged or not separate or not has_keras_call(type(self)):
             return super().call(inputs, *args, **kwargs)
@@ -324,11 +401,26 @@ class DepthwiseConvUpdate(LoRALayer):
         kernel = backend.ops.cast(self._frozen_kernel(), dtype)
         branch = self.lora_branch_dropout(inputs) if settings.lora_dropout else inputs
         outputs = product.apply(inputs, kernel) + product.apply(branch, update)
-        outputs = self._with_dora_or_bias(outputs)
+        return self._with_bias_and_activation(self._with_dora_or_bias(outputs))
+
+    def _mixed_call(self, inputs: Tensor, values: mixed_batch.RowValues) -> Tensor:
+        """The call with the values of a source."""
+        padding = getattr(self, "pad", None)
+        inputs = inputs if padding is None else padding(inputs)
+        return self._with_bias_and_activation(self._with_adapters(inputs, 1, values))
+
+    def _with_bias_and_activation(self, outputs: Tensor) -> Tensor:
         if self.bias is not None:
             bias = self._along_outputs(self.bias, len(outputs.shape))
-            outputs = outputs + backend.ops.cast(bias, dtype)
+            outputs = outputs + backend_of(self).ops.cast(bias, outputs.dtype)
         return outputs if self.activation is None else self.activation(outputs)
+
+    @property
+    def _splits(self) -> bool:
+        return False
+
+    def _computes_mixed_batches(self) -> bool:
+        return has_keras_call(type(self), or_of=_PADDING_DEPTHWISE)
 
     def _product(self, inputs: Tensor = None) -> Any:
         return DepthwiseProduct(self)

@@ -10,21 +10,36 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.config import LayerSettings
-from tfimm_lora.layers import forms, qkv
+from tfimm_lora.layers import forms, mixed_batch, qkv
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.forward import Factors
 from tfimm_lora.layers.input_rows import InputRows, split_rows
+from tfimm_lora.layers.mixed_product import by_example
 from tfimm_lora.layers.products import leading_shape
 
 
 class MatrixProduct:
     """x W for x of shape (rows, in) and W of shape (in, out); A (in, r), B (r, out)."""
 
+    #: Whether a kernel for each example is the form of a mixed batch; None if it depends.
+    has_cheap_rows: bool | None = None
+
     def __init__(self, backend: Backend) -> None:
         self.backend, self.ops = backend, backend.ops
 
     def apply(self, x: Tensor, kernel: Tensor) -> Tensor:
         return self.ops.matmul(x, kernel)
+
+    def apply_rows(self, x: Tensor, kernels: Tensor) -> Tensor:
+        rows = self.ops.matmul(by_example(self.backend, x, kernels), kernels)
+        return self.ops.reshape(rows, (-1, kernels.shape[-1]))
+
+    def update_rows(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.ops.matmul(a, b)
+
+    def branch_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        h = self.ops.matmul(by_example(self.backend, x, a), a)
+        return self.ops.reshape(self.ops.matmul(h, b), (-1, b.shape[-1]))
 
     def update(self, a: Tensor, b: Tensor) -> Tensor:
         return self.ops.matmul(a, b)
@@ -118,15 +133,19 @@ class DenseUpdate(LoRALayer):
         ops = backend.ops
         x = ops.cast(inputs, backend.compute_dtype(self))
         # The static last axis of x may be unknown; that of the kernel is not.
-        width, units = self._kernel_variable.shape
+        width = self._kernel_variable.shape[0]
         rows = x if rank == 2 else ops.reshape(x, (-1, width))
-        outputs = self._adapted(rows, forms.places(x.shape[0], x.shape[1:-1]))
-        if self.bias is not None:
+        places, values = forms.places(x.shape[0], x.shape[1:-1]), mixed_batch.values_for(self)
+        if values is None:
+            outputs = self._adapted(rows, places)
+        else:
+            outputs = self._with_adapters(rows, places, values)
+        if self.bias is not None and (values is None or values.kernel is None):
             # Directly after the product, so that TensorFlow fuses the two.
             outputs = backend.add_bias(outputs, ops.cast(self.bias, outputs.dtype))
         if rank != 2:
             lead = leading_shape(ops.shape(x), x.shape)
-            outputs = ops.reshape(outputs, (*lead, units))
+            outputs = ops.reshape(outputs, (*lead, outputs.shape[-1]))
         return outputs if self.activation is None else self.activation(outputs)
 
     def _product(self, inputs: Tensor = None) -> MatrixProduct:

@@ -10,11 +10,13 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.backend.interface import Backend, Layer, Tensor
+from tfimm_lora.layers import mixed_batch
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.forms import Work, places
 from tfimm_lora.layers.forward import Factors
 from tfimm_lora.layers.input_rows import InputRows, split_rows
+from tfimm_lora.layers.mixed_product import by_example, sizes
 
 
 class EinsumProduct:
@@ -28,12 +30,22 @@ class EinsumProduct:
         ops: Array functions of a backend, or NumPy.
         equation: The equation of the layer.
         input_rank: The number of axes of x; only needed for an equation with "...".
+        backend: The backend; only needed for a mixed batch.
     """
 
-    def __init__(self, ops: Any, equation: str, input_rank: int | None = None) -> None:
-        self.ops, self.equation = ops, equation
+    has_cheap_rows = False
+
+    def __init__(
+        self,
+        ops: Any,
+        equation: str,
+        input_rank: int | None = None,
+        backend: Backend | None = None,
+    ) -> None:
+        self.ops, self.equation, self.backend = ops, equation, backend
         inputs, self.kernel, outputs = _parse(equation, input_rank)
-        rank = next(c for c in string.ascii_letters if c not in equation + inputs)
+        unused = (c for c in string.ascii_letters if c not in equation + inputs)
+        rank, self.example = next(unused), next(unused)
         self.shared = "".join(c for c in self.kernel if c in inputs and c in outputs)
         self.added = "".join(c for c in self.kernel if c in outputs and c not in inputs)
         self.summed = "".join(c for c in self.kernel if c not in outputs)
@@ -56,6 +68,14 @@ class EinsumProduct:
 
     def up(self, h: Tensor, b: Tensor) -> Tensor:
         return self._einsum(h, self.h, b, self.b, self.outputs)
+
+    def branch_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        assert self.backend is not None
+        i = self.example
+        grouped = by_example(self.backend, x, a)
+        h = self._einsum(grouped, i + self.inputs, a, i + self.a, i + self.h)
+        y = self._einsum(h, i + self.h, b, i + self.b, i + self.outputs)
+        return self.ops.reshape(y, (-1, *sizes(self.backend, y)[2:]))
 
     def apply_with_gradient(
         self, x: Tensor, kernel: Tensor
@@ -182,7 +202,11 @@ class EinsumDenseUpdate(LoRALayer):
         if self.merged or not known:
             return super().call(inputs, *args, **kwargs)
         x = backend.ops.cast(inputs, backend.compute_dtype(self))
-        outputs = self._adapted(x, self._product(x).places(tuple(x.shape)))
+        places, values = self._product(x).places(tuple(x.shape)), mixed_batch.values_for(self)
+        if values is None:
+            outputs = self._adapted(x, places)
+        else:
+            outputs = self._with_adapters(x, places, values)
         if self.bias is not None:
             outputs = outputs + backend.ops.cast(self.bias, outputs.dtype)
         return outputs if self.activation is None else self.activation(outputs)
@@ -190,7 +214,7 @@ class EinsumDenseUpdate(LoRALayer):
     def _product(self, inputs: Tensor = None) -> EinsumProduct:
         backend = backend_of(self)
         rank = None if inputs is None else backend.rank_of(inputs)
-        return EinsumProduct(backend.ops, self.equation, rank)
+        return EinsumProduct(backend.ops, self.equation, rank, backend)
 
     def _factor_shapes(
         self, kernel_shape: tuple[int, ...], rank: int
@@ -222,18 +246,22 @@ class EinsumDenseUpdate(LoRALayer):
         product = self._product()
         return tuple(i for i, axis in enumerate(product.kernel) if axis not in product.outputs)
 
-    def _along_outputs(self, values: Tensor, rank: int) -> Tensor:
-        product, ops = self._product(), backend_of(self).ops
+    def _in_output_order(self, ops: Any, values: Any) -> Any:
+        product = self._product()
         kept = [axis for axis in product.kernel if axis in product.outputs]
-        sizes = product.sizes(tuple(self._kernel_variable.shape))
-        values = ops.reshape(values, [sizes[axis] for axis in kept])
+        size_of = product.sizes(tuple(self._kernel_variable.shape))
+        values = ops.reshape(values, [size_of[axis] for axis in kept])
         ordered = [axis for axis in product.outputs if axis in kept]
-        values = ops.einsum(f"{''.join(kept)}->{''.join(ordered)}", values)
+        return ops.einsum(f"{''.join(kept)}->{''.join(ordered)}", values)
+
+    def _output_shape(self, rank: int, units: int) -> list[int]:
+        product = self._product()
+        size_of = product.sizes(tuple(self._kernel_variable.shape))
         # An ellipsis stands for axes before or among those that are named.
         outputs = self.equation.replace(" ", "").rpartition("->")[2]
         elided = rank - len(outputs.replace("...", ""))
         spelled = outputs.replace("...", "." * elided)
-        return ops.reshape(values, [sizes[c] if c in kept else 1 for c in spelled])
+        return [size_of.get(c, 1) for c in spelled]
 
     def _input_rows(self) -> InputRows | None:
         # With shared axes there are several kernels side by side.
@@ -304,10 +332,6 @@ class EinsumDenseUpdate(LoRALayer):
         if not np.array_equal(_block_diagonal(blocks_b), b):
             raise ValueError("mixes positions, each of which has a kernel of its own")
         return blocks_a.transpose(0, 2, 1), blocks_b.transpose(0, 2, 1)
-
-    def columns_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
-        shape_a, shape_b = self._factor_shapes(tuple(self._kernel_variable.shape), a.shape[0])
-        return a.T.reshape(shape_a), b.T.reshape(shape_b)
 
     def outputs_to_torch(self, values: np.ndarray) -> np.ndarray:
         kept, ordered = self._output_axes()

@@ -6,10 +6,11 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, Tensor
-from tfimm_lora.layers import mixed_batch
+from tfimm_lora.layers import dora, mixed_batch
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
 from tfimm_lora.layers.kernel_hook import kernel_shown_as
+from tfimm_lora.layers.mixed_product import by_example, for_outputs, sizes
 
 
 class EmbeddingUpdate(LoRALayer):
@@ -44,10 +45,9 @@ class EmbeddingUpdate(LoRALayer):
             return super().call(inputs, *args, **kwargs)
         with kernel_shown_as(self, self._kernel_variable):
             outputs = self._base_call(inputs, *args, **kwargs)
-        assignment = mixed_batch.current()
-        if assignment is not None:
-            branch = self._mixed_branch(inputs, assignment)
-            return outputs + backend.ops.cast(branch, outputs.dtype)
+        values = mixed_batch.values_for(self)
+        if values is not None:
+            return self._with_rows_of(values, outputs, inputs)
         a, b = self._factors()
         rows = backend.ops.take(a, backend.ops.cast(inputs, "int32"), axis=0)
         if self.lora.lora_dropout:
@@ -55,16 +55,32 @@ class EmbeddingUpdate(LoRALayer):
         branch = backend.ops.matmul(rows, self.lora.lora_scale * b)
         return self._with_dora_or_bias(outputs + backend.ops.cast(branch, outputs.dtype))
 
-    def _mixed_branch(self, inputs: Tensor, assignment: mixed_batch.Assignment) -> Tensor:
-        """The branch in which each example uses its own adapter."""
-        backend, attached = backend_of(self), self._attached()
-        assignment.used.add(id(self))
-        assignment.ids(attached.names)
-        if not len(attached.members):
-            return 0
-        rows = backend.ops.take(attached.a, backend.ops.cast(inputs, "int32"), axis=0)
-        h = mixed_batch.masked(backend, rows, attached, assignment)
-        return backend.ops.matmul(h, attached.b)
+    def _with_rows_of(
+        self, values: mixed_batch.RowValues, outputs: Tensor, inputs: Tensor
+    ) -> Tensor:
+        """The output with the values of a source: g W[ids] + A[ids] B."""
+        backend, source = backend_of(self), mixed_batch.current()
+        ops, uniform = backend.ops, source is not None and source.uniform
+        ids, a = ops.cast(inputs, "int32"), values.a
+        if not uniform:
+            # As ids in one table of all examples.
+            count, vocabulary, rank = sizes(backend, a)
+            first = ops.reshape(vocabulary * ops.arange(count), (-1, *[1] * len(ids.shape)))
+            ids = by_example(backend, ids, a) + first
+            a = ops.reshape(a, (-1, rank))
+            rows = ops.take(a, ops.reshape(ids, (count, -1)), axis=0)
+        else:
+            rows = ops.take(a, ids, axis=0)
+        branch = ops.matmul(rows, values.b)
+        branch = ops.reshape(ops.cast(branch, outputs.dtype), sizes(backend, outputs))
+        if values.gain is not None:
+            narrow = backend.dtype_of(outputs) in ("float16", "bfloat16")
+
+            def scaled(y: Tensor, gain: Tensor) -> Tensor:
+                return dora.scaled(ops, y, gain, narrow)
+
+            outputs = for_outputs(self, outputs, values.gain, scaled, uniform)
+        return outputs + branch
 
     def _shown_kernel(self) -> Tensor:
         if self.merged:

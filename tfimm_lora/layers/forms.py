@@ -98,6 +98,20 @@ def choose(work: Work, narrow: bool) -> Form:
     return Form("effective", gradients or ("whole" if whole else "narrow"))
 
 
+def is_kernel_per_example(work: Work) -> bool:
+    """Whether a mixed batch is faster with a kernel W + A_i B_i for each example.
+
+    Both forms are limited by memory bandwidth. With a kernel for each example W M numbers are
+    written and read, at a cost that grows with the rank; the factored form reads C numbers at
+    each place, and writes, reads and adds M.
+
+    Args:
+        work: The sizes of the product, with the places of one example.
+    """
+    places = work.places * (work.channels + 3 * work.units)
+    return places > work.window * work.units * (4 + work.rank / 4)
+
+
 @contextlib.contextmanager
 def use_form(product: str | None = None, gradients: str | None = None) -> Iterator[None]:
     """Choose the form in which adapted layers are computed within this block.

@@ -17,6 +17,7 @@ from tfimm_lora.config import LORA_WEIGHT_NAMES
 from tfimm_lora.initializers import from_kernel
 from tfimm_lora.layers import dora, forms, mixed_batch, products
 from tfimm_lora.layers.input_rows import InputRows
+from tfimm_lora.layers.mixed_product import mixed_product
 from tfimm_lora.layers.state import AdaptedValues
 
 #: A and B.
@@ -44,6 +45,11 @@ class LoRAForward(AdaptedValues):
         """Whether the product on ``inputs`` splits, with gradients that are products too."""
         return True
 
+    @property
+    def _splits(self) -> bool:
+        """Whether the update splits the product into two narrow ones."""
+        return True
+
     def _work(self, inputs: Tensor, places: int, rank: int) -> forms.Work:
         """The amount of work; here for a kernel of shape (*window, units)."""
         *window, units = self._kernel_variable.shape
@@ -57,11 +63,33 @@ class LoRAForward(AdaptedValues):
         """The axes of the kernel that the product sums over: all but those of the output."""
         return tuple(range(len(self._kernel_variable.shape) - 1))
 
+    def _in_output_order(self, ops: Any, values: Any) -> Any:
+        """A value for each output of the kernel, in the order of the axes of the output."""
+        return values
+
+    def output_count(self) -> int:
+        """The number of outputs of the kernel at each place."""
+        return math.prod(dora.shape(tuple(self._kernel_variable.shape), self._summed_axes()))
+
+    def outputs_in_order(self, values: np.ndarray) -> np.ndarray:
+        """A value for each output in the order of torch as a vector in that of the output."""
+        shape = dora.shape(tuple(self._kernel_variable.shape), self._summed_axes())
+        ordered = self._in_output_order(np, self.outputs_from_torch(values, shape))
+        return np.asarray(ordered).reshape(-1)
+
+    def _output_shape(self, rank: int, units: int) -> list[int]:
+        """The shape in which so many values, one for each output, broadcast to outputs of a
+        rank."""
+        shape = [1] * rank
+        shape[1 if self._has_channels_first else -1] = units
+        return shape
+
     def _along_outputs(self, values: Tensor, rank: int) -> Tensor:
         """A value for each output, in a shape that broadcasts to outputs of a rank."""
-        shape = [1] * rank
-        shape[1 if self._has_channels_first else -1] = -1
-        return backend_of(self).ops.reshape(values, shape)
+        ops, units = backend_of(self).ops, math.prod(values.shape)
+        return ops.reshape(
+            self._in_output_order(ops, values), self._output_shape(rank, units)
+        )
 
     def _input_rows(self) -> InputRows | None:
         """What the layer multiplies with its kernel, as rows; None if there are no rows."""
@@ -119,10 +147,6 @@ class LoRAForward(AdaptedValues):
             ValueError: if they are not factors of such a layer; the message says why.
         """
         return a.T, b.T
-
-    def columns_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
-        """torch's A and B of any rank as factors of the layer's plain product."""
-        return a.reshape(a.shape[0], -1).T, b.T
 
     def outputs_to_torch(self, values: np.ndarray) -> np.ndarray:
         """A value for each output of the kernel, (out,), in the order of B's first axis."""
@@ -196,9 +220,6 @@ class LoRAForward(AdaptedValues):
         backend, settings, product = backend_of(self), self.lora, self._product(inputs)
         dtype, scale = backend.compute_dtype(self), settings.lora_scale
         kernel = backend.ops.cast(self._frozen_kernel(), dtype)
-        assignment = mixed_batch.current()
-        if assignment is not None:
-            return self._mixed(inputs, product, kernel, assignment)
         a, b = (backend.ops.cast(factor, dtype) for factor in self._factors())
         form = self._form(inputs, places, a.shape[-1], dtype)
         if form.product == "factored":
@@ -224,38 +245,18 @@ class LoRAForward(AdaptedValues):
             return forms.Form("effective", "narrow")  # which keeps x A and not x
         return form
 
-    def _mixed(
-        self,
-        inputs: Tensor,
-        product: products.Product,
-        kernel: Tensor,
-        assignment: mixed_batch.Assignment,
+    def _with_adapters(
+        self, inputs: Tensor, places: int, values: mixed_batch.RowValues
     ) -> Tensor:
-        """The product in which each example of the batch uses its own adapter."""
-        assignment.used.add(id(self))
-        return mixed_batch.mixed(
-            backend_of(self),
-            product,
-            inputs,
-            kernel,
-            self._attached(),
-            assignment,
-            self._has_channels_first,
-        )
-
-    def _attached(self) -> mixed_batch.Attached:
-        """The adapters that are attached to the layer.
-
-        Raises:
-            ValueError: if there are none.
-        """
-        attached = self._lora_state.attached
-        if attached is None:
-            raise ValueError(
-                f"Received adapters for a mixed batch in a model to whose layer '{self.name}' "
-                "none are attached. Call attach_adapters first."
-            )
-        return attached
+        """The product of the inputs, which have so many places, with the values of a source in
+        place of the layer's own."""
+        source = mixed_batch.current()
+        uniform = source is not None and source.uniform
+        work = None
+        if self._splits and values.a is not None:
+            examples = 1 if uniform else values.a.shape[0] or forms.UNKNOWN_BATCH
+            work = self._work(inputs, places // examples, int(values.a.shape[-1]))
+        return mixed_product(self, inputs, values, work, uniform)
 
     def _with_dora_or_bias(self, outputs: Tensor) -> Tensor:
         """Outputs of the product times DoRA's factor, or plus the bias of the branch."""

@@ -60,7 +60,10 @@ class KernelHook:
         if call is not None:
             return call.read()
         if layer._is_shown_to_others() and not _is_read_in_build():
-            mixed_batch.require_none(layer)
+            mixed_batch.require_none(
+                layer,
+                "another layer uses its kernel, too, as a head that is tied to an embedding does",
+            )
             return layer._shown_kernel()
         try:
             return layer.__dict__[self.attribute]

@@ -18,7 +18,6 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, OriginalLayer, Tensor, Variable
 from tfimm_lora.config import LORA_VARIABLE_NAMES, LayerSettings
-from tfimm_lora.layers.mixed_batch import Attached
 
 _STATE = "_lora_state"
 
@@ -90,8 +89,6 @@ class AdaptedState(ConvertedState):
     kernel_read: bool = False
     #: Whether it was seen to make another kernel of it (weight standardisation).
     kernel_transformed: bool = False
-    #: The adapters of a mixed batch.
-    attached: Attached | None = None
 
 
 def state_of(layer: Layer) -> ConvertedState | None:

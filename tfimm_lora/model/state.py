@@ -39,10 +39,6 @@ class ModelState:
     while_disabled: dict[str, Any] = field(default_factory=dict)
     #: The digests of statistics when LoRA was injected; see ``changed_statistics``.
     statistics: dict[int, bytes] = field(default_factory=dict)
-    #: The names of the adapters of a mixed batch, or None if none are attached.
-    attached: tuple[str, ...] | None = None
-    #: Whether LoRA was injected only to attach adapters.
-    injected_to_attach: bool = False
 
 
 def model_state(model: Layer) -> ModelState:

@@ -180,10 +180,14 @@ class ModelWeight(NamedTuple):
         """Whether a value of an adapter has the shape of this weight."""
         return fits(value.shape, self.target)
 
+    def in_keras_order(self, value: np.ndarray) -> np.ndarray:
+        """Return a value of an adapter as one of the variable, in the dtype of the variable."""
+        dtype = backend_of(self.layer).to_numpy(self.variable).dtype
+        return to_keras(value, self.target).astype(dtype)
+
     def assign(self, value: np.ndarray) -> None:
         """Assign a value of an adapter to the variable."""
-        dtype = backend_of(self.layer).to_numpy(self.variable).dtype
-        self.assign_raw(to_keras(value, self.target).astype(dtype))
+        self.assign_raw(self.in_keras_order(value))
 
     def is_bias(self) -> bool:
         """Whether the variable is a bias or the like."""

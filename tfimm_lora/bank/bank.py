@@ -1,0 +1,384 @@
+"""``AdapterBank``: many adapters in one model, one for each example of a batch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.base_architecture import warn_if_other_checkpoint
+from tfimm_lora.adapters.incomplete import warn_if_incomplete
+from tfimm_lora.adapters.model_names import in_names_of
+from tfimm_lora.backend import backend_of
+from tfimm_lora.bank.functions import BankFunctions, batch_plan, padded_batch
+from tfimm_lora.bank.layout import PAGE, Layout
+from tfimm_lora.bank.layers import inject_bank
+from tfimm_lora.bank.overflow import Overflow
+from tfimm_lora.bank.prediction import RowPrediction
+from tfimm_lora.bank.values import AdapterValues, ValuesOfAdapters
+from tfimm_lora.config import Targets
+from tfimm_lora.model.inject import remove_lora
+from tfimm_lora.model.state import recorded_class_names
+from tfimm_lora.validation import check_integer
+from tfimm_lora.zoo.weights.module_names import ModuleNames
+
+#: The slot of the model without adapter.
+_NO_ADAPTER = 0
+
+
+class _Entry(NamedTuple):
+    """What a bank knows of an adapter besides its values."""
+
+    classes: int
+    labels: tuple[str, ...] | None
+    #: Which of ``source.OPTIONAL`` it has.
+    optional: frozenset[str]
+
+
+class AdapterBank:
+    """Many adapters in one model: each example of a batch uses its own.
+
+    The values of the adapters, with their classifiers, are in slots of one variable, padded to
+    the largest rank and number of classes. Each example gathers those of its slot, so the time
+    of a batch does not depend on the number of adapters:
+
+        y_i = g_i (x_i W) + (x_i A_i) B_i + c_i
+
+    Adapters are loaded and removed without a new trace. If there are more adapters than slots,
+    those that were not used for the longest time are moved to host memory, and back when they
+    are used. A bank may be used from several threads: one batch or change runs at a time.
+
+    An adapter may have other layers, ranks, scales and classes than the others: factors of
+    every kind of layer that can be merged (except standardised convolutions), query, key or
+    value parts of fused projections, DoRA, biases of adapted layers and of their branches, and
+    classifiers. What a bank cannot hold is refused by name when it is loaded.
+
+    Args:
+        model: A built model without LoRA. While the bank is open it has LoRA of rank 1 without
+            effect, and is frozen: when it is called outside of the bank it computes as before.
+        adapters: Name -> adapter, to load at once. Without ``targets``, ``max_rank`` and
+            ``max_classes``, the bank is made for these adapters.
+        capacity: The number of slots. A batch can use so many different adapters at once;
+            larger batches are divided.
+        max_rank: The largest rank of an adapter. Default: that of ``adapters``, otherwise 16.
+            Adapters of a fused projection whose q, k or v were adapted apart have the sum of
+            their ranks.
+        max_classes: The largest number of classes. Default: that of the model and ``adapters``.
+        targets: The layers that adapters can have factors for, as in ``lora_targets``.
+            Default: those of ``adapters``, otherwise the default targets of the model.
+        overflow: A folder for adapters that are moved out of their slots. Default: they are
+            kept in host memory.
+
+    Raises:
+        TypeError, ValueError: If the model is not built, has LoRA, or a target cannot be in a
+            bank; or as ``load``. The model is unchanged.
+
+    Example:
+        >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
+        >>> def make():
+        ...     return tf.keras.Sequential([
+        ...         tf.keras.Input((4,)), tf.keras.layers.Dense(8, name="fc1"),
+        ...         tf.keras.layers.Dense(3, name="head")])
+        >>> adapter = lora.adapter_of(lora.inject_lora(make(), lora_rank=2))
+        >>> bank = lora.AdapterBank(make(), {"cats": adapter})
+        >>> bank.load("dogs", adapter, labels=["pug", "boxer", "collie"])
+        >>> bank.names
+        ('cats', 'dogs')
+        >>> rows = bank.predict(np.ones((3, 4), "float32"), ["cats", None, "dogs"])
+        >>> [row.logits.shape for row in rows]
+        [(3,), (3,), (3,)]
+        >>> rows[2].label in ("pug", "boxer", "collie")
+        True
+
+    Reference: Sheng et al., "S-LoRA", arXiv:2311.03285, for language models.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        adapters: Mapping[str, Adapter | str | os.PathLike[str]] | None = None,
+        *,
+        capacity: int = 64,
+        max_rank: int | None = None,
+        max_classes: int | None = None,
+        targets: Targets = None,
+        overflow: str | os.PathLike[str] | None = None,
+    ) -> None:
+        check_integer(capacity, "capacity", least=1)
+        for name, given in (("max_rank", max_rank), ("max_classes", max_classes)):
+            if given is not None:
+                check_integer(given, name, least=1)
+        names = ModuleNames(model)
+        read = {_checked_name(n): _read(names, x) for n, x in (adapters or {}).items()}
+        self._model = model
+        self._backend = backend_of(model)
+        self._layers = inject_bank(model, read.values(), targets)
+        try:
+            self._names = ModuleNames(model)
+            self._layout = Layout.of(
+                self._layers.adapted,
+                self._layers.heads,
+                max_rank or self._layers.largest_rank(read.values()) or 16,
+                max_classes or self._layers.most_classes(read.values()),
+            )
+            self._values = ValuesOfAdapters(self._names, self._layout, self._layers.refused)
+            self._overflow = Overflow(self._layout.pages, overflow)
+            shape = ((capacity + 1) * self._layout.pages, PAGE)
+            self._table = self._backend.create_table(shape, "adapter_bank")
+            self._backend.write_rows(
+                self._table, 0, self._layout.pack(self._values.base.parts)
+            )
+            self._entries: dict[str | None, _Entry] = {
+                None: _Entry(
+                    self._values.base.classes, recorded_class_names(model), frozenset()
+                )
+            }
+            #: The adapters in slots, the least recently used first.
+            self._slots: OrderedDict[str, int] = OrderedDict()
+            self._free = list(range(capacity, _NO_ADAPTER, -1))
+            self._lock = threading.RLock()
+            self._functions = BankFunctions(model, self._layout, self._table)
+            for name, adapter in read.items():
+                self._add(name, adapter, None)
+        except BaseException:
+            remove_lora(model, merge=False)
+            raise
+
+    # -- adapters ----------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of the adapters, in the order in which they were loaded."""
+        with self._lock:
+            return tuple(name for name in self._entries if name is not None)
+
+    @property
+    def capacity(self) -> int:
+        """The number of slots."""
+        return len(self._slots) + len(self._free)
+
+    def labels(self, name: str | None) -> tuple[str, ...] | None:
+        """Return the names of the classes of an adapter, or None if they are not known.
+
+        Args:
+            name: The name of an adapter; None for the model without adapter.
+
+        Raises:
+            ValueError: If there is no adapter of this name.
+        """
+        return self._entry(name).labels
+
+    def load(
+        self,
+        name: str,
+        adapter: Adapter | str | os.PathLike[str],
+        *,
+        labels: Sequence[str] | None = None,
+    ) -> None:
+        """Load an adapter, or replace the one of this name.
+
+        Args:
+            name: Its name.
+            adapter: An ``Adapter``, a folder or "hf://user/repo". It may have the names of
+                another library, as in ``load_adapter``.
+            labels: The names of its classes.
+
+        Raises:
+            TypeError: If the name is not a string.
+            FileNotFoundError, ImportError: As ``Adapter.load``.
+            ValueError: If the adapter does not fit the model or the bank (the message names
+                everything that does not), or has another number of classes than labels. The
+                bank is unchanged.
+
+        Warns:
+            UserWarning: If the adapter is incomplete, or names another checkpoint on the hub
+                than the model was loaded from, as in ``load_adapter``.
+        """
+        self._add(_checked_name(name), _read(self._names, adapter), labels)
+
+    def _add(self, name: str, adapter: Adapter, labels: Sequence[str] | None) -> None:
+        self._require_open()
+        try:
+            values = self._values.of(adapter)
+        except ValueError as error:
+            raise ValueError(f"Adapter {name!r}: {error}") from error
+        entry = _entry_of(name, values, labels)
+        warn_if_incomplete(self._names, adapter, stacklevel=3)
+        warn_if_other_checkpoint(self._model, adapter, stacklevel=3)
+        packed = self._layout.pack(values.parts)
+        with self._lock:
+            self._require_open()
+            self._forget(name)
+            self._write(name, packed)
+            self._entries[name] = entry
+
+    def remove(self, name: str) -> None:
+        """Remove an adapter.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            ValueError: If there is no adapter of this name.
+        """
+        with self._lock:
+            self._entry(_checked_name(name))
+            self._forget(name)
+            del self._entries[name]
+
+    def _entry(self, name: str | None) -> _Entry:
+        entry = self._entries.get(name)
+        if entry is None:
+            raise ValueError(
+                f"Received the adapter {name!r}, which is not in the bank; expected None or "
+                f"one of {list(self.names)}."
+            )
+        return entry
+
+    # -- slots -------------------------------------------------------------------------
+
+    def _write(self, name: str, packed: np.ndarray) -> None:
+        """Write an adapter into a free slot, or into that of the least recently used one."""
+        if not self._free:
+            oldest, slot = self._slots.popitem(last=False)
+            self._overflow.put(oldest, self._read_slot(slot))
+            self._free.append(slot)
+        slot = self._free.pop()
+        self._backend.write_rows(self._table, slot * self._layout.pages, packed)
+        self._slots[name] = slot
+
+    def _read_slot(self, slot: int) -> np.ndarray:
+        pages = self._layout.pages
+        rows = np.arange(slot * pages, (slot + 1) * pages, dtype="int32")
+        return self._backend.to_numpy(self._backend.read_rows(self._table, rows))
+
+    def _forget(self, name: str) -> None:
+        """Free the slot of an adapter, or what is stored of it."""
+        slot = self._slots.pop(name, None)
+        if slot is not None:
+            self._free.append(slot)
+        self._overflow.drop(name)
+
+    def _bring(self, names: Sequence[str | None]) -> list[int]:
+        """The slots of adapters, all of which are in a slot afterwards."""
+        wanted = [name for name in dict.fromkeys(names) if name is not None]
+        for name in wanted:  # first, so that none of them is moved out
+            if name in self._slots:
+                self._slots.move_to_end(name)
+        for name in wanted:
+            if name not in self._slots:
+                self._write(name, self._overflow.take(name))
+        return [_NO_ADAPTER if name is None else self._slots[name] for name in names]
+
+    # -- prediction --------------------------------------------------------------------
+
+    def predict(self, inputs: Any, names: Sequence[str | None]) -> list[RowPrediction]:
+        """Predict a batch in which each example uses its own adapter.
+
+        Args:
+            inputs: The inputs of the model, an array (batch, ...).
+            names: For each example the name of an adapter, or None for the model without one.
+
+        Returns:
+            For each example its logits, with the number of classes of its adapter, and labels.
+
+        Raises:
+            TypeError: If ``names`` is not a list of names.
+            ValueError: If a name is not in the bank, or there are not as many names as
+                examples.
+        """
+        names = self._checked_names(names)
+        inputs = np.asarray(inputs)
+        if inputs.ndim < 1 or len(inputs) != len(names):
+            raise ValueError(
+                f"Received {len(names)} names for inputs of shape {inputs.shape}; expected a "
+                "name or None for each example."
+            )
+        rows: list[RowPrediction | None] = [None] * len(names)
+        with self._lock:
+            self._require_open()
+            entries = [self._entry(name) for name in names]
+            for indices, uniform in batch_plan(names, self.capacity):
+                part = [names[i] for i in indices]
+                optional = frozenset().union(*(entries[i].optional for i in indices))
+                outputs = self._run(inputs[indices], self._bring(part), uniform, optional)
+                for i, logits in zip(indices, self._functions.logits(outputs)):
+                    entry = entries[i]
+                    rows[i] = RowPrediction(names[i], logits[: entry.classes], entry.labels)
+        return [row for row in rows if row is not None]
+
+    def _run(
+        self, inputs: np.ndarray, slots: list[int], uniform: bool, optional: frozenset[str]
+    ) -> np.ndarray:
+        ids = np.array(slots[:1] if uniform else slots, "int32")
+        count = len(inputs)
+        if self._backend.compiles_each_batch_size():
+            inputs = padded_batch(inputs)
+            ids = ids if uniform else padded_batch(ids)
+        return self._functions(inputs, ids, uniform, optional)[:count]
+
+    def _checked_names(self, names: Any) -> list[str | None]:
+        listed = isinstance(names, Sequence) and not isinstance(names, str)
+        if not listed or not all(name is None or isinstance(name, str) for name in names):
+            raise TypeError(f"Received names={names!r}; expected a list of names and None.")
+        return list(names)
+
+    # -- the end -----------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Remove the bank from the model, which is again as it was before.
+
+        Further calls of a closed bank raise a ValueError. Closing twice does nothing.
+        """
+        with self._lock:
+            if self._model is None:
+                return
+            remove_lora(self._model, merge=False)
+            self._overflow.close()
+            self._model = None
+
+    def __enter__(self) -> AdapterBank:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _require_open(self) -> None:
+        if self._model is None:
+            raise ValueError("Received a bank that is closed. Create a new AdapterBank.")
+
+    def __repr__(self) -> str:
+        if self._model is None:
+            return "AdapterBank(closed)"
+        return (
+            f"AdapterBank({len(self.names)} adapters, capacity={self.capacity}, "
+            f"max_rank={self._layout.max_rank}, max_classes={self._layout.max_classes})"
+        )
+
+
+def _checked_name(name: Any) -> str:
+    if not isinstance(name, str) or not name:
+        raise TypeError(f"Received the name {name!r} for an adapter; expected a string.")
+    return name
+
+
+def _read(names: ModuleNames, adapter: Any) -> Adapter:
+    """An adapter in the names of the model."""
+    loaded = adapter if isinstance(adapter, Adapter) else Adapter.load(adapter)
+    return in_names_of(names, loaded)
+
+
+def _entry_of(name: str, values: AdapterValues, labels: Sequence[str] | None) -> _Entry:
+    if labels is not None:
+        labels = tuple(map(str, labels))
+        if len(labels) != values.classes:
+            raise ValueError(
+                f"Received {len(labels)} labels for adapter {name!r}, which has "
+                f"{values.classes} classes."
+            )
+    return _Entry(values.classes, labels, values.optional)

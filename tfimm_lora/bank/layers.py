@@ -1,0 +1,125 @@
+"""Give a model the layers of a bank: LoRA in every layer that its adapters can change."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.lora_arguments import exact_targets
+from tfimm_lora.backend import backend_of
+from tfimm_lora.config import Targets
+from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.conversion import kernel_variable, supported
+from tfimm_lora.layers.einsum_dense import positions_of
+from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.inject import inject_lora, remove_lora
+from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.model.targeting import check_ready, config_for, select
+from tfimm_lora.zoo.weights.module_names import ModuleNames
+
+
+@dataclass(frozen=True)
+class BankLayers:
+    """The layers of a model that adapters of a bank can change.
+
+    Attributes:
+        names: The names of the model.
+        adapted: Path -> layer.
+        heads: The paths of those that are classifiers.
+        refused: Path -> why a layer with LoRA cannot be in a bank.
+    """
+
+    names: ModuleNames
+    adapted: dict[str, LoRALayer]
+    heads: tuple[str, ...]
+    refused: dict[str, str]
+
+    def largest_rank(self, adapters: Iterable[Adapter]) -> int:
+        """The largest rank of adapters in these layers, 0 if there are none."""
+        return max(
+            (
+                self._rank(self.names.paths.get(module), update)
+                for adapter in adapters
+                for module, update in adapter.layers.items()
+            ),
+            default=0,
+        )
+
+    def _rank(self, path: str | None, update: LayerUpdate) -> int:
+        if path in self.heads:  # merged into the classifier
+            return 1
+        if update.kind != "batched" or path not in self.adapted:
+            return update.rank
+        return update.rank // positions_of(self.adapted[path])
+
+    def most_classes(self, adapters: Iterable[Adapter]) -> int:
+        """The largest number of classes of the model and of adapters; 1 without classifier."""
+        found = [int(self.adapted[path]._kernel_variable.shape[-1]) for path in self.heads]
+        for weight in self.names.weights:
+            if weight.path in self.heads:
+                keys = (weight.key, *weight.old_keys)
+                values = (a.weights[key] for a in adapters for key in keys if key in a.weights)
+                found += [len(value) for value in values]
+        return max(found, default=1)
+
+
+def inject_bank(model: Any, adapters: Iterable[Adapter], targets: Targets) -> BankLayers:
+    """Inject LoRA of rank 1, without effect, into the layers of a bank.
+
+    Args:
+        model: A built model without LoRA.
+        adapters: Adapters with the names of the model.
+        targets: The layers; None for those of the adapters, or without adapters the default.
+
+    Raises:
+        ValueError: If the model has LoRA or is not built, or a layer of ``targets`` cannot be
+            in a bank. The model is unchanged.
+    """
+    check_ready(model)
+    names = ModuleNames(model)
+    heads = _heads(model, names)
+    given = targets is not None
+    if targets is None and adapters:
+        modules = dict.fromkeys(module for adapter in adapters for module in adapter.layers)
+        chosen = [names.paths[m] for m in modules if m in names.paths]
+        chosen = [path for path in chosen if names.is_adaptable(path)]
+    else:
+        arguments = {} if targets is None else {"lora_targets": targets}
+        selection = select(model, config_for(model, arguments, "AdapterBank"))
+        if selection.errors:
+            raise selection.errors[0]
+        chosen = list(selection.layers)
+    paths = list(dict.fromkeys([*chosen, *heads]))
+    inject_lora(model, lora_rank=1, lora_targets=exact_targets(paths, list(names.layers)))
+    refused = {
+        path: reason
+        for path, layer in lora_layers(model).items()
+        if (reason := layer.mixed_batch_refusal()) is not None
+    }
+    if given and refused:
+        remove_lora(model, merge=False)
+        listed = "; ".join(f"{path} {reason}" for path, reason in refused.items())
+        raise ValueError(
+            f"Received targets={targets!r} for a bank of model '{model.name}', in which some "
+            f"layers cannot have an adapter for each example: {listed}. Leave them out of the "
+            "targets."
+        )
+    adapted = {path: x for path, x in lora_layers(model).items() if path not in refused}
+    return BankLayers(ModuleNames(model), adapted, tuple(heads), refused)
+
+
+def _heads(model: Any, names: ModuleNames) -> list[str]:
+    """The paths of the classifiers: dense layers and 1x1 convolutions."""
+    layers = backend_of(model).keras.layers
+    found = []
+    for path in classifier_paths(model):
+        layer = names.layers[path]
+        window = tuple(kernel_variable(layer).shape[:-2]) if supported(layer) else ()
+        is_dense = isinstance(layer, layers.Dense)
+        is_pointwise = isinstance(layer, layers.Conv2D) and set(window) == {1}
+        if is_dense or is_pointwise:
+            found.append(path)
+    return found

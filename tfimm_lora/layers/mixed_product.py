@@ -1,0 +1,140 @@
+"""The product of an adapted layer in a mixed batch, where example i has factors of its own:
+
+    y_i = g_i (x_i W) + (x_i A_i) B_i + c_i
+
+with the scale and DoRA's factor g_i in B_i. Two forms compute it:
+
+* *factored*: one product with W for all examples, and two narrow products for each.
+* *effective*: one product for each example with its own kernel W + A_i B_i. It is used where an
+  example has many more places than the kernel has inputs, as in the first stages of
+  convolutional networks.
+
+If all examples use one adapter, there is one kernel W + A B for all of them.
+
+The first axis of x is the batch, or the batch times something (windows, positions), with what
+belongs to one example side by side.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer, Tensor
+from tfimm_lora.layers import dora, forms
+from tfimm_lora.layers.mixed_batch import RowValues
+
+
+def mixed_product(
+    layer: Layer, x: Tensor, values: RowValues, work: forms.Work | None, uniform: bool
+) -> Tensor:
+    """The product of a layer's inputs with the values of a source.
+
+    Args:
+        layer: The adapted layer.
+        x: Its inputs.
+        values: The values for the layer.
+        work: The sizes of the product; None if its update does not split into two narrow
+            products.
+        uniform: Whether all examples use one adapter.
+    """
+    backend, product = backend_of(layer), layer._product(x)
+    ops, dtype = backend.ops, backend.compute_dtype(layer)
+    a, b, shift, kernel = (
+        None if value is None else ops.cast(value, dtype)
+        for value in (values.a, values.b, values.shift, values.kernel)
+    )
+    narrow = dtype in ("float16", "bfloat16")
+    apply = product.apply if uniform or kernel is None else product.apply_rows
+    if kernel is None:
+        kernel = ops.cast(layer._frozen_kernel(), dtype)
+    if a is None:
+        outputs = apply(x, kernel)
+    elif values.gain is None and _is_effective(product, work, narrow, uniform):
+        update, apply = (
+            (product.update, product.apply)
+            if uniform
+            else (product.update_rows, product.apply_rows)
+        )
+        outputs = apply(x, kernel + update(a, b))
+    else:
+        outputs = apply(x, kernel)
+        if values.gain is not None:
+
+            def scaled(outputs: Tensor, gain: Tensor) -> Tensor:
+                return dora.scaled(ops, outputs, gain, narrow)
+
+            outputs = for_outputs(layer, outputs, values.gain, scaled, uniform)
+        outputs = outputs + _branch(product, x, a, b, layer._splits, uniform)
+    if shift is not None:
+        outputs = for_outputs(layer, outputs, shift, lambda y, c: y + c, uniform)
+    return outputs
+
+
+def _is_effective(product: Any, work: forms.Work | None, narrow: bool, uniform: bool) -> bool:
+    """Whether to multiply with W + A B. In 16-bit arithmetic it would lose small updates."""
+    if narrow:
+        return False
+    if uniform:
+        return work is None or forms.choose(work, narrow).product == "effective"
+    if product.has_cheap_rows is not None:
+        return bool(product.has_cheap_rows)
+    return work is not None and forms.is_kernel_per_example(work)
+
+
+def _branch(
+    product: Any, x: Tensor, a: Tensor, b: Tensor, splits: bool, uniform: bool
+) -> Tensor:
+    """(x A) B."""
+    if not uniform:
+        return product.branch_rows(x, a, b)
+    if splits:
+        return product.up(product.down(x, a), b)
+    return product.apply(x, product.update(a, b))
+
+
+def for_outputs(
+    layer: Layer,
+    outputs: Tensor,
+    values: Tensor,
+    function: Callable[[Tensor, Tensor], Tensor],
+    uniform: bool,
+) -> Tensor:
+    """``function(outputs, values)`` for values with one number for each output."""
+    backend = backend_of(layer)
+    ops, shape = backend.ops, sizes(backend, outputs)
+    along = layer._output_shape(len(shape), values.shape[-1])
+    if uniform:
+        return function(outputs, ops.reshape(values, along))
+    examples = sizes(backend, values)[0]
+    grouped = ops.reshape(outputs, (examples, -1, *shape[1:]))
+    return ops.reshape(function(grouped, ops.reshape(values, (-1, *along))), shape)
+
+
+def sizes(backend: Backend, x: Tensor) -> list[Any]:
+    """The sizes of all axes, static where they are known."""
+    dynamic = backend.ops.shape(x)
+    return [dynamic[i] if size is None else size for i, size in enumerate(x.shape)]
+
+
+def by_example(backend: Backend, x: Tensor, rows: Tensor) -> Tensor:
+    """x of shape (examples * m, ...) as (examples, m, ...).
+
+    Args:
+        backend: The backend.
+        x: The tensor.
+        rows: A tensor with the examples as its first axis.
+
+    Raises:
+        ValueError: If the sizes are known and do not divide.
+    """
+    examples, total = rows.shape[0], x.shape[0]
+    if examples and total is not None and total % examples:
+        raise ValueError(
+            f"Received adapters for {examples} examples, but a layer whose input has {total} "
+            f"rows, which is not a multiple of {examples}. A layer that mixes examples cannot "
+            "have an adapter for each."
+        )
+    ops = backend.ops
+    return ops.reshape(x, (sizes(backend, rows)[0], -1, *sizes(backend, x)[1:]))

@@ -1,0 +1,127 @@
+"""Convolutions with a kernel for each example.
+
+No framework has a fast routine for them on the CPU. They are computed as a sum over the window:
+at each of its positions the inputs that lie there, x[t], are multiplied with the kernels there:
+
+    y_i = sum over t of x_i[t] K_i[t]
+
+The kernels are factors, so the products are narrow.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.layers.mixed_product import by_example, sizes
+
+
+def branch_rows(layer: Layer, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    """(x_i A_i) B_i for a convolution, with or without groups.
+
+    Args:
+        layer: The convolution.
+        x: (examples * m, *space, in), or with channels first.
+        a: (examples, *window, in / groups, rank).
+        b: (examples, rank, out).
+
+    Returns:
+        (examples * m, *places, out), or with channels first.
+    """
+    backend, groups = backend_of(layer), layer.groups
+    ops = backend.ops
+    first = layer.data_format == "channels_first"
+    x = ops.moveaxis(x, 1, -1) if first else x
+    rank, units = a.shape[-1], b.shape[-1]
+    h, places = None, ()
+    for position, inputs in _at_window(layer, x):
+        places = tuple(inputs.shape[1:-1])
+        rows = by_example(backend, inputs, a)
+        examples = sizes(backend, rows)[0]
+        # One row for each place and group: the groups share A.
+        rows = ops.reshape(rows, (examples, -1, a.shape[-2]))
+        part = ops.matmul(rows, a[(slice(None), *position)])
+        h = part if h is None else h + part
+    if groups == 1:
+        y = ops.matmul(h, b)
+    else:
+        h = ops.reshape(h, (sizes(backend, a)[0], -1, groups, rank))
+        split = ops.reshape(b, (-1, rank, groups, units // groups))
+        y = ops.einsum("npgr,nrgo->npgo", h, split)
+    y = ops.reshape(y, (-1, *places, units))
+    return ops.moveaxis(y, -1, 1) if first else y
+
+
+def depthwise_rows(layer: Layer, x: Tensor, kernels: Tensor) -> Tensor:
+    """A depthwise convolution with a kernel for each example.
+
+    It is one depthwise convolution of a single example with the channels of all.
+
+    Args:
+        layer: The depthwise convolution.
+        x: (examples, *space, channels), or with channels first.
+        kernels: (examples, *window, channels, multiplier).
+    """
+    backend = backend_of(layer)
+    ops = backend.ops
+    count, *space, channels = sizes(backend, x)
+    first = layer.data_format == "channels_first"
+    if first:
+        count, channels, *space = sizes(backend, x)
+    *window, _, multiplier = kernels.shape[1:]
+    kernel = ops.reshape(
+        ops.transpose(kernels, (1, 2, 0, 3, 4)), (*window, count * channels, multiplier)
+    )
+    wide = (
+        ops.reshape(x, (1, count * channels, *space))
+        if first
+        else ops.reshape(ops.transpose(x, (1, 2, 0, 3)), (1, *space, count * channels))
+    )
+    y = backend.depthwise_convolution(layer, wide, kernel)
+    units = channels * multiplier
+    if first:
+        return ops.reshape(y, (count, units, *sizes(backend, y)[2:]))
+    y = ops.reshape(y, (*sizes(backend, y)[1:-1], count, units))
+    return ops.transpose(y, (2, 0, 1, 3))
+
+
+def _at_window(layer: Layer, x: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
+    """Yield each position in the window of a layer with the inputs that lie there."""
+    backend = backend_of(layer)
+    space, steps = tuple(x.shape[1:-1]), layer.strides
+    if None in space:
+        raise ValueError(
+            f"Layer '{layer.name}' received inputs of shape {tuple(x.shape)}; expected a known "
+            "height and width, which a convolution with an adapter for each example needs."
+        )
+    spans = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation_rate)]
+    around = [
+        _padding(layer.padding, size, span, step)
+        for size, span, step in zip(space, spans, steps)
+    ]
+    if any(sum(sides) for sides in around):
+        x = backend.ops.pad(x, [[0, 0], *around, [0, 0]])
+    counts = [
+        max(0, (size + sum(sides) - span) // step + 1)
+        for size, sides, span, step in zip(space, around, spans, steps)
+    ]
+    for position in itertools.product(*map(range, layer.kernel_size)):
+        at = tuple(
+            slice(p * d, p * d + (count - 1) * step + 1, step)
+            for p, d, count, step in zip(position, layer.dilation_rate, counts, steps)
+        )
+        yield position, x[(slice(None), *at)]
+
+
+def _padding(padding: str, size: int, span: int, step: int) -> list[Any]:
+    """The zeros before and after an axis that Keras adds."""
+    if padding == "causal":
+        return [span - 1, 0]
+    if padding == "valid":
+        return [0, 0]
+    missing = max((math.ceil(size / step) - 1) * step + span - size, 0)
+    return [missing // 2, missing - missing // 2]
