@@ -17,6 +17,7 @@ from tfimm_lora.layers.forward import Factors
 from tfimm_lora.layers.input_rows import InputRows, PatchRows
 from tfimm_lora.layers.mixed_product import by_example, sizes
 from tfimm_lora.layers.products import leading_shape
+from tfimm_lora.layers.state import original_class
 
 _AXES = "abcdefg"
 
@@ -235,10 +236,9 @@ class ConvUpdate(LoRALayer):
 
     def _convolve(self, inputs: Tensor, kernel: Tensor) -> Tensor:
         base: Any = super()
-        if self.groups > 1 and mixed_batch.values_for(self) is not None:
-            compiled = getattr(base, "_jit_compiled_convolution_op", None)
-            if compiled is not None:
-                return compiled(inputs, kernel)
+        in_groups = self.groups > 1 and mixed_batch.values_for(self) is not None
+        if in_groups and hasattr(original_class(type(self)), "_jit_compiled_convolution_op"):
+            return base._jit_compiled_convolution_op(inputs, kernel)
         return base.convolution_op(inputs, kernel)
 
     def _classify(self, inputs: Tensor, values: mixed_batch.RowValues) -> Tensor:
