@@ -137,16 +137,20 @@ class DenseUpdate(LoRALayer):
         rows = x if rank == 2 else ops.reshape(x, (-1, width))
         places, values = forms.places(x.shape[0], x.shape[1:-1]), mixed_batch.values_for(self)
         if values is None:
-            outputs = self._adapted(rows, places)
+            outputs = self._with_bias(self._adapted(rows, places))
         else:
-            outputs = self._with_adapters(rows, places, values)
-        if self.bias is not None and (values is None or values.kernel is None):
-            # Directly after the product, so that TensorFlow fuses the two.
-            outputs = backend.add_bias(outputs, ops.cast(self.bias, outputs.dtype))
+            outputs = self._with_adapters(rows, places, values, self._with_bias)
         if rank != 2:
             lead = leading_shape(ops.shape(x), x.shape)
             outputs = ops.reshape(outputs, (*lead, outputs.shape[-1]))
         return outputs if self.activation is None else self.activation(outputs)
+
+    def _with_bias(self, rows: Tensor) -> Tensor:
+        if self.bias is None:
+            return rows
+        backend = backend_of(self)
+        # Directly after the product, so that TensorFlow fuses the two.
+        return backend.add_bias(rows, backend.ops.cast(self.bias, rows.dtype))
 
     def _product(self, inputs: Tensor = None) -> MatrixProduct:
         return MatrixProduct(backend_of(self))

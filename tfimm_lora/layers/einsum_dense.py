@@ -204,12 +204,15 @@ class EinsumDenseUpdate(LoRALayer):
         x = backend.ops.cast(inputs, backend.compute_dtype(self))
         places, values = self._product(x).places(tuple(x.shape)), mixed_batch.values_for(self)
         if values is None:
-            outputs = self._adapted(x, places)
+            outputs = self._with_bias(self._adapted(x, places))
         else:
-            outputs = self._with_adapters(x, places, values)
-        if self.bias is not None:
-            outputs = outputs + backend.ops.cast(self.bias, outputs.dtype)
+            outputs = self._with_adapters(x, places, values, self._with_bias)
         return outputs if self.activation is None else self.activation(outputs)
+
+    def _with_bias(self, outputs: Tensor) -> Tensor:
+        if self.bias is None:
+            return outputs
+        return outputs + backend_of(self).ops.cast(self.bias, outputs.dtype)
 
     def _product(self, inputs: Tensor = None) -> EinsumProduct:
         backend = backend_of(self)

@@ -6,11 +6,11 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, Tensor
-from tfimm_lora.layers import dora, mixed_batch
+from tfimm_lora.layers import mixed_batch
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
 from tfimm_lora.layers.kernel_hook import kernel_shown_as
-from tfimm_lora.layers.mixed_product import by_example, for_outputs, sizes
+from tfimm_lora.layers.mixed_product import by_example, scaled_by, sizes
 
 
 class EmbeddingUpdate(LoRALayer):
@@ -74,12 +74,7 @@ class EmbeddingUpdate(LoRALayer):
         branch = ops.matmul(rows, values.b)
         branch = ops.reshape(ops.cast(branch, outputs.dtype), sizes(backend, outputs))
         if values.gain is not None:
-            narrow = backend.dtype_of(outputs) in ("float16", "bfloat16")
-
-            def scaled(y: Tensor, gain: Tensor) -> Tensor:
-                return dora.scaled(ops, y, gain, narrow)
-
-            outputs = for_outputs(self, outputs, values.gain, scaled, uniform)
+            outputs = scaled_by(self, outputs, values.gain, uniform)
         return outputs + branch
 
     def _shown_kernel(self) -> Tensor:

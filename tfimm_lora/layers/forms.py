@@ -109,7 +109,7 @@ def is_kernel_per_example(work: Work) -> bool:
         work: The sizes of the product, with the places of one example.
     """
     places = work.places * (work.channels + 3 * work.units)
-    return places > work.window * work.units * (4 + work.rank / 4)
+    return places > work.window * work.units * (12 + work.rank)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ how they correspond to the axes of torch.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -246,17 +247,21 @@ class LoRAForward(AdaptedValues):
         return form
 
     def _with_adapters(
-        self, inputs: Tensor, places: int, values: mixed_batch.RowValues
+        self,
+        inputs: Tensor,
+        places: int,
+        values: mixed_batch.RowValues,
+        with_bias: Callable[[Tensor], Tensor] = lambda outputs: outputs,
     ) -> Tensor:
         """The product of the inputs, which have so many places, with the values of a source in
-        place of the layer's own."""
+        place of the layer's own, and ``with_bias`` of it."""
         source = mixed_batch.current()
         uniform = source is not None and source.uniform
         work = None
         if self._splits and values.a is not None:
             examples = 1 if uniform else values.a.shape[0] or forms.UNKNOWN_BATCH
             work = self._work(inputs, places // examples, int(values.a.shape[-1]))
-        return mixed_product(self, inputs, values, work, uniform)
+        return mixed_product(self, inputs, values, work, uniform, with_bias)
 
     def _with_dora_or_bias(self, outputs: Tensor) -> Tensor:
         """Outputs of the product times DoRA's factor, or plus the bias of the branch."""

@@ -27,17 +27,23 @@ from tfimm_lora.layers.mixed_batch import RowValues
 
 
 def mixed_product(
-    layer: Layer, x: Tensor, values: RowValues, work: forms.Work | None, uniform: bool
+    layer: Layer,
+    x: Tensor,
+    values: RowValues,
+    work: forms.Work | None,
+    uniform: bool,
+    with_bias: Callable[[Tensor], Tensor],
 ) -> Tensor:
-    """The product of a layer's inputs with the values of a source.
+    """The product of a layer's inputs with the values of a source, and its bias.
 
     Args:
         layer: The adapted layer.
         x: Its inputs.
         values: The values for the layer.
-        work: The sizes of the product; None if its update does not split into two narrow
-            products.
+        work: The sizes of the product for one example, or if uniform for all; None if its
+            update does not split into two narrow products.
         uniform: Whether all examples use one adapter.
+        with_bias: Adds the bias of the layer to outputs.
     """
     backend, product = backend_of(layer), layer._product(x)
     ops, dtype = backend.ops, backend.compute_dtype(layer)
@@ -46,30 +52,40 @@ def mixed_product(
         for value in (values.a, values.b, values.shift, values.kernel)
     )
     narrow = dtype in ("float16", "bfloat16")
-    apply = product.apply if uniform or kernel is None else product.apply_rows
-    if kernel is None:
-        kernel = ops.cast(layer._frozen_kernel(), dtype)
+    if kernel is not None:
+        # A classifier; its own bias is the shift.
+        outputs = (product.apply if uniform else product.apply_rows)(x, kernel)
+        return outputs if shift is None else _for_outputs(layer, outputs, shift, _add, uniform)
+    frozen = ops.cast(layer._frozen_kernel(), dtype)
     if a is None:
-        outputs = apply(x, kernel)
+        outputs = with_bias(product.apply(x, frozen))
     elif values.gain is None and _is_effective(product, work, narrow, uniform):
-        update, apply = (
-            (product.update, product.apply)
-            if uniform
-            else (product.update_rows, product.apply_rows)
-        )
-        outputs = apply(x, kernel + update(a, b))
+        if uniform:
+            outputs = with_bias(product.apply(x, frozen + product.update(a, b)))
+        else:
+            outputs = with_bias(product.apply_rows(x, frozen + product.update_rows(a, b)))
     else:
-        outputs = apply(x, kernel)
+        outputs = product.apply(x, frozen)
         if values.gain is not None:
+            outputs = scaled_by(layer, outputs, values.gain, uniform)
+        # Before the branch, so that TensorFlow fuses product and bias.
+        outputs = with_bias(outputs) + _branch(product, x, a, b, layer._splits, uniform)
+    return outputs if shift is None else _for_outputs(layer, outputs, shift, _add, uniform)
 
-            def scaled(outputs: Tensor, gain: Tensor) -> Tensor:
-                return dora.scaled(ops, outputs, gain, narrow)
 
-            outputs = for_outputs(layer, outputs, values.gain, scaled, uniform)
-        outputs = outputs + _branch(product, x, a, b, layer._splits, uniform)
-    if shift is not None:
-        outputs = for_outputs(layer, outputs, shift, lambda y, c: y + c, uniform)
-    return outputs
+def scaled_by(layer: Layer, outputs: Tensor, gain: Tensor, uniform: bool) -> Tensor:
+    """Outputs times DoRA's factor of the adapter of each example."""
+    backend = backend_of(layer)
+    narrow = backend.dtype_of(outputs) in ("float16", "bfloat16")
+
+    def scaled(outputs: Tensor, gain: Tensor) -> Tensor:
+        return dora.scaled(backend.ops, outputs, gain, narrow)
+
+    return _for_outputs(layer, outputs, gain, scaled, uniform)
+
+
+def _add(outputs: Tensor, shift: Tensor) -> Tensor:
+    return outputs + shift
 
 
 def _is_effective(product: Any, work: forms.Work | None, narrow: bool, uniform: bool) -> bool:
@@ -94,7 +110,7 @@ def _branch(
     return product.apply(x, product.update(a, b))
 
 
-def for_outputs(
+def _for_outputs(
     layer: Layer,
     outputs: Tensor,
     values: Tensor,
