@@ -385,7 +385,9 @@ class Keras3Backend(Backend):
     def write_rows(self, table: Variable, first: int, values: np.ndarray) -> None:
         framework = keras.backend.backend()
         if framework == "tensorflow":
-            table.value[first : first + len(values)].assign(values)
+            from tfimm_lora.backend.tensorflow_functions import write_rows
+
+            write_rows(table.value, first, values)
         elif framework == "torch":
             import torch
 
@@ -456,7 +458,8 @@ def _jax_write() -> Callable[..., Any]:
     def write(table: Any, values: Any, first: Any) -> Any:
         return jax.lax.dynamic_update_slice(table, values, (first, 0))
 
-    return jax.jit(write, donate_argnums=0)
+    compiled: Callable[..., Any] = jax.jit(write, donate_argnums=0)
+    return compiled
 
 
 def _jax_compiled(
@@ -464,13 +467,14 @@ def _jax_compiled(
 ) -> Callable[..., np.ndarray]:
     import jax
 
-    @jax.jit
     def pure(values: list[Any], *arrays: Any) -> Any:
         with keras.StatelessScope(state_mapping=list(zip(variables, values))):
             return function(*arrays)
 
+    compiled = jax.jit(pure)
+
     def call(*arrays: np.ndarray) -> np.ndarray:
-        return np.asarray(pure([v.value for v in variables], *arrays))
+        return np.asarray(compiled([v.value for v in variables], *arrays))
 
     return call
 

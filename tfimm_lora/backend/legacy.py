@@ -16,7 +16,7 @@ from tf_keras.src.mixed_precision import autocast_variable
 from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
-from tfimm_lora.backend.tensorflow_functions import compiled_for_any_batch
+from tfimm_lora.backend.tensorflow_functions import compiled_for_any_batch, write_rows
 from tfimm_lora.backend.tensorflow_vjp import vjp
 
 _OPS: Any = types.SimpleNamespace(
@@ -282,7 +282,7 @@ class LegacyBackend(Backend):
         return tf.gather(table, rows)
 
     def write_rows(self, table: Variable, first: int, values: np.ndarray) -> None:
-        table[first : first + len(values)].assign(values)
+        write_rows(table, first, values)
 
     def compiled(
         self, function: Callable[..., Tensor], variables: Sequence[Variable]

@@ -1,4 +1,4 @@
-"""Compile functions with TensorFlow once for batches of any size."""
+"""Functions of TensorFlow for inference: compiled for batches of any size, and tables."""
 
 from __future__ import annotations
 
@@ -27,3 +27,12 @@ def compiled_for_any_batch(function: Callable[..., Any]) -> Callable[..., np.nda
         return result
 
     return call
+
+
+def write_rows(table: tf.Variable, first: int, values: np.ndarray) -> None:
+    """Assign values to consecutive rows of a variable.
+
+    Assigning to a slice of the variable would read it first, and copy all of it therefore.
+    """
+    rows = np.arange(first, first + len(values), dtype="int32")
+    tf.raw_ops.ResourceScatterUpdate(resource=table.handle, indices=rows, updates=values)

@@ -16,13 +16,16 @@ from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.bank.functions import BankFunctions, batch_plan, padded_batch
-from tfimm_lora.bank.layout import PAGE, Layout
 from tfimm_lora.bank.layers import inject_bank
+from tfimm_lora.bank.layout import PAGE, Layout
 from tfimm_lora.bank.overflow import Overflow
 from tfimm_lora.bank.prediction import RowPrediction
+from tfimm_lora.bank.routed import routed_model
 from tfimm_lora.bank.values import AdapterValues, ValuesOfAdapters
 from tfimm_lora.config import Targets
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.model.inject import remove_lora
+from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.state import recorded_class_names
 from tfimm_lora.validation import check_integer
 from tfimm_lora.zoo.weights.module_names import ModuleNames
@@ -121,8 +124,7 @@ class AdapterBank:
         try:
             self._names = ModuleNames(model)
             self._layout = Layout.of(
-                self._layers.adapted,
-                self._layers.heads,
+                self._layers,
                 max_rank or self._layers.largest_rank(read.values()) or 16,
                 max_classes or self._layers.most_classes(read.values()),
             )
@@ -130,9 +132,7 @@ class AdapterBank:
             self._overflow = Overflow(self._layout.pages, overflow)
             shape = ((capacity + 1) * self._layout.pages, PAGE)
             self._table = self._backend.create_table(shape, "adapter_bank")
-            self._backend.write_rows(
-                self._table, 0, self._layout.pack(self._values.base.parts)
-            )
+            self._backend.write_rows(self._table, 0, self._layout.pack(self._values.base.parts))
             self._entries: dict[str | None, _Entry] = {
                 None: _Entry(
                     self._values.base.classes, recorded_class_names(model), frozenset()
@@ -143,6 +143,7 @@ class AdapterBank:
             self._free = list(range(capacity, _NO_ADAPTER, -1))
             self._lock = threading.RLock()
             self._functions = BankFunctions(model, self._layout, self._table)
+            self._routed: Any = None
             for name, adapter in read.items():
                 self._add(name, adapter, None)
         except BaseException:
@@ -328,6 +329,66 @@ class AdapterBank:
             raise TypeError(f"Received names={names!r}; expected a list of names and None.")
         return list(names)
 
+    @property
+    def model(self) -> Any:
+        """The model as a Keras model whose adapters are an input, for inference.
+
+        Its inputs are a dictionary: "inputs" for the model, and "adapter" with an integer for
+        each example, as returned by ``slots``. It returns the outputs of the model, of the
+        largest number of classes: those that an adapter does not have are minus infinity (or
+        zero after a softmax). It shares all variables with the bank, works with ``predict``,
+        ``tf.function`` and ``jax.jit``, and sees adapters that are loaded later.
+
+        Raises:
+            ValueError: If the bank is closed. In ``fit``, and in calls with training=True.
+
+        Example:
+            >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
+            >>> def make():
+            ...     return tf.keras.Sequential([
+            ...         tf.keras.Input((4,)), tf.keras.layers.Dense(3, name="fc")])
+            >>> tuned = lora.inject_lora(make(), lora_rank=2, lora_targets=["fc"])
+            >>> bank = lora.AdapterBank(make(), {"cats": lora.adapter_of(tuned)})
+            >>> inputs = {"inputs": np.ones((2, 4), "float32"),
+            ...           "adapter": bank.slots(["cats", None])}
+            >>> bank.model.predict(inputs, verbose=0).shape
+            (2, 3)
+        """
+        self._require_open()
+        if self._routed is None:
+            self._routed = routed_model(self._functions)
+        return self._routed
+
+    def slots(self, names: Sequence[str | None]) -> np.ndarray:
+        """Return the integers of adapters that ``model`` takes.
+
+        They are valid until an adapter is moved out of its slot, which happens only if there
+        are more adapters than slots.
+
+        Args:
+            names: For each example the name of an adapter, or None for the model without one.
+
+        Returns:
+            An int32 array (batch,).
+
+        Raises:
+            TypeError: If ``names`` is not a list of names.
+            ValueError: If a name is not in the bank, or the names are of more adapters than
+                there are slots.
+        """
+        names = self._checked_names(names)
+        with self._lock:
+            for name in names:
+                self._entry(name)
+            different = len({name for name in names if name is not None})
+            if different > self.capacity:
+                raise ValueError(
+                    f"Received {different} adapters for a bank of {self.capacity} slots; "
+                    "expected as many adapters as slots at most. Call predict, which divides "
+                    "the batch."
+                )
+            return np.array(self._bring(names), "int32")
+
     # -- the end -----------------------------------------------------------------------
 
     def close(self) -> None:
@@ -338,7 +399,8 @@ class AdapterBank:
         with self._lock:
             if self._model is None:
                 return
-            remove_lora(self._model, merge=False)
+            if has_lora(self._model):
+                remove_lora(self._model, merge=False)
             self._overflow.close()
             self._model = None
 
@@ -351,6 +413,12 @@ class AdapterBank:
     def _require_open(self) -> None:
         if self._model is None:
             raise ValueError("Received a bank that is closed. Create a new AdapterBank.")
+        if not all(isinstance(x, LoRALayer) for x in self._layers.adapted.values()):
+            raise ValueError(
+                f"LoRA was removed from or replaced in model '{self._model.name}' since the "
+                "bank was created, so the bank has no effect. Create a new AdapterBank, and "
+                "leave its model alone."
+            )
 
     def __repr__(self) -> str:
         if self._model is None:

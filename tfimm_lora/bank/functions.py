@@ -19,9 +19,7 @@ from tfimm_lora.model.output_activation import output_activation
 OWN_BATCH = 8
 
 
-def batch_plan(
-    names: Sequence[str | None], capacity: int
-) -> list[tuple[list[int], bool]]:
+def batch_plan(names: Sequence[str | None], capacity: int) -> list[tuple[list[int], bool]]:
     """Divide a batch into parts, each of which is computed at once.
 
     This is the only place where that is decided: ``OWN_BATCH`` examples with the same adapter,
@@ -74,7 +72,7 @@ class BankFunctions:
     """
 
     def __init__(self, model: Any, layout: Layout, table: Variable) -> None:
-        self._model, self._layout, self._table = model, layout, table
+        self.model, self.layout, self.table = model, layout, table
         self._backend = backend_of(model)
         self._compiled: dict[tuple[bool, frozenset[str]], Any] = {}
         self._ends_in_softmax = output_activation(model) == "softmax"
@@ -89,22 +87,21 @@ class BankFunctions:
             def function(inputs: Tensor, slots: Tensor) -> Tensor:
                 return self.outputs(inputs, slots, uniform, optional)
 
-            variables = [*self._model.variables, self._table]
+            variables = [*self.model.variables, self.table]
             self._compiled[key] = self._backend.compiled(function, variables)
-        return self._compiled[key](inputs, slots)
+        outputs: np.ndarray = self._compiled[key](inputs, slots)
+        return outputs
 
     def outputs(
         self, inputs: Tensor, slots: Tensor, uniform: bool, optional: frozenset[str]
     ) -> Tensor:
         """The outputs of the model as a tensor, for the slot of each example."""
-        source = BankSource(
-            self._backend, self._layout, self._table, slots, uniform, optional
-        )
+        source = BankSource(self._backend, self.layout, self.table, slots, uniform, optional)
         with using(source):
-            outputs = self._model(inputs, training=False)
+            outputs = self.model(inputs, training=False)
         if isinstance(outputs, (dict, list, tuple)):
             raise ValueError(
-                f"Model '{self._model.name}' returns {len(outputs)} outputs; expected a model "
+                f"Model '{self.model.name}' returns {len(outputs)} outputs; expected a model "
                 "with one output in a bank."
             )
         return outputs
@@ -114,4 +111,5 @@ class BankFunctions:
         if not self._ends_in_softmax:
             return outputs
         with np.errstate(divide="ignore"):
-            return np.log(outputs)
+            logarithms: np.ndarray = np.log(outputs)
+        return logarithms

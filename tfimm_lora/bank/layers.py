@@ -14,6 +14,7 @@ from tfimm_lora.config import Targets
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import kernel_variable, supported
 from tfimm_lora.layers.einsum_dense import positions_of
+from tfimm_lora.layers.normalization import bias_refusal
 from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.inject import inject_lora, remove_lora
 from tfimm_lora.model.merge import lora_layers
@@ -27,13 +28,15 @@ class BankLayers:
 
     Attributes:
         names: The names of the model.
-        adapted: Path -> layer.
-        heads: The paths of those that are classifiers.
+        adapted: Path -> layer, for those with factors and for classifiers.
+        biased: Path -> layer, for those of which only the bias can change.
+        heads: The paths of the classifiers.
         refused: Path -> why a layer with LoRA cannot be in a bank.
     """
 
     names: ModuleNames
     adapted: dict[str, LoRALayer]
+    biased: dict[str, Any]
     heads: tuple[str, ...]
     refused: dict[str, str]
 
@@ -92,7 +95,10 @@ def inject_bank(model: Any, adapters: Iterable[Adapter], targets: Targets) -> Ba
         if selection.errors:
             raise selection.errors[0]
         chosen = list(selection.layers)
-    paths = list(dict.fromkeys([*chosen, *heads]))
+    biased = [path for path in _trained_biases(names, adapters) if path not in heads]
+    only_bias = [path for path in biased if path not in chosen]
+    with_lora = [path for path in only_bias if names.is_adaptable(path)]
+    paths = list(dict.fromkeys([*chosen, *heads, *with_lora]))
     inject_lora(model, lora_rank=1, lora_targets=exact_targets(paths, list(names.layers)))
     refused = {
         path: reason
@@ -107,8 +113,29 @@ def inject_bank(model: Any, adapters: Iterable[Adapter], targets: Targets) -> Ba
             f"layers cannot have an adapter for each example: {listed}. Leave them out of the "
             "targets."
         )
-    adapted = {path: x for path, x in lora_layers(model).items() if path not in refused}
-    return BankLayers(ModuleNames(model), adapted, tuple(heads), refused)
+    usable = {path: x for path, x in lora_layers(model).items() if path not in refused}
+    after = ModuleNames(model)
+    shifted = {}
+    for path in only_bias:
+        layer = after.layers[path]
+        why = layer.shift_refusal() if path in usable else bias_refusal(layer)
+        if why is None:
+            shifted[path] = layer
+        else:
+            refused[path] = why
+    adapted = {path: x for path, x in usable.items() if path not in only_bias}
+    return BankLayers(after, adapted, shifted, tuple(heads), refused)
+
+
+def _trained_biases(names: ModuleNames, adapters: Iterable[Adapter]) -> list[str]:
+    """The paths of the layers whose biases are among the fully trained weights of adapters."""
+    found = [
+        weight.path
+        for weight in names.weights
+        if weight.is_bias()
+        and any(k in a.weights for a in adapters for k in (weight.key, *weight.old_keys))
+    ]
+    return list(dict.fromkeys(found))
 
 
 def _heads(model: Any, names: ModuleNames) -> list[str]:

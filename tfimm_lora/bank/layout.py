@@ -11,11 +11,13 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tfimm_lora.backend.interface import Layer
+from tfimm_lora.bank.layers import BankLayers
+from tfimm_lora.layers.base import LoRALayer
 
 #: The numbers of a page.
 PAGE = 64
@@ -39,7 +41,7 @@ class Layout:
     Attributes:
         max_rank: The largest rank.
         max_classes: The largest number of classes.
-        layers: Path -> the adapted layer.
+        layers: Path -> layer.
         heads: The paths of the classifiers.
         parts: Every part.
         pages: The number of pages of a slot.
@@ -53,27 +55,28 @@ class Layout:
     pages: int = 0
 
     @classmethod
-    def of(
-        cls, layers: Mapping[str, Any], heads: tuple[str, ...], max_rank: int, max_classes: int
-    ) -> Layout:
-        """The layout for layers that have LoRA.
+    def of(cls, layers: BankLayers, max_rank: int, max_classes: int) -> Layout:
+        """The layout for the layers of a bank.
 
         Args:
-            layers: Path -> layer, for all that adapters can change.
-            heads: The paths of those that are classifiers.
+            layers: The layers.
             max_rank: The largest rank.
             max_classes: The largest number of classes.
         """
-        layout = cls(max_rank, max_classes, dict(layers), heads)
-        for path, layer in layers.items():
+        everything = {**layers.adapted, **layers.biased}
+        layout = cls(max_rank, max_classes, everything, layers.heads)
+        for path, layer in layers.adapted.items():
             kernel = tuple(layer._kernel_variable.shape)
-            if path in heads:
+            if path in layers.heads:
                 layout._add(path, kernel=(*kernel[:-1], max_classes), shift=(max_classes,))
                 continue
             a, b = layer._factor_shapes(kernel, max_rank)
             layout._add(path, a=a, b=b, gain=(layer.output_count(),))
             if layer.shift_refusal() is None:
                 layout._add(path, shift=(layer.output_count(),))
+        for path, layer in layers.biased.items():
+            bias = layer.bias if isinstance(layer, LoRALayer) else layer.beta
+            layout._add(path, shift=(math.prod(bias.shape),))
         return layout
 
     def _add(self, path: str, **shapes: tuple[int, ...]) -> None:

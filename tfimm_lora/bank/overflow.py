@@ -43,14 +43,14 @@ class Overflow:
     def put(self, name: str, slot: np.ndarray) -> None:
         """Store the slot of an adapter, (pages, PAGE)."""
         pages = np.flatnonzero(slot.any(axis=1))
-        values: np.ndarray | Path = slot[pages]
-        if self._folder is not None:
-            path = Path(self._folder.name) / f"{self._written}.npy"
-            self._written += 1
-            np.save(path, values, allow_pickle=False)
-            values = path
         self.drop(name)
-        self._stored[name] = _Stored(pages, values)
+        if self._folder is None:
+            self._stored[name] = _Stored(pages, slot[pages])
+            return
+        path = Path(self._folder.name) / f"{self._written}.npy"
+        self._written += 1
+        np.save(path, slot[pages], allow_pickle=False)
+        self._stored[name] = _Stored(pages, path)
 
     def take(self, name: str) -> np.ndarray:
         """Return the slot of an adapter, which is stored no longer."""

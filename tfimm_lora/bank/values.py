@@ -40,7 +40,7 @@ class ValuesOfAdapters:
 
     def __init__(self, names: ModuleNames, layout: Layout, refused: dict[str, str]) -> None:
         self.names, self.layout, self.refused = names, layout, refused
-        self._weights = {(w.path, _role(w)): w for w in names.weights if _role(w)}
+        self._weights = {(w.path, _role(w)): w for w in names.weights}
         self.base = self._of_base()
 
     def _of_base(self) -> AdapterValues:
@@ -138,7 +138,9 @@ class ValuesOfAdapters:
             given = {role: heads[path, role] for p, role in heads if p == path}
             if "kernel" not in given:
                 missing = self._weights[path, "kernel"].key
-                problems.append(f"the adapter has no {missing}, but other weights of classifiers")
+                problems.append(
+                    f"the adapter has no {missing}, but other weights of classifiers"
+                )
             elif "bias" not in given:
                 # A classifier without a bias, or one whose bias was not trained.
                 same = len(given["kernel"]) == self.base.classes
@@ -196,25 +198,22 @@ class ValuesOfAdapters:
     ) -> str | None:
         """Add a trained bias, and return why that is not possible, if it is not."""
         path = weight.path
-        if (path, "shift") not in self.layout.parts or _role(weight) != "bias":
-            return (
-                f"{weight.key} is fully trained; expected factors, classifiers, and biases of "
-                "the layers of the bank"
-            )
+        if not weight.is_bias():
+            return f"{weight.key} is fully trained; expected factors, classifiers and biases"
+        if (path, "shift") not in self.layout.parts:
+            why = self.refused.get(path, "is not among those that the bank was made for")
+            return f"{weight.key} is trained, and its layer {why}"
         change = weight.in_keras_order(value) - weight.raw_value()
         known = parts.get((path, "shift"), np.zeros(change.size, "float32"))
         parts[path, "shift"] = known + change.reshape(-1)
         return None
 
     def _layer(self, path: str) -> Any:
-        if path not in self.layout.layers:
+        if (path, "a") not in self.layout.parts:
             raise DoesNotFit(self.refused.get(path, "is not among the targets of the bank"))
         return self.layout.layers[path]
 
 
-def _role(weight: ModelWeight) -> str | None:
-    """Whether a weight is the kernel or the bias of a layer; None if it is another."""
-    leaf = weight.target.name.rpartition("/")[2]
-    if leaf == "bias":
-        return "bias"
-    return "kernel" if leaf == "kernel" else None
+def _role(weight: ModelWeight) -> str:
+    """The name of a weight in its layer: "kernel", "bias", ..."""
+    return weight.target.name.rpartition("/")[2]

@@ -317,6 +317,7 @@ class ConvUpdate(LoRALayer):
     def factors_from_torch(self, a: np.ndarray, b: np.ndarray) -> Factors:
         return np.moveaxis(a, (0, 1), (-1, -2)), b.reshape(b.shape[:2]).T
 
+
 class Conv1DUpdate(ConvUpdate):
     """As ``LoRAConv2D``, also for causal padding."""
 
@@ -388,9 +389,8 @@ class DepthwiseConvUpdate(LoRALayer):
         dtype, settings = backend.compute_dtype(self), self.lora
         narrow = dtype in ("float16", "bfloat16")
         values = mixed_batch.values_for(self)
-        if values is not None and not self.merged:
-            if has_keras_call(type(self), or_of=_PADDING_DEPTHWISE):
-                return self._mixed_call(inputs, values)
+        if values is not None and not self.merged and self._computes_mixed_batches():
+            return self._mixed_call(inputs, values)
         separate = settings.lora_dropout or settings.lora_bias or narrow
         if self.merged or not separate or not has_keras_call(type(self)):
             return super().call(inputs, *args, **kwargs)

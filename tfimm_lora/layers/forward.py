@@ -88,9 +88,7 @@ class LoRAForward(AdaptedValues):
     def _along_outputs(self, values: Tensor, rank: int) -> Tensor:
         """A value for each output, in a shape that broadcasts to outputs of a rank."""
         ops, units = backend_of(self).ops, math.prod(values.shape)
-        return ops.reshape(
-            self._in_output_order(ops, values), self._output_shape(rank, units)
-        )
+        return ops.reshape(self._in_output_order(ops, values), self._output_shape(rank, units))
 
     def _input_rows(self) -> InputRows | None:
         """What the layer multiplies with its kernel, as rows; None if there are no rows."""

@@ -19,6 +19,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, OriginalLayer, Tensor, Variable
 from tfimm_lora.layers.call_signature import check_super_calls, with_signature_of
 from tfimm_lora.layers.depthwise import depthwise_mixins
+from tfimm_lora.layers.normalization import is_normalization, with_bias_of_example
 from tfimm_lora.layers.state import (
     Converted,
     FrozenState,
@@ -116,11 +117,13 @@ class FrozenLayer(Converted):
 
 
 class FrozenWithGradient(FrozenLayer):
-    """Mixin for layers that have a cheaper gradient when they are frozen."""
+    """Mixin for layers that have a cheaper gradient when they are frozen, and for
+    normalizations, whose bias may differ by example in a mixed batch."""
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         base_call = super().call  # type: ignore[misc]
-        return _with_frozen_gradient(self, base_call, inputs, *args, **kwargs)
+        outputs = _with_frozen_gradient(self, base_call, inputs, *args, **kwargs)
+        return with_bias_of_example(self, outputs)
 
 
 class FrozenStatisticsLayer(FrozenLayer):
@@ -153,7 +156,8 @@ class FrozenStatisticsLayer(FrozenLayer):
         try:
             if not args:
                 return base_call(**kwargs)
-            return _with_frozen_gradient(self, base_call, *args, **kwargs)
+            outputs = _with_frozen_gradient(self, base_call, *args, **kwargs)
+            return with_bias_of_example(self, outputs)
         finally:
             _in_inference.reset(token)
 
@@ -227,7 +231,8 @@ def frozen_class(cls: type, statistics: bool = False) -> type:
     key = (cls, statistics)
     if key not in _frozen_classes:
         backend = backend_of(cls)
-        plain = FrozenWithGradient if backend.has_frozen_gradient(cls) else FrozenLayer
+        own_call = backend.has_frozen_gradient(cls) or is_normalization(backend, cls)
+        plain = FrozenWithGradient if own_call else FrozenLayer
         mixin = FrozenStatisticsLayer if statistics else plain
         namespace: dict[str, Any] = {"__module__": __name__, "__doc__": mixin.__doc__}
         if mixin is not FrozenLayer:

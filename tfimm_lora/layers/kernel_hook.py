@@ -62,7 +62,7 @@ class KernelHook:
         if layer._is_shown_to_others() and not _is_read_in_build():
             mixed_batch.require_none(
                 layer,
-                "another layer uses its kernel, too, as a head that is tied to an embedding does",
+                "another layer uses its kernel (as a head that is tied to an embedding does)",
             )
             return layer._shown_kernel()
         try:

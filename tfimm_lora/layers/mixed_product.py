@@ -118,13 +118,37 @@ def _for_outputs(
     uniform: bool,
 ) -> Tensor:
     """``function(outputs, values)`` for values with one number for each output."""
-    backend = backend_of(layer)
+    along = layer._output_shape(len(outputs.shape), values.shape[-1])
+    return _by_example(backend_of(layer), outputs, values, along, function, uniform)
+
+
+def shifted(
+    backend: Backend, outputs: Tensor, shift: Tensor, along: list[int], uniform: bool
+) -> Tensor:
+    """Outputs plus the shift of each example.
+
+    Args:
+        backend: The backend.
+        outputs: (examples * m, ...).
+        shift: (examples, units), or (units,) if uniform.
+        along: The shape in which the units broadcast to the outputs.
+        uniform: Whether all examples use one adapter.
+    """
+    return _by_example(backend, outputs, shift, along, _add, uniform)
+
+
+def _by_example(
+    backend: Backend,
+    outputs: Tensor,
+    values: Tensor,
+    along: list[int],
+    function: Callable[[Tensor, Tensor], Tensor],
+    uniform: bool,
+) -> Tensor:
     ops, shape = backend.ops, sizes(backend, outputs)
-    along = layer._output_shape(len(shape), values.shape[-1])
     if uniform:
         return function(outputs, ops.reshape(values, along))
-    examples = sizes(backend, values)[0]
-    grouped = ops.reshape(outputs, (examples, -1, *shape[1:]))
+    grouped = by_example(backend, outputs, values)
     return ops.reshape(function(grouped, ops.reshape(values, (-1, *along))), shape)
 
 

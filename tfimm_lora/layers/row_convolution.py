@@ -44,7 +44,7 @@ def branch_rows(layer: Layer, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         examples = sizes(backend, rows)[0]
         # One row for each place and group: the groups share A.
         rows = ops.reshape(rows, (examples, -1, a.shape[-2]))
-        part = ops.matmul(rows, a[(slice(None), *position)])
+        part = ops.matmul(rows, _at(a, *position))
         h = part if h is None else h + part
     if groups == 1:
         y = ops.matmul(h, b)
@@ -110,11 +110,16 @@ def _at_window(layer: Layer, x: Tensor) -> Iterator[tuple[tuple[int, ...], Tenso
         for size, sides, span, step in zip(space, around, spans, steps)
     ]
     for position in itertools.product(*map(range, layer.kernel_size)):
-        at = tuple(
+        at = [
             slice(p * d, p * d + (count - 1) * step + 1, step)
             for p, d, count, step in zip(position, layer.dilation_rate, counts, steps)
-        )
-        yield position, x[(slice(None), *at)]
+        ]
+        yield position, _at(x, *at)
+
+
+def _at(x: Tensor, *index: Any) -> Tensor:
+    """x[:, *index]."""
+    return x[(slice(None),) + index]
 
 
 def _padding(padding: str, size: int, span: int, step: int) -> list[Any]:
