@@ -34,13 +34,21 @@ from tfimm_lora.zoo.weights.module_names import ModuleNames
 _NO_ADAPTER = 0
 
 
-class _Entry(NamedTuple):
+class BankEntry(NamedTuple):
     """What a bank knows of an adapter besides its values."""
 
     classes: int
     labels: tuple[str, ...] | None
     #: Which of ``source.OPTIONAL`` it has.
     optional: frozenset[str]
+
+
+class BankContent(NamedTuple):
+    """The content of a bank, for exporting it."""
+
+    functions: BankFunctions
+    #: The model without adapter (None), then the adapters.
+    entries: dict[str | None, BankEntry]
 
 
 class AdapterBank:
@@ -133,8 +141,8 @@ class AdapterBank:
             shape = ((capacity + 1) * self._layout.pages, PAGE)
             self._table = self._backend.create_table(shape, "adapter_bank")
             self._backend.write_rows(self._table, 0, self._layout.pack(self._values.base.parts))
-            self._entries: dict[str | None, _Entry] = {
-                None: _Entry(
+            self._entries: dict[str | None, BankEntry] = {
+                None: BankEntry(
                     self._values.base.classes, recorded_class_names(model), frozenset()
                 )
             }
@@ -232,7 +240,7 @@ class AdapterBank:
             self._forget(name)
             del self._entries[name]
 
-    def _entry(self, name: str | None) -> _Entry:
+    def _entry(self, name: str | None) -> BankEntry:
         entry = self._entries.get(name)
         if entry is None:
             raise ValueError(
@@ -389,6 +397,35 @@ class AdapterBank:
                 )
             return np.array(self._bring(names), "int32")
 
+    def packed(self, name: str | None) -> np.ndarray:
+        """Return the values of an adapter as they are in its slot.
+
+        This is what the signature "load" of an exported bank takes.
+
+        Args:
+            name: The name of an adapter; None for the model without adapter.
+
+        Returns:
+            A float32 array (pages, 64).
+
+        Raises:
+            ValueError: If there is no adapter of this name.
+        """
+        with self._lock:
+            self._require_open()
+            self._entry(name)
+            if name is None:
+                return self._read_slot(_NO_ADAPTER)
+            if name in self._overflow:
+                return self._overflow.get(name)
+            return self._read_slot(self._slots[name])
+
+    def content(self) -> BankContent:
+        """What ``export`` needs of the bank."""
+        with self._lock:
+            self._require_open()
+            return BankContent(self._functions, dict(self._entries))
+
     # -- the end -----------------------------------------------------------------------
 
     def close(self) -> None:
@@ -441,7 +478,7 @@ def _read(names: ModuleNames, adapter: Any) -> Adapter:
     return in_names_of(names, loaded)
 
 
-def _entry_of(name: str, values: AdapterValues, labels: Sequence[str] | None) -> _Entry:
+def _entry_of(name: str, values: AdapterValues, labels: Sequence[str] | None) -> BankEntry:
     if labels is not None:
         labels = tuple(map(str, labels))
         if len(labels) != values.classes:
@@ -449,4 +486,4 @@ def _entry_of(name: str, values: AdapterValues, labels: Sequence[str] | None) ->
                 f"Received {len(labels)} labels for adapter {name!r}, which has "
                 f"{values.classes} classes."
             )
-    return _Entry(values.classes, labels, values.optional)
+    return BankEntry(values.classes, labels, values.optional)

@@ -75,7 +75,7 @@ class BankFunctions:
         self.model, self.layout, self.table = model, layout, table
         self._backend = backend_of(model)
         self._compiled: dict[tuple[bool, frozenset[str]], Any] = {}
-        self._ends_in_softmax = output_activation(model) == "softmax"
+        self.ends_in_softmax = output_activation(model) == "softmax"
 
     def __call__(
         self, inputs: np.ndarray, slots: np.ndarray, uniform: bool, optional: frozenset[str]
@@ -108,7 +108,7 @@ class BankFunctions:
 
     def logits(self, outputs: np.ndarray) -> np.ndarray:
         """The logits from outputs of the model."""
-        if not self._ends_in_softmax:
+        if not self.ends_in_softmax:
             return outputs
         with np.errstate(divide="ignore"):
             logarithms: np.ndarray = np.log(outputs)

@@ -99,3 +99,9 @@ class Layout:
             whole = numbers[: math.prod(part.shape)].reshape(part.shape)
             whole[tuple(map(slice, value.shape))] = value
         return slot
+
+    def unpack(self, slot: np.ndarray, key: PartKey) -> np.ndarray:
+        """The value of a part in a slot, (pages, PAGE), padded as it is there."""
+        part = self.parts[key]
+        numbers = slot[part.first : part.first + part.pages].reshape(-1)
+        return numbers[: math.prod(part.shape)].reshape(part.shape)

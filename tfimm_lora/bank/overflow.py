@@ -52,13 +52,18 @@ class Overflow:
         np.save(path, slot[pages], allow_pickle=False)
         self._stored[name] = _Stored(pages, path)
 
-    def take(self, name: str) -> np.ndarray:
-        """Return the slot of an adapter, which is stored no longer."""
+    def get(self, name: str) -> np.ndarray:
+        """Return the slot of an adapter."""
         pages, values = self._stored[name]
         if isinstance(values, Path):
             values = np.load(values, allow_pickle=False)
         slot = np.zeros((self._pages, values.shape[1]), "float32")
         slot[pages] = values
+        return slot
+
+    def take(self, name: str) -> np.ndarray:
+        """Return the slot of an adapter, which is stored no longer."""
+        slot = self.get(name)
         self.drop(name)
         return slot
 

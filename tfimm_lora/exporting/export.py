@@ -13,11 +13,13 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import installed
+from tfimm_lora.bank.bank import AdapterBank
 from tfimm_lora.exporting import comparison
+from tfimm_lora.exporting.bank import export_bank
 from tfimm_lora.exporting.comparison import Outputs
 from tfimm_lora.exporting.description import describe
 from tfimm_lora.exporting.export_plan import ExportPlan
-from tfimm_lora.exporting.exported import Exported, description_path
+from tfimm_lora.exporting.exported import Exported, description_path, size_of
 from tfimm_lora.exporting.opening import opening
 from tfimm_lora.exporting.output_kind import (
     LOGITS,
@@ -115,6 +117,25 @@ def export(
         >>> exported.returns
         'logits'
     """
+    if isinstance(model, AdapterBank):
+        unused = {
+            "labels": labels,
+            "quantize": quantize,
+            "samples": samples,
+            "probabilities": probabilities,
+        }
+        return _export_bank(
+            model,
+            unused,
+            path,
+            format,
+            preprocessing=preprocessing,
+            include_preprocessing=include_preprocessing,
+            tolerance=tolerance,
+            check_inputs=check_inputs,
+            opset=opset,
+            overwrite=overwrite,
+        )
     if probabilities is not None:
         check_bool(probabilities, "probabilities")
     request = checked_request(
@@ -159,7 +180,7 @@ def export(
         exported = Exported(
             request.path,
             request.format,
-            _size_of(temporary),
+            size_of(temporary),
             result.difference,
             plan.file_inputs.tensors,
             result.outputs,
@@ -175,6 +196,16 @@ def export(
         move_into_place(description, exported.description)
         move_into_place(temporary, request.path)
     return exported
+
+
+def _export_bank(bank: AdapterBank, unused: dict[str, Any], *args: Any, **kwargs: Any) -> Exported:
+    for name, value in unused.items():
+        if value is not None:
+            raise ValueError(
+                f"Received {name}={value!r} with a bank; expected None. Each adapter of a bank "
+                "has its own labels, and the file returns what the model returns, in float32."
+            )
+    return export_bank(bank, *args, **kwargs)
 
 
 def _write_and_run(
@@ -225,13 +256,6 @@ def _logits(
             f"{difference:.2g}; expected at most {bound:g}. Export the probabilities."
         )
     return plain, logits
-
-
-def _size_of(path: Path) -> int:
-    """The size of a file, or of all files in a folder, in bytes."""
-    if path.is_file():
-        return path.stat().st_size
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
 
 
 def _check_float32(model: Any, in_float32: list[Outputs], expected: list[Outputs]) -> None:

@@ -68,3 +68,10 @@ def description_path(path: Path) -> Path:
         'cats.onnx.json'
     """
     return path.with_name(f"{path.name}.json")
+
+
+def size_of(path: Path) -> int:
+    """The size of a file, or of all files in a folder, in bytes."""
+    if path.is_file():
+        return path.stat().st_size
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -146,15 +146,28 @@ def traced(
         return dict(zip(output_names(model, outputs), flat))
 
     specs = [tf.TensorSpec(t.shape, t.dtype, t.name) for t in function_inputs.tensors]
-    function = tf.function(serve, input_signature=specs)
+    return concrete_function(serve, specs, inline)
+
+
+def concrete_function(function: Callable[..., Any], specs: list[Any], inline: bool) -> Any:
+    """Trace a function of tensors.
+
+    Args:
+        function: The function.
+        specs: The specification of each tensor.
+        inline: As in ``traced``.
+    """
+    import tensorflow as tf
+
+    compiled = tf.function(function, input_signature=specs)
     if not inline:
-        return function.get_concrete_function()
+        return compiled.get_concrete_function()
     try:
         with _functions_inlined(tf):
-            return function.get_concrete_function()
+            return compiled.get_concrete_function()
     except tf.errors.OperatorNotAllowedInGraphError:
         # A function of the model must be compiled, since it has loops.
-        return tf.function(serve, input_signature=specs).get_concrete_function()
+        return tf.function(function, input_signature=specs).get_concrete_function()
 
 
 @contextlib.contextmanager

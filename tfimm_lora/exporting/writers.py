@@ -212,6 +212,19 @@ def write_onnx(traced: Any, path: Path, opset: int, properties: dict[str, str]) 
     Raises:
         ValueError: if ONNX or tf2onnx does not support an operation.
     """
+    write_onnx_proto(onnx_of(traced, opset), path, properties)
+
+
+def onnx_of(traced: Any, opset: int) -> Any:
+    """A concrete function as an ONNX graph (a ModelProto).
+
+    Args:
+        traced: The function.
+        opset: The version of the ONNX operator set.
+
+    Raises:
+        ValueError: if ONNX or tf2onnx does not support an operation.
+    """
     tf2onnx = require("tf2onnx", extra="onnx", why="Export to ONNX")
     onnx = require("onnx", extra="onnx", why="Export to ONNX")
     function = _for_converters(traced)
@@ -229,9 +242,23 @@ def write_onnx(traced: Any, path: Path, opset: int, properties: dict[str, str]) 
         raise ValueError(
             _unsupported_message("ONNX (with tf2onnx)", unsupported, "SavedModel or TFLite")
         )
+    return proto
+
+
+def write_onnx_proto(proto: Any, path: Path, properties: dict[str, str]) -> None:
+    """Write an ONNX graph to a file, with the batch as a named size.
+
+    Args:
+        proto: The graph.
+        path: The file.
+        properties: The metadata of the file.
+    """
+    onnx = require("onnx", extra="onnx", why="Export to ONNX")
+    defaults = {value.name for value in proto.graph.initializer}
     for value in (*proto.graph.input, *proto.graph.output):
         for dim in value.type.tensor_type.shape.dim[:1]:
-            dim.dim_param = "batch"
+            if value.name not in defaults:
+                dim.dim_param = "batch"
     onnx.helper.set_model_props(proto, properties)
     onnx.checker.check_model(proto)
     path.write_bytes(proto.SerializeToString())

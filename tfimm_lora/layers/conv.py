@@ -238,7 +238,8 @@ class ConvUpdate(LoRALayer):
         base: Any = super()
         in_groups = self.groups > 1 and mixed_batch.values_for(self) is not None
         if in_groups and hasattr(original_class(type(self)), "_jit_compiled_convolution_op"):
-            return base._jit_compiled_convolution_op(inputs, kernel)
+            with mixed_batch.using(None):  # it calls convolution_op
+                return base._jit_compiled_convolution_op(inputs, kernel)
         return base.convolution_op(inputs, kernel)
 
     def _classify(self, inputs: Tensor, values: mixed_batch.RowValues) -> Tensor:

@@ -56,8 +56,9 @@ def values_for(layer: Layer) -> RowValues | None:
 
 
 @contextlib.contextmanager
-def using(source: Source) -> Iterator[None]:
-    """Within this block adapted layers take their values from ``source``."""
+def using(source: Source | None) -> Iterator[None]:
+    """Within this block adapted layers take their values from ``source``; None means from
+    their own variables."""
     token = _current.set(source)
     try:
         yield
