@@ -379,7 +379,9 @@ class Keras3Backend(Backend):
             import tensorflow as tf
 
             # From the variable itself, which is not copied while it is written to.
-            return tf.gather(table.value, rows)
+            # That of an exported file is a variable of TensorFlow.
+            own = table if isinstance(table, tf.Variable) else table.value
+            return tf.gather(own, rows)
         return keras.ops.take(table.value, rows, axis=0)
 
     def write_rows(self, table: Variable, first: int, values: np.ndarray) -> None:

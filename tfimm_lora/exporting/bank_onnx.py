@@ -95,7 +95,9 @@ def write(made: Any, path: Path) -> tuple[TensorInfo, ...]:
 def runner(made: Any, path: Path) -> Callable[[list[Any]], list[np.ndarray]]:
     """A function that runs the file on inputs with an adapter for each."""
     onnxruntime = require("onnxruntime", extra="onnx", why="Export to ONNX")
-    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    quiet = onnxruntime.SessionOptions()
+    quiet.log_severity_level = 3  # it warns of every input with a default value
+    session = onnxruntime.InferenceSession(str(path), quiet, ["CPUExecutionProvider"])
     (given,) = made.plan.file_inputs.tensors
 
     def run(rows: list[Any]) -> list[np.ndarray]:

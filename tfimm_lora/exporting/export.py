@@ -198,7 +198,9 @@ def export(
     return exported
 
 
-def _export_bank(bank: AdapterBank, unused: dict[str, Any], *args: Any, **kwargs: Any) -> Exported:
+def _export_bank(
+    bank: AdapterBank, unused: dict[str, Any], *args: Any, **kwargs: Any
+) -> Exported:
     for name, value in unused.items():
         if value is not None:
             raise ValueError(

@@ -23,7 +23,7 @@ def with_static_shapes(traced: Any) -> Callable[..., list[Any]] | None:
     """Rebuild a function with static shapes.
 
     Args:
-        traced: A concrete function of tensors whose first dimension is the batch.
+        traced: A concrete function of tensors whose only unknown dimension is the batch.
 
     Returns:
         A function to be traced, from tensors to the list of outputs. None if the graph cannot
@@ -77,7 +77,8 @@ def _shapes_for(traced: Any, sources: dict[str, Any], batch: int) -> dict[str, A
     with tf.Graph().as_default():
         tensors = {name: placeholder(value) for name, value in sources.items()}
         for t in _arguments(traced):
-            tensors[t.name] = tf.compat.v1.placeholder(t.dtype, [batch, *t.shape[1:]])
+            shape = [batch if size is None else size for size in t.shape]
+            tensors[t.name] = tf.compat.v1.placeholder(t.dtype, shape)
         _build(traced, tensors, None)
         return {name: tensor.shape for name, tensor in tensors.items()}
 
