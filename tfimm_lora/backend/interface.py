@@ -55,6 +55,7 @@ class Ops(Protocol):
     where: Callable[..., Tensor]
     take: Callable[..., Tensor]
     pad: Callable[..., Tensor]
+    zeros_like: Callable[..., Tensor]
     arange: Callable[..., Tensor]
     stop_gradient: Callable[..., Tensor]
 

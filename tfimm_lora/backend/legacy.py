@@ -34,6 +34,7 @@ _OPS: Any = types.SimpleNamespace(
     where=tf.where,
     take=lambda x, indices, axis: tf.gather(x, indices, axis=axis),
     pad=tf.pad,
+    zeros_like=tf.zeros_like,
     arange=tf.range,
     stop_gradient=tf.stop_gradient,
 )

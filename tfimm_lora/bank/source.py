@@ -36,6 +36,7 @@ class BankSource:
         optional: Collection[str],
     ) -> None:
         self.uniform = uniform
+        self.foldable: dict[int, Any] = {}
         self._backend, self._layout, self._table = backend, layout, table
         self._first_pages = backend.ops.cast(slots, "int32") * layout.pages
         self._paths = {id(layer): path for path, layer in layout.layers.items()}

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from tfimm_lora.backend import backend_of
 from tfimm_lora.bank.bank import AdapterBank, BankContent
 from tfimm_lora.bank.source import OPTIONAL
 from tfimm_lora.exporting import bank_onnx, bank_savedmodel, comparison
@@ -54,6 +55,12 @@ def export_bank(
     """Export a bank to a SavedModel or to ONNX; see ``export``."""
     content = bank.content()
     model = content.functions.model
+    framework = backend_of(model).framework()
+    if framework != "tensorflow":
+        raise ValueError(
+            f"Received a bank of a model on {framework}; expected one on TensorFlow. Create the "
+            "bank in another process with KERAS_BACKEND=tensorflow: the adapters are the same."
+        )
     request = checked_request(
         model,
         path,

@@ -19,7 +19,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, OriginalLayer, Tensor, Variable
 from tfimm_lora.layers.call_signature import check_super_calls, with_signature_of
 from tfimm_lora.layers.depthwise import depthwise_mixins
-from tfimm_lora.layers.normalization import is_normalization, with_bias_of_example
+from tfimm_lora.layers.normalization import folded, is_normalization, with_bias_of_example
 from tfimm_lora.layers.state import (
     Converted,
     FrozenState,
@@ -156,7 +156,10 @@ class FrozenStatisticsLayer(FrozenLayer):
         try:
             if not args:
                 return base_call(**kwargs)
-            outputs = _with_frozen_gradient(self, base_call, *args, **kwargs)
+            x, *rest = args
+            outputs = folded(self, lambda y: base_call(y, *rest, **kwargs), x)
+            if outputs is None:
+                outputs = _with_frozen_gradient(self, base_call, *args, **kwargs)
             return with_bias_of_example(self, outputs)
         finally:
             _in_inference.reset(token)

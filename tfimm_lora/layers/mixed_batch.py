@@ -7,7 +7,7 @@ of their own variables. ``mixed_product`` computes with them.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import NamedTuple, Protocol
 
@@ -31,11 +31,21 @@ class RowValues(NamedTuple):
     kernel: Tensor | None = None
 
 
+#: A function of outputs, a normalization.
+Normalize = Callable[[Tensor], Tensor]
+#: From a factor for each channel and a normalization y -> factor y + offset to the normalization
+#: of outputs.
+Fold = Callable[[Tensor, Normalize], Tensor]
+
+
 class Source(Protocol):
     """Where the layers of a running model get the adapters of the examples from."""
 
     #: Whether all examples use one adapter.
     uniform: bool
+    #: The id of a tensor -> the tensor, the output of a product, and how to fold into that
+    #: product a normalization that follows.
+    foldable: dict[int, tuple[Tensor, Fold]]
 
     def values(self, layer: Layer) -> RowValues | None:
         """The values for a layer, or None if no adapter changes it."""
@@ -53,6 +63,20 @@ def values_for(layer: Layer) -> RowValues | None:
     """The values for a layer from the current source; None outside of ``using``."""
     source = _current.get()
     return None if source is None else source.values(layer)
+
+
+def note_foldable(outputs: Tensor, fold: Fold) -> None:
+    """Record how to fold a normalization into the product that computed outputs."""
+    source = _current.get()
+    if source is not None:
+        source.foldable[id(outputs)] = outputs, fold
+
+
+def fold_of(outputs: Tensor) -> Fold | None:
+    """How to fold a normalization into the product that computed outputs, or None."""
+    source = _current.get()
+    found = None if source is None else source.foldable.get(id(outputs))
+    return None if found is None else found[1]
 
 
 @contextlib.contextmanager

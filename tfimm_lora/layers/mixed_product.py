@@ -23,7 +23,7 @@ from typing import Any
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.layers import dora, forms
-from tfimm_lora.layers.mixed_batch import RowValues
+from tfimm_lora.layers.mixed_batch import Normalize, RowValues, note_foldable
 
 
 def mixed_product(
@@ -63,13 +63,32 @@ def mixed_product(
         if uniform:
             outputs = with_bias(product.apply(x, frozen + product.update(a, b)))
         else:
-            outputs = with_bias(product.apply_rows(x, frozen + product.update_rows(a, b)))
+            kernels = frozen + product.update_rows(a, b)
+            outputs = with_bias(product.apply_rows(x, kernels))
+            if shift is None:
+
+                def scaled_kernels(gain: Tensor, normalize: Normalize) -> Tensor:
+                    offset = normalize(ops.zeros_like(gain))
+                    return product.apply_rows(x, kernels * gain) + offset
+
+                note_foldable(outputs, scaled_kernels)
     else:
         outputs = product.apply(x, frozen)
         if values.gain is not None:
             outputs = scaled_by(layer, outputs, values.gain, uniform)
         # Before the branch, so that TensorFlow fuses product and bias.
-        outputs = with_bias(outputs) + _branch(product, x, a, b, layer._splits, uniform)
+        outputs = with_bias(outputs)
+        branch = _branch(product, x, a, b, layer._splits, uniform)
+        if shift is None and not uniform:
+            whole, only_frozen = outputs + branch, outputs
+
+            def scaled_branch(gain: Tensor, normalize: Normalize) -> Tensor:
+                scaled = product.branch_rows(x, a, b * gain)
+                return normalize(only_frozen) + scaled
+
+            note_foldable(whole, scaled_branch)
+            return whole
+        outputs = outputs + branch
     return outputs if shift is None else _for_outputs(layer, outputs, shift, _add, uniform)
 
 

@@ -44,3 +44,41 @@ def with_bias_of_example(layer: Layer, outputs: Tensor) -> Tensor:
     shape[axis] = int(layer.beta.shape[-1])
     shift = backend.ops.cast(values.shift, outputs.dtype)
     return shifted(backend, outputs, shift, shape, uniform)
+
+
+def folded(layer: Layer, call: Any, x: Tensor) -> Tensor | None:
+    """Batch normalization of the output of a product in a mixed batch, folded into the product.
+
+    TensorFlow fuses a convolution with the batch normalization that follows. It cannot where
+    the convolution is a matrix product for each example, or where a branch is added in between.
+    Therefore the factor of the normalization is multiplied into the kernels, or the branch is
+    added after it.
+
+    Args:
+        layer: The frozen batch normalization.
+        call: Its call, in inference mode.
+        x: Its input.
+
+    Returns:
+        Its output, or None if it cannot be folded or that would gain nothing. In a graph the
+        product that x was is then not used, so it is not computed.
+    """
+    backend = backend_of(layer)
+    fold = None if backend.runs_eagerly() else mixed_batch.fold_of(x)
+    batch_norm = backend.keras.layers.BatchNormalization
+    if fold is None or not isinstance(layer, batch_norm) or bias_refusal(layer) is not None:
+        return None
+    axis = layer.axis[0] if isinstance(layer.axis, (list, tuple)) else layer.axis
+    if axis not in (-1, len(x.shape) - 1) or layer.gamma is None:
+        return None
+    ops, dtype = backend.ops, x.dtype
+    variance = backend.full_precision(layer.moving_variance) + layer.epsilon
+    gain = ops.cast(backend.full_precision(layer.gamma) / ops.sqrt(variance), dtype)
+
+    def normalize(y: Tensor) -> Tensor:
+        if len(y.shape) == len(x.shape):
+            return call(y)
+        mean, beta = (backend.full_precision(v) for v in (layer.moving_mean, layer.beta))
+        return gain * (y - ops.cast(mean, dtype)) + ops.cast(beta, dtype)
+
+    return fold(gain, normalize)
