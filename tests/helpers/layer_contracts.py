@@ -6,6 +6,7 @@ tests of its own.
 """
 
 import numpy as np
+import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import array, ids, keras, randomise, run, sgd, values
@@ -249,8 +250,14 @@ def is_near_the_reference_in_16_bits(case, layer, x, unit, roundings=8):
     nothing = (
         0 * values[name].astype("float64") for name in ("kernel_lora_a", "kernel_lora_b")
     )
-    update = np.linalg.norm(expected - case.expected(layer, x, *nothing))
+    of_base = case.expected(layer, x, *nothing)
+    update = np.linalg.norm(expected - of_base)
     bound = roundings * unit * np.linalg.norm(expected)
+    layer.disable()
+    if np.linalg.norm(run(layer, x).astype("float64") - of_base) > update:
+        # Seen with float16 in batched products of TensorFlow 2.21 on processors with AMX-FP16.
+        pytest.skip("the layer of Keras itself is wrong in this dtype on this processor")
+    layer.enable()
     assert np.linalg.norm(y - expected) < bound < update / 2
 
 

@@ -44,6 +44,7 @@ class _Given:
     uniform = True
 
     def __init__(self, layout: Layout, tensors: dict[PartKey, Any]) -> None:
+        self.foldable: dict[int, Any] = {}
         self._paths = {id(layer): path for path, layer in layout.layers.items()}
         self._tensors = tensors
 

@@ -22,6 +22,8 @@ class DepthwiseRoutine:
 
     groups: int
     strides: tuple[int, ...]
+    dilation_rate: tuple[int, ...]
+    padding: str
     data_format: str
 
     def convolution_op(self, inputs: Tensor, kernel: Tensor) -> Tensor:
@@ -48,10 +50,14 @@ class DepthwiseRoutine:
             return None
         if not _computes_as_conv2d(original_class(type(self))):
             return None
+        # Keras raises an error if the input is too small for the window; the routine does not
+        # on every processor.
+        spans = [(k - 1) * d + 1 for k, d in zip(kernel.shape, self.dilation_rate)]
+        sizes = zip(inputs.shape[1:3], spans)
+        if self.padding == "valid" and any(size is not None and size < n for size, n in sizes):
+            return None
         kernel = backend.ops.reshape(kernel, (*kernel.shape[:2], self.groups, -1))
-        outputs = backend.depthwise_convolution(self, inputs, kernel)
-        # Keras raises an error if the input is too small for the window.
-        return None if 0 in outputs.shape[1:] else outputs
+        return backend.depthwise_convolution(self, inputs, kernel)
 
 
 def depthwise_mixins(cls: type) -> tuple[type, ...]:
