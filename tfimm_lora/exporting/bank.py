@@ -58,8 +58,8 @@ def export_bank(
     framework = backend_of(model).framework()
     if framework != "tensorflow":
         raise ValueError(
-            f"Received a bank of a model on {framework}; expected one on TensorFlow. Create the "
-            "bank in another process with KERAS_BACKEND=tensorflow: the adapters are the same."
+            f"Received a bank of a model on {framework}; expected one on TensorFlow. Create "
+            "the bank in another process with KERAS_BACKEND=tensorflow, from the same adapters."
         )
     request = checked_request(
         model,

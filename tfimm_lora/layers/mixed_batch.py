@@ -33,8 +33,8 @@ class RowValues(NamedTuple):
 
 #: A function of outputs, a normalization.
 Normalize = Callable[[Tensor], Tensor]
-#: From a factor for each channel and a normalization y -> factor y + offset to the normalization
-#: of outputs.
+#: From a normalization, y -> factor y + offset for each channel, and its factor to the
+#: normalization of outputs.
 Fold = Callable[[Tensor, Normalize], Tensor]
 
 
