@@ -71,56 +71,6 @@ def test_scales_are_restored_exactly(rank, alpha, tmp_path):
     assert lora.Adapter.load(tmp_path) == adapter
 
 
-def test_routed_model_forgets_what_it_traced_of_other_adapters():
-    model, x = model_of("fc"), np.ones((2, 4), "float32")
-    one, two = (lora.Adapter({"fc": update(seed=seed)}) for seed in (0, 1))
-    plain = run(model, x)
-    lora.attach_adapters(model, {"a": one})
-    routed = lora.routed_model(model)
-    inputs = {"inputs": x, "adapter": np.zeros(2, "int32")}
-    first = routed.predict(inputs, verbose=0)
-    lora.attach_adapters(model, {"a": two})
-    second = routed.predict(inputs, verbose=0)
-    assert np.abs(first - second).max() > 1e-2
-    expected = run(lora.load_adapter(copy_of(model, "fc"), two), x)
-    np.testing.assert_allclose(second, expected, rtol=1e-5, atol=1e-5)
-    lora.merge_lora_weights(model)
-    with pytest.raises(ValueError, match="merged"):
-        routed.predict(inputs, verbose=0)
-    lora.unmerge_lora_weights(model)
-    lora.detach_adapters(model)
-    with pytest.raises(ValueError, match="no adapters are attached"):
-        routed.predict(inputs, verbose=0)
-    # attach_adapters had put LoRA in; it is gone.
-    assert not has_lora(model)
-    np.testing.assert_allclose(run(model, x), plain, rtol=1e-6)
-
-
-def copy_of(model, *names):
-    fresh = model_of(*names)
-    for layer in fresh.layers:
-        if layer.weights:
-            theirs = model.get_layer(layer.name)
-            layer.set_weights([array(theirs.kernel), array(theirs.bias)])
-    return fresh
-
-
-def test_choosing_without_attached_adapters_is_an_error():
-    model, x = tuned(SPEC, lora_targets=["hidden"]), SPEC.inputs(2)
-    adapter = lora.adapter_of(model)
-    with pytest.raises(ValueError, match="none are attached"), lora.use_adapters(["a"] * 2):
-        run(model, x)
-    lora.attach_adapters(model, {"a": adapter})
-    lora.load_adapter(model, lora.adapter_of(tuned(SPEC, lora_rank=3, lora_targets=["hidden"])))
-    with pytest.raises(ValueError, match="none are attached"), lora.use_adapters(["a"] * 2):
-        run(model, x)
-    lora.attach_adapters(model, {"a": adapter})
-    lora.remove_lora(model)
-    lora.inject_lora(model, lora_targets=["hidden"])
-    with pytest.raises(ValueError, match="none are attached"), lora.use_adapters(["a"] * 2):
-        run(model, x)
-
-
 def test_a_disabled_adapter_is_saved_with_its_classifier():
     model = lora.load_adapter(
         SPEC.make(), lora.adapter_of(tuned(SPEC, lora_train_classifier=True))
@@ -418,7 +368,7 @@ def test_a_model_that_is_not_built_is_named(two_adapters):
     for use in (
         lambda: lora.combination_errors(dora, [dora], model=unbuilt),
         lambda: lora.load_adapter(unbuilt, adapter),
-        lambda: lora.attach_adapters(unbuilt, {"one": adapter}),
+        lambda: lora.AdapterBank(unbuilt, {"one": adapter}),
         lambda: adapter.summary(unbuilt),
     ):
         with pytest.raises(ValueError, match="'unbuilt', which is not built"):

@@ -211,27 +211,6 @@ def test_lora_of_an_adapter_does_not_keep_other_settings_of_the_lora_class(setti
     np.testing.assert_allclose(run(model, x), run(tuned, x), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", nightly_except(["swin", "convnext", "resnet"], ["convnext"]))
-def test_each_row_of_a_batch_has_its_own_adapter(name):
-    tiny = ARCHITECTURES[name]
-    base, x = tiny.make(), digits(4, tiny.size)[0]
-    adapters, single = {}, {None: run(base, x)}
-    for key, rank in (("cats", 2), ("dogs", 3)):
-        model = lora.convert_to_lora_model(base, lora_rank=rank, lora_alpha=4)
-        randomise(model, seed=rank)
-        adapters[key], single[key] = lora.adapter_of(model), run(model, x)
-    lora.attach_adapters(base, adapters)
-    names = ["dogs", None, "cats", "dogs"]
-    expected = np.stack([single[n][i] for i, n in enumerate(names)])
-    with lora.use_adapters(names):
-        given = run(base, x)
-    np.testing.assert_allclose(given, expected, atol=1e-5 * np.abs(expected).max())
-    routed = lora.routed_model(base)
-    ids = lora.adapter_ids(base, names)
-    given = routed.predict({"inputs": x, "adapter": ids}, verbose=0)
-    np.testing.assert_allclose(given, expected, atol=1e-5 * np.abs(expected).max())
-
-
 def test_extracted_adapter_of_a_fully_trained_model():
     """Also with a new classifier; all but ConvNeXt's layer scale has a place in it."""
     tiny = ARCHITECTURES["convnext"]

@@ -289,7 +289,9 @@ def test_another_base_model_is_warned_of(base, named, differ):
     model = lora.inject_lora(plain(), lora_rank=2, lora_targets=["fc"])
     adapter = dataclasses.replace(lora.adapter_of(model), base_model=named)
     record_base_name(model, base)
-    for call in (lora.load_adapter, lambda model, x: lora.attach_adapters(model, {"a": x})):
+    bank = lora.AdapterBank(other := plain())
+    record_base_name(other, base)
+    for call in (lora.load_adapter, lambda _, adapter: bank.load("a", adapter)):
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             call(model, adapter)

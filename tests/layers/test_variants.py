@@ -470,14 +470,6 @@ def test_biases_of_branches_are_summed():
             np.testing.assert_allclose(update.scale * update.bias, expected, rtol=1e-5)
 
 
-def test_what_belongs_to_a_layer_cannot_be_chosen_by_example():
-    model = network()
-    for variant, what in (("dora", "magnitude"), ("bias", "bias")):
-        with pytest.raises(ValueError, match=f"has a {what}.*load_adapter"):
-            lora.attach_adapters(model, {"one": lora.adapter_of(tuned(variant))})
-        assert not any("LoRA" in type(layer).__name__ for layer in model.layers)
-
-
 def test_an_adapter_of_which_only_some_layers_have_a_magnitude_is_refused():
     layers = dict(lora.adapter_of(tuned("dora")).layers)
     layers["fc1"] = dataclasses.replace(layers["fc1"], magnitude=None)

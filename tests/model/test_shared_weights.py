@@ -84,18 +84,6 @@ def test_a_head_tied_to_an_embedding_merges_without_loss(dora):
     np.testing.assert_allclose(run(model, x), before, rtol=1e-5, atol=1e-6)
 
 
-def test_a_tied_head_is_refused_in_mixed_batches():
-    model, x = Tied(layers.Embedding(9, 4, name="embed")), np.array([[1, 2], [3, 8]])
-    run(model, x)
-    lora.inject_lora(model, lora_rank=2, lora_targets=["embed"])
-    randomise(model)
-    adapter = lora.adapter_of(model)
-    lora.remove_lora(model, merge=False)
-    lora.attach_adapters(model, {"a": adapter})
-    with lora.use_adapters(["a", None]), pytest.raises(ValueError, match="'embed'.*tied"):
-        run(model, x)
-
-
 def test_a_layer_that_was_created_with_lora_shows_its_kernel_to_others():
     layer = lora.lora_class(layers.Embedding)(9, 4, lora_rank=2, name="embed")
     model, x = Tied(layer), np.array([[1, 2], [3, 8]])

@@ -375,14 +375,16 @@ class Keras3Backend(Backend):
         )
 
     def read_rows(self, table: Variable, rows: Tensor) -> Tensor:
+        value = table
+        if isinstance(table, keras.Variable):  # that of an exported file is a tf.Variable
+            with AutocastScope(None):  # which would cast the whole table
+                value = table.value
         if keras.backend.backend() == "tensorflow":
             import tensorflow as tf
 
             # From the variable itself, which is not copied while it is written to.
-            # That of an exported file is a variable of TensorFlow.
-            own = table if isinstance(table, tf.Variable) else table.value
-            return tf.gather(own, rows)
-        return keras.ops.take(table.value, rows, axis=0)
+            return tf.gather(value, rows)
+        return keras.ops.take(value, rows, axis=0)
 
     def write_rows(self, table: Variable, first: int, values: np.ndarray) -> None:
         framework = keras.backend.backend()

@@ -15,11 +15,11 @@ from tfimm_lora.adapters.base_architecture import warn_if_other_checkpoint
 from tfimm_lora.adapters.incomplete import warn_if_incomplete
 from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.backend import backend_of
-from tfimm_lora.bank.functions import BankFunctions, batch_plan, padded_batch
+from tfimm_lora.bank.functions import BankFunctions, batch_plan
 from tfimm_lora.bank.layers import inject_bank
 from tfimm_lora.bank.layout import PAGE, Layout
 from tfimm_lora.bank.overflow import Overflow
-from tfimm_lora.bank.prediction import RowPrediction
+from tfimm_lora.bank.prediction import Predictions, RowPrediction
 from tfimm_lora.bank.routed import routed_model
 from tfimm_lora.bank.values import AdapterValues, ValuesOfAdapters
 from tfimm_lora.config import Targets
@@ -46,9 +46,12 @@ class BankEntry(NamedTuple):
 class BankContent(NamedTuple):
     """The content of a bank, for exporting it."""
 
-    functions: BankFunctions
+    model: Any
+    layout: Layout
     #: The model without adapter (None), then the adapters.
     entries: dict[str | None, BankEntry]
+    #: "softmax" or "sigmoid" if the model ends in one.
+    activation: str | None
 
 
 class AdapterBank:
@@ -124,10 +127,17 @@ class AdapterBank:
         for name, given in (("max_rank", max_rank), ("max_classes", max_classes)):
             if given is not None:
                 check_integer(given, name, least=1)
+        if adapters is not None and not isinstance(adapters, Mapping):
+            raise TypeError(
+                f"Received adapters of type {type(adapters).__name__}; expected a dictionary "
+                "of names and adapters."
+            )
         names = ModuleNames(model)
         read = {_checked_name(n): _read(names, x) for n, x in (adapters or {}).items()}
         self._model = model
         self._backend = backend_of(model)
+        self._lock = threading.RLock()
+        self._overflow = Overflow(overflow)
         self._layers = inject_bank(model, read.values(), targets)
         try:
             self._names = ModuleNames(model)
@@ -137,10 +147,11 @@ class AdapterBank:
                 max_classes or self._layers.most_classes(read.values()),
             )
             self._values = ValuesOfAdapters(self._names, self._layout, self._layers.refused)
-            self._overflow = Overflow(self._layout.pages, overflow)
-            shape = ((capacity + 1) * self._layout.pages, PAGE)
+            # One slot for the model without adapter, and one for the probe.
+            shape = ((capacity + 2) * self._layout.pages, PAGE)
             self._table = self._backend.create_table(shape, "adapter_bank")
-            self._backend.write_rows(self._table, 0, self._layout.pack(self._values.base.parts))
+            self._write_slot(_NO_ADAPTER, self._layout.pack(self._values.base.parts))
+            self._write_slot(capacity + 1, self._layout.pack(self._layout.random_values()))
             self._entries: dict[str | None, BankEntry] = {
                 None: BankEntry(
                     self._values.base.classes, recorded_class_names(model), frozenset()
@@ -149,13 +160,15 @@ class AdapterBank:
             #: The adapters in slots, the least recently used first.
             self._slots: OrderedDict[str, int] = OrderedDict()
             self._free = list(range(capacity, _NO_ADAPTER, -1))
-            self._lock = threading.RLock()
-            self._functions = BankFunctions(model, self._layout, self._table)
+            self._functions = BankFunctions(
+                model, self._layout, self._table, capacity + 1, self._lock, self._require_open
+            )
+            self._predictions = Predictions(model, self._layout)
             self._routed: Any = None
             for name, adapter in read.items():
                 self._add(name, adapter, None)
         except BaseException:
-            remove_lora(model, merge=False)
+            self.close()
             raise
 
     # -- adapters ----------------------------------------------------------------------
@@ -222,7 +235,6 @@ class AdapterBank:
         packed = self._layout.pack(values.parts)
         with self._lock:
             self._require_open()
-            self._forget(name)
             self._write(name, packed)
             self._entries[name] = entry
 
@@ -237,10 +249,13 @@ class AdapterBank:
         """
         with self._lock:
             self._entry(_checked_name(name))
-            self._forget(name)
+            if name in self._slots:
+                self._free.append(self._slots.pop(name))
+            self._overflow.drop(name)
             del self._entries[name]
 
     def _entry(self, name: str | None) -> BankEntry:
+        self._require_open()
         entry = self._entries.get(name)
         if entry is None:
             raise ValueError(
@@ -252,26 +267,33 @@ class AdapterBank:
     # -- slots -------------------------------------------------------------------------
 
     def _write(self, name: str, packed: np.ndarray) -> None:
-        """Write an adapter into a free slot, or into that of the least recently used one."""
-        if not self._free:
-            oldest, slot = self._slots.popitem(last=False)
-            self._overflow.put(oldest, self._read_slot(slot))
-            self._free.append(slot)
-        slot = self._free.pop()
+        """Write an adapter into its slot, or into a free one. After an error nothing has
+        changed."""
+        slot = self._slots.get(name)
+        if slot is None:
+            self._free_a_slot()
+            slot = self._free[-1]
+        self._write_slot(slot, packed)
+        if name not in self._slots:
+            self._slots[name] = self._free.pop()
+        self._slots.move_to_end(name)
+        self._overflow.drop(name)
+
+    def _free_a_slot(self) -> None:
+        """Unless a slot is free, move the least recently used adapter out of its slot."""
+        if self._free:
+            return
+        oldest, slot = next(iter(self._slots.items()))
+        self._overflow.put(oldest, self._read_slot(slot))
+        self._free.append(self._slots.pop(oldest))
+
+    def _write_slot(self, slot: int, packed: np.ndarray) -> None:
         self._backend.write_rows(self._table, slot * self._layout.pages, packed)
-        self._slots[name] = slot
 
     def _read_slot(self, slot: int) -> np.ndarray:
         pages = self._layout.pages
         rows = np.arange(slot * pages, (slot + 1) * pages, dtype="int32")
         return self._backend.to_numpy(self._backend.read_rows(self._table, rows))
-
-    def _forget(self, name: str) -> None:
-        """Free the slot of an adapter, or what is stored of it."""
-        slot = self._slots.pop(name, None)
-        if slot is not None:
-            self._free.append(slot)
-        self._overflow.drop(name)
 
     def _bring(self, names: Sequence[str | None]) -> list[int]:
         """The slots of adapters, all of which are in a slot afterwards."""
@@ -281,7 +303,7 @@ class AdapterBank:
                 self._slots.move_to_end(name)
         for name in wanted:
             if name not in self._slots:
-                self._write(name, self._overflow.take(name))
+                self._write(name, self._overflow.get(name))
         return [_NO_ADAPTER if name is None else self._slots[name] for name in names]
 
     # -- prediction --------------------------------------------------------------------
@@ -316,20 +338,18 @@ class AdapterBank:
                 part = [names[i] for i in indices]
                 optional = frozenset().union(*(entries[i].optional for i in indices))
                 outputs = self._run(inputs[indices], self._bring(part), uniform, optional)
-                for i, logits in zip(indices, self._functions.logits(outputs)):
+                for i, row in zip(indices, outputs):
                     entry = entries[i]
-                    rows[i] = RowPrediction(names[i], logits[: entry.classes], entry.labels)
+                    rows[i] = self._predictions.of(row, names[i], entry.classes, entry.labels)
         return [row for row in rows if row is not None]
 
     def _run(
         self, inputs: np.ndarray, slots: list[int], uniform: bool, optional: frozenset[str]
     ) -> np.ndarray:
         ids = np.array(slots[:1] if uniform else slots, "int32")
-        count = len(inputs)
-        if self._backend.compiles_each_batch_size():
-            inputs = padded_batch(inputs)
-            ids = ids if uniform else padded_batch(ids)
-        return self._functions(inputs, ids, uniform, optional)[:count]
+        outputs = self._functions(inputs, ids, uniform, optional)
+        self._predictions.learn_activation(lambda: self._functions.of_made_up_inputs(inputs))
+        return outputs
 
     def _checked_names(self, names: Any) -> list[str | None]:
         listed = isinstance(names, Sequence) and not isinstance(names, str)
@@ -424,7 +444,8 @@ class AdapterBank:
         """What ``export`` needs of the bank."""
         with self._lock:
             self._require_open()
-            return BankContent(self._functions, dict(self._entries))
+            entries, activation = dict(self._entries), self._predictions.activation
+            return BankContent(self._model, self._layout, entries, activation)
 
     # -- the end -----------------------------------------------------------------------
 
@@ -480,6 +501,8 @@ def _read(names: ModuleNames, adapter: Any) -> Adapter:
 
 def _entry_of(name: str, values: AdapterValues, labels: Sequence[str] | None) -> BankEntry:
     if labels is not None:
+        if isinstance(labels, str):
+            raise TypeError(f"Received labels={labels!r}; expected a list of names.")
         labels = tuple(map(str, labels))
         if len(labels) != values.classes:
             raise ValueError(

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Tensor, Variable
+from tfimm_lora.bank.examples_apart import made_up_inputs, require_examples_apart
 from tfimm_lora.bank.layout import Layout
-from tfimm_lora.bank.source import BankSource
+from tfimm_lora.bank.source import OPTIONAL, BankSource
 from tfimm_lora.layers.mixed_batch import using
-from tfimm_lora.model.output_activation import output_activation
+from tfimm_lora.layers.mixed_product import sizes
 
 #: The number of examples with one adapter from which they are computed on their own. Together
 #: they need one product with W + A B for all; apart, each needs products of its own.
@@ -69,18 +72,38 @@ class BankFunctions:
         model: The model with the layers of the bank.
         layout: The layout of the slots.
         table: The variable with all slots.
+        probe: The slot of an adapter that changes every layer.
+        lock: The lock of the bank.
+        require_open: Raises if the bank is closed.
     """
 
-    def __init__(self, model: Any, layout: Layout, table: Variable) -> None:
+    def __init__(
+        self,
+        model: Any,
+        layout: Layout,
+        table: Variable,
+        probe: int,
+        lock: threading.RLock,
+        require_open: Callable[[], None],
+    ) -> None:
         self.model, self.layout, self.table = model, layout, table
         self._backend = backend_of(model)
+        self._probe, self._lock, self._require_open = probe, lock, require_open
         self._compiled: dict[tuple[bool, frozenset[str]], Any] = {}
-        self.ends_in_softmax = output_activation(model) == "softmax"
+        #: Functions of mixed batches by their parts, and inputs for which they were checked.
+        self._checked: set[tuple[frozenset[str], tuple[int, ...], str]] = set()
 
     def __call__(
         self, inputs: np.ndarray, slots: np.ndarray, uniform: bool, optional: frozenset[str]
     ) -> np.ndarray:
-        """The outputs of the model, (batch, max_classes)."""
+        """The outputs of the model, (batch, ...), for arrays of inputs and slots."""
+        if not uniform:
+            self._check(inputs.shape[1:], inputs.dtype.name, optional)
+        return self._run(inputs, slots, uniform, optional)
+
+    def _run(
+        self, inputs: np.ndarray, slots: np.ndarray, uniform: bool, optional: frozenset[str]
+    ) -> np.ndarray:
         key = (uniform, optional)
         if key not in self._compiled:
 
@@ -89,27 +112,111 @@ class BankFunctions:
 
             variables = [*self.model.variables, self.table]
             self._compiled[key] = self._backend.compiled(function, variables)
+        count = len(inputs)
+        if self._backend.compiles_each_batch_size():
+            inputs = padded_batch(inputs)
+            slots = slots if uniform else padded_batch(slots)
         outputs: np.ndarray = self._compiled[key](inputs, slots)
-        return outputs
+        return outputs[:count]
+
+    def _check(self, shape: tuple[int, ...], dtype: str, optional: frozenset[str]) -> None:
+        """Raise unless mixed batches of such inputs are computed right; see
+        ``examples_apart``."""
+        if (optional, shape, dtype) in self._checked:
+            return
+
+        def mixed(inputs: np.ndarray, slots: np.ndarray) -> np.ndarray:
+            return self._run(inputs, slots, False, optional)
+
+        require_examples_apart(self.model.name, mixed, shape, dtype, self._probe)
+        self._checked.add((optional, shape, dtype))
+
+    def of_made_up_inputs(self, inputs: np.ndarray) -> np.ndarray:
+        """The outputs of the model without adapter, for made up inputs like these."""
+        made_up = made_up_inputs(inputs.shape[1:], inputs.dtype.name)
+        return self._run(made_up, np.zeros(1, "int32"), True, frozenset())
+
+    def require_checked(self, inputs: Tensor) -> None:
+        """Raise unless mixed batches of such inputs are computed right.
+
+        Args:
+            inputs: A tensor, which may be one of a function that is traced.
+        """
+        if isinstance(inputs, (dict, list, tuple)):
+            raise ValueError(
+                f"Received {len(inputs)} inputs of model '{self.model.name}'; expected a model "
+                "with one input in a bank."
+            )
+        shape, dtype = tuple(inputs.shape[1:]), self._backend.dtype_of(inputs)
+        if any(d == dtype and _may_be(s, shape) for _, s, d in self._checked):
+            return
+        if None in shape:
+            raise ValueError(
+                f"Received inputs of shape {tuple(inputs.shape)} for the model of a bank, some "
+                "sizes of which are not known; expected known ones. Call bank.warm_up on some "
+                "inputs first."
+            )
+        # In another thread nothing is being traced.
+        with ThreadPoolExecutor(1) as thread:
+            thread.submit(self._check_alone, shape, dtype).result()
+
+    def _check_alone(self, shape: tuple[int, ...], dtype: str) -> None:
+        with self._lock:
+            self._check(shape, dtype, frozenset(OPTIONAL))
 
     def outputs(
         self, inputs: Tensor, slots: Tensor, uniform: bool, optional: frozenset[str]
     ) -> Tensor:
         """The outputs of the model as a tensor, for the slot of each example."""
-        source = BankSource(self._backend, self.layout, self.table, slots, uniform, optional)
-        with using(source):
-            outputs = self.model(inputs, training=False)
-        if isinstance(outputs, (dict, list, tuple)):
-            raise ValueError(
-                f"Model '{self.model.name}' returns {len(outputs)} outputs; expected a model "
-                "with one output in a bank."
-            )
-        return outputs
+        self._require_open()
+        return bank_outputs(
+            self.model, self.layout, self.table, inputs, slots, uniform, optional
+        )
 
-    def logits(self, outputs: np.ndarray) -> np.ndarray:
-        """The logits from outputs of the model."""
-        if not self.ends_in_softmax:
-            return outputs
-        with np.errstate(divide="ignore"):
-            logarithms: np.ndarray = np.log(outputs)
-        return logarithms
+
+def bank_outputs(
+    model: Any,
+    layout: Layout,
+    table: Variable,
+    inputs: Tensor,
+    slots: Tensor,
+    uniform: bool,
+    optional: frozenset[str],
+) -> Tensor:
+    """The outputs of a model as a tensor, for the slot of each example.
+
+    Args:
+        model: The model with the layers of a bank.
+        layout: The layout of the slots.
+        table: The variable with all slots.
+        inputs: The inputs of the model.
+        slots: The slot of each example; if uniform, (1,).
+        uniform: Whether all examples use one slot.
+        optional: Which of ``source.OPTIONAL`` the adapters of the slots may have.
+    """
+    backend = backend_of(model)
+    if not uniform:  # an error where the numbers of examples and slots differ
+        slots = backend.ops.reshape(slots, (sizes(backend, inputs)[0],))
+    source = BankSource(backend, layout, table, slots, uniform, optional)
+    with using(source):
+        outputs = model(inputs, training=False)
+    if isinstance(outputs, (dict, list, tuple)):
+        raise ValueError(
+            f"Model '{model.name}' returns {len(outputs)} outputs; expected a model with one "
+            "output in a bank."
+        )
+    unread = source.unread()
+    if unread:
+        raise ValueError(
+            f"Model '{model.name}' does not call its layers {', '.join(unread[:10])}, or calls "
+            "them in a function that was compiled before (tf.function, jax.jit), so that an "
+            "adapter would have no effect on them. Leave them out of the targets of the bank, "
+            "or let the function be compiled with the model."
+        )
+    return outputs
+
+
+def _may_be(shape: tuple[int, ...], other: tuple[int | None, ...]) -> bool:
+    """Whether inputs of a shape have another one, in which None is unknown."""
+    same = len(shape) == len(other)
+    return same and all(size in (known, None) for known, size in zip(shape, other))

@@ -11,7 +11,7 @@ from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.lora_arguments import exact_targets
 from tfimm_lora.backend import backend_of
 from tfimm_lora.config import Targets
-from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.conversion import kernel_variable, supported
 from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.normalization import bias_refusal
@@ -105,9 +105,10 @@ def inject_bank(model: Any, adapters: Iterable[Adapter], targets: Targets) -> Ba
         for path, layer in lora_layers(model).items()
         if (reason := layer.mixed_batch_refusal()) is not None
     }
-    if given and refused:
+    unwanted = {path: refused[path] for path in chosen if path in refused}
+    if given and unwanted:
         remove_lora(model, merge=False)
-        listed = "; ".join(f"{path} {reason}" for path, reason in refused.items())
+        listed = "; ".join(f"{path} {reason}" for path, reason in unwanted.items())
         raise ValueError(
             f"Received targets={targets!r} for a bank of model '{model.name}', in which some "
             f"layers cannot have an adapter for each example: {listed}. Leave them out of the "
@@ -124,6 +125,8 @@ def inject_bank(model: Any, adapters: Iterable[Adapter], targets: Targets) -> Ba
         else:
             refused[path] = why
     adapted = {path: x for path, x in usable.items() if path not in only_bias}
+    # In a class with a call of its own a new kernel would be used without that call.
+    heads = [path for path in heads if path in usable and has_keras_call(type(usable[path]))]
     return BankLayers(after, adapted, shifted, tuple(heads), refused)
 
 
@@ -147,6 +150,7 @@ def _heads(model: Any, names: ModuleNames) -> list[str]:
         window = tuple(kernel_variable(layer).shape[:-2]) if supported(layer) else ()
         is_dense = isinstance(layer, layers.Dense)
         is_pointwise = isinstance(layer, layers.Conv2D) and set(window) == {1}
+        is_pointwise = is_pointwise and layer.groups == 1
         if is_dense or is_pointwise:
             found.append(path)
     return found

@@ -85,6 +85,20 @@ class Layout:
             self.parts[path, name] = Part(self.pages, pages, tuple(shape))
             self.pages += pages
 
+    def random_values(self) -> dict[PartKey, np.ndarray]:
+        """Values for every part that change the outputs of every layer, as those of a kernel
+        with the usual initial values would."""
+        rng = np.random.default_rng(0)
+        values = {}
+        for (path, name), part in self.parts.items():
+            value = rng.normal(size=part.shape)
+            if name in ("a", "kernel"):
+                value /= math.sqrt(math.prod(part.shape[:-1]))
+            elif name == "b":
+                value /= math.sqrt(self.max_rank)
+            values[path, name] = value
+        return values
+
     def pack(self, values: Mapping[PartKey, np.ndarray]) -> np.ndarray:
         """The pages (pages, PAGE) of values, in float32; zeros where there are none.
 

@@ -32,6 +32,7 @@ def _routed_class(base: type) -> type:
                     "Received training=True for the model of a bank; expected inference only. "
                     "Train an adapter with load_adapter in a model of its own."
                 )
+            self._functions.require_checked(inputs["inputs"])
             return self._functions.outputs(
                 inputs["inputs"], inputs["adapter"], uniform=False, optional=frozenset(OPTIONAL)
             )

@@ -59,6 +59,10 @@ class BankSource:
             self._found[path] = RowValues(**read)
         return self._found[path]
 
+    def unread(self) -> list[str]:
+        """The paths of the layers that have not asked for their values."""
+        return [path for path in self._layout.layers if path not in self._found]
+
     def _read(self, part: Part) -> Any:
         """A part of the slots of all examples: (examples, *shape)."""
         ops = self._backend.ops

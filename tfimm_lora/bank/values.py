@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -113,45 +114,41 @@ class ValuesOfAdapters:
         heads: dict[PartKey, np.ndarray],
         problems: list[str],
     ) -> int:
-        """Add fully trained classifiers, and return the number of classes."""
-        if not heads:
+        """Add trained weights of classifiers, and return the number of classes."""
+        sizes = {len(value) for value in heads.values()}
+        if len(sizes) > 1:
+            problems.append(f"its classifiers have {sorted(sizes)} classes")
             return self.base.classes
-        found: dict[str, int] = {}
-        for (path, role), value in heads.items():
-            weight = self._weights[path, role]
-            shape = self.layout.parts[path, "kernel"].shape
-            found[path] = len(value)
-            if role == "kernel" and value[0].size != np.prod(shape[:-1]):
-                expected = ("classes", *map(int, shape[:-1]))
-                problems.append(f"{weight.key} has the shape {value.shape}, not {expected}")
-            elif len(value) > self.layout.max_classes:
-                problems.append(
-                    f"{weight.key} has {len(value)} classes, more than max_classes="
-                    f"{self.layout.max_classes}"
-                )
-            elif role == "kernel":
-                kernel = value.reshape(len(value), -1).T
-                parts[path, "kernel"] = kernel.reshape(*shape[:-1], len(value))
-            else:
-                parts[path, "shift"] = self._padded_bias(value)
+        classes = sizes.pop() if sizes else self.base.classes
+        if classes > self.layout.max_classes:
+            problems.append(
+                f"its classifier has {classes} classes, more than max_classes="
+                f"{self.layout.max_classes}"
+            )
+            return self.base.classes
         for path in self.layout.heads:
-            given = {role: heads[path, role] for p, role in heads if p == path}
-            if "kernel" not in given:
-                missing = self._weights[path, "kernel"].key
-                problems.append(
-                    f"the adapter has no {missing}, but other weights of classifiers"
-                )
-            elif "bias" not in given:
-                # A classifier without a bias, or one whose bias was not trained.
-                same = len(given["kernel"]) == self.base.classes
-                if not same and (path, "bias") in self._weights:
-                    missing = self._weights[path, "bias"].key
-                    problems.append(f"the adapter has no {missing}, but the weight beside it")
-                elif not same:
-                    parts[path, "shift"] = self._padded_bias(np.zeros(len(given["kernel"])))
-        if len(set(found.values())) > 1:
-            problems.append(f"its classifiers have {sorted(set(found.values()))} classes")
-        return max(found.values())
+            for role in ("kernel", "bias"):
+                if (path, role) not in self._weights:
+                    if role == "bias":
+                        parts[path, "shift"] = self._padded_bias(np.zeros(classes))
+                    continue
+                weight, value = self._weights[path, role], heads.get((path, role))
+                expected = (classes, *weight.value().shape[1:])
+                if value is None:
+                    # That of the model, which has as many classes.
+                    if classes != self.base.classes:
+                        problems.append(f"it has {classes} classes, but no {weight.key}")
+                elif math.prod(value.shape) != math.prod(expected):
+                    problems.append(
+                        f"{weight.key} has the shape {value.shape}, expected {expected}"
+                    )
+                elif role == "bias":
+                    parts[path, "shift"] = self._padded_bias(value.reshape(-1))
+                else:
+                    kernel = value.reshape(classes, -1).T
+                    inputs = self.layout.parts[path, "kernel"].shape[:-1]
+                    parts[path, "kernel"] = kernel.reshape(*inputs, classes)
+        return classes
 
     def _padded_bias(self, bias: np.ndarray) -> np.ndarray:
         """A bias with minus infinity for the classes that there are not."""

@@ -20,6 +20,7 @@ from tfimm_lora.exporting.output_kind import PROBABILITY, kind_of
 from tfimm_lora.exporting.plain_model import sixteen_bit_type
 from tfimm_lora.exporting.request import ExportRequest, checked_request
 from tfimm_lora.exporting.serving import OUTPUT
+from tfimm_lora.model.output_activation import PROBABILITIES
 from tfimm_lora.utils.atomic_files import move_into_place, temporary_path
 from tfimm_lora.version import __version__
 
@@ -54,7 +55,7 @@ def export_bank(
 ) -> Exported:
     """Export a bank to a SavedModel or to ONNX; see ``export``."""
     content = bank.content()
-    model = content.functions.model
+    model = content.model
     framework = backend_of(model).framework()
     if framework != "tensorflow":
         raise ValueError(
@@ -136,10 +137,12 @@ def _largest_difference(
     rows, worst = _rows(made, check_inputs), 0.0
     for first in range(0, len(rows), 16):
         batch = rows[first : first + 16]
-        expected: Outputs = {str(i): row.logits for i, row in enumerate(_predict(made, batch))}
+        soft = made.content.activation in PROBABILITIES
+        expected: Outputs = {
+            str(i): row.probabilities if soft else row.logits
+            for i, row in enumerate(_predict(made, batch))
+        }
         received = run(batch)
-        if _ends_in_softmax(made):
-            expected = {key: np.exp(x) for key, x in expected.items()}
         outputs = {str(i): x[: expected[str(i)].shape[-1]] for i, x in enumerate(received)}
         worst = max(worst, comparison.relative_difference(outputs, expected))
     return worst
@@ -162,22 +165,18 @@ def _check(request: ExportRequest, difference: float) -> None:
         )
 
 
-def _ends_in_softmax(made: BankFile) -> bool:
-    return made.content.functions.ends_in_softmax
-
-
 def _returns(made: BankFile, check_inputs: Any) -> str | None:
-    if _ends_in_softmax(made):
+    if made.content.activation in PROBABILITIES:
         return PROBABILITY
     (array,) = made.plan.arrays(check_inputs, None)
     row = _predict(made, [(array[0], None)])[0]
-    return kind_of(made.content.functions.model, {OUTPUT: row.logits[None]})
+    return kind_of(made.content.model, {OUTPUT: row.logits[None]})
 
 
 def _describe(made: BankFile, exported: Exported) -> dict[str, Any]:
     """The description beside the file, as plain values."""
     values = exported.to_dict()
-    layout = made.content.functions.layout
+    layout = made.content.layout
     return {
         **{name: values[name] for name in ("format", "inputs", "outputs", "returns")},
         "adapters": {

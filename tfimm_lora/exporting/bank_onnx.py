@@ -65,7 +65,7 @@ def write(made: Any, path: Path) -> tuple[TensorInfo, ...]:
     """
     import tensorflow as tf
 
-    layout, model = made.content.functions.layout, made.content.functions.model
+    layout, model = made.content.layout, made.content.model
     (given,) = made.plan.file_inputs.tensors
     keys = _keys(made)
     names = _names(made, keys)
@@ -131,7 +131,7 @@ def _file_name(name: str) -> str:
 
 def _keys(made: Any) -> list[PartKey]:
     """The parts that are inputs of the graph."""
-    layout = made.content.functions.layout
+    layout = made.content.layout
     left_out = frozenset(OPTIONAL) - made.optional
     return [
         (path, name)
@@ -143,7 +143,7 @@ def _keys(made: Any) -> list[PartKey]:
 def _names(made: Any, keys: list[PartKey]) -> dict[PartKey, str]:
     """The names of the inputs: "blocks.0.attn.qkv.lora_a", "head.kernel"."""
     words = {"a": "lora_a", "b": "lora_b", "gain": "dora_gain", "shift": "bias_change"}
-    heads = made.content.functions.layout.heads
+    heads = made.content.layout.heads
     of_head = {"kernel": "kernel", "shift": "bias"}
     return {
         (path, name): f"{path.replace('/', '.')}.{(of_head if path in heads else words)[name]}"
@@ -153,7 +153,7 @@ def _names(made: Any, keys: list[PartKey]) -> dict[PartKey, str]:
 
 def _values(made: Any, keys: list[PartKey], name: str | None) -> dict[PartKey, np.ndarray]:
     slot = made.bank.packed(name)
-    layout = made.content.functions.layout
+    layout = made.content.layout
     return {key: np.ascontiguousarray(layout.unpack(slot, key)) for key in keys}
 
 

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from tfimm_lora.bank.functions import BankFunctions
+from tfimm_lora.bank.functions import bank_outputs
 from tfimm_lora.bank.layout import PAGE
 from tfimm_lora.bank.source import OPTIONAL
 from tfimm_lora.exporting.exported import TensorInfo
@@ -43,7 +43,7 @@ def write(made: Any, path: Path) -> tuple[TensorInfo, ...]:
     module = _module(made)
     (given,) = made.plan.file_inputs.tensors
     inputs = tf.TensorSpec(given.shape, given.dtype, given.name)
-    layout = made.content.functions.layout
+    layout = made.content.layout
     texts, text = tf.TensorSpec([None], tf.string, "adapter"), tf.TensorSpec([], tf.string)
     values = tf.TensorSpec([layout.pages, PAGE], tf.float32, "values")
     named = tf.TensorSpec(text.shape, text.dtype, "name")
@@ -99,7 +99,9 @@ def runner(made: Any, path: Path) -> Callable[[list[Any]], list[np.ndarray]]:
         adapters = tf.constant([name or "" for _, name in rows])
         received = serve(**{given.name: inputs, "adapter": adapters})
         counts = received["classes"].numpy()
-        return [x[:n] for x, n in zip(received["outputs"].numpy(), counts)]
+        outputs = received["outputs"].numpy()
+        # Without a classifier there are no classes.
+        return [x[:n] if n else x for x, n in zip(outputs, counts)]
 
     return run
 
@@ -113,8 +115,8 @@ def _module(made: Any) -> Any:
     """The variables and functions of the SavedModel."""
     import tensorflow as tf
 
-    functions, entries = made.content.functions, made.content.entries
-    layout, count = functions.layout, max(made.bank.capacity + 1, len(entries))
+    model, layout, entries = made.content.model, made.content.layout, made.content.entries
+    count = max(made.bank.capacity + 1, len(entries))
     names = list(entries)
     slots = [made.bank.packed(name) for name in names]
     empty = [np.zeros_like(slots[0])] * (count - len(names))
@@ -130,8 +132,7 @@ def _module(made: Any) -> Any:
             self.classes = tf.Variable(sizes, dtype=tf.int32, name="classes")
             labels = [json.dumps(entry.labels) for entry in entries.values()]
             self.labels = tf.Variable([*labels, *free], name="labels")
-            self.functions = BankFunctions(functions.model, layout, self.table)
-            self.weights = list(functions.model.variables)
+            self.weights = list(model.variables)
 
         def by_slot(self, inputs: Any, adapter: Any) -> dict[str, Any]:
             if made.plan.prepare is not None:
@@ -141,7 +142,9 @@ def _module(made: Any) -> Any:
                 [tf.debugging.Assert(tf.reduce_all(valid), ["no such slot", adapter])]
             ):
                 adapter = tf.identity(adapter)
-            outputs = self.functions.outputs(inputs, adapter, False, made.optional)
+            outputs = bank_outputs(
+                model, layout, self.table, inputs, adapter, False, made.optional
+            )
             return {"outputs": outputs, "classes": tf.gather(self.classes, adapter)}
 
         def by_name(self, inputs: Any, adapter: Any) -> dict[str, Any]:

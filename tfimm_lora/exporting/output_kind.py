@@ -8,12 +8,9 @@ import numpy as np
 
 from tfimm_lora.exporting.comparison import Outputs
 from tfimm_lora.model.classifier import classifier_names, classifier_paths
-from tfimm_lora.model.output_activation import PROBABILITIES, output_activation
+from tfimm_lora.model.output_activation import PROBABILITIES, like_softmax, output_activation
 
 LOGITS, PROBABILITY = "logits", "probabilities"
-
-#: The sums of the outputs of a softmax in 16 bits differ from 1 by up to 1e-2.
-_SUM_TOLERANCE = 1e-2
 
 
 def kind_of(model: Any, outputs: Outputs) -> str | None:
@@ -38,17 +35,12 @@ def kind_of(model: Any, outputs: Outputs) -> str | None:
         return None
     if activation is not None:
         return LOGITS if activation == "linear" else None
-    if _like_softmax(y):
+    if like_softmax(y):
         return PROBABILITY
     # The end of the model is not known. After a ReLU, for example, no output is negative.
     # The classifiers of tfimm return logits.
     is_logits = classifier_names(getattr(model, "cfg", None)) or (y < 0).any()
     return LOGITS if classifier_paths(model) and is_logits else None
-
-
-def _like_softmax(y: np.ndarray) -> bool:
-    y = y.astype("float64")
-    return bool((y >= 0).all() and np.abs(y.sum(1) - 1).max() < _SUM_TOLERANCE)
 
 
 def softmax_of(outputs: Outputs) -> Outputs:

@@ -41,6 +41,9 @@ class ConvolutionProduct:
     def apply(self, x: Tensor, kernel: Tensor) -> Tensor:
         return self.convolve(x, kernel)
 
+    def apply_rows(self, x: Tensor, kernels: Tensor) -> Tensor:
+        return row_convolution.apply_rows(self.layer, x, kernels)
+
     def branch_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         return row_convolution.branch_rows(self.layer, x, a, b)
 
@@ -384,6 +387,7 @@ class DepthwiseConvUpdate(LoRALayer):
 
     _kernel_role = "depthwise"
     data_format: str
+    pad: Any
 
     def call(self, inputs: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         backend = backend_of(self)
@@ -406,8 +410,8 @@ class DepthwiseConvUpdate(LoRALayer):
 
     def _mixed_call(self, inputs: Tensor, values: mixed_batch.RowValues) -> Tensor:
         """The call with the values of a source."""
-        padding = getattr(self, "pad", None)
-        inputs = inputs if padding is None else padding(inputs)
+        if not has_keras_call(type(self)) and self.pad is not None:  # of tfimm
+            inputs = self.pad(inputs)
         return self._with_bias_and_activation(self._with_adapters(inputs, 1, values))
 
     def _with_bias_and_activation(self, outputs: Tensor) -> Tensor:

@@ -299,7 +299,7 @@ class EinsumDenseUpdate(LoRALayer):
     @classmethod
     def kernel_to_torch(cls, layer: Layer, kernel: np.ndarray) -> np.ndarray:
         product = EinsumProduct(np, layer.equation)
-        axes = f"{product.kernel}->{product.added}{product.shared}{product.summed}"
+        axes = f"{product.kernel}->{product.shared}{product.added}{product.summed}"
         turned = np.einsum(axes, kernel)
         result: np.ndarray = turned.reshape(cls.torch_kernel_shape(layer, kernel.shape))
         return result
@@ -311,7 +311,7 @@ class EinsumDenseUpdate(LoRALayer):
         """Return a kernel in Keras' order; the inverse of ``kernel_to_torch``."""
         product = EinsumProduct(np, layer.equation)
         sizes = product.sizes(shape)
-        ordered = f"{product.added}{product.shared}{product.summed}"
+        ordered = f"{product.shared}{product.added}{product.summed}"
         turned = kernel.reshape([sizes[axis] for axis in ordered])
         result: np.ndarray = np.einsum(f"{ordered}->{product.kernel}", turned)
         return result

@@ -3,12 +3,11 @@ the bias (beta) of the layer."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.layers import mixed_batch
 from tfimm_lora.layers.mixed_product import shifted
+from tfimm_lora.layers.state import original_class
 
 #: Classes of Keras whose last operation adds beta.
 _CLASSES = ("BatchNormalization", "GroupNormalization", "LayerNormalization")
@@ -22,8 +21,8 @@ def is_normalization(backend: Backend, cls: type) -> bool:
 
 def bias_refusal(layer: Layer) -> str | None:
     """Why the bias of a frozen layer cannot differ by example, or None."""
-    cls: Any = type(layer)
-    if not any(is_normalization(backend_of(layer), base) for base in cls.__mro__[1:]):
+    cls = original_class(type(layer))
+    if not is_normalization(backend_of(layer), cls):
         return f"is of the class {cls.__name__}, not a normalization of Keras"
     axis = layer.axis if isinstance(layer.axis, (list, tuple)) else [layer.axis]
     if getattr(layer, "beta", None) is None or len(axis) != 1:

@@ -11,13 +11,27 @@ The kernels are factors, so the products are narrow.
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Iterator
 from typing import Any
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.layers.mixed_product import by_example, sizes
+
+
+def apply_rows(layer: Layer, x: Tensor, kernels: Tensor) -> Tensor:
+    """x_i K_i for a convolution without groups.
+
+    Args:
+        layer: The convolution.
+        x: (examples * m, *space, in), or with channels first.
+        kernels: (examples, *window, in, out).
+
+    Returns:
+        (examples * m, *places, out), or with channels first.
+    """
+    y, places = _over_window(layer, x, kernels)
+    return _as_outputs(layer, y, places, kernels.shape[-1])
 
 
 def branch_rows(layer: Layer, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
@@ -33,27 +47,15 @@ def branch_rows(layer: Layer, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         (examples * m, *places, out), or with channels first.
     """
     backend, groups = backend_of(layer), layer.groups
-    ops = backend.ops
-    first = layer.data_format == "channels_first"
-    x = ops.moveaxis(x, 1, -1) if first else x
-    rank, units = a.shape[-1], b.shape[-1]
-    h, places = None, ()
-    for position, inputs in _at_window(layer, x):
-        places = tuple(inputs.shape[1:-1])
-        rows = by_example(backend, inputs, a)
-        examples = sizes(backend, rows)[0]
-        # One row for each place and group: the groups share A.
-        rows = ops.reshape(rows, (examples, -1, a.shape[-2]))
-        part = ops.matmul(rows, _at(a, *position))
-        h = part if h is None else h + part
+    ops, rank, units = backend.ops, a.shape[-1], b.shape[-1]
+    h, places = _over_window(layer, x, a)
     if groups == 1:
         y = ops.matmul(h, b)
     else:
         h = ops.reshape(h, (sizes(backend, a)[0], -1, groups, rank))
         split = ops.reshape(b, (-1, rank, groups, units // groups))
         y = ops.einsum("npgr,nrgo->npgo", h, split)
-    y = ops.reshape(y, (-1, *places, units))
-    return ops.moveaxis(y, -1, 1) if first else y
+    return _as_outputs(layer, y, places, units)
 
 
 def depthwise_rows(layer: Layer, x: Tensor, kernels: Tensor) -> Tensor:
@@ -89,25 +91,45 @@ def depthwise_rows(layer: Layer, x: Tensor, kernels: Tensor) -> Tensor:
     return ops.transpose(y, (2, 0, 1, 3))
 
 
+def _over_window(layer: Layer, x: Tensor, kernels: Tensor) -> tuple[Tensor, list[Any]]:
+    """The sum over the window, (examples, rows, out), and the sizes of the output.
+
+    There is a row for each place and each group: the groups share a kernel.
+    """
+    backend = backend_of(layer)
+    ops = backend.ops
+    if layer.data_format == "channels_first":
+        x = ops.moveaxis(x, 1, -1)
+    total, places = None, []
+    for position, inputs in _at_window(layer, x):
+        places = sizes(backend, inputs)[1:-1]
+        rows = by_example(backend, inputs, kernels)
+        rows = ops.reshape(rows, (sizes(backend, rows)[0], -1, kernels.shape[-2]))
+        part = ops.matmul(rows, _at(kernels, *position))
+        total = part if total is None else total + part
+    return total, places
+
+
+def _as_outputs(layer: Layer, y: Tensor, places: list[Any], units: int) -> Tensor:
+    ops = backend_of(layer).ops
+    y = ops.reshape(y, (-1, *places, units))
+    return ops.moveaxis(y, -1, 1) if layer.data_format == "channels_first" else y
+
+
 def _at_window(layer: Layer, x: Tensor) -> Iterator[tuple[tuple[int, ...], Tensor]]:
     """Yield each position in the window of a layer with the inputs that lie there."""
-    backend = backend_of(layer)
-    space, steps = tuple(x.shape[1:-1]), layer.strides
-    if None in space:
-        raise ValueError(
-            f"Layer '{layer.name}' received inputs of shape {tuple(x.shape)}; expected a known "
-            "height and width, which a convolution with an adapter for each example needs."
-        )
+    backend, steps = backend_of(layer), layer.strides
+    space = sizes(backend, x)[1:-1]
     spans = [(k - 1) * d + 1 for k, d in zip(layer.kernel_size, layer.dilation_rate)]
     around = [
-        _padding(layer.padding, size, span, step)
+        _padding(backend, layer.padding, size, span, step)
         for size, span, step in zip(space, spans, steps)
     ]
-    if any(sum(sides) for sides in around):
+    if any(not isinstance(side, int) or side for sides in around for side in sides):
         x = backend.ops.pad(x, [[0, 0], *around, [0, 0]])
     counts = [
-        max(0, (size + sum(sides) - span) // step + 1)
-        for size, sides, span, step in zip(space, around, spans, steps)
+        (size + before + after - span) // step + 1
+        for size, (before, after), span, step in zip(space, around, spans, steps)
     ]
     for position in itertools.product(*map(range, layer.kernel_size)):
         at = [
@@ -122,11 +144,14 @@ def _at(x: Tensor, *index: Any) -> Tensor:
     return x[(slice(None),) + index]
 
 
-def _padding(padding: str, size: int, span: int, step: int) -> list[Any]:
-    """The zeros before and after an axis that Keras adds."""
-    if padding == "causal":
-        return [span - 1, 0]
-    if padding == "valid":
+def _padding(backend: Backend, padding: str, size: Any, span: int, step: int) -> list[Any]:
+    """The zeros before and after an axis that the convolution adds. For "causal" the call of
+    the layer has added them to its inputs."""
+    if padding in ("valid", "causal"):
         return [0, 0]
-    missing = max((math.ceil(size / step) - 1) * step + span - size, 0)
+    missing = (-(-size // step) - 1) * step + span - size
+    if isinstance(size, int):
+        missing = max(missing, 0)
+    else:  # a tensor: the size is not known
+        missing = backend.ops.where(missing > 0, missing, 0)
     return [missing // 2, missing - missing // 2]

@@ -241,8 +241,7 @@ def restore_layers(model: Layer) -> None:
         elif (state := state_of(layer)) is not None and state.original is not None:
             drop_state(layer)
             backend.restore(layer, state.original)
-        if drop_model_state(layer):
-            layer.__dict__.pop("call", None)  # of attached adapters
+        drop_model_state(layer)
         base = lora_base_of(type(layer))
         if base is not None and base is not type(layer):
             cfg = base_config(layer.cfg, base)

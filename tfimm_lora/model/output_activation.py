@@ -5,11 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
 
 #: The activations whose outputs are probabilities.
 PROBABILITIES = ("softmax", "sigmoid")
+
+#: The sums of the outputs of a softmax in 16 bits differ from 1 by up to 1e-2.
+_SUM_TOLERANCE = 1e-2
 
 #: The classes of layers, and of operations of Keras 3, that keep the values of their input.
 _SHAPES = ("Reshape", "Flatten", "Squeeze", "Identity", "Dropout", "Cast")
@@ -52,6 +57,12 @@ def output_activation(model: Layer) -> str | None:
     """
     end = _end(backend_of(model), model)
     return None if end is None else end.name
+
+
+def like_softmax(outputs: np.ndarray) -> bool:
+    """Whether outputs (batch, classes) are non-negative with the sum 1."""
+    y = outputs.astype("float64")
+    return bool((y >= 0).all() and np.abs(y.sum(1) - 1).max() < _SUM_TOLERANCE)
 
 
 def without_output_activation(model: Layer) -> Layer:

@@ -47,9 +47,9 @@ def model_state(model: Layer) -> ModelState:
     return state
 
 
-def drop_model_state(model: Layer) -> bool:
-    """Remove the state of a model or layer, and return whether it had one."""
-    return model.__dict__.pop(_STATE, None) is not None
+def drop_model_state(model: Layer) -> None:
+    """Remove the state of a model or layer, if it has one."""
+    model.__dict__.pop(_STATE, None)
 
 
 def config_of(model: Layer) -> LoRAConfig | None:
