@@ -235,7 +235,7 @@ def test_other_frameworks_say_what_to_do(bank, tmp_path):
 
 
 def test_the_packed_values_are_those_of_the_slot(bank, alone):
-    layout = bank.content().functions.layout
+    layout = bank.content().layout
     (update,) = (u for m, u in alone["plain"][1].layers.items() if m == "dense")
     a = layout.unpack(bank.packed("plain"), ("dense", "a"))
     np.testing.assert_array_equal(a[:, :2], update.a.T)

@@ -436,9 +436,8 @@ class AdapterBank:
             self._entry(name)
             if name is None:
                 return self._read_slot(_NO_ADAPTER)
-            if name in self._overflow:
-                return self._overflow.get(name)
-            return self._read_slot(self._slots[name])
+            slot = self._slots.get(name)
+            return self._overflow.get(name) if slot is None else self._read_slot(slot)
 
     def content(self) -> BankContent:
         """What ``export`` needs of the bank."""

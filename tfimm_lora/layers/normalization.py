@@ -3,6 +3,8 @@ the bias (beta) of the layer."""
 
 from __future__ import annotations
 
+from typing import Any
+
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.layers import mixed_batch
