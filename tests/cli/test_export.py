@@ -16,6 +16,7 @@ from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, randomise, run
 from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tfimm_lora.cli import export as export_module
 from tfimm_lora.finetuning.data.pictures import read_picture
+from tfimm_lora.finetuning.run import Run
 from tfimm_lora.model.merge import has_lora
 
 pytestmark = [
@@ -265,3 +266,52 @@ def test_json_is_all_that_stdout_holds(tmp_path):
         )
         assert done.returncode == 0, done.stderr[-2000:]
         assert json.loads(done.stdout)["source"] == "m.keras"
+
+
+def copied_run(finished, path, change=None, **facts):
+    """A copy of a run with another adapter, or with other facts."""
+    shutil.copytree(finished.path, path)
+    copy = Run.open(path)
+    copy.add_facts(**facts)
+    if change is not None:
+        adapter = lora.Adapter.load(copy.adapter)
+        layers = {
+            module: lora.LayerUpdate(x.a, x.b + change, x.scale, x.kind)
+            for module, x in adapter.layers.items()
+        }
+        lora.Adapter(layers, adapter.weights, adapter.modules).save(copy.adapter)
+    return copy
+
+
+def test_several_runs_become_one_file(finished, tmp_path, call):
+    import tensorflow as tf
+
+    runs = [copied_run(finished, tmp_path / name, c) for name, c in (("a", 0.2), ("b", -0.3))]
+    paths = [run_of.path for run_of in runs]
+    out, _ = call(
+        "export", *paths, "--format", "savedmodel", "--out", tmp_path / "both", "--json"
+    )
+    assert json.loads(out)["source"] == list(map(str, paths))
+    serve = tf.saved_model.load(str(tmp_path / "both")).signatures["serving_default"]
+    x = normal(2, SIDE, SIDE, 3)
+    found = serve(inputs=x, adapter=tf.constant(["a", "b"]))["outputs"].numpy()
+    for row, output, run_of in zip(x, found, runs):
+        np.testing.assert_allclose(output, run(run_of.model(), row[None])[0], atol=1e-5)
+    described = json.loads((tmp_path / "both.json").read_text())
+    assert described["adapters"]["b"]["labels"] == finished.labels
+    assert described["preprocessing"]["mean"] == list(finished.preprocessing.mean)
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--quantize", "int8"], "--quantize with several runs"),
+        (["--probabilities"], "--probabilities or --logits with several runs"),
+        ([], "runs of another base model"),
+    ],
+)
+def test_runs_that_cannot_be_in_one_file(finished, tmp_path, call, options, message):
+    other = copied_run(finished, tmp_path / "other", base_sha256="0" * 64)
+    out = tmp_path / "both.onnx"
+    _, err = call("export", finished.path, other.path, "--out", out, *options, expect=1)
+    assert message in err and not out.exists()

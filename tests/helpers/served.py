@@ -12,9 +12,9 @@ from starlette.testclient import TestClient
 
 import tfimm_lora as lora
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.shared_base import SharedBase
 from tfimm_lora.serving.adapter_folder import AdapterFolder
 from tfimm_lora.serving.app import create_app
-from tfimm_lora.serving.base import ServedBase
 from tfimm_lora.serving.service import Service
 from tfimm_lora.serving.settings import ServingSettings
 
@@ -129,7 +129,7 @@ def expected(colour, seed=0, classes=4):
 def make_service(folder, bank, has_classifier=True, **settings):
     """A service without a model, and its settings."""
     settings = ServingSettings("base", str(folder), **{"token": TOKEN, **settings})
-    base = ServedBase("base", None, PREPROCESSING, None, has_classifier)
+    base = SharedBase("base", None, PREPROCESSING, None, has_classifier)
     service = Service(base, lambda adapters: bank, AdapterFolder(folder), settings.max_batch)
     return service, settings
 

@@ -22,8 +22,9 @@ from tests.serving.test_predict import ask
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning.base.origin import weights_digest
 from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.shared_base import SharedBase
 from tfimm_lora.serving.app import create_app
-from tfimm_lora.serving.base import ServedBase
+from tfimm_lora.serving.base import open_base
 from tfimm_lora.serving.opening import open_service
 from tfimm_lora.serving.settings import ServingSettings
 
@@ -130,16 +131,16 @@ def test_runs_of_other_models_sizes_and_preprocessing_are_listed_at_start(finish
 
 def test_base_model_of_a_run_and_its_file_are_the_same(finished, folder):
     file = str(finished.path.parent / "model.keras")
-    base = ServedBase.open(ServingSettings(file, str(folder), normalisation="unit"))
+    base = open_base(ServingSettings(file, str(folder), normalisation="unit"))
     assert base.differences(Run.open(folder / "run")) == []
-    base = ServedBase.open(ServingSettings(file, str(folder), normalisation="inception"))
+    base = open_base(ServingSettings(file, str(folder), normalisation="inception"))
     assert [x.split()[0] for x in base.differences(Run.open(folder / "run"))] == ["mean", "std"]
 
 
 def test_base_models_by_name_are_compared_by_their_weights(finished):
     """With and without the classifier, as runs record it."""
     model = finished.base()
-    base = ServedBase("name", model, finished.preprocessing, None, True)
+    base = SharedBase("name", model, finished.preprocessing, None, True)
     for without_classifier in (False, True):
         digest = weights_digest(model, without_classifier=without_classifier)
         facts = {**finished.facts, "base_sha256": None, "base_digest": digest}

@@ -12,6 +12,7 @@ import typer
 
 from tfimm_lora.backend import default_backend
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
+from tfimm_lora.cli.export_bank import open_runs, require_none
 from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.picture_sources import find_pictures
 from tfimm_lora.cli.tables import show_facts
@@ -36,6 +37,8 @@ tfimm-lora export runs/flowers --out flowers.tflite --include-preprocessing
 tfimm-lora export runs/flowers --out flowers.tflite --quantize int8 --samples pictures/train
 
 tfimm-lora export model.keras --format savedmodel --out served/model/1 --json
+
+tfimm-lora export runs/cats runs/dogs --format savedmodel --out served/pets/1
 """
 
 #: The number of samples for quantization; more take longer and do not improve the ranges.
@@ -72,8 +75,13 @@ class OpenedModel:
 
 @app.command("export", epilog=EXAMPLES)
 def export_command(
-    source: Annotated[
-        Path, typer.Argument(help="The folder of a finetune run, or a saved Keras model.")
+    sources: Annotated[
+        list[Path],
+        typer.Argument(
+            help="The folder of a finetune run, or a saved Keras model. Several runs of one "
+            "base model: a file with all their adapters (savedmodel or onnx).",
+            metavar="SOURCE...",
+        ),
     ],
     out: Annotated[
         Path, typer.Option(help="The file to write, or the folder of a SavedModel.")
@@ -112,10 +120,34 @@ def export_command(
     nothing is written. Labels and preprocessing are written to a JSON file
     beside it.
 
+    Several runs become one model with an adapter for each: in a SavedModel for
+    each row of a batch, in ONNX for each call.
+
     A run returns logits, or probabilities if its base model ended in a softmax.
     A saved model returns what it returned before.
     """
     format = checked_format(out, format, overwrite)
+    if len(sources) > 1:
+        options = {
+            "--quantize": quantize,
+            "--samples": samples,
+            "--probabilities or --logits": probabilities,
+        }
+        require_none(options)
+        runs = open_runs(sources)
+        exported = export(
+            runs.bank,
+            out,
+            format,
+            preprocessing=runs.preprocessing,
+            include_preprocessing=include_preprocessing,
+            tolerance=tolerance,
+            opset=opset,
+            overwrite=overwrite,
+        )
+        show_result(sources, exported, as_json)
+        return
+    (source,) = sources
     opened = open_source(source)
     inputs = None
     if samples is not None:
@@ -134,7 +166,7 @@ def export_command(
         overwrite=overwrite,
         probabilities=opened.kind(probabilities),
     )
-    show_result(source, exported, as_json)
+    show_result([source], exported, as_json)
 
 
 def checked_format(out: Path, format: str | None, overwrite: bool) -> str:
@@ -248,10 +280,10 @@ def sample_pictures(
     return np.stack(found)
 
 
-def show_result(source: Path, exported: Exported, as_json: bool) -> None:
+def show_result(sources: list[Path], exported: Exported, as_json: bool) -> None:
     """Print the properties of the exported file."""
     data = {
-        "source": str(source),
+        "source": str(sources[0]) if len(sources) == 1 else list(map(str, sources)),
         **exported.to_dict(),
         "description": str(exported.description),
     }

@@ -66,4 +66,4 @@ def merge_command(
         overwrite=overwrite,
         probabilities=opened.kind(probabilities),
     )
-    show_result(source, exported, as_json)
+    show_result([source], exported, as_json)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.bank.bank import AdapterBank
 from tfimm_lora.serving.adapter_folder import AdapterFolder
-from tfimm_lora.serving.base import ServedBase
+from tfimm_lora.serving.base import open_base
 from tfimm_lora.serving.service import Service
 from tfimm_lora.serving.settings import ServingSettings
 
@@ -18,10 +18,10 @@ def open_service(settings: ServingSettings) -> Service:
     Raises:
         NotADirectoryError: if there is no folder of adapters.
         ValueError: if some of them cannot be served, with all reasons.
-        ValueError, OSError, ImportError, RuntimeError: as ``ServedBase.open``.
+        ValueError, OSError, ImportError, RuntimeError: as ``open_base``.
     """
     folder = AdapterFolder(settings.adapters)
-    base = ServedBase.open(settings)
+    base = open_base(settings)
 
     def make_bank(adapters: Mapping[str, Adapter]) -> AdapterBank:
         return AdapterBank(

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from tfimm_lora.adapters.adapter import Adapter
+from tfimm_lora.finetuning.shared_base import SharedBase
 from tfimm_lora.serving.adapter_folder import (
     NAME_IN_WORDS,
     AdapterFolder,
@@ -20,7 +21,7 @@ from tfimm_lora.serving.adapter_folder import (
     Version,
     is_name,
 )
-from tfimm_lora.serving.base import ServedBase
+from tfimm_lora.serving.base import problems_of
 from tfimm_lora.serving.errors import RequestError, shown
 
 _log = logging.getLogger(__name__)
@@ -87,7 +88,7 @@ class Service:
 
     def __init__(
         self,
-        base: ServedBase,
+        base: SharedBase,
         make_bank: Callable[[Mapping[str, Adapter]], Bank],
         folder: AdapterFolder,
         max_batch: int,
@@ -129,7 +130,7 @@ class Service:
                 continue
             assert version is not None  # its files were read
             found[name] = version, entry
-            problems[name] = "; ".join(self.base.problems(entry))
+            problems[name] = "; ".join(problems_of(self.base, entry))
         return found, problems
 
     def _refuse(self, problems: Mapping[str, str]) -> None:
@@ -193,7 +194,7 @@ class Service:
                     except (OSError, ValueError, TypeError) as error:
                         problem = str(error)
             if entry is not None:
-                problem = "; ".join(self.base.problems(entry)) or self._load(name, entry)
+                problem = "; ".join(problems_of(self.base, entry)) or self._load(name, entry)
             if entry is None or problem:
                 self._forget(name)
             if problem:
@@ -244,7 +245,7 @@ class Service:
         with self._changing, self.folder.locked():
             existed = self.folder.version(name) is not None
             self._check_removable(name)
-            problem = "; ".join(self.base.problems(entry)) or self._load(name, entry)
+            problem = "; ".join(problems_of(self.base, entry)) or self._load(name, entry)
             if problem:
                 raise _unusable(name, problem, staged)
             try:
