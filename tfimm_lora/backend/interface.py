@@ -419,9 +419,17 @@ class Backend(ABC):
     def random_states(self, layer: Layer) -> list[Variable]:
         """The variables that hold the state of a layer's own random generators."""
 
-    @abstractmethod
-    def restart_random_ops(self, seed: int) -> None:
-        """Restart random operations that have no state of their own from a seed."""
+    @contextlib.contextmanager
+    def restartable_random_ops(
+        self, model: Layer, seed: int
+    ) -> Iterator[Callable[[int], None]]:
+        """Within this block the random operations of a model can be restarted.
+
+        Yields:
+            ``restart(epoch)``. Afterwards operations that have no state among the
+            ``random_states`` draw numbers that depend only on the seed and the epoch.
+        """
+        yield lambda epoch: None
 
     def default_initializer(self) -> Any:
         """Uniform in +-1/sqrt(fan_in): what torch and PEFT call kaiming_uniform(sqrt 5)."""

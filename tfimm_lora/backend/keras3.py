@@ -172,12 +172,19 @@ class Keras3Backend(Backend):
     def random_states(self, layer: Layer) -> list[Variable]:
         return [generator.state for generator in layer._seed_generators]
 
-    def restart_random_ops(self, seed: int) -> None:
-        """Seed ``tf.random`` for code that uses it; layers of Keras 3 have their own state."""
-        if keras.backend.backend() == "tensorflow":
-            import tensorflow as tf
+    @contextlib.contextmanager
+    def restartable_random_ops(
+        self, model: Layer, seed: int
+    ) -> Iterator[Callable[[int], None]]:
+        """Layers of Keras 3 have their own state; this is for code that uses ``tf.random``."""
+        if keras.backend.backend() != "tensorflow":
+            yield lambda epoch: None
+            return
+        from tfimm_lora.backend import tensorflow_random
 
-            tf.random.set_seed(seed)
+        yield lambda epoch: tensorflow_random.restart(
+            (model.train_function, model.test_function), seed
+        )
 
     def optimizer_variables(self, optimizer: Any) -> list[Variable]:
         return list(optimizer.variables)

@@ -13,9 +13,11 @@ import tf_keras
 from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
+from tfimm_lora.backend import tensorflow_random
 from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
+from tfimm_lora.backend.legacy_random import drawing_from
 from tfimm_lora.backend.tensorflow_functions import compiled_for_any_batch, write_rows
 from tfimm_lora.backend.tensorflow_vjp import vjp
 
@@ -169,10 +171,24 @@ class LegacyBackend(Backend):
         return base_layer_utils.call_context().training is True
 
     def random_states(self, layer: Layer) -> list[Variable]:
-        return []  # the state is inside TensorFlow's operations
+        return []  # see ``restartable_random_ops``
 
-    def restart_random_ops(self, seed: int) -> None:
-        tf.random.set_seed(seed)
+    @contextlib.contextmanager
+    def restartable_random_ops(
+        self, model: Layer, seed: int
+    ) -> Iterator[Callable[[int], None]]:
+        """Let layers of Keras draw from a generator. Other code may use ``tf.random``."""
+        key = seed % 2**63
+        generator = tf.random.Generator.from_key_counter(key, (0, 0), "philox")
+        # The functions that are traced in the block need its variable as long as they exist.
+        model.__dict__["_lora_random_generator"] = generator
+
+        def restart(epoch: int) -> None:
+            generator.reset_from_key_counter(key, (0, epoch))
+            tensorflow_random.restart((model.train_function, model.test_function), seed)
+
+        with drawing_from(generator, [layer for _, layer in self.walk(model)]):
+            yield restart
 
     def optimizer_variables(self, optimizer: Any) -> list[Variable]:
         variables = optimizer.variables

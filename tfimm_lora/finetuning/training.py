@@ -115,9 +115,10 @@ def finetune(
         resume: Whether to resume from the checkpoint in ``out``, if there is one. ``epochs``
             may then be another number, at least that of the epochs done; the rate continues on
             its schedule.
-        seed: The seed of the random operations of training (dropout). Stateless random
-            operations of TensorFlow are reset at the start of each epoch, so that a resumed
-            training draws the same numbers.
+        seed: The seed of the random operations of training (dropout). On Keras 3 layers have
+            seeds of their own. They draw new numbers in each epoch, and the same numbers in a
+            resumed training. Layers of your own that call ``tf.random.uniform`` and its like
+            draw the same numbers in each epoch, and each epoch starts seconds later.
         verbose: "bar" and "lines" (default) print to stderr, "none" prints nothing.
 
     Returns:
@@ -154,13 +155,14 @@ def finetune(
         Path(out) if out is not None else None,
         monitor=monitor if validation is not None or monitor != "val_loss" else None,
         patience=patience,
-        seed=seed,
         fingerprint={"epochs": epochs, "steps_per_epoch": steps, "seed": seed},
     )
     recorder.read(resume)
     reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps)
     is_infinite = isinstance(train, Epochs)
-    with devices.scope(), devices.together():
+    # Workers have different dropout masks.
+    random_ops = backend.restartable_random_ops(model, seed + devices.worker)
+    with devices.scope(), devices.together(), random_ops as restart:
         done = recorder.progress.epoch
         devices.agree(
             f"checkpoint in out={out!r}, here after epoch {done}", vars(recorder.progress)
@@ -201,6 +203,9 @@ def finetune(
                     *callbacks,
                     *devices.callbacks(backend),
                     *reporter.callbacks(backend),
+                    backend.keras.callbacks.LambdaCallback(
+                        on_epoch_begin=lambda epoch, logs: restart(epoch)
+                    ),
                     recorder.callback(),
                 ],
                 shuffle=False,  # a dataset has its own order; Keras 3 warns without this
@@ -275,12 +280,10 @@ class _EpochRecorder:
         *,
         monitor: str | None,
         patience: int | None,
-        seed: int,
         fingerprint: dict[str, Any],
     ) -> None:
         self.model, self.out, self.monitor, self.patience = model, out, monitor, patience
         self.backend, self.writes = backend_of(model), devices.is_chief
-        self.seed = seed + devices.worker  # so that workers have different dropout masks
         self.progress = Progress(fingerprint=fingerprint)
         self.checkpoints = TrainingCheckpoints(out / STATE) if out is not None else None
         self.best_values: dict[str, np.ndarray] | None = None
@@ -331,12 +334,7 @@ class _EpochRecorder:
 
     def callback(self) -> Any:
         """The Keras callback. It must be the last one, to see the decisions of the others."""
-        return self.backend.keras.callbacks.LambdaCallback(
-            on_epoch_begin=self._begin, on_epoch_end=self._end
-        )
-
-    def _begin(self, epoch: int, logs: Any = None) -> None:
-        self.backend.restart_random_ops(self.seed)
+        return self.backend.keras.callbacks.LambdaCallback(on_epoch_end=self._end)
 
     def _end(self, epoch: int, logs: Any = None) -> None:
         numbers = {name: float(value) for name, value in (logs or {}).items()}
