@@ -289,7 +289,7 @@ class Keras3Backend(Backend):
 
         return keras.ops.custom_gradient(keras_function)(*args)
 
-    def needs_plain_gradients(self) -> bool:
+    def prefers_plain_gradients(self) -> bool:
         if keras.backend.backend() != "torch":
             return False
         import torch

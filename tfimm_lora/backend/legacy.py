@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 import tf_keras
+from tensorflow.python.eager import record
 from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
@@ -111,6 +112,12 @@ class _FilteredWeights:
 
     def _sync_trainability(self) -> None:
         """Do nothing, since both properties are computed on demand."""
+
+    def _should_use_autograph(self) -> bool:
+        # Keras converts classes outside Keras, whose ``call`` may branch on tensors. What LoRA
+        # adds does not, and converting it takes a second in each process.
+        result: bool = super()._should_use_autograph()  # type: ignore[misc]
+        return result and not self._is_made_from_keras()  # type: ignore[attr-defined]
 
 
 class LegacyBackend(Backend):
@@ -264,6 +271,11 @@ class LegacyBackend(Backend):
         self, function: Callable[..., Any], *args: Any, tangent: Any = None
     ) -> Any:
         return tf.custom_gradient(function)(*args)
+
+    def prefers_plain_gradients(self) -> bool:
+        # In predict, evaluate and exports no tape records. Without custom gradients the graphs
+        # have half of the operations.
+        return not record.could_possibly_record() and not self.is_called_in_training()
 
     def frozen_gradient(self, layer: Layer, call: Any, x: Tensor) -> Callable[..., Any] | None:
         return frozen_gradient(layer, call, x)

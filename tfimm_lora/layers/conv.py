@@ -98,7 +98,7 @@ class ConvolutionProduct:
         """Apply a function of rows to a tensor with its channels last. If their number is
         unknown, as in pictures that were decoded in a graph, it must be given."""
         rows = function(self._rows(x, given))
-        return self.ops.reshape(rows, (*leading_shape(self.ops.shape(x), x.shape), channels))
+        return self.ops.reshape(rows, (*leading_shape(self.backend, x), channels))
 
 
 class PointwiseProduct(ConvolutionProduct):
@@ -113,7 +113,7 @@ class PointwiseProduct(ConvolutionProduct):
 
     def apply_rows(self, x: Tensor, kernels: Tensor) -> Tensor:
         flat = self._without_window(kernels)
-        shape = (*leading_shape(self.ops.shape(x), x.shape), kernels.shape[-1])
+        shape = (*leading_shape(self.backend, x), kernels.shape[-1])
         rows = self.ops.matmul(self._rows_of_examples(x, flat), flat)
         return self.ops.reshape(rows, shape)
 
@@ -124,7 +124,7 @@ class PointwiseProduct(ConvolutionProduct):
     def branch_rows(self, x: Tensor, a: Tensor, b: Tensor) -> Tensor:
         flat = self._without_window(a)
         h = self.ops.matmul(self._rows_of_examples(x, flat), flat)
-        shape = (*leading_shape(self.ops.shape(x), x.shape), b.shape[-1])
+        shape = (*leading_shape(self.backend, x), b.shape[-1])
         return self.ops.reshape(self.ops.matmul(h, b), shape)
 
     def _without_window(self, kernels: Tensor) -> Tensor:

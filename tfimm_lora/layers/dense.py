@@ -141,8 +141,7 @@ class DenseUpdate(LoRALayer):
         else:
             outputs = self._with_adapters(rows, places, values, self._with_bias)
         if rank != 2:
-            lead = leading_shape(ops.shape(x), x.shape)
-            outputs = ops.reshape(outputs, (*lead, outputs.shape[-1]))
+            outputs = ops.reshape(outputs, (*leading_shape(backend, x), outputs.shape[-1]))
         return outputs if self.activation is None else self.activation(outputs)
 
     def _with_bias(self, rows: Tensor) -> Tensor:

@@ -192,7 +192,9 @@ def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwar
     """Return the result of a bound ``call``, with the cheaper gradient of a frozen layer for x
     if there is one."""
     backend = backend_of(layer)
-    gradient = backend.frozen_gradient(layer, getattr(call, "__func__", None), x)
+    plain = backend.prefers_plain_gradients()
+    own_call = getattr(call, "__func__", None)
+    gradient = None if plain else backend.frozen_gradient(layer, own_call, x)
     if gradient is None:
         return call(x, *args, **kwargs)
     # The gradient of a trained bias still flows through y.

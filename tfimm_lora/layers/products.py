@@ -105,7 +105,7 @@ def effective_narrow(
 
     y' = x' (W + s A B) + s (x A') B + s (x A) B'.
     """
-    if backend.needs_plain_gradients():
+    if backend.prefers_plain_gradients():
         return effective(product, x, kernel, a, b, scale)
 
     def forward(x: Tensor, kernel: Tensor, a: Tensor, b: Tensor) -> Any:
@@ -145,6 +145,13 @@ def effective_narrow(
     return backend.custom_gradient(forward, x, kernel, a, b, tangent=tangent)
 
 
-def leading_shape(dynamic: Any, static: Sequence[int | None]) -> list[Any]:
-    """The sizes of all axes but the last, static where they are known."""
-    return [dynamic[axis] if size is None else size for axis, size in enumerate(static[:-1])]
+def leading_shape(backend: Backend, x: Tensor) -> list[Any]:
+    """The sizes of all axes but the last, for ``reshape``: static where they are known, and -1
+    for a single one that is not."""
+    sizes = list(x.shape[:-1])
+    if None not in sizes:
+        return sizes
+    if sizes.count(None) == 1 and 0 not in sizes:
+        return [-1 if size is None else size for size in sizes]
+    dynamic = backend.ops.shape(x)
+    return [dynamic[axis] if size is None else size for axis, size in enumerate(sizes)]

@@ -37,6 +37,10 @@ class Converted:
     def _freeze_new_sublayers(self) -> None:
         """Freeze the layers that were created inside after LoRA was injected."""
 
+    def _is_made_from_keras(self) -> bool:
+        """Whether the class was made from one of Keras, and not of its users."""
+        return backend_of(self).is_keras_class(original_class(type(self)))
+
 
 def original_class(cls: type) -> type:
     """The class that a converted class was made from; any other class is returned as it is."""
