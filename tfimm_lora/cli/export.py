@@ -17,6 +17,7 @@ from tfimm_lora.cli.outputs import Overwrite, refuse_to_overwrite
 from tfimm_lora.cli.picture_sources import find_pictures
 from tfimm_lora.cli.tables import show_facts
 from tfimm_lora.cli.unfinished import warn_if_unfinished
+from tfimm_lora.exporting.bank_onnx import adapters_folder
 from tfimm_lora.exporting.description import read_description
 from tfimm_lora.exporting.export import export
 from tfimm_lora.exporting.exported import Exported, TensorInfo, description_path
@@ -146,6 +147,8 @@ def export_command(
             overwrite=overwrite,
         )
         show_result(sources, exported, as_json)
+        if exported.format == "onnx":
+            note(f"adapters: {adapters_folder(exported.path)}")
         return
     (source,) = sources
     opened = open_source(source)

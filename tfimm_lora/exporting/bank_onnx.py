@@ -85,7 +85,7 @@ def write(made: Any, path: Path) -> tuple[TensorInfo, ...]:
         None, made.plan.preprocessing, made.plan.prepare is not None, None
     )
     write_onnx_proto(proto, path, properties)
-    folder = _folder(path)
+    folder = adapters_folder(path)
     folder.mkdir()
     for name in made.content.entries:
         if name is not None:
@@ -107,7 +107,7 @@ def runner(made: Any, path: Path) -> Callable[[list[Any]], list[np.ndarray]]:
             options = onnxruntime.RunOptions()
             if name is not None:
                 adapter = onnxruntime.LoraAdapter()
-                adapter.Load(str(_folder(path) / _file_name(name)))
+                adapter.Load(str(adapters_folder(path) / _file_name(name)))
                 options.add_active_adapter(adapter)
             (found,) = session.run(None, {given.name: x[None]}, options)
             outputs.append(found[0])
@@ -118,10 +118,11 @@ def runner(made: Any, path: Path) -> Callable[[list[Any]], list[np.ndarray]]:
 
 def extra_files(path: Path) -> list[Path]:
     """The folder with the adapters."""
-    return [_folder(path)]
+    return [adapters_folder(path)]
 
 
-def _folder(path: Path) -> Path:
+def adapters_folder(path: Path) -> Path:
+    """The folder with the adapters of an ONNX file."""
     return path.with_name(path.stem + FOLDER)
 
 
