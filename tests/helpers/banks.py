@@ -24,9 +24,9 @@ def random_adapter(model, seed=0, size=0.2, **arguments):
 def outputs_alone(model, adapter, x):
     """What a model gives with an adapter loaded on its own. The model is unchanged."""
     if adapter is None:
-        return run(model, x)
+        return run(model, x, training=False)
     lora.load_adapter(model, adapter)
-    outputs = run(model, x)
+    outputs = run(model, x, training=False)
     lora.remove_lora(model, merge=False)
     return outputs
 

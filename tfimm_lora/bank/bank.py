@@ -41,6 +41,8 @@ class BankEntry(NamedTuple):
     labels: tuple[str, ...] | None
     #: Which of ``source.OPTIONAL`` it has.
     optional: frozenset[str]
+    #: The paths of the layers that it changes.
+    changed: frozenset[str]
 
 
 class BankContent(NamedTuple):
@@ -154,14 +156,23 @@ class AdapterBank:
             self._write_slot(capacity + 1, self._layout.pack(self._layout.random_values()))
             self._entries: dict[str | None, BankEntry] = {
                 None: BankEntry(
-                    self._values.base.classes, recorded_class_names(model), frozenset()
+                    self._values.base.classes,
+                    recorded_class_names(model),
+                    frozenset(),
+                    frozenset(),
                 )
             }
             #: The adapters in slots, the least recently used first.
             self._slots: OrderedDict[str, int] = OrderedDict()
             self._free = list(range(capacity, _NO_ADAPTER, -1))
             self._functions = BankFunctions(
-                model, self._layout, self._table, capacity + 1, self._lock, self._require_open
+                model,
+                self._layout,
+                self._table,
+                capacity + 1,
+                self._lock,
+                self._require_open,
+                lambda: self._require_called(self._entries),
             )
             self._predictions = Predictions(model, self._layout)
             self._routed: Any = None
@@ -235,6 +246,7 @@ class AdapterBank:
         packed = self._layout.pack(values.parts)
         with self._lock:
             self._require_open()
+            self._require_called({name: entry})
             self._write(name, packed)
             self._entries[name] = entry
 
@@ -498,6 +510,18 @@ class AdapterBank:
                 "leave its model alone."
             )
 
+    def _require_called(self, entries: Mapping[Any, BankEntry]) -> None:
+        """Raise if an adapter changes layers that the model does not call."""
+        for name, entry in entries.items():
+            without_effect = sorted(entry.changed & self._functions.not_called)
+            if without_effect:
+                raise ValueError(
+                    f"Adapter {name!r} changes the layers {', '.join(without_effect[:10])}, "
+                    f"where it would have no effect: model '{self._model.name}' does not call "
+                    "them, or calls them in a function that was compiled before (tf.function, "
+                    "jax.jit). Remove them from the adapter, or the tf.function from the model."
+                )
+
     def __repr__(self) -> str:
         if self._model is None:
             return "AdapterBank(closed)"
@@ -529,4 +553,4 @@ def _entry_of(name: str, values: AdapterValues, labels: Sequence[str] | None) ->
                 f"Received {len(labels)} labels for adapter {name!r}, which has "
                 f"{values.classes} classes."
             )
-    return BankEntry(values.classes, labels, values.optional)
+    return BankEntry(values.classes, labels, values.optional, values.changed)

@@ -75,6 +75,10 @@ class BankFunctions:
         probe: The slot of an adapter that changes every layer.
         lock: The lock of the bank.
         require_open: Raises if the bank is closed.
+        require_called: Raises if an adapter changes a layer that is ``not_called``.
+
+    Attributes:
+        not_called: The paths of the layers of the bank that the model does not call.
     """
 
     def __init__(
@@ -85,10 +89,13 @@ class BankFunctions:
         probe: int,
         lock: threading.RLock,
         require_open: Callable[[], None],
+        require_called: Callable[[], None],
     ) -> None:
         self.model, self.layout, self.table = model, layout, table
         self._backend = backend_of(model)
-        self._probe, self._lock, self._require_open = probe, lock, require_open
+        self.not_called: frozenset[str] = frozenset()
+        self._probe, self._lock = probe, lock
+        self._require_open, self._require_called = require_open, require_called
         self._compiled: dict[tuple[bool, frozenset[str]], Any] = {}
         #: Functions of mixed batches by their parts, and inputs for which they were checked.
         self._checked: set[tuple[frozenset[str], tuple[int, ...], str]] = set()
@@ -169,9 +176,12 @@ class BankFunctions:
     ) -> Tensor:
         """The outputs of the model as a tensor, for the slot of each example."""
         self._require_open()
-        return bank_outputs(
+        outputs, unread = bank_outputs(
             self.model, self.layout, self.table, inputs, slots, uniform, optional
         )
+        self.not_called = frozenset(unread)
+        self._require_called()
+        return outputs
 
 
 def bank_outputs(
@@ -182,8 +192,9 @@ def bank_outputs(
     slots: Tensor,
     uniform: bool,
     optional: frozenset[str],
-) -> Tensor:
-    """The outputs of a model as a tensor, for the slot of each example.
+) -> tuple[Tensor, list[str]]:
+    """The outputs of a model as a tensor, for the slot of each example, and the paths of the
+    layers of the bank that the model did not call.
 
     Args:
         model: The model with the layers of a bank.
@@ -205,15 +216,7 @@ def bank_outputs(
             f"Model '{model.name}' returns {len(outputs)} outputs; expected a model with one "
             "output in a bank."
         )
-    unread = source.unread()
-    if unread:
-        raise ValueError(
-            f"Model '{model.name}' does not call its layers {', '.join(unread[:10])}, or calls "
-            "them in a function that was compiled before (tf.function, jax.jit), so that an "
-            "adapter would have no effect on them. Leave them out of the targets of the bank, "
-            "or let the function be compiled with the model."
-        )
-    return outputs
+    return outputs, source.unread()
 
 
 def _may_be(shape: tuple[int, ...], other: tuple[int | None, ...]) -> bool:

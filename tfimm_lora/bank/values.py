@@ -22,11 +22,13 @@ class AdapterValues(NamedTuple):
     Attributes:
         parts: Part -> value, at the rank and with the classes of the adapter.
         optional: Which of ``source.OPTIONAL`` the adapter has.
+        changed: The paths of the layers whose outputs it changes.
         classes: The number of its classes.
     """
 
     parts: dict[PartKey, np.ndarray]
     optional: frozenset[str]
+    changed: frozenset[str]
     classes: int
 
 
@@ -59,7 +61,7 @@ class ValuesOfAdapters:
             parts[path, "shift"] = self._padded_bias(
                 np.zeros(classes) if bias is None else bias.raw_value()
             )
-        return AdapterValues(parts, frozenset(), classes)
+        return AdapterValues(parts, frozenset(), frozenset(), classes)
 
     def of(self, adapter: Adapter) -> AdapterValues:
         """The values of an adapter that has the names of the model.
@@ -93,7 +95,12 @@ class ValuesOfAdapters:
                 f"Received an adapter that does not fit the bank: {'; '.join(problems)}. "
                 "The bank is unchanged."
             )
-        return AdapterValues(parts, frozenset(optional), classes)
+        changed = frozenset(
+            path
+            for (path, name), value in parts.items()
+            if name != "a" and value is not self.base.parts.get((path, name)) and value.any()
+        )
+        return AdapterValues(parts, frozenset(optional), changed, classes)
 
     def _split_weights(
         self, adapter: Adapter

@@ -142,7 +142,7 @@ def _module(made: Any) -> Any:
                 [tf.debugging.Assert(tf.reduce_all(valid), ["no such slot", adapter])]
             ):
                 adapter = tf.identity(adapter)
-            outputs = bank_outputs(
+            outputs, _ = bank_outputs(
                 model, layout, self.table, inputs, adapter, False, made.optional
             )
             return {"outputs": outputs, "classes": tf.gather(self.classes, adapter)}
