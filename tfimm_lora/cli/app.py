@@ -1,7 +1,8 @@
 """The entry point ``main`` and what the subcommands share.
 
-Importing this package loads neither TensorFlow nor Keras, so ``--help``, ``--version`` and
-usage errors take no time. Commands call ``import_tensorflow`` before they open a model.
+Importing this package loads neither TensorFlow nor Keras, and only the subcommand that is
+called is imported, so ``--help``, ``--version`` and usage errors take no time. Commands call
+``import_tensorflow`` before they open a model.
 """
 
 from __future__ import annotations
@@ -18,17 +19,38 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 from tfimm_lora.backend import automatic_selection, installed, uses_legacy_keras
+from tfimm_lora.cli.commands import COMMANDS
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.version import __version__
 
 require("typer", extra="cli", why="The command line")
 
 import typer  # noqa: E402 - after the check, whose message says what to install
+from typer.core import TyperCommand, TyperGroup  # noqa: E402
+from typer.main import get_group  # noqa: E402
 
 DONE, FAILED, INTERRUPTED = 0, 1, 130
 
+
+class _Commands(TyperGroup):
+    """The subcommands, each imported when it is called."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        # ``--help`` and messages need no more of those that are not imported.
+        named = {name: TyperCommand(name, help=text) for name, text in COMMANDS.items()}
+        self.commands = {**named, **self.commands}
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> Any:
+        if args[0] in COMMANDS:
+            importlib.import_module(f"tfimm_lora.cli.{args[0]}")
+            self.commands[args[0]] = get_group(app).commands[args[0]]
+        return super().resolve_command(ctx, args)
+
+
 app = typer.Typer(
     name="tfimm-lora",
+    cls=_Commands,
     no_args_is_help=True,
     add_completion=False,
     rich_markup_mode="rich",
@@ -146,9 +168,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         >>> main(["inspect", "no/such/adapter"])
         1
     """
-    from tfimm_lora.cli import commands
-
-    commands.register()
     global _debug, _owns_process
     _debug, _owns_process = False, argv is None
     try:
