@@ -118,7 +118,7 @@ class OfOwn(layers.Dense):
 
 
 def test_a_class_with_a_call_of_its_own_is_refused():
-    model, x = Odd(lambda fc, x: fc(x)[:, 0], (4, 4), OfOwn(5, name="fc")), normal(4, 4, 4)
+    model = Odd(lambda fc, x: fc(x)[:, 0], (4, 4), OfOwn(5, name="fc"))
     with pytest.raises(ValueError, match=r"targets=\['fc'\].*OfOwn, whose own call"):
         lora.AdapterBank(model, targets=["fc"])
     adapter = random_adapter(model, lora_targets=["fc"])
