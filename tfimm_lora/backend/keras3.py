@@ -415,7 +415,7 @@ class Keras3Backend(Backend):
         if framework == "tensorflow":
             from tfimm_lora.backend.tensorflow_functions import compiled_for_any_batch
 
-            return compiled_for_any_batch(function)
+            return compiled_for_any_batch(function, autograph=False)
         if framework == "torch":
             return _without_gradients(function)
         return _jax_compiled(function, list(variables))

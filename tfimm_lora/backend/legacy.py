@@ -316,7 +316,8 @@ class LegacyBackend(Backend):
     def compiled(
         self, function: Callable[..., Tensor], variables: Sequence[Variable]
     ) -> Callable[..., np.ndarray]:
-        return compiled_for_any_batch(function)
+        # As in predict of legacy Keras, which converts the calls of layers.
+        return compiled_for_any_batch(function, autograph=True)
 
     def store_value(self, value: Any) -> Any:
         """Return a variable or array in the form that ``save_own_variables`` stores."""

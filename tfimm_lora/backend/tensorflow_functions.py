@@ -9,13 +9,16 @@ import numpy as np
 import tensorflow as tf
 
 
-def compiled_for_any_batch(function: Callable[..., Any]) -> Callable[..., np.ndarray]:
+def compiled_for_any_batch(
+    function: Callable[..., Any], autograph: bool
+) -> Callable[..., np.ndarray]:
     """A function of arrays, traced once for each combination of dtypes and sizes but the first.
 
     Args:
         function: A function of tensors that returns a tensor.
+        autograph: Whether conditions and loops over tensors are converted.
     """
-    traced = tf.function(function, autograph=False)
+    traced = tf.function(function, autograph=autograph)
     concrete: dict[Any, Any] = {}
 
     def call(*arrays: np.ndarray) -> np.ndarray:

@@ -139,6 +139,9 @@ class AdapterBank:
         self._model = model
         self._backend = backend_of(model)
         self._lock = threading.RLock()
+        #: While the values of an adapter are computed from the layers of the model, beside
+        #: predictions, the bank is not closed.
+        self._loading = threading.RLock()
         self._overflow = Overflow(overflow)
         self._layers = inject_bank(model, read.values(), targets)
         try:
@@ -172,7 +175,7 @@ class AdapterBank:
                 capacity + 1,
                 self._lock,
                 self._require_open,
-                lambda: self._require_called(self._entries),
+                lambda: self._require_called(dict(self._entries)),
             )
             self._predictions = Predictions(model, self._layout)
             self._routed: Any = None
@@ -235,15 +238,16 @@ class AdapterBank:
         self._add(_checked_name(name), _read(self._names, adapter), labels)
 
     def _add(self, name: str, adapter: Adapter, labels: Sequence[str] | None) -> None:
-        self._require_open()
-        try:
-            values = self._values.of(adapter)
-        except ValueError as error:
-            raise ValueError(f"Adapter {name!r}: {error}") from error
-        entry = _entry_of(name, values, labels)
+        with self._loading:
+            self._require_open()
+            try:
+                values = self._values.of(adapter)
+            except ValueError as error:
+                raise ValueError(f"Adapter {name!r}: {error}") from error
+            entry = _entry_of(name, values, labels)
+            packed = self._layout.pack(values.parts)
         warn_if_incomplete(self._names, adapter, stacklevel=3)
-        warn_if_other_checkpoint(self._model, adapter, stacklevel=3)
-        packed = self._layout.pack(values.parts)
+        warn_if_other_checkpoint(self._names.model, adapter, stacklevel=3)
         with self._lock:
             self._require_open()
             self._require_called({name: entry})
@@ -331,13 +335,16 @@ class AdapterBank:
             For each example its logits, with the number of classes of its adapter, and labels.
 
         Raises:
-            TypeError: If ``names`` is not a list of names.
+            TypeError: If ``names`` is not a list of names, or ``inputs`` not an array.
             ValueError: If a name is not in the bank, or there are not as many names as
-                examples.
+                examples. If the bank is closed. If the model mixes the examples of a batch,
+                or its layers get them in another order than one after the other, so that it
+                cannot use an adapter for each; this is tried out for the first mixed batch of
+                each shape of inputs.
         """
         names = self._checked_names(names)
-        inputs = np.asarray(inputs)
-        if inputs.ndim < 1 or len(inputs) != len(names):
+        inputs = _checked_inputs(inputs)
+        if len(inputs) != len(names):
             raise ValueError(
                 f"Received {len(names)} names for inputs of shape {inputs.shape}; expected a "
                 "name or None for each example."
@@ -383,6 +390,34 @@ class AdapterBank:
         outputs = self._functions(inputs, ids, uniform, optional)
         self._predictions.learn_activation(lambda: self._functions.of_made_up_inputs(inputs))
         return outputs
+
+    def warm_up(self, inputs: Any) -> None:
+        """Compile the functions for inputs of a shape, so that no later batch waits for it.
+
+        This includes the adapters that are loaded. One with DoRA or biases, if there was none
+        before, needs another function. JAX compiles a function for each power of two as the
+        size of a batch, here up to that of ``inputs``; on torch nothing is compiled.
+
+        Args:
+            inputs: Inputs of the model, an array (batch, ...).
+
+        Raises:
+            TypeError, ValueError: As ``predict``.
+        """
+        inputs = _checked_inputs(inputs)
+        with self._lock:
+            self._require_open()
+            single = {entry.optional for entry in self._entries.values()}
+            mixed = {one | other for one in single for other in single}
+            sizes = [len(inputs)]
+            while self._backend.compiles_each_batch_size() and sizes[-1] > 1:
+                sizes.append((sizes[-1] + 1) // 2)
+            for size in sizes:
+                for optional in single:
+                    self._functions(inputs[:size], np.zeros(1, "int32"), True, optional)
+                for optional in mixed:
+                    slots = np.zeros(size, "int32")
+                    self._functions(inputs[:size], slots, False, optional)
 
     def _checked_names(self, names: Any) -> list[str | None]:
         listed = isinstance(names, Sequence) and not isinstance(names, str)
@@ -486,7 +521,7 @@ class AdapterBank:
 
         Further calls of a closed bank raise a ValueError. Closing twice does nothing.
         """
-        with self._lock:
+        with self._loading, self._lock:
             if self._model is None:
                 return
             if has_lora(self._model):
@@ -535,6 +570,15 @@ def _checked_name(name: Any) -> str:
     if not isinstance(name, str) or not name:
         raise TypeError(f"Received the name {name!r} for an adapter; expected a string.")
     return name
+
+
+def _checked_inputs(inputs: Any) -> np.ndarray:
+    array = None if isinstance(inputs, Mapping) else np.asarray(inputs)
+    if array is None or array.dtype == object or array.ndim < 1:
+        raise TypeError(
+            f"Received inputs of type {type(inputs).__name__}; expected an array (batch, ...)."
+        )
+    return array
 
 
 def _read(names: ModuleNames, adapter: Any) -> Adapter:

@@ -166,7 +166,10 @@ def _by_example(
 ) -> Tensor:
     ops, shape = backend.ops, sizes(backend, outputs)
     if uniform:
-        return function(outputs, ops.reshape(values, along))
+        # Without leading ones: oneDNN's layer normalization, into which TensorFlow fuses what
+        # is added, takes vectors only.
+        first = next((i for i, size in enumerate(along) if size != 1), 0)
+        return function(outputs, ops.reshape(values, along[first:]))
     grouped = by_example(backend, outputs, values)
     return ops.reshape(function(grouped, ops.reshape(values, (-1, *along))), shape)
 
