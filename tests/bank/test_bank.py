@@ -319,7 +319,7 @@ def test_an_adapter_of_the_same_name_is_replaced():
     for capacity in (1, 4):  # from memory, and in its slot
         with lora.AdapterBank(model, {"x": adapters["a0"]}, capacity=capacity) as bank:
             bank.load("y", adapters["a1"])
-            bank.load("x", adapters["a2"], labels="abc".split() * 3)
+            bank.load("x", adapters["a2"], labels=["abc"] * 3)
             rows = bank.predict(X, ["x", "y", None] * 2)
             assert bank.names == ("x", "y") and rows[0].labels == ("abc",) * 3
             shown = {"x": expected["a2"], "y": expected["a1"], None: expected[None]}

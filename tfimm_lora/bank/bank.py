@@ -362,27 +362,6 @@ class AdapterBank:
                     rows[i] = self._predictions.of(row, names[i], entry.classes, entry.labels)
         return [row for row in rows if row is not None]
 
-    def warm_up(self, inputs: Any) -> None:
-        """Compile what ``predict`` needs, so that the first batches take no longer than others.
-
-        Args:
-            inputs: Inputs of the model, as many as the largest batch has.
-
-        Raises:
-            ValueError: If the bank is closed.
-        """
-        inputs = np.asarray(inputs)
-        sizes = [len(inputs)]
-        while self._backend.compiles_each_batch_size() and sizes[-1] > 1:
-            sizes.append((sizes[-1] + 1) // 2)
-        with self._lock:
-            self._require_open()
-            optional = {entry.optional for entry in self._entries.values()}
-            for parts in optional | {frozenset().union(*optional)}:
-                for uniform in (True, False):
-                    for size in sizes:
-                        self._run(inputs[:size], [_NO_ADAPTER] * size, uniform, parts)
-
     def _run(
         self, inputs: np.ndarray, slots: list[int], uniform: bool, optional: frozenset[str]
     ) -> np.ndarray:
@@ -413,11 +392,11 @@ class AdapterBank:
             while self._backend.compiles_each_batch_size() and sizes[-1] > 1:
                 sizes.append((sizes[-1] + 1) // 2)
             for size in sizes:
+                slots = [_NO_ADAPTER] * size
                 for optional in single:
-                    self._functions(inputs[:size], np.zeros(1, "int32"), True, optional)
+                    self._run(inputs[:size], slots, True, optional)
                 for optional in mixed:
-                    slots = np.zeros(size, "int32")
-                    self._functions(inputs[:size], slots, False, optional)
+                    self._run(inputs[:size], slots, False, optional)
 
     def _checked_names(self, names: Any) -> list[str | None]:
         listed = isinstance(names, Sequence) and not isinstance(names, str)
