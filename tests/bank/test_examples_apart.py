@@ -8,6 +8,9 @@ import pytest
 import tfimm_lora as lora
 from tests.helpers.banks import assert_rows, outputs_alone, random_adapter
 from tests.helpers.kerases import BACKEND, LEGACY, keras, normal, run
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
+
+pytestmark = NIGHTLY_ON_LEGACY
 
 layers = keras.layers
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")

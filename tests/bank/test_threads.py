@@ -10,6 +10,9 @@ import tfimm_lora as lora
 from tests.bank.test_bank import X, adapters_of, alone, small
 from tests.helpers.banks import assert_rows
 from tests.helpers.kerases import BACKEND, array
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
+
+pytestmark = NIGHTLY_ON_LEGACY
 
 
 def in_threads(*functions):

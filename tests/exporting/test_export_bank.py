@@ -9,6 +9,9 @@ import pytest
 
 import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, keras, normal, run
+from tests.helpers.selection import NIGHTLY_ON_LEGACY
+
+pytestmark = NIGHTLY_ON_LEGACY
 
 on_tensorflow = pytest.mark.skipif(BACKEND != "tensorflow", reason="needs TensorFlow's graphs")
 layers = keras.layers
