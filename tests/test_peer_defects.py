@@ -84,7 +84,7 @@ DEFECTS = {
     ],
     ("PEFT", "batches of several adapters take a product for each of them (#804)"): [
         f"{HERE}::test_the_products_of_a_mixed_batch_do_not_depend_on_the_number_of_adapters",
-        "test_layers.py::test_each_example_is_what_numpy_gives_for_its_adapter",
+        "test_mixed_layers.py::test_each_example_is_what_numpy_gives_for_its_adapter",
     ],
     ("PEFT, Keras 3, KerasHub", "no part of a fused qkv alone (#852)"): [
         "test_layer_paths.py::test_query_and_value_alone",

@@ -119,7 +119,11 @@ def inject_bank(model: Any, adapters: Iterable[Adapter], targets: Targets) -> Ba
     shifted = {}
     for path in only_bias:
         layer = after.layers[path]
-        why = layer.shift_refusal() if path in usable else bias_refusal(layer)
+        if path in usable:
+            why = layer.shift_refusal()
+            why = why and f"cannot add it by example: {why}"
+        else:
+            why = refused.get(path) or bias_refusal(layer)
         if why is None:
             shifted[path] = layer
         else:

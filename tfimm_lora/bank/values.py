@@ -206,6 +206,8 @@ class ValuesOfAdapters:
             return f"{weight.key} is fully trained; expected factors, classifiers and biases"
         if (path, "shift") not in self.layout.parts:
             why = self.refused.get(path, "is not among those that the bank was made for")
+            if path in self.layout.layers:
+                why = f"cannot add it by example: {self.layout.layers[path].shift_refusal()}"
             return f"{weight.key} is trained, and its layer {why}"
         change = weight.in_keras_order(value) - weight.raw_value()
         known = parts.get((path, "shift"), np.zeros(change.size, "float32"))
