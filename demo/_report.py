@@ -35,7 +35,7 @@ class Way:
         accuracy: Per cent of the test pictures.
         trained: The number of trained parameters.
         share: Their share of all parameters.
-        seconds: The time of the training.
+        seconds: The processor time of the training.
         predicted: The predicted classes of the test pictures.
     """
 
@@ -58,7 +58,7 @@ class Way:
         return f"{self.accuracy:.1f} %", f"{self.trained:,}", f"{self.share:.1%}", time
 
 
-COLUMNS = ("accuracy", "parameters", "share", "seconds")
+COLUMNS = ("accuracy", "parameters", "share", "CPU seconds")
 
 
 def print_table(ways: list[Way], pictures: int) -> None:
@@ -112,7 +112,7 @@ def _subtitle(split: Split) -> Html:
 
 
 def _table(ways: list[Way], split: Split) -> Html:
-    names = ("Weights", "Trained", "Accuracy", "", "Parameters", "Share", "Seconds")
+    names = ("Weights", "Trained", "Accuracy", "", "Parameters", "Share", "CPU seconds")
     kinds = (None, None, "number", "bar", "number", "number", "number")
     head = tag("tr", *(tag("th", name, class_=kind) for name, kind in zip(names, kinds)))
     rows = []
