@@ -62,15 +62,12 @@ def resumed(make, folder, **options):
 
 
 def test_each_epoch_draws_new_numbers_and_a_resumed_one_the_same(tmp_path, seeds):
-    found = losses(net())
+    found = losses(net(), seed=5)
     assert len(set(found)) == 3
-    assert losses(net()) == found
-    if LEGACY:  # layers of Keras 3 have seeds of their own
-        assert losses(net(), seed=1) != found
-    seeds.clear()
-    losses(net(), seed=5)
     assert seeds.count(5) == 1  # it clears all kernels, which takes seconds in a large model
-    assert resumed(net, tmp_path) == found
+    assert resumed(net, tmp_path, seed=5) == found
+    if LEGACY:  # layers of Keras 3 have seeds of their own
+        assert losses(net(), epochs=1, seed=6) != found[:1]
 
 
 def test_random_operations_of_users_are_restarted(tmp_path, seeds):
@@ -113,9 +110,9 @@ def test_stochastic_depth_of_tfimm_draws_new_numbers(tmp_path, seeds):
         keras.utils.set_random_seed(7)
         return lora.inject_lora(ARCHITECTURES["convnext"].make(drop_path_rate=0.8), lora_rank=2)
 
-    options = {"seed": 5, "shape": (*ARCHITECTURES["convnext"].size, 3)}
+    options = {"seed": 5, "epochs": 2, "shape": (*ARCHITECTURES["convnext"].size, 3)}
     found = losses(make(), **options)
-    assert len(set(found)) == 3
+    assert len(set(found)) == 2
     assert seeds.count(5) == 1
     assert resumed(make, tmp_path, **options) == found
 
