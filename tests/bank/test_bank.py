@@ -392,6 +392,7 @@ def test_wrong_arguments_leave_the_model_alone(tmp_path):
         (dict(capacity=0), ValueError, "capacity"),
         (dict(max_rank=2.5), TypeError, "max_rank"),
         (dict(max_classes=0), ValueError, "max_classes"),
+        (dict(max_classes=2), ValueError, "max_classes=2 for model .*3 classes; expected as"),
         (dict(targets=["nothing"]), ValueError, "nothing"),
         (dict(adapters=[adapter]), TypeError, "type list; expected a dictionary"),
         (dict(adapters={"": adapter}), TypeError, "the name ''.*expected a string"),

@@ -159,6 +159,25 @@ def test_the_bias_of_a_normalization_with_a_call_of_its_own_is_refused():
     assert not lora.AdapterBank(model).names
 
 
+class ByKeyword(layers.Layer):
+    """A dense layer and a normalization, which is given its inputs by keyword."""
+
+    def __init__(self):
+        super().__init__(name="outer")
+        self.fc = layers.Dense(5, name="fc")
+        self.norm = layers.BatchNormalization(name="norm")
+
+    def call(self, x):
+        return self.norm(inputs=self.fc(x))
+
+
+def test_a_normalization_that_gets_its_inputs_by_keyword():
+    model, x = Odd(lambda fc, x: fc(x)[:, 0], (4, 4), ByKeyword()), normal(4, 4, 4)
+    bank, expected = bank_of(model, x, lora_train_bias="all")
+    with bank:
+        assert_rows(bank.predict(x, NAMES), NAMES, expected)
+
+
 def test_a_head_that_is_tied_to_an_embedding_is_refused():
     class Tied(keras.Model):
         def __init__(self):

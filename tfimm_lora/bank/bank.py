@@ -76,7 +76,9 @@ class AdapterBank:
 
     Args:
         model: A built model without LoRA. While the bank is open it has LoRA of rank 1 without
-            effect, and is frozen: when it is called outside of the bank it computes as before.
+            effect, and its own weights are frozen. Called outside of the bank it computes as
+            before. Do not change its weights or its LoRA: the bank keeps values that it
+            computed from them.
         adapters: Name -> adapter, to load at once. Without ``targets``, ``max_rank`` and
             ``max_classes``, the bank is made for these adapters.
         capacity: The number of slots. A batch can use so many different adapters at once;
@@ -146,6 +148,12 @@ class AdapterBank:
         self._layers = inject_bank(model, read.values(), targets)
         try:
             self._names = ModuleNames(model)
+            least = self._layers.most_classes(())
+            if max_classes is not None and max_classes < least:
+                raise ValueError(
+                    f"Received max_classes={max_classes} for model '{model.name}', which has "
+                    f"{least} classes; expected as many at least."
+                )
             self._layout = Layout.of(
                 self._layers,
                 max_rank or self._layers.largest_rank(read.values()) or 16,

@@ -39,8 +39,8 @@ def _routed_class(base: type) -> type:
 
         def get_config(self) -> Any:
             raise ValueError(
-                "The model of a bank cannot be saved as a Keras model. Use "
-                "export(bank, path, format='savedmodel'), or save the adapters."
+                "The model of a bank cannot be saved as a Keras model. Save the model without "
+                "the bank, and the adapters."
             )
 
     return BankModel
