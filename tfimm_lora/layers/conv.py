@@ -34,7 +34,7 @@ class ConvolutionProduct:
     def __init__(self, layer: Layer) -> None:
         self.layer, self.backend = layer, backend_of(layer)
         self.ops, self.convolve = self.backend.ops, layer._convolve
-        self.last = not layer._has_channels_first
+        self.last = self.ends_in_units = not layer._has_channels_first
         self.matrix = MatrixProduct(self.backend)
         self.space = _AXES[: len(layer.kernel_size)]
 
@@ -350,6 +350,7 @@ class DepthwiseProduct:
         return self.backend.ops.reshape(self.backend.ops.matmul(a, b), shape)
 
     has_cheap_rows = True
+    ends_in_units = False
 
     def apply_rows(self, x: Tensor, kernels: Tensor) -> Tensor:
         return row_convolution.depthwise_rows(self.layer, x, kernels)

@@ -23,6 +23,8 @@ class MatrixProduct:
 
     #: Whether a kernel for each example is the form of a mixed batch; None if it depends.
     has_cheap_rows: bool | None = None
+    #: Whether the units are the last axis of kernel, B and outputs.
+    ends_in_units = True
 
     def __init__(self, backend: Backend) -> None:
         self.backend, self.ops = backend, backend.ops

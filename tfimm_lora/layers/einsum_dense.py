@@ -34,6 +34,7 @@ class EinsumProduct:
     """
 
     has_cheap_rows = False
+    ends_in_units = False
 
     def __init__(
         self,

@@ -52,6 +52,8 @@ def mixed_product(
         for value in (values.a, values.b, values.shift, values.kernel)
     )
     narrow = dtype in ("float16", "bfloat16")
+    folds = product.ends_in_units and shift is None and not uniform
+    folds = folds and not backend.runs_eagerly()
     if kernel is not None:
         # A classifier; its own bias is the shift.
         outputs = (product.apply if uniform else product.apply_rows)(x, kernel)
@@ -65,10 +67,10 @@ def mixed_product(
         else:
             kernels = frozen + product.update_rows(a, b)
             outputs = with_bias(product.apply_rows(x, kernels))
-            if shift is None:
+            if folds:
 
                 def scaled_kernels(gain: Tensor, normalize: Normalize) -> Tensor:
-                    offset = normalize(ops.zeros_like(gain))
+                    offset = normalize(with_bias(ops.zeros_like(gain)[None]))
                     return product.apply_rows(x, kernels * gain) + offset
 
                 note_foldable(outputs, scaled_kernels)
@@ -79,7 +81,7 @@ def mixed_product(
         # Before the branch, so that TensorFlow fuses product and bias.
         outputs = with_bias(outputs)
         branch = _branch(product, x, a, b, layer._splits, uniform)
-        if shift is None and not uniform:
+        if folds:
             whole, only_frozen = outputs + branch, outputs
 
             def scaled_branch(gain: Tensor, normalize: Normalize) -> Tensor:
