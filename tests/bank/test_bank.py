@@ -1,12 +1,15 @@
 """``AdapterBank``: mixed batches of whole models, and what changes a bank."""
 
+import functools
+
 import numpy as np
 import pytest
 
 import tfimm_lora as lora
 from tests.helpers import tiny_models
 from tests.helpers.banks import assert_rows, outputs_alone, random_adapter
-from tests.helpers.kerases import BACKEND, array, keras, normal, run, values
+from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, run, values
+from tfimm_lora.backend import backend_of
 from tfimm_lora.model.merge import has_lora
 
 layers = keras.layers
@@ -276,6 +279,55 @@ def test_in_16_bits(kind, policy):
         tolerance = 0.05 if kind == "mixed_bfloat16" else 0.01  # 8 and 11 bits, 8 layers
         assert_rows(bank.predict(x, names), names, expected, tolerance)
         assert_rows(bank.predict(x, ["dora"] * 4), ["dora"] * 4, expected, tolerance)
+
+
+@pytest.mark.skipif(LEGACY, reason="of the automatic casts of Keras 3")
+def test_the_values_of_a_bank_are_not_cast_with_the_weights_of_a_layer(policy):
+    """Keras 3 would cast the whole table for every part that a layer reads."""
+    policy("mixed_bfloat16")
+    backend = backend_of(keras.layers.Layer)
+    table = backend.create_table((2, 3), "table")
+    backend.write_rows(table, 1, np.full((1, 3), 1.001, "float32"))
+
+    class Reader(layers.Layer):
+        def call(self, x):
+            return backend.read_rows(table, np.array([1]))
+
+    read = Reader()(np.zeros(1, "float32"))
+    assert backend.dtype_of(read) == "float32"
+    np.testing.assert_array_equal(array(read), np.float32(1.001))
+
+
+@pytest.mark.skipif(not LEGACY, reason="Keras 3 converts no conditions")
+def test_conditions_over_tensors_in_a_call():
+    """As in predict of legacy Keras, whose layers may have them."""
+    import tensorflow as tf
+
+    class Condition(layers.Layer):
+        def call(self, x):
+            if tf.reduce_sum(x[:1]) > 1e9:
+                x = 2 * x
+            return x
+
+    entry = keras.Input((4,))
+    x = layers.Dense(8, name="fc1")(Condition()(entry))
+    model = keras.Model(entry, layers.Dense(3, name="head")(x))
+    adapters = adapters_of(model, 1)
+    expected = alone(model, adapters)
+    with lora.AdapterBank(model, adapters) as bank:
+        assert_rows(bank.predict(X, ["a0", None] * 3), ["a0", None] * 3, expected)
+
+
+@pytest.mark.parametrize("dtype", ["float64", "float16", "uint8", "int32"])
+def test_inputs_of_other_dtypes(dtype):
+    model = small()
+    x = np.round(10 * np.abs(X)).astype(dtype)
+    adapters = adapters_of(model, 1)
+    expected = alone(model, adapters, x.astype("float32"))
+    with lora.AdapterBank(model, adapters) as bank:
+        assert_rows(bank.predict(x, ["a0", None] * 3), ["a0", None] * 3, expected)
+        given = bank.predict(x.tolist(), ["a0", None] * 3)
+        assert_rows(given, ["a0", None] * 3, expected)
 
 
 # -- loading and removing --------------------------------------------------------------------
@@ -607,6 +659,7 @@ def test_the_model_of_a_bank_with_sizes_that_are_not_known():
 def test_a_closed_bank():
     model = small()
     model.get_layer("norm").trainable = False
+    model.call = own_call = functools.partial(type(model).call, model)
     adapters = adapters_of(model, 2)
     base = run(model, X)
     trained = [v.name for v in model.trainable_weights]
@@ -630,6 +683,7 @@ def test_a_closed_bank():
         with pytest.raises(ValueError, match="bank that is closed"):
             call()
     assert [v.name for v in model.trainable_weights] == trained
+    assert model.__dict__["call"] is own_call
     assert not has_lora(model)
     np.testing.assert_array_equal(run(model, X), base)
     # It can be in a bank again, and be trained.

@@ -148,3 +148,20 @@ def test_the_magnitudes_of_side_by_side_kernels_are_those_of_their_outputs():
     layer = case.make()
     norms = np.sqrt((case.expected_kernel(layer) ** 2).sum(1)).reshape(-1)
     np.testing.assert_allclose(np.abs(update_of(layer).magnitude), norms, rtol=1e-5)
+
+
+def test_an_attribute_of_a_depthwise_convolution_that_tfimm_has_too():
+    """tfimm's ``pad`` is a layer; of other classes it may be anything."""
+
+    class Named(layers.DepthwiseConv2D):
+        pad = 3
+
+    case = next(case for case in CASES if case.name == "depthwise")
+    base = Named(name="layer", **case.args)
+    model, x = model_of(case, base), batch_of(case)
+    tuned = adapted(case, base, 0)
+    adapter = lora.Adapter({"layer": update_of(tuned)})
+    with lora.AdapterBank(model, {"a": adapter}) as bank:
+        rows = bank.predict(x, ["a", None] * 3)
+    for i in (0, 2, 4):
+        np.testing.assert_allclose(rows[i].logits, case.expected(tuned, x)[i], **CLOSE)

@@ -20,7 +20,7 @@ from tfimm_lora.bank.layers import inject_bank
 from tfimm_lora.bank.layout import PAGE, Layout
 from tfimm_lora.bank.overflow import Overflow
 from tfimm_lora.bank.prediction import Predictions, RowPrediction
-from tfimm_lora.bank.routed import routed_model
+from tfimm_lora.bank.routed import model_with_slots
 from tfimm_lora.bank.values import AdapterValues, ValuesOfAdapters
 from tfimm_lora.config import Targets
 from tfimm_lora.layers.base import LoRALayer
@@ -439,7 +439,7 @@ class AdapterBank:
         """
         self._require_open()
         if self._routed is None:
-            self._routed = routed_model(self._functions)
+            self._routed = model_with_slots(self._functions)
         return self._routed
 
     def slots(self, names: Sequence[str | None]) -> np.ndarray:

@@ -23,6 +23,9 @@ class RowPrediction(NamedTuple):
             without a classifier they are its outputs.
         labels: The names of these classes, or None if they are not known.
         activation: "sigmoid" if the model ends in a sigmoid, otherwise "softmax".
+
+    What a model ends in is read from its last layers. Of a model with a ``call`` of its own
+    only a softmax is recognized, from its outputs.
     """
 
     adapter: str | None

@@ -10,7 +10,7 @@ from tfimm_lora.bank.functions import BankFunctions
 from tfimm_lora.bank.source import OPTIONAL
 
 
-def routed_model(functions: BankFunctions) -> Any:
+def model_with_slots(functions: BankFunctions) -> Any:
     """A Keras model of the inputs {"inputs": ..., "adapter": slots}."""
     return _routed_class(backend_of(functions.model).keras.Model)(functions)
 
