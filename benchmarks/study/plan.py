@@ -1,0 +1,195 @@
+"""What the study runs: which methods on which tasks and models, with which rates and seeds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+#: The first learning rates of methods. Others follow outward as long as the best is at an edge.
+FULL, LORA, SMALL = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
+GRID = (3e-5, *FULL, *SMALL, 1e-1)
+
+RATES = {
+    "classifier only": SMALL,
+    "biases": SMALL,
+    "normalization": SMALL,
+    "everything": FULL,
+    "everything, statistics too": FULL,
+    "LoRA, rank 8": LORA,
+    "LoRA, rank 4": LORA,
+    "LoRA, all convolutions": LORA,
+    "LoRA, rank 16": LORA,
+    "LoRA, rank 1": LORA,
+    "LoRA, rank 64": LORA,
+    "LoRA, rank 2": LORA,
+    "LoRA, rank 32": LORA,
+    "LoRA, all convolutions, rank 4": LORA,
+    "LoRA, all but depthwise": LORA,
+    "LoRA and biases": LORA,
+    "DoRA": LORA,
+    "PiSSA": LORA,
+    "LoRA+": LORA,
+    "rsLoRA": LORA,
+    "EVA": LORA,
+    "AdaLoRA": LORA,
+    "CoLoRA": LORA,
+    "LoKr": LORA,
+    "LoHa": LORA,
+    "LoRA-GA": LORA,
+}
+REFERENCE = "LoRA, rank 8"
+MODEL = "efficientnet_lite0"
+TASKS = ("garments", "changed digits", "stamps")
+SEEDS = (0, 1, 2, 3, 4)
+
+#: Methods that are compared beyond these tasks and this model.
+MAIN = ("classifier only", "normalization", "everything", "LoRA, rank 4", REFERENCE)
+MAIN = (*MAIN, "LoRA, all convolutions")
+OTHER_TASKS = ("digits", "textures")
+OTHER_MODELS, THEIR_TASKS = ("mobilenet_v2_100", "efficientnet_lite2"), ("garments", "stamps")
+LARGE, LARGE_SEEDS, LARGE_EPOCHS = "10,000 garments", (0, 1, 2), 3
+LARGE_METHODS = ("classifier only", "everything", REFERENCE, "LoRA, rank 64")
+LARGE_METHODS = (*LARGE_METHODS, "LoRA, all convolutions")
+
+#: Settings of the training with LoRA that are changed one at a time.
+SETTINGS: tuple[dict[str, Any], ...] = (
+    {"augmentation": "light"},
+    {"augmentation": "default"},
+    {"epochs": 5},
+    {"epochs": 20},
+    {"epochs": 40},
+    {"warmup": 0.0},
+    {"weight_decay": 0.0},
+    {"weight_decay": 0.1},
+    {"batch": 16},
+    {"batch": 64},
+)
+SETTINGS_SEEDS = (0, 1, 2)
+
+
+class Job(NamedTuple):
+    """What the runs of one compiled model have in common."""
+
+    task: str
+    method: str
+    model: str = MODEL
+    size: int = 64
+    epochs: int = 10
+    batch: int = 32
+    augmentation: str = "none"
+    warmup: float = 0.1
+    weight_decay: float = 0.01
+
+
+class Run(NamedTuple):
+    job: Job
+    rate: float
+    seed: int
+
+
+Results = dict[Run, dict[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The runs of a study. ``QUICK`` is a small one, to see that all of it works."""
+
+    methods: tuple[str, ...] = tuple(RATES)
+    tasks: tuple[str, ...] = TASKS
+    seeds: tuple[int, ...] = SEEDS
+    main: tuple[str, ...] = MAIN
+    other_tasks: tuple[str, ...] = OTHER_TASKS
+    other_models: tuple[str, ...] = OTHER_MODELS
+    large_methods: tuple[str, ...] = LARGE_METHODS
+    settings: tuple[dict[str, Any], ...] = SETTINGS
+    size: int = 64
+    epochs: int = 10
+
+    def job(self, task: str, method: str, **settings: Any) -> Job:
+        return Job(task, method, **{"size": self.size, "epochs": self.epochs, **settings})
+
+    def due(self, results: Results) -> list[Run]:
+        """The runs that are still to be done, as far as they can be known now."""
+        return [run for run in self._runs(results) if run not in results]
+
+    def _runs(self, results: Results) -> Iterator[Run]:
+        for method in self.methods:
+            for rate in self.rates(method, results):
+                for task in self.tasks:
+                    yield Run(self.job(task, method), rate, self.seeds[0])
+            yield from self._at_best(method, self.tasks, self.seeds, results)
+        for method in self.main:
+            yield from self._at_best(method, self.other_tasks, self.seeds, results)
+        for model in self.other_models:
+            for method in self.main:
+                yield from self._at_best(method, THEIR_TASKS, self.seeds, results, model=model)
+        for settings in self.settings:
+            yield from self._at_best(REFERENCE, self.tasks, SETTINGS_SEEDS, results, **settings)
+        for method in self.large_methods:
+            yield from self._at_best(
+                method, (LARGE,), LARGE_SEEDS, results, epochs=LARGE_EPOCHS
+            )
+
+    def _at_best(
+        self,
+        method: str,
+        tasks: Iterable[str],
+        seeds: Iterable[int],
+        results: Results,
+        **settings: Any,
+    ) -> Iterator[Run]:
+        rate = self.best_rate(method, results)
+        if rate is not None:
+            for task in tasks:
+                for seed in seeds:
+                    yield Run(self.job(task, method, **settings), rate, seed)
+
+    def rates(self, method: str, results: Results) -> list[float]:
+        """The rates to try: the first ones, and outward as long as the best is at an edge."""
+        rates = sorted(RATES[method])
+        while True:
+            scores = [self.score(method, rate, results) for rate in rates]
+            if None in scores:
+                return rates
+            best = scores.index(max(scores))
+            low, high = GRID.index(rates[0]), GRID.index(rates[-1])
+            if best == 0 and low > 0:
+                rates.insert(0, GRID[low - 1])
+            elif best == len(rates) - 1 and high + 1 < len(GRID):
+                rates.append(GRID[high + 1])
+            else:
+                return rates
+
+    def score(self, method: str, rate: float, results: Results) -> tuple[float, float] | None:
+        """Accuracy on the validation pictures of the first seed, mean of the tasks; at equal
+        accuracy, the lower loss decides. None if there are runs to do."""
+        found = [
+            results.get(Run(self.job(task, method), rate, self.seeds[0])) for task in self.tasks
+        ]
+        if None in found:
+            return None
+        accuracy, loss = (
+            sum(r[name] for r in found) / len(found) for name in ("val_accuracy", "val_loss")
+        )
+        return round(accuracy, 6), -loss
+
+    def best_rate(self, method: str, results: Results) -> float | None:
+        """The rate that is best on the validation pictures, when all are known."""
+        rates = self.rates(method, results)
+        scores = {rate: self.score(method, rate, results) for rate in rates}
+        return None if None in scores.values() else max(scores, key=lambda rate: scores[rate])
+
+
+QUICK = Plan(
+    methods=("classifier only", REFERENCE),
+    tasks=("stamps",),
+    seeds=(0,),
+    main=(),
+    other_tasks=(),
+    other_models=(),
+    large_methods=(),
+    settings=(),
+    size=32,
+    epochs=1,
+)

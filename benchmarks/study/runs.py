@@ -1,0 +1,143 @@
+"""The runs of one method on one task, with one compiled model."""
+
+from __future__ import annotations
+
+import math
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np  # isort: skip
+import tensorflow as tf  # isort: skip - after tfimm_lora, which chooses legacy Keras
+from methods import METHODS
+from plan import Job
+from tasks import data
+
+from tfimm_lora.finetuning.base_model import open_base_model
+from tfimm_lora.finetuning.data.augmentation import Augmentation
+
+keras = tf.keras
+
+
+class Cosine(keras.optimizers.schedules.LearningRateSchedule):
+    """Linear warm-up, then a cosine to zero; the peak can be set."""
+
+    def __init__(self, steps: int, warmup: float) -> None:
+        super().__init__()
+        self.warmup, self.steps = round(warmup * steps), steps
+        self.peak = tf.Variable(0.0, trainable=False)
+
+    def __call__(self, step: tf.Tensor) -> tf.Tensor:
+        step = tf.cast(step, "float32")
+        rising = (step + 1) / (self.warmup + 1)
+        done = (step - self.warmup) / (self.steps - self.warmup)
+        return self.peak * tf.minimum(rising, 0.5 * (1 + tf.cos(math.pi * done)))
+
+
+class Runs:
+    """Trains a job's model anew from other seeds and with other rates.
+
+    Args:
+        job: The job.
+        work: The folder with the checkpoints and the downloaded pictures.
+    """
+
+    def __init__(self, job: Job, work: Path) -> None:
+        self.job, self.work, self.method = job, work, METHODS[job.method]
+        self.model: Any = None
+        self.starts: dict[int, list[np.ndarray]] = {}
+
+    def run(self, rate: float, seed: int) -> dict[str, Any]:
+        """Train once; the results on the validation and the test pictures."""
+        started = time.process_time()
+        job = self.job
+        parts = data(job.task, seed, job.size, self.work / "downloads")
+        if seed not in self.starts:
+            self.starts[seed] = self._start(parts, seed)
+        self.model.set_weights(self.starts[seed])
+        for variable in self.optimizer.variables:
+            variable.assign(tf.zeros_like(variable))
+        self.schedule.peak.assign(rate)
+        batches = self._batches(parts.train, seed)
+        callbacks = (
+            [self.method.callback(self.model, self.steps)] if self.method.callback else []
+        )
+        keras.utils.set_random_seed(seed)
+        steps = len(parts.train[0]) // job.batch * job.epochs
+        # All epochs are one for Keras, which spends time on the end of each.
+        history = self.model.fit(batches, steps_per_epoch=steps, verbose=0, callbacks=callbacks)
+        result = {"rate": rate, "seed": seed, "loss": history.history["loss"][0]}
+        for name, part in (("val", parts.val), ("test", parts.test)):
+            result[f"{name}_accuracy"], result[f"{name}_loss"] = self._evaluate(*part)
+        result["trained"] = sum(int(tf.size(v)) for v in self.model.trainable_variables)
+        result["parameters"] = self.model.count_params()
+        result["seconds"] = round(time.process_time() - started, 2)
+        return result
+
+    def _start(self, parts: Any, seed: int) -> list[np.ndarray]:
+        """The weights that the training of a seed starts with; compiles the first model."""
+        job = self.job
+        keras.utils.set_random_seed(seed)
+        base = open_base_model(
+            job.model,
+            classes=parts.classes,
+            weights=self.work / "checkpoints" / job.model,
+            input_size=(job.size, job.size),
+        )
+        mean, std = (np.float32(v) for v in (base.preprocessing.mean, base.preprocessing.std))
+
+        def preprocess(pictures: Any) -> tf.Tensor:
+            return (tf.cast(pictures, "float32") / 255 - mean) / std
+
+        before = base.model(preprocess(parts.test[0][:8]), training=False)
+        self.method.prepare(base.model, parts.train, preprocess)
+        after = base.model(preprocess(parts.test[0][:8]), training=False)
+        difference = float(tf.reduce_max(tf.abs(before - after)))
+        assert difference < 1e-3, f"starts {difference:g} away from the pretrained model"
+        if self.model is None:
+            self.model, self.preprocess = base.model, preprocess
+            self.steps = len(parts.train[0]) // job.batch * job.epochs
+            self.schedule = Cosine(self.steps, job.warmup)
+            optimizer = keras.optimizers.AdamW(self.schedule, weight_decay=job.weight_decay)
+            optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+            self.model.compile(
+                self.method.optimizer(self.model, optimizer),
+                keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+                steps_per_execution=5,
+            )
+            self.optimizer = self.model.optimizer
+            self.optimizer.build(self.model.trainable_variables)
+            self.forward = tf.function(lambda x: self.model(preprocess(x), training=False))
+        return base.model.get_weights()
+
+    def _batches(self, part: tuple[np.ndarray, np.ndarray], seed: int) -> tf.data.Dataset:
+        """Batches of pictures in an order that depends only on the seed."""
+        job, (x, y) = self.job, part
+        rng = np.random.default_rng(seed)
+        per_epoch = len(x) // job.batch * job.batch
+        order = np.stack([rng.permutation(len(x))[:per_epoch] for _ in range(job.epochs)])
+        pictures, labels = tf.constant(x), tf.constant(y)
+        augmentation = Augmentation.named(job.augmentation)
+        augment = None
+        if augmentation != Augmentation.none():
+            augment = augmentation.function((job.size, job.size))
+
+        def example(index: tf.Tensor, number: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            picture = pictures[index]
+            if augment is not None:
+                picture = augment(picture, tf.stack([tf.constant(seed, tf.int64), number]))
+            return self.preprocess(picture), labels[index]
+
+        numbers = np.arange(order.size, dtype="int64")
+        indices = tf.data.Dataset.from_tensor_slices((order.reshape(-1), numbers))
+        return indices.map(example).batch(job.batch, drop_remainder=True).prefetch(2)
+
+    def _evaluate(self, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
+        """Accuracy and loss."""
+        # Whole batches of one shape are traced once.
+        padded = np.concatenate([x, x[: -len(x) % 100]])
+        logits = np.concatenate(
+            [self.forward(tf.constant(padded[i : i + 100])) for i in range(0, len(padded), 100)]
+        )[: len(x)]
+        losses = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
+        return float(np.mean(logits.argmax(-1) == y)), float(np.mean(losses))

@@ -1,0 +1,203 @@
+"""The tasks of the study: pictures and labels, from packages that need no hub.
+
+A task has 1,000 pictures for training at most, drawn with the seed of a run: 800 train the
+model and 200 are for the choice of the learning rate, as in VTAB-1k. Where there are fewer,
+one fifth is for the choice. The test pictures are the same for all seeds.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "demo"))
+import _data  # isort: skip - of the demo
+
+STAMPS_PACKAGE = "tuxpaint-stamps-default"
+
+#: Classes of at least 12 pictures. Letters and other symbols are not among them.
+STAMPS = (
+    *("animals", "clothes", "food", "hobbies", "household", "plants"),
+    *("seasonal", "space", "sports", "town", "vehicles"),
+)
+
+#: Pictures of scikit-image of which each is a class. A patch is to be recognized.
+TEXTURES = (
+    *("brick", "grass", "gravel", "camera", "coins", "moon", "page", "text"),
+    *("cell", "immunohistochemistry"),
+)
+PATCH = 24
+
+
+class Data(NamedTuple):
+    """Pictures (n, size, size, 3) as uint8 and labels (n,) of each part."""
+
+    train: tuple[np.ndarray, np.ndarray]
+    val: tuple[np.ndarray, np.ndarray]
+    test: tuple[np.ndarray, np.ndarray]
+    classes: int
+
+
+class Task(NamedTuple):
+    """A source of pictures: ``load(downloads)`` gives those to train with and those to test."""
+
+    load: Callable[[Path], tuple]
+    train: int = 1000
+    test: int = 1000
+
+
+def data(name: str, seed: int, size: int, downloads: Path) -> Data:
+    """The pictures of a run."""
+    task = TASKS[name]
+    (x, y), (test_x, test_y) = _loaded(name, downloads)
+    rng = np.random.default_rng(seed)
+    chosen = _balanced(y, min(task.train, len(y)), rng)
+    val = _balanced(y[chosen], max(len(chosen) // 5, 1), rng)
+    rest = np.setdiff1d(np.arange(len(chosen)), val)
+    tested = _balanced(test_y, min(task.test, len(test_y)), np.random.default_rng(0))
+    parts = [(x, y, chosen[rest]), (x, y, chosen[val]), (test_x, test_y, tested)]
+    made = [(_resized(a[i], size), b[i].astype("int32")) for a, b, i in parts]
+    return Data(*made, classes=int(y.max()) + 1)
+
+
+def _balanced(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices of so many pictures, of all classes in proportion, in a random order."""
+    if count >= len(labels):
+        return rng.permutation(len(labels))
+    shares = np.bincount(labels) * count / len(labels)
+    counts = np.floor(shares).astype(int)
+    counts[np.argsort(counts - shares, kind="stable")[: count - counts.sum()]] += 1
+    order = rng.permutation(len(labels))
+    taken = [order[labels[order] == c][:n] for c, n in enumerate(counts)]
+    return rng.permutation(np.concatenate(taken))
+
+
+def _resized(pictures: np.ndarray, size: int) -> np.ndarray:
+    """uint8 pictures (n, h, w) or (n, h, w, 3) in the size of the model."""
+    made = [
+        np.asarray(Image.fromarray(p).convert("RGB").resize((size, size), Image.BICUBIC))
+        for p in pictures
+    ]
+    return np.stack(made)
+
+
+@functools.cache
+def _loaded(name: str, downloads: Path) -> tuple:
+    return TASKS[name].load(downloads)
+
+
+# -- the sources -------------------------------------------------------------------------
+
+
+def fashion(downloads: Path) -> tuple:
+    """Photographs of garments: Fashion-MNIST."""
+    source = _data.find_fashion_mnist(downloads)
+    train, test = (
+        tuple(_data.read_idx(source / name) for name in names)
+        for names in (_data.TRAIN, _data.TEST)
+    )
+    return train, test
+
+
+def digits(downloads: Path) -> tuple:
+    """The handwritten digits of scikit-learn."""
+    from sklearn.datasets import load_digits
+
+    loaded = load_digits()
+    pictures = (loaded.images * 255 / 16).round().astype("uint8")
+    return _halves(pictures, loaded.target)
+
+
+def changed_digits(downloads: Path) -> tuple:
+    """The same, rotated by up to 90 degrees, half of them inverted, with noise."""
+    parts = []
+    for number, (pictures, labels) in enumerate(digits(downloads)):
+        rng = np.random.default_rng(1000 + number)
+        changed = []
+        for picture in pictures:
+            large = Image.fromarray(picture).resize((32, 32), Image.BICUBIC)
+            turned = np.asarray(large.rotate(rng.uniform(-90, 90), Image.BICUBIC), float)
+            turned = 255 - turned if rng.random() < 0.5 else turned
+            changed.append(np.clip(turned + rng.normal(0, 40, turned.shape), 0, 255))
+        parts.append((np.stack(changed).astype("uint8"), labels))
+    return tuple(parts)
+
+
+def stamps(downloads: Path) -> tuple:
+    """Photographs and drawings of things in eleven categories: the stamps of Tux Paint."""
+    folder = find_stamps(downloads)
+    pictures, labels = [], []
+    for label, category in enumerate(STAMPS):
+        for path in sorted((folder / category).rglob("*.png")):
+            with Image.open(path) as opened:
+                picture = opened.convert("RGBA")
+            picture.thumbnail((128, 128))
+            square = Image.new("RGBA", (128, 128), "white")
+            offset = ((128 - picture.width) // 2, (128 - picture.height) // 2)
+            square.alpha_composite(picture, offset)
+            pictures.append(np.asarray(square.convert("RGB")))
+            labels.append(label)
+    return _halves(np.stack(pictures), np.array(labels))
+
+
+def textures(downloads: Path) -> tuple:
+    """Patches of pictures of scikit-image: which of them is it from? The upper halves are for
+    training, and the lower ones for testing. The patches are turned at random."""
+    from skimage import data as pictures_of
+
+    parts: list[tuple[list, list]] = [([], []), ([], [])]
+    for label, name in enumerate(TEXTURES):
+        picture = getattr(pictures_of, name)()
+        picture = picture if picture.ndim == 2 else picture[..., 0]
+        middle = len(picture) // 2
+        for half, (patches, labels) in zip((picture[:middle], picture[middle:]), parts):
+            rng = np.random.default_rng(label)
+            for _ in range(120):
+                top = rng.integers(half.shape[0] - PATCH + 1)
+                left = rng.integers(half.shape[1] - PATCH + 1)
+                patch = half[top : top + PATCH, left : left + PATCH]
+                patches.append(np.rot90(patch, rng.integers(4)))
+                labels.append(label)
+    return tuple((np.stack(p), np.array(y)) for p, y in parts)
+
+
+def _halves(pictures: np.ndarray, labels: np.ndarray) -> tuple:
+    """For training and for testing, the same for all seeds."""
+    test = np.sort(_balanced(labels, len(labels) // 2, np.random.default_rng(0)))
+    train = np.setdiff1d(np.arange(len(labels)), test)
+    return (pictures[train], labels[train]), (pictures[test], labels[test])
+
+
+def find_stamps(downloads: Path) -> Path:
+    """The folder of the stamps; the Debian package is downloaded if it is not installed."""
+    inside = "usr/share/tuxpaint/stamps"
+    for folder in (Path("/", inside), downloads / inside):
+        if folder.is_dir():
+            return folder
+    if not shutil.which("apt-get"):
+        raise FileNotFoundError(f"Install the Debian package {STAMPS_PACKAGE}.")
+    downloads.mkdir(parents=True, exist_ok=True)
+    for command in (["apt-get", "download", "-qq", STAMPS_PACKAGE],):
+        subprocess.run(command, cwd=downloads, check=True, capture_output=True)
+    (package,) = downloads.glob(f"{STAMPS_PACKAGE}_*.deb")
+    subprocess.run(["dpkg-deb", "-x", package.name, "."], cwd=downloads, check=True)
+    package.unlink()
+    return downloads / inside
+
+
+TASKS = {
+    "garments": Task(fashion),
+    "stamps": Task(stamps),
+    "digits": Task(digits),
+    "changed digits": Task(changed_digits),
+    "textures": Task(textures),
+    "10,000 garments": Task(fashion, train=10000),
+}
