@@ -229,6 +229,6 @@ def gradient_start(rank: int, gamma: float = 16.0) -> Callable:
             b = np.resize(vt[rank:] if len(vt) > rank else vt, (rank, len(vt))) * z
             layer.kernel_lora_a.assign(a.reshape(layer.kernel_lora_a.shape))
             layer.kernel_lora_b.assign(b.reshape(layer.kernel_lora_b.shape))
-            layer.kernel.assign_sub(layer.kernel_lora_scale * (a @ b)[None, None])
+            layer.kernel.assign_sub((a @ b)[None, None])  # alpha is the rank
 
     return prepare
