@@ -22,10 +22,7 @@ RATES = {
     "LoRA, rank 16": LORA,
     "LoRA, rank 1": LORA,
     "LoRA, rank 64": LORA,
-    "LoRA, rank 2": LORA,
-    "LoRA, rank 32": LORA,
     "LoRA, all convolutions, rank 4": LORA,
-    "LoRA, all but depthwise": LORA,
     "LoRA and biases": LORA,
     "DoRA": LORA,
     "PiSSA": LORA,
@@ -42,6 +39,8 @@ REFERENCE = "LoRA, rank 8"
 MODEL = "efficientnet_lite0"
 TASKS = ("garments", "changed digits", "stamps")
 SEEDS = (0, 1, 2, 3, 4)
+#: The height and width of the pictures. Digits have 8 x 8 pixels.
+SIZE, SIZES = 64, {"digits": 48, "changed digits": 48}
 
 #: Methods that are compared beyond these tasks and this model.
 MAIN = ("classifier only", "normalization", "everything", "LoRA, rank 4", REFERENCE)
@@ -74,7 +73,7 @@ class Job(NamedTuple):
     task: str
     method: str
     model: str = MODEL
-    size: int = 64
+    size: int = SIZE
     epochs: int = 10
     batch: int = 32
     augmentation: str = "none"
@@ -103,11 +102,12 @@ class Plan:
     other_models: tuple[str, ...] = OTHER_MODELS
     large_methods: tuple[str, ...] = LARGE_METHODS
     settings: tuple[dict[str, Any], ...] = SETTINGS
-    size: int = 64
+    size: int | None = None
     epochs: int = 10
 
     def job(self, task: str, method: str, **settings: Any) -> Job:
-        return Job(task, method, **{"size": self.size, "epochs": self.epochs, **settings})
+        size = self.size or SIZES.get(task, SIZE)
+        return Job(task, method, **{"size": size, "epochs": self.epochs, **settings})
 
     def due(self, results: Results) -> list[Run]:
         """The runs that are still to be done, as far as they can be known now."""

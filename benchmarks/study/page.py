@@ -1,0 +1,266 @@
+"""Tables and plots of the study, in docs/explanation/study.md and docs/images/."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from plan import (
+    LARGE,
+    LARGE_EPOCHS,
+    LARGE_SEEDS,
+    REFERENCE,
+    SETTINGS_SEEDS,
+    THEIR_TASKS,
+    Plan,
+    Results,
+    Run,
+)
+
+#: The two-sided 95 % quantile of Student's t for so many degrees of freedom.
+T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
+MINUS = "\N{MINUS SIGN}"
+
+
+class Score(NamedTuple):
+    """Test accuracies in percent by task and seed, and what the training took."""
+
+    accuracy: dict[str, dict[int, float]]
+    rate: float
+    trained: int
+    parameters: int
+    seconds: float
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.of_task(task) for task in self.accuracy)
+
+    def of_task(self, task: str) -> float:
+        return statistics.mean(self.accuracy[task].values())
+
+    def against(self, other: Score) -> tuple[float, float]:
+        """Mean and 95 % interval (plus or minus) of the difference on the same seeds.
+
+        The difference of a seed is that of the mean over the tasks.
+        """
+        seeds = sorted(set.intersection(*(set(a) for a in self.accuracy.values())))
+        differences = [
+            statistics.mean(self.accuracy[t][s] - other.accuracy[t][s] for t in self.accuracy)
+            for s in seeds
+        ]
+        if len(differences) < 2:
+            return differences[0], math.nan
+        error = statistics.stdev(differences) / math.sqrt(len(differences))
+        return statistics.mean(differences), T95[len(differences) - 1] * error
+
+
+class Study:
+    """The results of a plan."""
+
+    def __init__(self, plan: Plan, results: Results) -> None:
+        self.plan, self.results = plan, results
+
+    def score(
+        self, method: str, tasks: Sequence[str], seeds: Iterable[int], **settings: Any
+    ) -> Score | None:
+        """The score of a method at its best rate; None if a run is missing."""
+        rate = self.plan.best_rate(method, self.results)
+        if rate is None:
+            return None
+        seeds = tuple(seeds)
+        runs = {
+            (task, seed): self.results.get(
+                Run(self.plan.job(task, method, **settings), rate, seed)
+            )
+            for task in tasks
+            for seed in seeds
+        }
+        if None in runs.values():
+            return None
+        first = runs[tasks[0], seeds[0]]
+        accuracy = {
+            task: {seed: 100 * runs[task, seed]["test_accuracy"] for seed in seeds}
+            for task in tasks
+        }
+        # The first run of a job includes its compilation.
+        seconds = sum(min(runs[task, s]["seconds"] for s in seeds) for task in tasks)
+        return Score(accuracy, rate, first["trained"], first["parameters"], seconds)
+
+    def scores(
+        self,
+        methods: Iterable[str],
+        tasks: Sequence[str],
+        seeds: Iterable[int],
+        **settings: Any,
+    ) -> dict[str, Score]:
+        found = {m: self.score(m, tasks, seeds, **settings) for m in methods}
+        return {m: score for m, score in found.items() if score is not None}
+
+    # -- tables --------------------------------------------------------------------------
+
+    def methods_table(self) -> str:
+        """All methods on the first tasks."""
+        plan = self.plan
+        scores = self.scores(plan.methods, plan.tasks, plan.seeds)
+        return self._table(scores, plan.tasks, costs=True)
+
+    def tasks_table(self) -> str:
+        plan = self.plan
+        return self._table(
+            self.scores(plan.main, plan.other_tasks, plan.seeds), plan.other_tasks
+        )
+
+    def model_table(self, model: str) -> str:
+        plan = self.plan
+        scores = self.scores(plan.main, THEIR_TASKS, plan.seeds, model=model)
+        return self._table(scores, THEIR_TASKS, shares=True)
+
+    def large_table(self) -> str:
+        scores = self.scores(
+            self.plan.large_methods, (LARGE,), LARGE_SEEDS, epochs=LARGE_EPOCHS
+        )
+        return self._table(scores, (LARGE,))
+
+    def settings_table(self) -> str:
+        """One changed setting of the training at a time."""
+        plan = self.plan
+        base = self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS)
+        if base is None:
+            return ""
+        rows = [["as everywhere", *_cells(base, plan.tasks), ""]]
+        for settings in plan.settings:
+            score = self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS, **settings)
+            if score is not None:
+                ((name, value),) = settings.items()
+                rows.append(
+                    [
+                        f"{name.replace('_', ' ')} {value}",
+                        *_cells(score, plan.tasks),
+                        _difference(*score.against(base)),
+                    ]
+                )
+        return _markdown(["", *plan.tasks, "mean", "difference"], rows)
+
+    def _table(
+        self,
+        scores: dict[str, Score],
+        tasks: Sequence[str],
+        *,
+        costs: bool = False,
+        shares: bool = False,
+    ) -> str:
+        reference, full = scores.get(REFERENCE), scores.get("everything")
+        rows = []
+        for method, score in scores.items():
+            row = [method, *_cells(score, tasks)]
+            if reference is None or method == REFERENCE:
+                row.append("")
+            else:
+                row.append(_difference(*score.against(reference)))
+            if costs or shares:
+                base = full.parameters if full is not None else score.parameters
+                row.append(f"{100 * score.trained / base:.1f} %")
+            if costs:
+                row.append(f"{score.rate:g}")
+                row.append(f"{score.seconds / full.seconds:.2f}" if full is not None else "")
+            rows.append(row)
+        names = list(tasks) if len(tasks) == 1 else [*tasks, "mean"]
+        names = ["", *names, f"against {REFERENCE}"]
+        names += ["trained"] if costs or shares else []
+        return _markdown([*names, *(["rate", "time"] if costs else [])], rows)
+
+    # -- plots ---------------------------------------------------------------------------
+
+    def draw(self, folder: Path) -> None:
+        """Accuracy over the learning rate and over the rank."""
+        import matplotlib
+
+        matplotlib.use("svg")
+        # The same file for the same results.
+        matplotlib.rcParams["svg.hashsalt"] = "study"
+        from matplotlib import pyplot
+
+        figure, (left, right) = pyplot.subplots(1, 2, figsize=(9, 3.6), sharey=True)
+        for method in (
+            "everything",
+            "LoRA, rank 1",
+            REFERENCE,
+            "LoRA, rank 64",
+            "normalization",
+        ):
+            points = [
+                (rate, 100 * score[0])
+                for rate in self.plan.rates(method, self.results)
+                if (score := self._tested(method, rate)) is not None
+            ]
+            if points:
+                left.plot(*zip(*points, strict=True), marker="o", label=method)
+        left.set(xscale="log", xlabel="learning rate", ylabel="test accuracy in %")
+        left.legend(frameon=False)
+        plan, ranks = self.plan, []
+        for method in plan.methods:
+            score = self.score(method, plan.tasks, plan.seeds)
+            if score is not None and method.removeprefix("LoRA, rank ").isdigit():
+                ranks.append((int(method.removeprefix("LoRA, rank ")), score.mean))
+        if ranks:
+            right.plot(*zip(*sorted(ranks), strict=True), marker="o", label="LoRA")
+        for method, style in (("everything", "--"), ("classifier only", ":")):
+            score = self.score(method, plan.tasks, plan.seeds)
+            if score is not None:
+                right.axhline(score.mean, linestyle=style, color="0.4", label=method)
+        right.set(xscale="log", xlabel="rank")
+        right.set_xticks([1, 4, 8, 16, 64], [1, 4, 8, 16, 64])
+        right.legend(frameon=False)
+        for axes in (left, right):
+            axes.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        folder.mkdir(parents=True, exist_ok=True)
+        figure.savefig(folder / "study.svg", metadata={"Date": None})
+
+    def _tested(self, method: str, rate: float) -> tuple[float] | None:
+        runs = [
+            self.results.get(Run(self.plan.job(task, method), rate, self.plan.seeds[0]))
+            for task in self.plan.tasks
+        ]
+        if None in runs:
+            return None
+        return (statistics.mean(run["test_accuracy"] for run in runs),)
+
+    def parts(self) -> Iterator[tuple[str, str]]:
+        """The names of the generated parts of the page, and their text."""
+        yield "methods", self.methods_table()
+        yield "tasks", self.tasks_table()
+        for model in self.plan.other_models:
+            yield model, self.model_table(model)
+        yield "settings", self.settings_table()
+        yield "large", self.large_table()
+
+
+def write(plan: Plan, results: Results, folder: Path) -> None:
+    """Rewrite the tables between their markers, and the figure."""
+    study = Study(plan, results)
+    page = folder / "explanation" / "study.md"
+    text = page.read_text(encoding="utf-8")
+    for name, table in study.parts():
+        start, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
+        before, rest = text.split(start)
+        text = f"{before}{start}\n{table or 'Not measured yet.'}\n{end}{rest.split(end)[1]}"
+    page.write_text(text, encoding="utf-8")
+    study.draw(folder / "images")
+
+
+def _cells(score: Score, tasks: Sequence[str]) -> list[str]:
+    cells = [f"{score.of_task(task):.1f}" for task in tasks]
+    return cells if len(tasks) == 1 else [*cells, f"**{score.mean:.1f}**"]
+
+
+def _difference(mean: float, interval: float) -> str:
+    return f"{mean:+.1f} ± {interval:.1f}".replace("-", MINUS)
+
+
+def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [names, ["---"] * len(names), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
