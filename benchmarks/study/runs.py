@@ -11,7 +11,7 @@ import numpy as np  # isort: skip
 import tensorflow as tf  # isort: skip - after tfimm_lora, which chooses legacy Keras
 from methods import METHODS
 from plan import Job
-from tasks import data
+from tasks import data, order_of
 
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.data.augmentation import Augmentation
@@ -113,9 +113,7 @@ class Runs:
     def _batches(self, part: tuple[np.ndarray, np.ndarray], seed: int) -> tf.data.Dataset:
         """Batches of pictures in an order that depends only on the seed."""
         job, (x, y) = self.job, part
-        rng = np.random.default_rng(seed)
-        per_epoch = len(x) // job.batch * job.batch
-        order = np.stack([rng.permutation(len(x))[:per_epoch] for _ in range(job.epochs)])
+        order = order_of(len(x), job, seed)
         pictures, labels = tf.constant(x), tf.constant(y)
         augmentation = Augmentation.named(job.augmentation)
         augment = None
@@ -129,7 +127,7 @@ class Runs:
             return self.preprocess(picture), labels[index]
 
         numbers = np.arange(order.size, dtype="int64")
-        indices = tf.data.Dataset.from_tensor_slices((order.reshape(-1), numbers))
+        indices = tf.data.Dataset.from_tensor_slices((order, numbers))
         return indices.map(example).batch(job.batch, drop_remainder=True).prefetch(2)
 
     def _evaluate(self, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:

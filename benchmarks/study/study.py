@@ -12,43 +12,17 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
-import json
 import multiprocessing
 import os
-import sys
 import time
 from pathlib import Path
-from typing import Any
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
 os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
-HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE))
-
-from plan import QUICK, Job, Plan, Results, Run
-
-ROOT = HERE.parents[1]
-RESULTS = HERE / "results.jsonl"
-
-
-def read_results(path: Path) -> Results:
-    """The results of all finished runs."""
-    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    results = {}
-    for line in lines:
-        values = json.loads(line)
-        run = Run(Job(**values.pop("job")), values["rate"], values["seed"])
-        results[run] = values
-    return results
-
-
-def write_result(path: Path, run: Run, result: dict[str, Any]) -> None:
-    """Append a line; the processes do it in turn, since a short line is written at once."""
-    rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in result.items()}
-    line = json.dumps({"job": run.job._asdict(), **rounded}) + "\n"
-    with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+import page
+from plan import QUICK, Job, Plan, Run
+from results import RESULTS, ROOT, read_results, write_result
 
 
 def one_thread() -> None:
@@ -83,15 +57,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="tiny, to see that it runs")
     parser.add_argument("--minutes", type=float, default=180, help="stop after so long")
+    parser.add_argument("--page", action="store_true", help="only write the page")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--results", type=Path, default=RESULTS)
     parser.add_argument("--out", type=Path, default=ROOT / "docs", help="for the page")
     parser.add_argument("--work", type=Path, default=ROOT / ".experiment", help="for downloads")
     args = parser.parse_args()
     plan = QUICK if args.quick else Plan()
+    if not args.page:
+        do_runs(plan, args)
+    results = read_results(args.results)
+    left = len(plan.due(results))
+    print(f"{len(results)} runs; {left} are left" if left else f"all {len(results)} runs done")
+    page.write(plan, results, args.out)
+
+
+def do_runs(plan: Plan, args: argparse.Namespace) -> None:
+    """Do all runs that are due, a job at a time in each process, until time is up."""
+    import checkpoints
+
     started = time.time()
     deadline = started + 60 * args.minutes
-    import checkpoints
 
     for model in {run.job.model for run in plan.due({})} | set(plan.other_models):
         folder = args.work / "checkpoints" / model
@@ -122,9 +108,6 @@ def main() -> None:
                     f"{future.result()} runs",
                     flush=True,
                 )
-    results = read_results(args.results)
-    left = len(plan.due(results))
-    print(f"{len(results)} runs; {left} are left" if left else f"all {len(results)} runs done")
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -66,6 +66,13 @@ def data(name: str, seed: int, size: int, downloads: Path) -> Data:
     parts = [(x, y, chosen[rest]), (x, y, chosen[val]), (test_x, test_y, tested)]
     made = [(_resized(a[i], size), b[i].astype("int32")) for a, b, i in parts]
     return Data(*made, classes=int(y.max()) + 1)
+
+
+def order_of(count: int, job: Any, seed: int) -> np.ndarray:
+    """The pictures of each step, all epochs in a row. It depends on nothing but the seed."""
+    rng = np.random.default_rng(seed)
+    whole = count // job.batch * job.batch
+    return np.concatenate([rng.permutation(count)[:whole] for _ in range(job.epochs)])
 
 
 def _balanced(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:

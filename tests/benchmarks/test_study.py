@@ -1,0 +1,218 @@
+"""The study of methods and settings: its plan, its pictures, its page, and a short run."""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.helpers.kerases import LEGACY
+
+ROOT = Path(__file__).parents[2]
+STUDY = ROOT / "benchmarks" / "study"
+MODULES = ("plan", "results", "tasks", "page", "checkpoints", "_data", "_weights")
+
+
+@pytest.fixture
+def study(monkeypatch):
+    """Imports a module of the study."""
+    monkeypatch.syspath_prepend(str(STUDY))
+    yield __import__
+    for name in MODULES:
+        sys.modules.pop(name, None)
+
+
+def result_of(accuracy, loss=1.0):
+    return {
+        "val_accuracy": accuracy,
+        "val_loss": loss,
+        "test_accuracy": accuracy,
+        "trained": 10,
+        "parameters": 100,
+        "seconds": 5.0,
+    }
+
+
+def carry_out(plan, module, accuracy):
+    """Results for all runs of a plan, from a function of (run)."""
+    results = {}
+    while due := plan.due(results):
+        for run in due:
+            results[run] = result_of(*accuracy(run))
+    return results
+
+
+@pytest.mark.once
+def test_rates_are_tried_outward_until_the_best_is_not_at_an_edge(study):
+    plan = study("plan")
+    small = plan.Plan(
+        methods=("everything", plan.REFERENCE),
+        main=(),
+        other_models=(),
+        large_methods=(),
+        settings=(),
+    )
+    # The best rate is above the first three of LoRA, and below those of full fine-tuning.
+    best = {"everything": 3e-5, plan.REFERENCE: 1e-2}
+
+    def accuracy(run):
+        return 0.9 - 0.1 * abs(np.log10(run.rate / best[run.job.method])), 1.0
+
+    results = carry_out(small, plan, accuracy)
+    tried = {m: sorted({r.rate for r in results if r.job.method == m}) for m in best}
+    assert tried == {
+        "everything": [3e-5, 1e-4, 3e-4, 1e-3],
+        plan.REFERENCE: [1e-3, 3e-3, 1e-2, 3e-2],
+    }
+    for method, rate in best.items():
+        assert small.best_rate(method, results) == rate
+        for task in plan.TASKS:
+            at_best = {r.seed for r in results if r.job.task == task and r.rate == rate}
+            assert at_best == set(plan.SEEDS)
+    # Other rates have the first seed only.
+    assert {r.seed for r in results if r.rate not in best.values()} == {0}
+
+
+@pytest.mark.once
+def test_at_equal_accuracy_the_lower_loss_decides(study):
+    plan = study("plan")
+    small = plan.Plan(methods=(plan.REFERENCE,), main=(), other_models=(), settings=())
+    small = study("dataclasses").replace(small, large_methods=())
+    results = carry_out(small, plan, lambda run: (0.5, abs(run.rate - 3e-3)))
+    assert small.best_rate(plan.REFERENCE, results) == 3e-3
+
+
+@pytest.mark.once
+def test_pictures_of_a_run(study, tmp_path):
+    tasks, plan = study("tasks"), study("plan")
+    first, again, other = (tasks.data("digits", s, 16, tmp_path) for s in (0, 0, 1))
+    for a, b in zip(first[:3], again[:3]):
+        np.testing.assert_array_equal(a[0], b[0])
+        np.testing.assert_array_equal(a[1], b[1])
+    (x, y), (val_x, val_y), (test_x, test_y) = first[:3]
+    assert x.shape == (720, 16, 16, 3) and len(val_x) == 179 and len(test_x) == 898
+    assert x.dtype == np.uint8 and y.dtype == np.int32 and first.classes == 10
+    # All classes in proportion.
+    assert np.ptp(np.bincount(val_y)) <= 2
+    # Other seeds have other pictures to train with, and the same to test.
+    assert not np.array_equal(other.train[0], x)
+    np.testing.assert_array_equal(np.sort(other.test[1]), np.sort(test_y))
+
+    def rows(pictures):
+        return {p.tobytes() for p in pictures}
+
+    assert not rows(x) & rows(val_x)
+    job = plan.Job("digits", plan.REFERENCE, epochs=3, batch=32)
+    order = tasks.order_of(len(x), job, 0).reshape(3, -1)
+    assert order.shape[1] == 704 and all(len(set(epoch)) == 704 for epoch in order)
+    assert not np.array_equal(order[0], order[1])
+
+
+@pytest.mark.once
+def test_the_tables_of_the_page(study, tmp_path):
+    plan, page = study("plan"), study("page")
+    small = plan.Plan(
+        methods=("everything", plan.REFERENCE, "LoRA, rank 1"),
+        main=("everything", plan.REFERENCE),
+        large_methods=(),
+    )
+    level = {"everything": 0.8, plan.REFERENCE: 0.9, "LoRA, rank 1": 0.5}
+    jitter = {s: 0.001 * (s - 2) for s in plan.SEEDS}
+
+    def accuracy(run):
+        task = 0.01 * ([*plan.TASKS, *plan.OTHER_TASKS].index(run.job.task))
+        # The difference between two methods depends on the seed.
+        factor = 1 + (run.job.method == "everything")
+        return level[run.job.method] + task + factor * jitter[run.seed], abs(run.rate - 1e-3)
+
+    results = carry_out(small, plan, accuracy)
+    study_page = page.Study(small, results)
+    table = study_page.methods_table().splitlines()
+    assert table[0].split(" | ")[1:4] == list(plan.TASKS)
+    everything = next(line for line in table if line.startswith("| everything"))
+    # The interval, from the formula: t sd / sqrt(n).
+    error = 2.78 * statistics.stdev(100 * j for j in jitter.values()) / 5**0.5
+    assert f"\N{MINUS SIGN}10.0 ± {error:.1f}" in everything
+    assert everything.split(" | ")[1:5] == ["80.0", "81.0", "82.0", "**81.0**"]
+    assert study_page.settings_table().count("\n") == 1 + 1 + len(plan.SETTINGS)
+    markers = [f"<!-- {n} -->\nold\n<!-- end of {n} -->" for n, _ in study_page.parts()]
+    (tmp_path / "explanation").mkdir()
+    target = tmp_path / "explanation" / "study.md"
+    target.write_text("\n".join(["before", *markers, "after"]))
+    page.write(small, results, tmp_path)
+    text = target.read_text()
+    assert text.startswith("before") and text.endswith("after") and "old" not in text
+    assert "Not measured yet." in text  # the large task
+    svg = (tmp_path / "images" / "study.svg").read_text()
+    page.write(small, results, tmp_path)
+    assert (tmp_path / "images" / "study.svg").read_text() == svg
+
+
+@pytest.mark.once
+def test_results_are_lines_that_are_read_again(study, tmp_path):
+    plan, results = study("plan"), study("results")
+    run = plan.Run(plan.Plan().job("stamps", plan.REFERENCE, epochs=20), 3e-3, 2)
+    results.write_result(
+        tmp_path / "r.jsonl", run, {"rate": 3e-3, "seed": 2, **result_of(0.123456789)}
+    )
+    ((read, values),) = results.read_results(tmp_path / "r.jsonl").items()
+    assert read == run and values["val_accuracy"] == 0.12346
+
+
+@pytest.mark.once
+def test_names_of_torchvision_become_those_of_timm(study):
+    name = study("checkpoints").mobilenet_name
+    for theirs, timm in {
+        "features.0.0.weight": "conv_stem.weight",
+        "features.0.1.bias": "bn1.bias",
+        "features.1.conv.0.0.weight": "blocks.0.0.conv_dw.weight",
+        "features.1.conv.1.weight": "blocks.0.0.conv_pw.weight",
+        "features.1.conv.2.running_var": "blocks.0.0.bn2.running_var",
+        "features.2.conv.0.0.weight": "blocks.1.0.conv_pw.weight",
+        "features.2.conv.1.1.weight": "blocks.1.0.bn2.weight",
+        "features.3.conv.2.weight": "blocks.1.1.conv_pwl.weight",
+        "features.17.conv.3.bias": "blocks.6.0.bn3.bias",
+        "features.18.0.weight": "conv_head.weight",
+        "features.18.1.weight": "bn2.weight",
+        "classifier.1.bias": "classifier.bias",
+    }.items():
+        assert name(theirs) == timm
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not LEGACY, reason="of a tfimm model")
+def test_a_short_study_is_continued(tmp_path):
+    (tmp_path / "docs" / "explanation").mkdir(parents=True)
+    page = ROOT / "docs" / "explanation" / "study.md"
+    (tmp_path / "docs" / "explanation" / "study.md").write_text(page.read_text())
+    program = [sys.executable, str(STUDY / "study.py"), "--quick"]
+    program += ["--results", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "docs")]
+    program += ["--work", str(tmp_path / "work")]
+
+    def run(*more):
+        environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
+        return subprocess.run(
+            [*program, *more], capture_output=True, text=True, env=environment
+        )
+
+    done = run()
+    if "is not installed" in done.stderr or "are not installed" in done.stderr:
+        pytest.skip(done.stderr.splitlines()[-1])
+    assert done.returncode == 0, done.stderr[-3000:]
+    lines = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert len(lines) >= 6 and f"all {len(lines)} runs done" in done.stdout
+    assert {json.loads(line)["seed"] for line in lines} == {0}
+    # Without the last two, only these are done again, with the same results.
+    (tmp_path / "r.jsonl").write_text("\n".join(lines[:-2]) + "\n")
+    assert run().returncode == 0
+
+    def without_times(text):
+        return {json.dumps({**json.loads(line), "seconds": 0}) for line in text}
+
+    again = (tmp_path / "r.jsonl").read_text().splitlines()
+    assert without_times(again) == without_times(lines)
+    assert again[:-2] == lines[:-2]
