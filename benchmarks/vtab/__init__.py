@@ -1,55 +1,66 @@
-"""VTAB-1k with ViT-B/16, as in V-PETL Bench: how good is LoRA on 19 tasks of 1,000 pictures?
+"""VTAB-1k with ViT-B/16, as in V-PETL Bench: LoRA on 19 tasks of 1,000 pictures each.
 
     python -m benchmarks.vtab --data vtab-1k --out results --methods lora linear
     python -m benchmarks.vtab --out results --table
 
-Run it from the root of the repository, with ``TF_USE_LEGACY_KERAS=1`` on legacy Keras (the model
-is tfimm's) or without on Keras 3 (keras_hub's). One GPU is enough. Each task, method and seed has
-a JSON file in ``--out`` with the settings, all trials, the versions and the device. A run that
-was interrupted continues; finished files are not run again; other settings are an error.
+Run it from the root of the repository: with ``TF_USE_LEGACY_KERAS=1`` on legacy Keras, where
+the model is tfimm's, or without on Keras 3, where it is keras_hub's. It needs one GPU. Each
+task, method and seed has a JSON file in ``--out`` with the settings, all trials, the versions
+and the device. An interrupted run continues, finished files are not run again, and other
+settings are an error. ``--table`` prints all results beside the published values.
 
-The protocol (``protocol.py``)
-------------------------------
+``--data`` has a folder for each task, as in the archives of VTAB-1k: pictures, and lists with
+lines "path label" (``train800.txt``, ``val200.txt``, ``train800val200.txt``, ``test.txt``).
+``--tfds`` writes missing folders with tensorflow_datasets; see ``from_tfds.py``.
 
-1. Each setting of the grid (learning rate, weight decay, alpha) trains on the 800 pictures of
-   ``train800.txt`` and is scored by the top-1 accuracy on the 200 of ``val200.txt``.
-2. The best setting trains on all 1,000, ``train800val200.txt``.
-3. The result is the top-1 accuracy after the last epoch on the whole test part, ``test.txt``,
-   which is read once, after everything was chosen.
+``--lora NAME=VALUE ...`` sets fields of ``LoRAConfig``: ``--name dora --lora use_dora=True``,
+or ``--name all --lora targets=all qkv=None``.
 
-100 epochs, batches of 64 (the last one of an epoch is smaller), AdamW, 10 epochs of warm-up and a
-cosine schedule. Pictures are resized straight to 224 x 224 with Pillow's bilinear filter, whatever
-their aspect ratio, and normalized with mean and standard deviation of ImageNet. There is no
+Protocol
+--------
+
+1. Each combination of learning rate, weight decay and alpha trains on ``train800.txt`` and is
+   scored by the top-1 accuracy on ``val200.txt``, after the last epoch.
+2. The best one trains on all 1,000 pictures, ``train800val200.txt``.
+3. The result is the top-1 accuracy on the whole ``test.txt``, once, after the last epoch.
+
+100 epochs, 10 of them warm-up, batches of 64 (the last one of an epoch is smaller), AdamW and a
+cosine schedule. Pictures are resized to 224 x 224 by Pillow's bilinear filter, whatever their
+aspect ratio, and normalized with mean and standard deviation of ImageNet. There is no
 augmentation. The weights are those of the original ViT-B/16 on ImageNet-21k.
 
 What is certain, and what is not
 --------------------------------
 
-V-PETL Bench is Xin et al., "V-PETL Bench: A Unified Visual Parameter-Efficient Transfer Learning
-Benchmark", NeurIPS 2024; its code is github.com/synbol/Parameter-Efficient-Transfer-Learning-
-Benchmark, folder ``ImageClassification``. From that code are: the batch size, the epochs and the
-warm-up (``configs/*/vtab``), the resizing and the normalization (``dataloader/vtab.py``), and LoRA
-of rank 8 and scale 1 in the query and value projections of all 12 blocks
-(``models/vision_transformer_lora.py``): 12 x 2 x 8 x (768 + 768) = 294,912 parameters beside the
-classifier, the 0.29 M of the paper. The name of its weights, ``ViT-B_16.npz``, is that of the
-original ImageNet-21k checkpoint, which is ``timm/vit_base_patch16_224.orig_in21k`` on the hub.
+V-PETL Bench is Xin et al., "V-PETL Bench: A Unified Visual Parameter-Efficient Transfer
+Learning Benchmark", NeurIPS 2024. Its code is the folder ImageClassification of
+github.com/synbol/Parameter-Efficient-Transfer-Learning-Benchmark. These are from it:
 
-The published numbers come from another procedure, so small differences mean nothing:
+* batches, epochs and warm-up: ``configs/model_*/vtab``;
+* resizing and normalization: ``dataloader/vtab.py``;
+* LoRA of rank 8 and scale 1 in the query and value projections of all blocks:
+  ``models/vision_transformer_lora.py``. 12 x 2 x 8 x (768 + 768) = 294,912 parameters beside
+  the classifier, the 0.29 M of the paper.
 
-* The scripts for training (``train/train_model_*.py``) evaluate on the test part every tenth
-  epoch and print the best of these values. Here the test part is used once.
-* Learning rate and weight decay of each task are in ``scripts/run_vit_*.sh``; how they were found is
-  not in the code. Here they are chosen on ``val200.txt``, from the grid in ``methods.py``.
-* Some tasks are trained with RandAugment and with label smoothing of 0.1 there, and with stochastic
-  depth of 0.1. Models of Keras 3 have no stochastic depth, so none of these is used here.
-* The rate falls to 1e-5 there and to zero here; biases and normalizations are decayed there and
-  not here, as in ``lora.finetune``.
-* LoRA starts there with a nonzero update of the query projection, and with A = B = 0 for that of
-  the value projection, which therefore gets no gradient. Here both are trained.
+Its weights are called ``ViT-B_16.npz``, the name of the original checkpoint. On the hub this is
+``timm/vit_base_patch16_224.orig_in21k``; that both are equal was not checked.
 
-Full fine-tuning, linear and BitFit are the published methods as the literature defines them.
+The code differs from the protocol above, so the published values cannot be reproduced exactly:
 
-The 1,000 pictures are a subset by order, so they depend on the files. The archives that others
-publish and the folders that ``from_tfds.py`` writes are not guaranteed to have the same ones; the
-digest of the lists is part of the settings in each result.
+* ``train/train_model_*.py`` evaluates on the test part every ten epochs and prints the best of
+  these accuracies. That raises them. Here the test part is used once.
+* ``scripts/run_vit_*.sh`` has a learning rate and a weight decay for each task. The code does
+  not show how they were found. Here they are chosen on ``val200.txt``, from ``methods.py``.
+* Some tasks have RandAugment or label smoothing of 0.1, and all have stochastic depth of 0.1.
+  Models of Keras 3 have no stochastic depth, so none of these is used here.
+* The rate falls to 1e-5, here to zero. Biases and normalizations are decayed, here not, as in
+  ``lora.finetune``.
+* The initialization of the whole model also replaces that of LoRA, so that A and B begin with a
+  standard deviation of 0.02. Here B begins with zeros.
+
+Its versions of full fine-tuning, linear and BitFit are not compared with ours in such detail.
+
+The 1,000 pictures are the first ones of a data set, so they depend on its order. Archives that
+others publish and folders written with ``--tfds`` may differ. The hash of the lists is in each
+result.
 """

@@ -2,6 +2,7 @@
 
 import argparse
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import os
@@ -98,6 +99,8 @@ def _settings(method, args):
         raise SystemExit("Received --lora alpha=...; expected --alphas, which are chosen from.")
     if given and args.name is None:
         raise SystemExit("Received --lora without --name; expected a name for the results.")
+    if args.name in METHODS:
+        raise SystemExit(f"Received --name {args.name}, a method; expected another name.")
     if args.name is not None and len(args.methods) > 1:
         raise SystemExit(f"Received --name and the methods {args.methods}; expected one.")
     arguments = {**defaults.arguments, **given}
@@ -124,22 +127,20 @@ def _field(text):
     name, equals, value = text.partition("=")
     if not equals:
         raise SystemExit(f"Received --lora {text!r}; expected NAME=VALUE.")
-    try:
+    with contextlib.suppress(ValueError, SyntaxError):
         value = ast.literal_eval(value)
-    except (ValueError, SyntaxError):
-        pass
     return f"lora_{name.removeprefix('lora_')}", value
 
 
 def _weights_name(weights):
-    """How results name the weights: a file by its name and hash, without its folder."""
+    """How results name the weights: those on disk by file name and hash, without folders."""
     if not os.path.exists(weights):
         return weights
-    path = Path(weights)
-    if path.is_dir():
-        return path.resolve().name
-    with path.open("rb") as file:
-        return f"{path.name} sha256:{hashlib.file_digest(file, 'sha256').hexdigest()}"
+    path = Path(weights).resolve()
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.safetensors")) if path.is_dir() else [path]:
+        digest.update(file.read_bytes())
+    return f"{path.name} sha256:{digest.hexdigest()}"
 
 
 if __name__ == "__main__":

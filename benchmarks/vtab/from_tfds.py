@@ -1,10 +1,10 @@
 """Write the folder of a task with tensorflow_datasets.
 
 The parts are those of the code of VTAB (github.com/google-research/task_adaptation, folder
-``task_adaptation/data``): the 800 are the first of its training part and the 200 the first of its
-validation part. They are subsets by order, so the version of each data set is fixed: another one
-may have another order, which would be another benchmark. The labels of the structured tasks are
-computed as there.
+``task_adaptation/data``): the 800 are the first of its training part and the 200 the first of
+its validation part. They are subsets by order, so the version of each data set is fixed:
+another one may have another order, which would be another benchmark. The labels of the
+structured tasks are computed as there.
 
 Two tasks depend on what is installed. ``oxford_iiit_pet`` needs version 3, which
 tensorflow_datasets 4.9.10 no longer has; use the folder of an archive. ``dmlab`` is 2.0.1, the
@@ -15,7 +15,6 @@ tensorflow_datasets asks for files that have to be downloaded by hand (diabetic_
 """
 
 import dataclasses
-import importlib
 import io
 from collections.abc import Callable
 
@@ -24,7 +23,7 @@ from PIL import Image
 
 from tfimm_lora.utils.atomic_files import move_into_place, temporary_path
 
-from .tasks import BOTH, TEST, TRAIN, VAL
+from .tasks import BOTH, TEST, TRAIN, VAL, folder_of
 
 
 def _share(percent):
@@ -141,9 +140,9 @@ def write_task(name, data):
         ImportError: If tensorflow_datasets is not installed.
         ValueError: If it does not have the version of the data set.
     """
-    folder = data / name
-    if folder.exists():
+    if folder_of(name, data) is not None:
         return
+    folder = data / name
     source = SOURCES[name]
     builder = _builder(source.dataset)
     builder.download_and_prepare()
@@ -159,22 +158,29 @@ def write_task(name, data):
         move_into_place(unfinished, folder)
 
 
-def _builder(dataset):
+def _tensorflow_datasets():
     try:
-        tfds = importlib.import_module("tensorflow_datasets")
-    except ImportError as error:
+        import tensorflow_datasets
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow_datasets":
+            raise  # it is installed, but one of its own dependencies is not
         raise ImportError(
             "--tfds needs tensorflow_datasets, which is not installed: "
             "pip install tensorflow_datasets"
         ) from error
+    return tensorflow_datasets
+
+
+def _builder(dataset):
+    tfds = _tensorflow_datasets()
     try:
         return tfds.builder(dataset)
     except AssertionError as error:  # how it says that it has other versions only
         raise ValueError(
             f"Received --tfds for {dataset}, the version that VTAB uses, which the installed "
-            f"tensorflow_datasets {tfds.__version__} does not have: {error} Another version may "
-            "select other pictures. Install an older tensorflow_datasets, or unpack the task "
-            "from an archive of VTAB-1k."
+            f"tensorflow_datasets {tfds.__version__} does not have: {error} Another version "
+            "may select other pictures. Install an older tensorflow_datasets, or unpack the "
+            "task from an archive of VTAB-1k."
         ) from error
 
 
@@ -198,7 +204,7 @@ def _write_part(builder, source, split, folder, part):
 
     The files are written as they are stored, without decoding and encoding them again.
     """
-    tfds = importlib.import_module("tensorflow_datasets")
+    tfds = _tensorflow_datasets()
     examples = builder.as_dataset(
         split=split,
         shuffle_files=False,

@@ -50,7 +50,7 @@ class TrainingBatches:
         return -(-len(self.labels) // self.batch)
 
     def epochs(self, first):
-        """The batches from an epoch on, without end: of tf.data where TensorFlow is installed."""
+        """The batches from an epoch on, without end; with tf.data if it is installed."""
         if not installed("tensorflow"):
             return self._generate(first)
         import tensorflow as tf

@@ -11,7 +11,7 @@ from tfimm_lora.backend import default_backend
 
 from . import methods
 from .pictures import TrainingBatches, read_in_order
-from .results import check_same, read_result, write_result
+from .results import as_json, check_same, read_result, write_result
 from .tasks import BOTH, TEST, TRAIN, VAL
 
 #: The pictures in a batch of validation and test.
@@ -70,9 +70,10 @@ def run(task, settings, seed, path, *, described, environment, report=print):
         report: Called with a line of text after each step.
 
     Raises:
-        ValueError: If the file has other settings, or is unfinished and has another environment.
+        ValueError: If the file has other settings, or another environment and is unfinished.
     """
-    expected = {**described, "task": task.name, "seed": seed, "lists": task.digest()}
+    own = {"task": task.name, "seed": seed, "lists": task.digest()}
+    expected = as_json({**described, **own})
     new = {"settings": expected, "environment": environment, "trials": []}
     result = read_result(path) or new
     check_same(path, "settings", result["settings"], expected)

@@ -14,6 +14,11 @@ def read_result(path):
     return json.loads(path.read_text("utf-8")) if path.exists() else None
 
 
+def as_json(value):
+    """A value as it is after it was written and read: tuples are lists."""
+    return json.loads(json.dumps(value))
+
+
 def write_result(path, result):
     path.parent.mkdir(parents=True, exist_ok=True)
     write_file(path, json.dumps(result, indent=1) + "\n")
@@ -26,7 +31,6 @@ def all_results(out):
 
 def check_same(path, what, found, expected):
     """Raise a ValueError that names what differs between a file and this run."""
-    expected = json.loads(json.dumps(expected))
     different = sorted(
         key for key in {**found, **expected} if found.get(key) != expected.get(key)
     )

@@ -32,11 +32,11 @@ def table(results):
         ]
     rows.append(["**Mean over tasks**", *(_mean(x, _over_tasks) for x in columns.values())])
     rows.append(["**Mean over groups**", *(_mean(x, _over_groups) for x in columns.values())])
-    published = [PUBLISHED.get(_method(column)) for column in columns.values()]
-    rows.append(["V-PETL Bench, over tasks", *("" if x is None else str(x) for x in published)])
+    rows.append(["V-PETL Bench, over tasks", *(str(PUBLISHED.get(x, "")) for x in columns)])
     lines = [f"| {' | '.join(row)} |" for row in rows]
     others = ", ".join(f"{name} {value}" for name, value in PUBLISHED_OTHERS.items())
-    return "\n".join([*lines, "", f"V-PETL Bench also has: {others}."])
+    described = [_description(name, column) for name, column in columns.items()]
+    return "\n".join([*lines, "", *described, "", f"V-PETL Bench also has: {others}."])
 
 
 def _columns(results):
@@ -57,8 +57,8 @@ def _check(name, column):
         for key, value in result["settings"].items():
             if key not in _OF_EACH and seen.setdefault(key, value) != value:
                 raise ValueError(
-                    f"Received results of {name!r} with {key}={seen[key]} and {value}; expected "
-                    "the same settings in a column. Put them into different folders."
+                    f"Received results of {name!r} with {key}={seen[key]} and {value}; "
+                    "expected the same settings in a column. Put them into different folders."
                 )
 
 
@@ -66,10 +66,17 @@ def _all(column):
     return [result for seeds in column.values() for result in seeds.values()]
 
 
-def _method(column):
-    """The method of a column that has the published settings of it."""
+def _description(name, column):
+    """One line about the settings and the machines of a column."""
     settings = _all(column)[0]["settings"]
-    return settings["method"]
+    machines = {
+        f"{x['device']} (Keras {x['keras']}, {x['framework']})"
+        for x in (result["environment"] for result in _all(column))
+    }
+    return (
+        f"- {name}: {settings['model']}, weights {settings['weights'] or 'random'}, "
+        f"{settings['size']} pixels, {settings['epochs']} epochs; {', '.join(sorted(machines))}"
+    )
 
 
 def _cell(column, task):

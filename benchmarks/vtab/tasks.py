@@ -47,6 +47,9 @@ class Part:
     paths: tuple[Path, ...]
     labels: tuple[int, ...]
 
+    def pairs(self):
+        return list(zip(self.paths, self.labels))
+
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -72,8 +75,8 @@ class Task:
             path, _, label = line.strip().rpartition(" ")
             if not path or not label.isdecimal() or int(label) >= self.classes:
                 raise ValueError(
-                    f"Received the line {line!r} ({self.folder / file}, line {number}); expected "
-                    f"a path and a label from 0 to {self.classes - 1}, separated by a space."
+                    f"Received the line {line!r} ({self.folder / file}, line {number}); "
+                    f"expected a path, a space and a label from 0 to {self.classes - 1}."
                 )
             paths.append(self.folder / path.strip())
             labels.append(int(label))
@@ -87,54 +90,58 @@ class Task:
         return hashlib.sha256(lists.encode()).hexdigest()
 
     def check(self):
-        """Check that the lists fit each other. The labels of the test part are not looked at.
+        """Check that the lists fit each other, and that their pictures exist.
 
         Raises:
-            ValueError: If the 1,000 pictures are not the 800 and the 200, or if one is in two
-                parts.
+            ValueError: If a line is not valid, if the 1,000 pictures are not the 800 and the
+                200, or if a picture is in two parts.
+            FileNotFoundError: If a picture is missing.
         """
-        train, val, both = (self._lines(file) for file in (TRAIN, VAL, BOTH))
-        if sorted(train + val) != sorted(both):
+        train, val, both, test = (self.part(file) for file in (TRAIN, VAL, BOTH, TEST))
+        if sorted(train.pairs() + val.pairs()) != sorted(both.pairs()):
             raise ValueError(
-                f"Received lists in {self.folder} that do not fit: {BOTH} has {len(both)} "
-                f"pictures, {TRAIN} and {VAL} have {len(train)} and {len(val)}; expected the "
-                "same pictures with the same labels."
+                f"Received lists in {self.folder} that do not fit: {BOTH} differs from {TRAIN} "
+                f"and {VAL} together; expected the same pictures with the same labels."
             )
-        counts = [_paths(lines) for lines in (train, val, self._lines(TEST))]
-        twice = (counts[0] & counts[1]) | (counts[2] & (counts[0] | counts[1]))
+        paths = [set(part.paths) for part in (train, val, test)]
+        twice = (paths[0] & paths[1]) | (paths[2] & (paths[0] | paths[1]))
         if twice:
             raise ValueError(
                 f"Received lists in {self.folder} with the picture {min(twice)} in two parts; "
                 "expected training, validation and test pictures to differ."
             )
-
-    def _lines(self, file):
-        return [" ".join(x.split()) for x in self._text(file).splitlines() if x.strip()]
+        missing = [path for path in set().union(*paths) if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(
+                f"{len(missing)} pictures in the lists of {self.folder} are missing, for "
+                f"example {min(missing)}. Unpack the archive again."
+            )
 
     def _text(self, file):
         return (self.folder / file).read_text("utf-8")
 
 
-def _paths(lines):
-    return {line.rpartition(" ")[0] for line in lines}
+def folder_of(name, data):
+    """The folder of a task in the folder of all; None if there is none."""
+    folders = [Path(data) / x for x in FOLDERS.get(name, (name,))]
+    return next((x for x in folders if x.is_dir()), None)
 
 
 def find_task(name, data):
     """Find a task in the folder of all.
 
     Raises:
-        FileNotFoundError: If its folder or one of its lists is missing.
+        FileNotFoundError: If its folder, one of its lists or a picture is missing.
         ValueError: As ``Task.check``.
     """
-    folders = [Path(data) / x for x in FOLDERS.get(name, (name,))]
-    folder = next((x for x in folders if x.is_dir()), None)
+    folder = folder_of(name, data)
     missing = [x for x in (TRAIN, VAL, BOTH, TEST) if folder and not (folder / x).is_file()]
     if folder is None or missing:
         raise FileNotFoundError(
-            f"Received --data {data}, where {missing[0] if missing else folders[0].name} of the "
-            f"task {name!r} is missing; expected a folder {folders[0].name}/ with pictures and "
-            f"{TRAIN}, {VAL}, {BOTH} and {TEST}. Unpack an archive of VTAB-1k there, or add "
-            "--tfds to write it with tensorflow_datasets."
+            f"Received --data {data}, which lacks {missing[0] if missing else 'the folder'} of "
+            f"the task {name!r}; expected a folder {name}/ with pictures and {TRAIN}, {VAL}, "
+            f"{BOTH} and {TEST}. Unpack an archive of VTAB-1k there, or add --tfds to write it "
+            "with tensorflow_datasets."
         )
     task = Task(name, folder)
     task.check()
