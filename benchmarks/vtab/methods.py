@@ -1,6 +1,7 @@
 """The methods: what is trained, which settings are tried, and how the model is made."""
 
 import dataclasses
+import gc
 import math
 
 import tfimm_lora as lora
@@ -53,8 +54,8 @@ METHODS = {
 }
 
 
-def create(method, arguments, *, model, weights, classes, size):
-    """Create the model of a method, with a new classifier.
+def create(method, arguments, *, model, weights, classes, size, seed):
+    """Create the model of a method, with a new classifier. Earlier models are forgotten.
 
     Args:
         method: A name in ``METHODS``.
@@ -63,7 +64,12 @@ def create(method, arguments, *, model, weights, classes, size):
         weights: A source for ``lora.load_timm_weights``, or None for random weights.
         classes: The number of classes.
         size: The height and width of the pictures.
+        seed: The seed of the new weights.
     """
+    keras = default_backend().keras
+    keras.backend.clear_session()
+    gc.collect()
+    keras.utils.set_random_seed(seed)
     net = lora.create_model(
         model,
         nb_classes=classes,

@@ -1,13 +1,10 @@
 """The protocol: choose the settings on 200 pictures, train on all 1,000, test once."""
 
 import dataclasses
-import gc
 import itertools
 import time
 
 import numpy as np
-
-from tfimm_lora.backend import default_backend
 
 from . import methods
 from .pictures import TrainingBatches, read_in_order
@@ -133,10 +130,6 @@ def best(trials):
 
 def _trained(task, part, settings, tried, seed):
     """A model trained on a part; None if it diverged. All trials start from the same model."""
-    keras = default_backend().keras
-    keras.backend.clear_session()
-    gc.collect()
-    keras.utils.set_random_seed(seed)
     arguments = dict(settings.arguments)
     if tried["alpha"] is not None:
         arguments["lora_alpha"] = tried["alpha"]
@@ -147,6 +140,7 @@ def _trained(task, part, settings, tried, seed):
         weights=settings.weights,
         classes=task.classes,
         size=settings.size,
+        seed=seed,
     )
     try:
         methods.train(
