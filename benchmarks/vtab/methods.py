@@ -102,7 +102,9 @@ def train(net, batches, *, epochs, warmup, rate, decay, seed):
         create_optimizer(keras, steps=epochs * steps, **settings),
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
     )
-    fitted = net.fit(batches.epochs(0), epochs=epochs, steps_per_epoch=steps, verbose=0)
+    fitted = net.fit(
+        batches.epochs(0), epochs=epochs, steps_per_epoch=steps, shuffle=False, verbose=0
+    )
     loss = fitted.history["loss"][-1]
     if not math.isfinite(loss):
         raise FloatingPointError(f"The loss is {loss}: the training has diverged.")

@@ -5,6 +5,7 @@ import json
 
 import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
 
 import tfimm_lora as lora
 from benchmarks.vtab import __main__ as command
@@ -39,12 +40,12 @@ def tiny(monkeypatch):
     monkeypatch.setattr(methods.lora, "create_model", made)
 
 
-def create(method):
+def create(method, weights=None):
     return methods.create(
         method,
         methods.METHODS[method].arguments,
         model="vit_tiny_patch16_224",
-        weights=None,
+        weights=weights,
         classes=3,
         size=16,
         seed=0,
@@ -102,6 +103,26 @@ def test_trials_begin_with_the_same_model():
     first, second = create("lora"), create("lora")
     for a, b in zip(first.weights, second.weights, strict=True):
         assert np.array_equal(array(a), array(b))
+
+
+@pytest.mark.parametrize("classes", [5, 0])
+def test_weights_are_loaded_without_their_classifier(tmp_path, classes):
+    """Checkpoints for other classes, and those without a classifier, as on ImageNet-21k."""
+    source = create("full")
+    for v in source.weights:
+        v.assign(np.random.default_rng(1).normal(size=v.shape).astype("float32"))
+    file = tmp_path / "model.safetensors"
+    lora.save_timm_weights(source, tmp_path)
+    tensors = load_file(file)
+    for name in ("head.weight", "head.bias"):
+        head = tensors.pop(name)
+        if classes:
+            tensors[name] = np.zeros((classes, *head.shape[1:]), "float32")
+    save_file(tensors, file)
+    loaded = create("full", file)
+    same = [np.array_equal(array(a), array(b)) for a, b in zip(source.weights, loaded.weights)]
+    sizes = [int(np.prod(v.shape)) for v, x in zip(source.weights, same) if not x]
+    assert sum(sizes) == HEAD and same.count(False) == 2
 
 
 def test_the_benchmark_runs(tmp_path, capsys):
