@@ -10,8 +10,10 @@ from safetensors.numpy import load_file, save_file
 import tfimm_lora as lora
 from benchmarks.vtab import __main__ as command
 from benchmarks.vtab import methods
+from benchmarks.vtab.pictures import TrainingBatches
+from benchmarks.vtab.tasks import TRAIN, find_task
 from tests.benchmarks.test_vtab import write_folder
-from tests.helpers.kerases import LEGACY, array, keras
+from tests.helpers.kerases import LEGACY, array
 
 WIDTH, BLOCKS, MLP = 8, 1, 32
 SMALL = ["--model", "vit_tiny_patch16_224", "--weights", "random", "--size", "16"]
@@ -67,14 +69,14 @@ BIASES = BLOCKS * (3 * WIDTH + WIDTH + MLP + WIDTH + 2 * WIDTH) + 2 * WIDTH
         ("full", None),
     ],
 )
-def test_each_method_trains_its_parameters(method, trained):
+def test_each_method_trains_its_parameters(method, trained, tmp_path):
     net = create(method)
     counted = methods.parameters(method, net)
     assert counted["classifier"] == HEAD
     assert counted["trained"] == (trained or counted["all"])
     before = {v.name if LEGACY else v.path: array(v) for v in net.weights}
-    x = np.random.default_rng(0).normal(size=(4, 16, 16, 3)).astype("float32")
-    batches = _Batches(x, np.array([0, 1, 2, 0], "int32"))
+    write_folder(tmp_path / "eurosat", 3)
+    batches = TrainingBatches(find_task("eurosat", tmp_path).part(TRAIN), 16, 12, seed=0)
     methods.train(net, batches, epochs=2, warmup=0, rate=1e-2, decay=0.1, seed=0)
     changed = 0
     for v in net.weights:
@@ -83,20 +85,6 @@ def test_each_method_trains_its_parameters(method, trained):
         assert not (different and idle)  # its product stays zero
         changed += different * int(np.prod(v.shape))
     assert 0.5 * counted["trained"] < changed <= counted["trained"]
-
-
-class _Batches:
-    steps_per_epoch = 1
-
-    def __init__(self, x, y):
-        self.x, self.y = x, y
-
-    def epochs(self, first):
-        if not methods.uses_legacy_keras() and keras.backend.backend() != "tensorflow":
-            return iter(lambda: (self.x, self.y), None)
-        import tensorflow as tf
-
-        return tf.data.Dataset.from_tensors((self.x, self.y)).repeat()
 
 
 def test_trials_begin_with_the_same_model():
