@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 FULL, LORA, SMALL = (1e-4, 3e-4, 1e-3), (1e-3, 3e-3, 1e-2), (3e-3, 1e-2, 3e-2)
 GRID = (3e-5, *FULL, *SMALL, 1e-1)
 
-RATES = {
+#: Without LoRA, and LoRA with different ranks and layers.
+BASIC = {
     "classifier only": SMALL,
     "biases": SMALL,
     "normalization": SMALL,
@@ -20,21 +21,24 @@ RATES = {
     "LoRA, rank 4": LORA,
     "LoRA, all convolutions": LORA,
     "LoRA, rank 16": LORA,
-    "LoRA, rank 1": LORA,
     "LoRA, rank 64": LORA,
+    "LoRA, rank 1": LORA,
+}
+VARIANTS = {
     "LoRA, all convolutions, rank 4": LORA,
     "LoRA and biases": LORA,
-    "DoRA": LORA,
     "PiSSA": LORA,
     "LoRA+": LORA,
+    "DoRA": LORA,
     "rsLoRA": LORA,
     "EVA": LORA,
-    "AdaLoRA": LORA,
     "CoLoRA": LORA,
+    "LoRA-GA": LORA,
+    "AdaLoRA": LORA,
     "LoKr": LORA,
     "LoHa": LORA,
-    "LoRA-GA": LORA,
 }
+RATES = {**BASIC, **VARIANTS}
 REFERENCE = "LoRA, rank 8"
 MODEL = "efficientnet_lite0"
 TASKS = ("garments", "changed digits", "stamps")
@@ -116,22 +120,28 @@ class Plan:
         return [run for run in self._runs(results) if run not in results]
 
     def _runs(self, results: Results) -> Iterator[Run]:
-        for method in self.methods:
-            for rate in self.rates(method, results):
-                for task in self.tasks:
-                    yield Run(self.job(task, method), rate, self.seeds[0])
-            yield from self._at_best(method, self.tasks, self.seeds, results)
+        """All of them, the most useful first."""
+        yield from self._compared([m for m in self.methods if m in BASIC], results)
+        for settings in self.settings:
+            yield from self._at_best(REFERENCE, self.tasks, SETTINGS_SEEDS, results, **settings)
         for method in self.main:
             yield from self._at_best(method, self.other_tasks, self.seeds, results)
+        yield from self._compared([m for m in self.methods if m in VARIANTS], results)
         for model in self.other_models:
             for method in self.main:
                 yield from self._at_best(method, THEIR_TASKS, self.seeds, results, model=model)
-        for settings in self.settings:
-            yield from self._at_best(REFERENCE, self.tasks, SETTINGS_SEEDS, results, **settings)
         for method in self.large_methods:
             yield from self._at_best(
                 method, (LARGE,), LARGE_SEEDS, results, epochs=LARGE_EPOCHS
             )
+
+    def _compared(self, methods: Iterable[str], results: Results) -> Iterator[Run]:
+        """The choice of a rate, and all seeds at the chosen one."""
+        for method in methods:
+            for rate in self.rates(method, results):
+                for task in self.tasks:
+                    yield Run(self.job(task, method), rate, self.seeds[0])
+            yield from self._at_best(method, self.tasks, self.seeds, results)
 
     def _at_best(
         self,

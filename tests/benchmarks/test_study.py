@@ -87,6 +87,20 @@ def test_at_equal_accuracy_the_lower_loss_decides(study):
 
 
 @pytest.mark.once
+def test_all_methods_tasks_models_and_settings_are_run(study):
+    plan = study("plan")
+    results = carry_out(plan.Plan(), plan, lambda run: (0.5, abs(np.log10(run.rate / 3e-3))))
+    jobs = {run.job for run in results}
+    assert {job.method for job in jobs} == set(plan.RATES)
+    assert {job.task for job in jobs} == {*plan.TASKS, *plan.OTHER_TASKS, plan.LARGE}
+    assert {job.model for job in jobs} == {plan.MODEL, *plan.OTHER_MODELS}
+    for settings in plan.SETTINGS:
+        for task in plan.TASKS:
+            assert plan.Plan().job(task, plan.REFERENCE, **settings) in jobs
+    assert {job.size for job in jobs if "digits" in job.task} == {48}
+
+
+@pytest.mark.once
 def test_pictures_of_a_run(study, tmp_path):
     tasks, plan = study("tasks"), study("plan")
     first, again, other = (tasks.data("digits", s, 16, tmp_path) for s in (0, 0, 1))
