@@ -168,3 +168,18 @@ print(missing, len(registry._lora_classes))
 """
     expected = "[] 15" if legacy == "1" else "[] 0"
     assert run_python(code, TF_USE_LEGACY_KERAS=legacy) == expected
+
+
+def test_an_optional_package_is_missing_or_cannot_be_imported(tmp_path, monkeypatch):
+    from tfimm_lora.utils.optional_imports import require
+
+    with pytest.raises(ImportError, match=r'not installed: pip install "tfimm_lora\[cli\]"'):
+        require("there_is_no_such_package", extra="cli", why="This")
+    # Installed, but something that it needs is not: its own error says what.
+    (tmp_path / "broken_package.py").write_text("raise ImportError('needs that other one')")
+    (tmp_path / "incomplete_package.py").write_text("import there_is_no_such_package")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(ImportError, match="^needs that other one$"):
+        require("broken_package", extra="cli")
+    with pytest.raises(ModuleNotFoundError, match="'there_is_no_such_package'$"):
+        require("incomplete_package", extra="cli")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 from types import ModuleType
 
 #: Import names of packages that have another name on PyPI.
@@ -24,8 +25,8 @@ def require(module: str, *, extra: str, why: str = "") -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         root = module.partition(".")[0]
-        if error.name is not None and error.name.partition(".")[0] != root:
-            raise  # the module is installed, but one of its own dependencies is not
+        if importlib.util.find_spec(root) is not None and error.name not in (root, module):
+            raise  # the package is installed, but something that it needs is not
         package = _PIP_NAMES.get(root, root)
         raise ImportError(
             f"{why or 'This'} needs {package}, which is not installed: "
