@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora.zoo.keras3_models.libraries import Shape, keras_hub_models
+from tfimm_lora.zoo.keras3_models.libraries import Shape, keras_hub_models, with_classifier
 
 ALLOWS_NO_CLASSES = True
 
@@ -33,6 +33,4 @@ def build(keras: Any, arguments: dict[str, Any], classes: int, shape: Shape) -> 
     )
     inputs = keras.Input(shape)
     outputs = backbone({"images": inputs})[:, 0]
-    if classes:
-        outputs = keras.layers.Dense(classes, name="predictions")(outputs)
-    return keras.Model(inputs, outputs)
+    return with_classifier(keras, inputs, outputs, classes)

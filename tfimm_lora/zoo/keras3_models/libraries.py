@@ -29,6 +29,13 @@ def applications_module(keras: Any, function: str) -> Any:
     return sys.modules[inspect.unwrap(getattr(keras.applications, function)).__module__]
 
 
+def with_classifier(keras: Any, inputs: Any, features: Any, classes: int) -> Any:
+    """A model from inputs to features, or to the logits of the classifier "predictions"."""
+    if not classes:
+        return keras.Model(inputs, features)
+    return keras.Model(inputs, keras.layers.Dense(classes, name="predictions")(features))
+
+
 def set_epsilon(keras: Any, model: Any, epsilon: float) -> None:
     """Set the epsilon of every normalization layer."""
     kinds = (keras.layers.BatchNormalization, keras.layers.LayerNormalization)

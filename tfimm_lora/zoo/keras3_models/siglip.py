@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from tfimm_lora.zoo.keras3_models.libraries import Shape, keras_hub_models
+from tfimm_lora.zoo.keras3_models.libraries import Shape, keras_hub_models, with_classifier
 
 ALLOWS_NO_CLASSES = True
 
@@ -20,6 +20,4 @@ def build(keras: Any, arguments: dict[str, Any], classes: int, shape: Shape) -> 
     backbone = keras_hub_models("SigLIP").SigLIPVisionEncoder(image_shape=shape, **arguments)
     inputs = keras.Input(shape)
     outputs = backbone({"images": inputs})
-    if classes:
-        outputs = keras.layers.Dense(classes, name="predictions")(outputs)
-    return keras.Model(inputs, outputs)
+    return with_classifier(keras, inputs, outputs, classes)
