@@ -62,6 +62,14 @@ def eva(model: Any, data: Any, preprocess: Any) -> None:
     lora.initialize_eva(model, [preprocess(data[0][:256])])
 
 
+def lora_and_normalization(model: Any, data: Any, preprocess: Any) -> None:
+    """LoRA, with batch normalization trained as usual: gamma, beta and the statistics."""
+    with_lora()(model, data, preprocess)
+    for layer in model._flatten_layers():
+        if isinstance(layer, prototypes.keras.layers.BatchNormalization):
+            layer.trainable = True
+
+
 def loraplus(model: Any, optimizer: Any) -> Any:
     return loraplus_optimizer(model, optimizer, ratio=4)
 
@@ -80,6 +88,7 @@ METHODS = {
     "everything": Method(everything),
     "everything, statistics too": Method(everything_and_statistics),
     **{f"LoRA, rank {r}": Method(with_lora(lora_rank=r)) for r in (1, 4, 8, 16, 64)},
+    "LoRA, statistics too": Method(lora_and_normalization),
     "LoRA, all convolutions": Method(with_lora(lora_targets="all")),
     "LoRA, all convolutions, rank 4": Method(with_lora(lora_targets="all", lora_rank=4)),
     "LoRA and biases": Method(with_lora(lora_train_bias="all")),

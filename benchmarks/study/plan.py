@@ -12,17 +12,18 @@ GRID = (3e-5, *FULL, *SMALL, 1e-1)
 
 #: Without LoRA, and LoRA with different ranks and layers.
 BASIC = {
-    "classifier only": SMALL,
-    "biases": SMALL,
-    "normalization": SMALL,
     "everything": FULL,
-    "everything, statistics too": FULL,
     "LoRA, rank 8": LORA,
-    "LoRA, rank 4": LORA,
-    "LoRA, all convolutions": LORA,
     "LoRA, rank 16": LORA,
+    "LoRA, all convolutions": LORA,
+    "LoRA, rank 4": LORA,
+    "everything, statistics too": FULL,
+    "LoRA, statistics too": LORA,
+    "normalization": SMALL,
+    "classifier only": SMALL,
     "LoRA, rank 64": LORA,
     "LoRA, rank 1": LORA,
+    "biases": SMALL,
 }
 VARIANTS = {
     "LoRA, all convolutions, rank 4": LORA,
@@ -59,6 +60,7 @@ LARGE_METHODS = (*LARGE_METHODS, "LoRA, all convolutions")
 
 #: Settings of the training with LoRA that are changed one at a time.
 SETTINGS: tuple[dict[str, Any], ...] = (
+    {"clip_norm": 0.0},
     {"augmentation": "light"},
     {"augmentation": "default"},
     {"epochs": 5},
@@ -85,6 +87,7 @@ class Job(NamedTuple):
     augmentation: str = "none"
     warmup: float = 0.1
     weight_decay: float = 0.01
+    clip_norm: float = 1.0
 
 
 class Run(NamedTuple):
@@ -121,9 +124,11 @@ class Plan:
 
     def _runs(self, results: Results) -> Iterator[Run]:
         """All of them, the most useful first."""
-        yield from self._compared([m for m in self.methods if m in BASIC], results)
+        basic = [method for method in self.methods if method in BASIC]
+        yield from self._compared(basic[:3], results)
         for settings in self.settings:
             yield from self._at_best(REFERENCE, self.tasks, SETTINGS_SEEDS, results, **settings)
+        yield from self._compared(basic[3:], results)
         for method in self.main:
             yield from self._at_best(method, self.other_tasks, self.seeds, results)
         yield from self._compared([m for m in self.methods if m in VARIANTS], results)

@@ -98,7 +98,11 @@ class Runs:
             self.model, self.preprocess = base.model, preprocess
             self.steps = len(parts.train[0]) // job.batch * job.epochs
             self.schedule = Cosine(self.steps, job.warmup)
-            optimizer = keras.optimizers.AdamW(self.schedule, weight_decay=job.weight_decay)
+            optimizer = keras.optimizers.AdamW(
+                self.schedule,
+                weight_decay=job.weight_decay,
+                global_clipnorm=job.clip_norm or None,
+            )
             optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
             self.model.compile(
                 self.method.optimizer(self.model, optimizer),

@@ -91,6 +91,8 @@ def train(run: Run, parts: Data, work: Path) -> dict[str, Any]:
         loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(y[indices]).long())
         optimizer.zero_grad()
         loss.backward()
+        if job.clip_norm:
+            torch.nn.utils.clip_grad_norm_(trained.values(), job.clip_norm)
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
