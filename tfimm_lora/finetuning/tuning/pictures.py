@@ -105,7 +105,7 @@ def tune_pictures(
     """
     check_number(minutes, "minutes", 0, exclusive=True)
     space = _space(recipe, learning_rate, rank)
-    ladder = rungs(number_of_trials(trials, space), recipe.epochs)
+    count = number_of_trials(trials, space)
     _check_recipe(recipe, "A search")
     require_optuna()
     folder = None if out is None else Path(out)
@@ -114,6 +114,7 @@ def tune_pictures(
             _check_folder(folder, resume)
         pictures, classes = _training_pictures(recipe)
         seen, held_out = held_out_pictures(pictures, recipe.seed)
+        ladder = rungs(count, recipe.epochs, math.ceil(len(seen) / recipe.batch_size))
         monitor = recipe.monitor
         monitor = monitor if monitor.startswith("val_") else f"val_{monitor}"
         settings = {

@@ -19,6 +19,8 @@ from dataclasses import dataclass
 
 #: Of this many settings one is trained longer, for this many times as many epochs.
 REDUCTION = 3
+#: The steps below which the result of a training is noise.
+FEWEST_STEPS = 10
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,25 @@ class Rung:
     epochs: int
 
 
-def rungs(trials: int, epochs: int) -> list[Rung]:
-    """The rungs for a number of settings and the epochs of the full training.
+def rungs(trials: int, epochs: int, steps: int) -> list[Rung]:
+    """The rungs for a number of settings.
 
-    The first has a ninth of the epochs, or a third if there are at most three settings. The
-    last has at least two settings, because one alone decides nothing.
+    The first has a ninth of the epochs (but ten steps), or a third if there are at most three
+    settings. The last has at least two settings, because one alone decides nothing.
+
+    Args:
+        trials: The number of settings.
+        epochs: The epochs of the full training.
+        steps: The steps of an epoch.
 
     Example:
         >>> from tfimm_lora.finetuning.tuning.rungs import rungs
-        >>> [(rung.count, rung.epochs) for rung in rungs(9, 20)]
+        >>> [(rung.count, rung.epochs) for rung in rungs(9, 20, steps=40)]
         [(9, 2), (3, 7)]
-        >>> [(rung.count, rung.epochs) for rung in rungs(27, 20)]
+        >>> [(rung.count, rung.epochs) for rung in rungs(27, 20, steps=40)]
         [(27, 2), (9, 7), (3, 20)]
-        >>> [(rung.count, rung.epochs) for rung in rungs(3, 20)]
-        [(3, 7)]
+        >>> [(rung.count, rung.epochs) for rung in rungs(6, 20, steps=3)]
+        [(6, 4), (2, 7)]
     """
     parts = [REDUCTION**2, REDUCTION, 1]
     if trials <= REDUCTION:
@@ -50,9 +57,9 @@ def rungs(trials: int, epochs: int) -> list[Rung]:
     found: list[Rung] = []
     count = trials
     for part in parts:
-        length = max(1, round(epochs / part))
         if found and count < 2:
             break
+        length = min(max(round(epochs / part), math.ceil(FEWEST_STEPS / steps)), epochs)
         if not found or length > found[-1].epochs:
             found.append(Rung(count, length))
             count = math.ceil(count / REDUCTION)

@@ -28,9 +28,10 @@ EPOCHS, KEY, RATE, METRICS, SECONDS, WORKER = (
     *("epochs", "key", "learning_rate", "metrics"),
     *("seconds", "worker"),
 )
-#: Rates of one rank whose ratio is less than this are nearly the same, and how often to look for
-#: another setting.
-_NEAR, _ATTEMPTS = 1.3, 20
+#: Rates of one rank whose ratio is less than this are nearly the same.
+_NEAR = 1.3
+#: How often to look for another setting: first as the sampler proposes, then at random.
+_ATTEMPTS = 20
 #: How long to wait for the trainings of other processes, in seconds.
 POLL = 0.5
 
@@ -177,26 +178,28 @@ class Search:
         if any(trial.state == states.RUNNING for trial in kept):
             return Rung(0, 0)
         for level in range(1, len(self.ladder)):
-            if not self._on_rung(kept, level):
-                return self._promote(kept, level)
+            if self._promote(kept, level):
+                return Rung(1, self.ladder[level].epochs)
         return None
 
     def _on_rung(self, kept: list[Any], level: int) -> list[Any]:
         epochs = self.ladder[level].epochs
         return [x for x in kept if x.user_attrs.get(EPOCHS, self.ladder[0].epochs) == epochs]
 
-    def _promote(self, kept: list[Any], level: int) -> Rung | None:
-        """Enqueue the best settings of the rung below."""
+    def _promote(self, kept: list[Any], level: int) -> bool:
+        """Enqueue the best settings of the rung below that are not on this one; whether any."""
         below = [self._record(trial) for trial in self._on_rung(kept, level - 1)]
         ranked = sorted(below, key=lambda trial: rank_key(trial, self.monitor))
         best = [x for x in ranked if x.value is not None][: self.ladder[level].count]
         if len(best) < 2:
-            return None  # one alone decides nothing
+            return False  # one alone decides nothing
         epochs = self.ladder[level].epochs
-        for trial in best:
-            key = f"{trial.number} for {epochs} epochs"
-            self._enqueue(trial.learning_rate, trial.rank, epochs, key)
-        return Rung(1, epochs)
+        known = {trial.user_attrs.get(KEY) for trial in kept}
+        keys = {f"{trial.number} for {epochs} epochs": trial for trial in best}
+        missing = [key for key in keys if key not in known]
+        for key in missing:
+            self._enqueue(keys[key].learning_rate, keys[key].rank, epochs, key)
+        return bool(missing)
 
     # -- one training ------------------------------------------------------------------
 
@@ -244,7 +247,7 @@ class Search:
     def _ask(self) -> Any:
         """The next trial, or None if another process has taken it meanwhile."""
         for attempt in range(_ATTEMPTS):
-            trial = self._suggested(at_random=attempt > 0)
+            trial = self._suggested(at_random=2 * attempt >= _ATTEMPTS)
             if self._is_superfluous(trial):
                 self._give_up(trial)
                 return None

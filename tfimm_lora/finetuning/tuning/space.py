@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -94,7 +94,10 @@ class Space:
         return 6 if self.searches_rate else len(self.ranks)
 
     def starts(self, rate: float | None, rank: int | None) -> list[tuple[float, int]]:
-        """The settings to try first: the default, then usual rates, each with another rank.
+        """The settings to try first: the default, usual rates, and the other ranks.
+
+        The rates are tried with one rank, and the other ranks with a middle rate, so that two
+        settings differ in one of both.
 
         Args:
             rate, rank: The default. None, or what is not in the space, stands for the usual
@@ -102,20 +105,21 @@ class Space:
 
         Example:
             >>> from tfimm_lora.finetuning.tuning.space import Space
-            >>> Space((1e-4, 3e-2), (4, 8)).starts(1e-3, 8)
-            [(0.001, 8), (0.003, 4), (0.01, 8)]
+            >>> Space((1e-4, 3e-2), (4, 8)).starts(1e-3, 4)
+            [(0.001, 4), (0.003, 4), (0.01, 4), (0.003, 8)]
             >>> Space((1e-3, 1e-3), (4, 8, 16)).starts(1e-3, 8)
             [(0.001, 8), (0.001, 4), (0.001, 16)]
         """
         low, high = self.rates
+        first, *others = sorted(self.ranks, key=lambda x: x != rank)
         wanted = ([] if rate is None else [rate]) + list(USUAL_RATES)
-        rates = [x for x in dict.fromkeys(wanted) if low <= x <= high] or [low]
-        if not self.searches_rate:
-            rates = [low]
-        ranks = sorted(self.ranks, key=lambda x: x != rank)
-        if not self.searches_rate:
-            return [(low, x) for x in ranks]
-        return list(zip(rates, itertools.cycle(ranks)))
+        rates = [x for x in dict.fromkeys(wanted) if low <= x <= high]
+        if (
+            not rates
+        ):  # or the middle of the range, which is that of a rate that is not searched
+            rates = [low if low == high else float(f"{math.sqrt(low * high):.2g}")]
+        middle = sorted(rates)[len(rates) // 2]
+        return [(x, first) for x in rates] + [(middle, x) for x in others]
 
     def __str__(self) -> str:
         rates = f"learning rate ({self.rates[0]:g} to {self.rates[1]:g})"

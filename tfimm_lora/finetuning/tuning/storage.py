@@ -40,19 +40,25 @@ def open_study(
         ValueError: if the study was started with other settings.
     """
     optuna = require_optuna()
+    options = {"study_name": name, "direction": direction, "load_if_exists": True}
     with _quiet(optuna):
-        study = optuna.create_study(
-            storage=_storage(optuna, storage),
-            study_name=name,
-            direction=direction,
-            load_if_exists=True,
-        )
+        try:
+            study = optuna.create_study(storage=_storage(optuna, storage), **options)
+        except _integrity_error():
+            # Another process has created the tables of the database at the same time.
+            study = optuna.create_study(storage=_storage(optuna, storage), **options)
     found = study.user_attrs.get(SETTINGS)
     if found is None:
         study.set_user_attr(SETTINGS, plain(settings))
     else:
         check_settings(found, settings, f"in {storage}")
     return study
+
+
+def _integrity_error() -> type[Exception]:
+    errors = require("sqlalchemy.exc", extra="tune", why="Searching for settings")
+    error: type[Exception] = errors.IntegrityError
+    return error
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.checkpoint import restore_values, values_of
 from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
 from tfimm_lora.finetuning.optimizer import create_adamw, rate_of_step
@@ -122,6 +124,8 @@ class Trainer:
             after_step: Called with the loss of each step.
         """
         steps_per_epoch = steps or (self.steps if self._is_infinite else None)
+        create = _callback_class(self.backend)
+        callback = create(rates, self._restart, after_epoch, after_step)
         self.model.stop_training = False
         self.model.fit(
             self.train.epochs(0) if isinstance(self.train, Epochs) else self.train,
@@ -129,38 +133,50 @@ class Trainer:
             steps_per_epoch=steps_per_epoch,
             validation_data=self.validation,
             class_weight=self.class_weight,
-            callbacks=[self._callback(rates, after_epoch, after_step)],
+            callbacks=[callback],
             shuffle=False,
             verbose=0,
         )
 
-    def _callback(
-        self, rates: Rates, after_epoch: AfterEpoch, after_step: Callable[[float], None] | None
-    ) -> Any:
-        restart = self._restart
 
-        # The attribute ``model`` of a callback gives the current values to the variables on
-        # JAX, where ``fit`` keeps them elsewhere.
-        class Callbacks(self.backend.keras.callbacks.Callback):  # type: ignore[misc, name-defined]
-            step = 0
+@functools.cache
+def _callback_class(backend: Backend) -> Any:
+    """A Keras callback that sets the rate of each step.
 
-            def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-                restart(epoch)
+    The class is created once: Keras keeps what the methods of a class refer to.
+    """
 
-            def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
-                model = self.model
-                model.optimizer.learning_rate = rates(self.step)
-                if after_step is not None:
-                    model.reset_metrics()  # so that the loss is not the mean of all steps
-                self.step += 1
+    # The attribute ``model`` of a callback gives the current values to the variables on JAX,
+    # where ``fit`` keeps them elsewhere.
+    class RateOfEachStep(backend.keras.callbacks.Callback):  # type: ignore[misc, name-defined]
+        def __init__(
+            self,
+            rates: Rates,
+            restart: Callable[[int], None],
+            after_epoch: AfterEpoch,
+            after_step: Callable[[float], None] | None,
+        ) -> None:
+            super().__init__()
+            self.rates, self.restart, self.step = rates, restart, 0
+            self.after_epoch, self.after_step = after_epoch, after_step
 
-            def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
-                if after_step is not None:
-                    after_step(float(logs["loss"]))
+        def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
+            self.restart(epoch)
 
-            def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-                numbers = {name: float(value) for name, value in (logs or {}).items()}
-                if after_epoch(epoch, numbers):
-                    self.model.stop_training = True
+        def on_train_batch_begin(self, batch: int, logs: Any = None) -> None:
+            model = self.model
+            model.optimizer.learning_rate = self.rates(self.step)
+            if self.after_step is not None:
+                model.reset_metrics()  # so that the loss is not the mean of all steps
+            self.step += 1
 
-        return Callbacks()
+        def on_train_batch_end(self, batch: int, logs: Any = None) -> None:
+            if self.after_step is not None:
+                self.after_step(float(logs["loss"]))
+
+        def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
+            numbers = {name: float(value) for name, value in (logs or {}).items()}
+            if self.after_epoch(epoch, numbers):
+                self.model.stop_training = True
+
+    return RateOfEachStep

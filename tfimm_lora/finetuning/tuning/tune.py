@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tfimm_lora.finetuning.training import count_steps
 from tfimm_lora.finetuning.tuning.record import Tuned, best_trial
 from tfimm_lora.finetuning.tuning.rungs import Rung, rungs
 from tfimm_lora.finetuning.tuning.search import Outcome, Search
@@ -105,7 +106,8 @@ def tune(
     check_number(minutes, "minutes", 0, exclusive=True)
     check_integer(epochs, "epochs", 1)
     check_number(warmup, "warmup", 0, below=1)
-    ladder = rungs(number_of_trials(trials, space), epochs)
+    steps = count_steps(train, steps_per_epoch)
+    ladder = rungs(number_of_trials(trials, space), epochs, steps)
     study = open_study(
         storage,
         search_settings(space, ladder, epochs, monitor, seed),
