@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tfimm_lora.finetuning.tuning.record import TunedTrial, rank_key, worst_value
-from tfimm_lora.finetuning.tuning.rungs import Rung
+from tfimm_lora.finetuning.tuning.rungs import REDUCTION, Rung
 from tfimm_lora.finetuning.tuning.space import Space
 from tfimm_lora.finetuning.tuning.storage import require_optuna
 
@@ -265,7 +265,14 @@ class Search:
         self.study.sampler = (
             samplers.RandomSampler(seed=seed)
             if at_random
-            else samplers.TPESampler(seed=seed, n_startup_trials=len(self.starts))
+            else samplers.TPESampler(
+                seed=seed,
+                n_startup_trials=len(self.starts),
+                # By default the best tenth counts as good. Of a few trials that is one, and the
+                # proposals are far away from it.
+                gamma=lambda count: math.ceil(count / REDUCTION),
+                n_ei_candidates=8,
+            )
         )
         trial = self.study.ask()
         rate = self.space.rates[0]
