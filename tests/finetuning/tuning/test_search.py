@@ -158,25 +158,21 @@ def test_equal_accuracies_are_ranked_by_loss():
 
 def test_a_killed_search_continues_with_what_is_left(tmp_path):
     _whole, expected = searched(open_study(tmp_path / "whole", {}))
-    started = []
+    started, patch = [], pytest.MonkeyPatch()
 
     def killed(rate, rank, epochs, is_over):
         started.append((rate, rank, epochs))
         if len(started) in (2, 11):
             # As after SIGKILL: the trial remains marked as running.
+            patch.setattr(Search, "_give_up", lambda self, trial: None)
             raise SystemExit
         value = loss(rate, rank, epochs)
         return Outcome(value, {"val_loss": value})
 
     for _ in range(2):
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(Search, "_give_up", lambda self, trial: None)
-            with pytest.raises(SystemExit):
-                searched(open_study(tmp_path / "killed", {}), train=killed)
-        with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-            # What ran when it was killed is given up.
-            patch.setattr(Search, "run", interrupted)
-            searched(open_study(tmp_path / "killed", {}), alone=True)
+        with pytest.raises(SystemExit):
+            searched(open_study(tmp_path / "killed", {}), train=killed, alone=True)
+        patch.undo()
     search, _rest = searched(open_study(tmp_path / "killed", {}), alone=True)
     kept = search.finished()
     assert sorted(x.epochs for x in kept) == sorted(epochs for *_, epochs in expected)
@@ -184,10 +180,6 @@ def test_a_killed_search_continues_with_what_is_left(tmp_path):
     assert set(SPACE.starts(1e-3, 2)) <= starts
     again, nothing = searched(open_study(tmp_path / "killed", {}), alone=True)
     assert not nothing and again.finished() == kept
-
-
-def interrupted(self):
-    raise SystemExit
 
 
 def test_a_study_with_other_settings_is_refused(tmp_path):
