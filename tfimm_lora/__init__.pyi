@@ -37,6 +37,12 @@ from .finetuning.recipe import finetune_pictures as finetune_pictures
 from .finetuning.run import Run as Run
 from .finetuning.training import Trained as Trained
 from .finetuning.training import finetune as finetune
+from .finetuning.tuning.learning_rate_finder import LearningRateCurve as LearningRateCurve
+from .finetuning.tuning.learning_rate_finder import find_learning_rate as find_learning_rate
+from .finetuning.tuning.pictures import tune_pictures as tune_pictures
+from .finetuning.tuning.record import Tuned as Tuned
+from .finetuning.tuning.record import TunedTrial as TunedTrial
+from .finetuning.tuning.tune import tune as tune
 from .layers import LoRAConv1D as LoRAConv1D
 from .layers import LoRAConv2D as LoRAConv2D
 from .layers import LoRAConv3D as LoRAConv3D

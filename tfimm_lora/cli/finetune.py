@@ -12,14 +12,21 @@ import typer
 
 from tfimm_lora.backend import installed
 from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
-from tfimm_lora.cli.parsing import parse_lora_fields, parse_size, parse_targets
+from tfimm_lora.cli.automatic_settings import Automatic
+from tfimm_lora.cli.parsing import (
+    parse_lora_fields,
+    parse_rank,
+    parse_rate,
+    parse_size,
+    parse_targets,
+)
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import is_model_file
 from tfimm_lora.finetuning.distributed.strategy import is_chief
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.page import evaluate_run
-from tfimm_lora.finetuning.run import CONFIG, RECIPE, Run, read_yaml
+from tfimm_lora.finetuning.run import CONFIG, RECIPE, TUNING, Run, read_yaml
 from tfimm_lora.utils.optional_imports import require
 
 EXAMPLES = """Examples:
@@ -29,6 +36,8 @@ tfimm-lora finetune --model MobileNetV2 --data pictures --out run
 tfimm-lora finetune --model convnext_tiny --from-scratch --data pictures --out run
 
 tfimm-lora finetune --model my.keras --normalisation unit --data a.csv --out run
+
+tfimm-lora finetune --model MobileNetV2 --data pictures --lr auto --rank auto --out run
 
 tfimm-lora finetune --out run --resume
 
@@ -46,6 +55,7 @@ _PACKAGES = ("PIL", "safetensors", "matplotlib")
 _LORA = "LoRA"
 _DATA = "Pictures"
 _TRAINING = "Training"
+_SEARCH = "Search for settings (--lr auto, --rank auto)"
 
 
 def _option(*names: str, help: str, panel: str) -> Any:
@@ -89,7 +99,8 @@ def finetune(
         bool, typer.Option("--resume", help="Resume the run in --out, if there is one.")
     ] = False,
     rank: Annotated[
-        Whole, _option(help="Rank of the updates. Default: 4.", panel=_LORA)
+        Text,
+        _option(help="Rank of the updates, or auto to search for it. Default: 4.", panel=_LORA),
     ] = None,
     alpha: Annotated[
         Number, _option(help="Updates are scaled by alpha / rank. Default: rank.", panel=_LORA)
@@ -136,8 +147,14 @@ def finetune(
     epochs: Annotated[Whole, _option(help="Default: 10.", panel=_TRAINING)] = None,
     batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
     learning_rate: Annotated[
-        Number,
-        _option("--lr", "--learning-rate", help="Peak rate. Default: 0.001.", panel=_TRAINING),
+        Text,
+        _option(
+            "--lr",
+            "--learning-rate",
+            help="Peak rate; auto to search for it; find to take it from one pass with a "
+            "growing rate. Default: 0.001.",
+            panel=_TRAINING,
+        ),
     ] = None,
     weight_decay: Annotated[Number, _option(help="Default: 0.01.", panel=_TRAINING)] = None,
     warmup: Annotated[
@@ -162,6 +179,21 @@ def finetune(
         ),
     ] = None,
     seed: Annotated[Whole, _option(help="Random seed. Default: 0.", panel=_TRAINING)] = None,
+    tune_minutes: Annotated[
+        Number, _option(help="Time for the search. Default: 10.", panel=_SEARCH)
+    ] = None,
+    tune_trials: Annotated[
+        Whole,
+        _option(help="Settings to try. Default: 6 (rank alone: 3).", panel=_SEARCH),
+    ] = None,
+    tune_storage: Annotated[
+        Text,
+        _option(
+            help="A file or database URL (of Optuna) through which several machines share the "
+            "search. Default: a file in the run.",
+            panel=_SEARCH,
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Fine-tune a model on labelled pictures; write an adapter and a report."""
@@ -169,13 +201,22 @@ def finetune(
     given = {k: v for k, v in locals().items() if k in names and v is not None and k != "lora"}
     if "input_size" in given:
         given["input_size"] = parse_size(given["input_size"])
+    rate, of_rank = parse_rate(learning_rate), parse_rank(rank)
+    limits = {"minutes": tune_minutes, "trials": tune_trials, "storage": tune_storage}
+    automatic = Automatic(
+        rate if isinstance(rate, str) else None,
+        of_rank if isinstance(of_rank, str) else None,
+        {name: value for name, value in limits.items() if value is not None},
+    )
+    given["learning_rate"] = None if automatic.rate else rate
     lora_fields = {
-        "rank": rank,
+        "rank": None if automatic.rank else of_rank,
         "alpha": alpha,
         "targets": parse_targets(targets),
         **parse_lora_fields(lora or []),
     }
     fields = {f"lora_{name}": value for name, value in lora_fields.items() if value is not None}
+    given = {name: value for name, value in given.items() if value is not None}
     defaults = _default_settings(out, config, resume)
     settings = {**defaults, **given, "lora": {**defaults.get("lora", {}), **fields}}
     recipe = Recipe.from_dict(settings)
@@ -188,8 +229,13 @@ def finetune(
     import_tensorflow()
     bar = sys.stderr.isatty() and not as_json
     try:
+        recipe = automatic.apply(recipe, out, resume)
         run = finetune_pictures(
-            recipe, out, resume=resume, verbose="bar" if bar else "lines", say=note
+            recipe,
+            out,
+            resume=resume or automatic.searches,
+            verbose="bar" if bar else "lines",
+            say=note,
         )
     except KeyboardInterrupt:
         note(_how_to_resume(out))
@@ -242,6 +288,8 @@ def _check_origin(recipe: Recipe, pretrained: bool) -> None:
 
 def _how_to_resume(out: str) -> str:
     """What to do after an interruption."""
+    if (Path(out) / TUNING).is_dir() and not (Path(out) / CONFIG).is_file():
+        return "interrupted before training; continue with the same command and --resume"
     if not (Path(out) / CONFIG).is_file():
         return f"interrupted before training; nothing was written to {out}"
     done = len(Run.open(out).history)

@@ -8,6 +8,7 @@ from typing import Any
 
 from tfimm_lora.config import LoRAConfig, Targets
 from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.utils.suggestions import did_you_mean
 
 
 def parse_targets(text: str | None) -> Targets:
@@ -63,6 +64,52 @@ def parse_size(text: str) -> tuple[int, int]:
     if len(sides) > 2 or not all(side.strip().isdigit() for side in sides):
         raise ValueError(f"Received --input-size {text}; expected 224, or 224x288.")
     return int(sides[0]), int(sides[-1])
+
+
+#: Words instead of a number: search for it, or, for the rate, find it in one pass.
+AUTO, FIND = "auto", "find"
+
+
+def parse_rate(text: str | None) -> float | str | None:
+    """Parse ``--lr``: a number, "auto" or "find".
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_rate("1e-3"), parse_rate("auto")
+        (0.001, 'auto')
+    """
+    if text is None or text in (AUTO, FIND):
+        return text
+    try:
+        return float(text)
+    except ValueError as error:
+        raise ValueError(
+            f"Received --lr {text}; expected a number, {AUTO} (to search for the rate) or "
+            f"{FIND} (to find it in one pass){did_you_mean(text, (AUTO, FIND)) or '.'}"
+        ) from error
+
+
+def parse_rank(text: str | None) -> int | str | None:
+    """Parse ``--rank``: a whole number or "auto".
+
+    Raises:
+        ValueError: for anything else.
+
+    Example:
+        >>> parse_rank("8"), parse_rank("auto")
+        (8, 'auto')
+    """
+    if text is None or text == AUTO:
+        return text
+    try:
+        return int(text)
+    except ValueError as error:
+        raise ValueError(
+            f"Received --rank {text}; expected a whole number, or {AUTO} to search for the "
+            f"rank{did_you_mean(text, (AUTO,)) or '.'}"
+        ) from error
 
 
 def parse_lora_fields(texts: Iterable[str]) -> dict[str, Any]:

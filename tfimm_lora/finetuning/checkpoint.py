@@ -63,10 +63,14 @@ def changing_variables(model: Any) -> dict[str, Any]:
 
 
 def values_of(model: Any, optimizer: Any) -> dict[str, np.ndarray]:
-    """The values of all variables of model and optimizer that a training step changes."""
+    """The values of all variables of model and optimizer that a training step changes.
+
+    Without an optimizer, only those of the model.
+    """
     backend = backend_of(model)
     named = {f"model/{k}": v for k, v in changing_variables(model).items()}
-    named.update(_numbered(backend, optimizer))
+    if optimizer is not None:
+        named.update(_numbered(backend, optimizer))
     return {name: np.asarray(backend.to_numpy(v)) for name, v in named.items()}
 
 

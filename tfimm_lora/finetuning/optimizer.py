@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from tfimm_lora.validation import check_number
@@ -31,7 +32,6 @@ def create_optimizer(
     arXiv:1711.05101; "SGDR", arXiv:1608.03983, equation 5.
     """
     check_number(learning_rate, "learning_rate", 0, exclusive=True)
-    check_number(weight_decay, "weight_decay", 0)
     check_number(warmup, "warmup", 0, below=1)
     warmup_steps = round(warmup * steps)
     schedule = keras.optimizers.schedules.CosineDecay(
@@ -41,7 +41,28 @@ def create_optimizer(
         warmup_target=learning_rate if warmup_steps else None,
         warmup_steps=warmup_steps,
     )
-    optimizer = keras.optimizers.AdamW(schedule, weight_decay=weight_decay)
+    return create_adamw(keras, schedule, weight_decay)
+
+
+def rate_of_step(step: int, steps: int, learning_rate: float, warmup: float) -> float:
+    """The rate of a step, from 0, in the schedule of ``create_optimizer``.
+
+    Example:
+        >>> from tfimm_lora.finetuning.optimizer import rate_of_step
+        >>> [round(rate_of_step(i, 10, 1.0, 0.2), 3) for i in (0, 1, 2, 6, 9)]
+        [0.333, 0.667, 1.0, 0.5, 0.038]
+    """
+    warmup_steps = round(warmup * steps)
+    if step < warmup_steps:
+        return learning_rate * (step + 1) / (warmup_steps + 1)
+    done = (step - warmup_steps) / max(steps - warmup_steps, 1)
+    return learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+def create_adamw(keras: Any, learning_rate: Any, weight_decay: float) -> Any:
+    """Create the AdamW of ``create_optimizer`` with a rate or a schedule."""
+    check_number(weight_decay, "weight_decay", 0)
+    optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=weight_decay)
     if weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     return optimizer

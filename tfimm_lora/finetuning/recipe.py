@@ -38,13 +38,16 @@ from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
     FACTS,
+    LABELS,
     RECIPE,
+    TUNING,
     Run,
     base_digest,
     base_hash,
     is_new,
     one_writer,
     open_recipe_base,
+    search_summary,
 )
 from tfimm_lora.finetuning.tensorboard_logs import tensorboard
 from tfimm_lora.finetuning.training import Trained, finetune
@@ -227,8 +230,8 @@ def _finetune(
             # For a new classifier, which is not stored before the first epoch is complete.
             backend.keras.utils.set_random_seed(recipe.seed)
             model = run.base()
-            _inject(backend, recipe, model, run.facts["new_classifier"])
-            _initialize_from_pictures(recipe, model, split, run.facts)
+            inject_recipe_lora(backend, recipe, model, run.facts["new_classifier"])
+            initialize_from_pictures(recipe, model, split.train, run.preprocessing)
         trained, seconds = _train(recipe, run, model, split, devices, verbose)
     if trained.stopped_early and len(trained.history) < recipe.epochs:
         say(
@@ -262,9 +265,9 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
     if is_new(folder):
         return None
     if not (folder / CONFIG).is_file():
-        unfinished = folder.is_dir() and (folder / "labels.txt").is_file()
+        unfinished = (folder / LABELS).is_file() or (folder / TUNING).is_dir()
         if resume and unfinished:
-            return None  # interrupted while it was created
+            return None  # interrupted while it was created, or after the search for settings
         raise FileExistsError(
             f"Received out={str(folder)!r}, which exists and is not a finetune run; expected a "
             "new folder."
@@ -335,8 +338,12 @@ def _begin(
         facts.update(trained_on=split.train.counts(), validated_on=split.val.counts())
         if split.test is not None:
             facts["tested_on"] = split.test.counts()
-        _initialize_from_pictures(recipe, model, split, facts)
+        preprocessing = Preprocessing.from_dict(facts["preprocessing"])
+        initialize_from_pictures(recipe, model, split.train, preprocessing)
         devices.agree("recipe and pictures", _shared_settings(recipe, split, facts))
+        searched = search_summary(folder)
+        if searched is not None:
+            facts["tuning"] = searched
         if devices.is_chief:
             run = Run.create(folder, recipe.to_dict(), split, skipped, kept, **facts)
         else:
@@ -381,7 +388,7 @@ def _open(
     }
     if kept is not None:
         base.model.save_weights(kept)
-    _inject(backend, recipe, base.model, base.new_classifier)
+    inject_recipe_lora(backend, recipe, base.model, base.new_classifier)
     facts.update(_sizes(base.model))
     return base.model, facts, kept
 
@@ -399,21 +406,22 @@ def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
     return is_new if setting is None else bool(setting)
 
 
-def _inject(backend: Backend, recipe: Recipe, model: Any, new_classifier: bool) -> None:
+def inject_recipe_lora(
+    backend: Backend, recipe: Recipe, model: Any, new_classifier: bool
+) -> None:
+    """Inject the LoRA of a recipe into its base model."""
     # So that the factors A do not depend on what was computed before.
     backend.keras.utils.set_random_seed(recipe.seed)
     trained = _trains_classifier(recipe, new_classifier)
     inject_lora(model, **{**recipe.lora, "lora_train_classifier": trained})
 
 
-def _initialize_from_pictures(
-    recipe: Recipe, model: Any, split: Split, facts: Mapping[str, Any]
+def initialize_from_pictures(
+    recipe: Recipe, model: Any, pictures: PictureSet, preprocessing: Preprocessing
 ) -> None:
+    """Initialize the factors from training pictures, if the recipe says so (EVA)."""
     if recipe.lora.get("lora_init") == "eva":
-        preprocessing = Preprocessing.from_dict(facts["preprocessing"])
-        batches = PictureBatches(
-            split.train, preprocessing, recipe.batch_size, seed=recipe.seed
-        )
+        batches = PictureBatches(pictures, preprocessing, recipe.batch_size, seed=recipe.seed)
         initialize_eva(model, batches.epoch(0))
 
 
@@ -428,13 +436,7 @@ def _train(
     recipe: Recipe, run: Run, model: Any, split: Split, devices: Devices, verbose: str
 ) -> tuple[Trained, float]:
     preprocessing = Preprocessing.from_dict(run.facts["preprocessing"])
-    batches = PictureBatches(
-        split.train,
-        preprocessing,
-        recipe.batch_size,
-        augmentation=Augmentation.named(recipe.augmentation),
-        seed=recipe.seed,
-    )
+    batches = training_batches(recipe, split.train, preprocessing)
     size = devices.validation_batch(len(split.val), recipe.batch_size)
     validation = PictureBatches(split.val, preprocessing, size).in_order()
     started = time.monotonic()
@@ -456,6 +458,19 @@ def _train(
         verbose=verbose,
     )
     return trained, time.monotonic() - started
+
+
+def training_batches(
+    recipe: Recipe, pictures: PictureSet, preprocessing: Preprocessing
+) -> PictureBatches:
+    """The batches of a recipe for training."""
+    return PictureBatches(
+        pictures,
+        preprocessing,
+        recipe.batch_size,
+        augmentation=Augmentation.named(recipe.augmentation),
+        seed=recipe.seed,
+    )
 
 
 def class_weights(pictures: PictureSet) -> dict[int, float]:

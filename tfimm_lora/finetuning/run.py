@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import csv
 import io
+import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -27,6 +28,8 @@ from tfimm_lora.utils.optional_imports import require
 
 CONFIG, LABELS, SPLIT, SKIPPED = "config.yaml", "labels.txt", "split.csv", "skipped.csv"
 LOCK = ".lock"
+#: The folder of the search for settings, if there was one, its result, and a part of that.
+TUNING, SEARCH, SUMMARY = "tuning", "search.json", "summary"
 BASE_WEIGHTS = "base.weights.h5"
 #: The sections of the config: the settings and the results.
 RECIPE, FACTS = "recipe", "facts"
@@ -281,6 +284,15 @@ def base_digest(base: BaseModel, stored: bool) -> str:
         stored: Whether the run contains all its weights, so that none is random later.
     """
     return weights_digest(base.model, without_classifier=base.new_classifier and not stored)
+
+
+def search_summary(folder: Path) -> dict[str, Any] | None:
+    """What a complete search for settings in the folder of a run found; None without one."""
+    path = folder / TUNING / SEARCH
+    if not path.is_file():
+        return None
+    summary: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))[SUMMARY]
+    return summary
 
 
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:

@@ -145,10 +145,10 @@ def finetune(
     check_integer(epochs, "epochs", 1)
     if patience is not None:
         check_integer(patience, "patience", 1)
-    _require_unmerged(model)
+    require_unmerged(model)
     backend, devices = backend_of(model), devices_of(model)
     devices.check(backend)
-    steps = _steps(train, steps_per_epoch)
+    steps = count_steps(train, steps_per_epoch)
     recorder = _EpochRecorder(
         model,
         devices,
@@ -178,7 +178,7 @@ def finetune(
         # weighted_metrics is empty: the example weights that devices add are for the loss only.
         model.compile(
             optimizer=optimizer,
-            loss=loss if loss is not None else _cross_entropy(backend, devices),
+            loss=loss if loss is not None else default_loss(backend, devices),
             metrics=list(metrics),
             weighted_metrics=[],
         )
@@ -189,7 +189,7 @@ def finetune(
                 train.epochs(first) if is_infinite else train,
                 dict(class_weight) if class_weight else None,
             )
-            example = _example(batches)
+            example = example_batch(batches)
             if example is not None and type(devices) is Devices:
                 backend.create_metrics(model, example)
             model.fit(
@@ -214,7 +214,8 @@ def finetune(
         return recorder.finish()
 
 
-def _require_unmerged(model: Any) -> None:
+def require_unmerged(model: Any) -> None:
+    """Raise unless no LoRA layer of the model is merged, and there are some."""
     layers = lora_layers(model)
     merged = [path for path, layer in layers.items() if layer.merged]
     if merged:
@@ -225,7 +226,7 @@ def _require_unmerged(model: Any) -> None:
         )
 
 
-def _steps(train: Any, steps_per_epoch: int | None) -> int:
+def count_steps(train: Any, steps_per_epoch: int | None) -> int:
     """The number of batches in an epoch."""
     if steps_per_epoch is not None:
         check_integer(steps_per_epoch, "steps_per_epoch", 1)
@@ -244,7 +245,7 @@ def _steps(train: Any, steps_per_epoch: int | None) -> int:
     return steps
 
 
-def _example(batches: Any) -> tuple[np.ndarray, np.ndarray] | None:
+def example_batch(batches: Any) -> tuple[np.ndarray, np.ndarray] | None:
     """Zeros of the shapes and types of a batch of two; None if they are not known."""
     spec = getattr(batches, "element_spec", None)
     if not isinstance(spec, tuple) or len(spec) < 2:
@@ -258,7 +259,8 @@ def _example(batches: Any) -> tuple[np.ndarray, np.ndarray] | None:
     return zeros[0], zeros[1]
 
 
-def _cross_entropy(backend: Backend, devices: Devices) -> Any:
+def default_loss(backend: Backend, devices: Devices) -> Any:
+    """The default loss of ``finetune``."""
     entropy = backend.keras.losses.sparse_categorical_crossentropy
 
     def cross_entropy(labels: Any, logits: Any) -> Any:

@@ -87,6 +87,7 @@ def write_report(run: Run, evaluation: Evaluation, test: Evaluation | None = Non
         "Result": sections.result(evaluation),
         "Test pictures": sections.test_result(test) if test is not None else None,
         "Training": sections.training(run),
+        "Search for settings": sections.search(run),
         "Confusions": sections.confusions(evaluation),
         "Classes": sections.classes(evaluation),
         "Mistakes": sections.mistakes(run, evaluation, mistakes),

@@ -1,0 +1,223 @@
+"""``tune`` and ``find_learning_rate`` on small models, on every Keras and framework."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+import tfimm_lora as lora
+from tests.helpers.kerases import BACKEND, keras
+from tfimm_lora.finetuning.checkpoint import values_of
+from tfimm_lora.finetuning.training import finetune
+from tfimm_lora.finetuning.tuning.learning_rate_finder import curve_of, find_learning_rate
+from tfimm_lora.finetuning.tuning.trainer import Trainer
+from tfimm_lora.finetuning.tuning.tune import tune
+
+pytestmark = pytest.mark.backends
+
+#: Keras draws the dropout of torch from torch's own generator, which no training restarts.
+DROPOUT = 0.0 if BACKEND == "torch" else 0.1
+
+
+def points(count, seed):
+    """Points (count, 5) in three clusters, their classes."""
+    rng = np.random.default_rng(seed)
+    y = rng.integers(0, 3, count).astype("int32")
+    return 0.3 * rng.normal(size=(count, 5)).astype("float32") + np.eye(3, 5, dtype="f")[y], y
+
+
+def batches(count, seed):
+    """Batches of eight points."""
+    x, y = points(count, seed)
+    if BACKEND == "tensorflow":
+        import tensorflow as tf
+
+        return tf.data.Dataset.from_tensor_slices((x, y)).batch(8)
+
+    class Batches(keras.utils.PyDataset):
+        def __len__(self):
+            return -(-len(y) // 8)
+
+        def __getitem__(self, i):
+            return x[8 * i : 8 * i + 8], y[8 * i : 8 * i + 8]
+
+    return Batches()
+
+
+class Traced(keras.layers.Layer):
+    """Counts how often its call is traced, or run where nothing is traced."""
+
+    count = 0
+
+    def call(self, x):
+        type(self).count += 1
+        return x
+
+
+def net(rank=2, dropout=DROPOUT):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+    model = keras.Sequential(
+        [
+            keras.Input((5,)),
+            layers.Dense(16, activation="relu", name="fc"),
+            layers.BatchNormalization(name="bn"),
+            layers.Dropout(dropout, name="drop"),
+            Traced(name="traced"),
+            layers.Dense(3, name="head"),
+        ]
+    )
+    settings = {"lora_rank": rank, "lora_train_classifier": True, "lora_dropout": dropout}
+    return lora.inject_lora(model, **settings)
+
+
+@pytest.fixture(scope="module")
+def data():
+    return batches(80, seed=0), batches(40, seed=1)
+
+
+def fitted(trainer, epochs, rate):
+    history = []
+    trainer.reset()
+    trainer.fit(
+        trainer.scheduled(epochs, rate, 0.1),
+        epochs,
+        after_epoch=lambda epoch, metrics: history.append(metrics) or False,
+    )
+    return history
+
+
+def test_a_trainer_trains_as_finetune_does_without_another_trace(data):
+    train, validation = data
+    expected = finetune(
+        net(), train, validation, epochs=3, learning_rate=0.03, weight_decay=0.1, verbose="none"
+    )
+    with Trainer(net(), train, validation, weight_decay=0.1, metrics=["accuracy"]) as trainer:
+        fitted(trainer, 1, 0.1)
+        traced = Traced.count
+        first, second = fitted(trainer, 3, 0.03), fitted(trainer, 3, 0.03)
+        assert BACKEND == "torch" or Traced.count == traced
+    assert first == second
+    for one, other in zip(first, expected.history):
+        for name in other:  # the schedule of Keras is computed in float32
+            assert one[name] == pytest.approx(other[name], rel=1e-4), name
+
+
+def test_tune_finds_a_rate_that_trains_and_frees_its_models(data):
+    train, validation = data
+    created, said = [], []
+
+    def create_model(rank):
+        model = net(rank)
+        created.append((rank, weakref.ref(model)))
+        return model
+
+    tuned = tune(
+        create_model,
+        train,
+        validation,
+        minutes=60,
+        rank=(1, 2),
+        learning_rate=(1e-5, 0.3),
+        epochs=9,
+        first=(1e-5, 1),
+        say=said.append,
+    )
+    assert sorted(rank for rank, _ in created) == [1, 2]
+    assert tuned.learning_rate >= 1e-2 and tuned.rank in (1, 2)
+    assert [trial.epochs for trial in tuned.trials] == [1] * 6 + [3] * 2
+    # What it reports is what finetune does with these settings.
+    best = tuned.best
+    again = finetune(
+        net(best.rank),
+        train,
+        validation,
+        epochs=best.epochs,
+        learning_rate=best.learning_rate,
+        verbose="none",
+    )
+    expected = again.history[again.best_epoch - 1]
+    assert best.value == pytest.approx(expected["val_loss"], rel=1e-3)
+    assert any(line.startswith(f"chosen: rate {tuned.learning_rate:g}") for line in said)
+    gc.collect()
+    assert all(model() is None for _, model in created)
+
+
+def test_trainings_that_all_diverge_are_an_error(data):
+    with pytest.raises(FloatingPointError, match="diverged"):
+        tune(net, *data, minutes=60, rank=2, learning_rate=(1e25, 1e30), epochs=1, trials=2)
+
+
+def test_an_unknown_metric_is_named(data):
+    with pytest.raises(ValueError, match="monitor='val_f1'; expected one of the metrics: "):
+        tune(net, *data, minutes=60, rank=2, epochs=1, monitor="val_f1")
+
+
+def test_finding_a_rate_changes_nothing():
+    model = net()
+    model.compile(optimizer=keras.optimizers.Adam(0.1), loss="mse", metrics=["mae"])
+    x, y = np.ones((8, 5), "float32"), np.ones((8, 3), "float32")
+    model.fit(x, y, verbose=0)
+    optimizer, loss = model.optimizer, model.loss
+    before = values_of(model, optimizer)
+    frozen = [np.array(w) for w in model.get_weights()]
+    curve = find_learning_rate(model, batches(240, seed=0))
+    assert model.optimizer is optimizer and model.loss is loss
+    after = values_of(model, optimizer)
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        np.testing.assert_array_equal(after[name], value, err_msg=name)
+    for value, now in zip(frozen, model.get_weights()):
+        np.testing.assert_array_equal(now, value)
+    model.fit(x, y, verbose=0)  # as before, with the state of its optimizer
+    np.testing.assert_allclose(curve.rates, np.geomspace(1e-5, 1, 30), rtol=1e-9)
+    assert len(curve.losses) == 30
+    assert finetune(
+        model, batches(80, seed=0), epochs=3, learning_rate=curve.suggestion, verbose="none"
+    ).history[-1]["loss"] < np.log(3)
+
+
+def test_a_trainer_reports_the_loss_of_each_step():
+    """With a rate of almost zero, it is that of the untrained model on each batch."""
+    model, (x, y) = net(dropout=0.0), points(160, seed=0)
+    logits = np.array(model.predict(x, verbose=0), "float64")
+    log = logits - np.log(np.exp(logits).sum(1, keepdims=True))
+    expected = -log[np.arange(160), y].reshape(20, 8).mean(1)
+    losses = []
+    with Trainer(model, batches(160, seed=0), weight_decay=0.0) as trainer:
+        trainer.fit(lambda step: 1e-12, after_step=losses.append)
+    np.testing.assert_allclose(losses, expected, rtol=1e-4)
+
+
+def test_the_suggestion_is_a_tenth_of_the_rate_at_the_minimum():
+    rates = np.geomspace(1e-5, 10, 61)
+    losses = 1 + (np.log10(rates) + 1) ** 2
+    curve = curve_of(rates, losses)
+    assert curve.suggestion == pytest.approx(0.01, rel=0.1)
+    noisy = losses + np.random.default_rng(0).normal(size=61) * 0.5
+    assert 0.003 < curve_of(rates, noisy).suggestion < 0.03
+    cut = np.where(rates > 0.5, np.nan, losses)
+    assert curve_of(rates, cut).suggestion == pytest.approx(0.01, rel=0.3)
+    with pytest.raises(FloatingPointError, match="never falls"):
+        curve_of(rates, np.arange(61.0))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"steps": 3}, "steps=3; expected an integer of at least 20"),
+        ({"steps": 40}, "Received 30 batches for 40 steps"),
+        ({"lowest": 0.1, "highest": 0.01}, "highest=0.01"),
+        ({"lowest": 0.0}, "lowest=0.0"),
+    ],
+)
+def test_wrong_arguments_of_the_finder(options, message):
+    with pytest.raises(ValueError, match=message):
+        find_learning_rate(net(), batches(240, seed=0), **options)
+
+
+def test_a_model_without_lora_is_refused():
+    model = keras.Sequential([keras.Input((5,)), keras.layers.Dense(3)])
+    with pytest.raises(ValueError, match="LoRA"):
+        find_learning_rate(model, batches(240, seed=0))

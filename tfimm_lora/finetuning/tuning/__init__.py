@@ -1,0 +1,1 @@
+"""Settings that are searched for: the learning rate and the rank."""
