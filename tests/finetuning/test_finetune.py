@@ -14,7 +14,7 @@ import tensorflow as tf
 from safetensors.numpy import load_file
 
 import tfimm_lora as lora
-from tests.helpers.kerases import array, keras, values
+from tests.helpers.kerases import LEGACY, array, keras, values
 from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints
 from tfimm_lora.finetuning.optimizer import create_optimizer
@@ -253,9 +253,40 @@ def test_weight_decay_leaves_biases_alone():
     np.testing.assert_array_equal(array(layer.bias), 1)
 
 
+@pytest.mark.parametrize("clip_norm", [1.0, 0])
+def test_the_norm_of_the_gradient_is_clipped_over_all_weights(clip_norm):
+    """AdamW in NumPy, with a step whose gradient is a hundred times as large."""
+    schedule = {"steps": 1000, "learning_rate": 0.1, "weight_decay": 0, "warmup": 0}
+    optimizer = create_optimizer(keras, **schedule, clip_norm=clip_norm)
+    layer = keras.layers.Dense(2, kernel_initializer="zeros")
+    layer.build((None, 3))
+    optimizer.build(layer.trainable_variables)
+    rng = np.random.default_rng(0)
+    kernel, bias = np.zeros((3, 2)), np.zeros(2)
+    means, squares = [0.0, 0.0], [0.0, 0.0]
+    for step, size in enumerate((0.1, 10.0, 0.1)):
+        given = [size * rng.normal(size=v.shape) for v in (kernel, bias)]
+        norm = np.sqrt(sum((g**2).sum() for g in given))
+        scale = min(1.0, clip_norm / norm) if clip_norm else 1.0
+        for i, value in enumerate((kernel, bias)):
+            gradient = scale * given[i]
+            means[i] = 0.9 * means[i] + 0.1 * gradient
+            squares[i] = 0.999 * squares[i] + 0.001 * gradient**2
+            correction = np.sqrt(1 - 0.999 ** (step + 1)) / (1 - 0.9 ** (step + 1))
+            rate = float(optimizer._learning_rate(step)) * correction
+            value -= rate * means[i] / (np.sqrt(squares[i]) + 1e-7)
+        variables = layer.trainable_variables
+        convert = tf.constant if LEGACY else keras.ops.convert_to_tensor
+        given = [convert(g.astype("float32")) for g in given]
+        optimizer.apply_gradients(zip(given, variables))
+    np.testing.assert_allclose(array(layer.kernel), kernel, rtol=1e-4)
+    np.testing.assert_allclose(array(layer.bias), bias, rtol=1e-4)
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
+        ({"clip_norm": -1}, "clip_norm=-1"),
         ({"epochs": 0}, "epochs=0"),
         ({"patience": 0}, "patience=0"),
         ({"learning_rate": -1}, "learning_rate=-1"),

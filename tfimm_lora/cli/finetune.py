@@ -160,6 +160,12 @@ def finetune(
     warmup: Annotated[
         Number, _option(help="Share of the steps for warm-up. Default: 0.1.", panel=_TRAINING)
     ] = None,
+    clip_norm: Annotated[
+        Number,
+        _option(
+            help="Largest norm of the gradient; 0 for no clipping. Default: 1.", panel=_TRAINING
+        ),
+    ] = None,
     patience: Annotated[
         Whole, _option(help="Stop after this many epochs without improvement.", panel=_TRAINING)
     ] = None,

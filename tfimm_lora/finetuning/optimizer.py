@@ -7,6 +7,9 @@ from typing import Any
 
 from tfimm_lora.validation import check_number
 
+#: The default of ``clip_norm``, as in the Trainer of transformers.
+CLIP_NORM = 1.0
+
 
 def create_optimizer(
     keras: Any,
@@ -15,8 +18,9 @@ def create_optimizer(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
+    clip_norm: float = CLIP_NORM,
 ) -> Any:
-    """Create AdamW with linear warm-up and cosine decay to zero.
+    """Create AdamW with linear warm-up, cosine decay to zero and gradient clipping.
 
     Args:
         keras: The Keras of the model.
@@ -24,12 +28,17 @@ def create_optimizer(
         learning_rate: The learning rate at the end of the warm-up. Default: 1e-3.
         weight_decay: Decoupled weight decay, not applied to biases. Default: 0.01.
         warmup: The share of the steps in which the rate grows from zero. Default: 0.1.
+        clip_norm: The largest norm of the gradient, over all trained weights together; a larger
+            gradient is scaled down to it. Default: 1. 0 means no clipping. Without it, a few
+            steps with large gradients can ruin a pretrained model for good, at rates at which
+            LoRA trains best.
 
     Raises:
         TypeError, ValueError: for a value that is not a number or out of range.
 
     Reference: Loshchilov & Hutter, "Decoupled Weight Decay Regularization",
-    arXiv:1711.05101; "SGDR", arXiv:1608.03983, equation 5.
+    arXiv:1711.05101; "SGDR", arXiv:1608.03983, equation 5. Clipping: Pascanu et al., "On the
+    difficulty of training recurrent neural networks", arXiv:1211.5063.
     """
     check_number(learning_rate, "learning_rate", 0, exclusive=True)
     check_number(warmup, "warmup", 0, below=1)
@@ -41,7 +50,7 @@ def create_optimizer(
         warmup_target=learning_rate if warmup_steps else None,
         warmup_steps=warmup_steps,
     )
-    return create_adamw(keras, schedule, weight_decay)
+    return create_adamw(keras, schedule, weight_decay, clip_norm)
 
 
 def rate_of_step(step: int, steps: int, learning_rate: float, warmup: float) -> float:
@@ -59,10 +68,13 @@ def rate_of_step(step: int, steps: int, learning_rate: float, warmup: float) -> 
     return learning_rate * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
 
 
-def create_adamw(keras: Any, learning_rate: Any, weight_decay: float) -> Any:
+def create_adamw(keras: Any, learning_rate: Any, weight_decay: float, clip_norm: float) -> Any:
     """Create the AdamW of ``create_optimizer`` with a rate or a schedule."""
     check_number(weight_decay, "weight_decay", 0)
-    optimizer = keras.optimizers.AdamW(learning_rate, weight_decay=weight_decay)
+    check_number(clip_norm, "clip_norm", 0)
+    optimizer = keras.optimizers.AdamW(
+        learning_rate, weight_decay=weight_decay, global_clipnorm=clip_norm or None
+    )
     if weight_decay:
         optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
     return optimizer

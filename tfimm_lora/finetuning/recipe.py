@@ -34,6 +34,7 @@ from tfimm_lora.finetuning.distributed.strategy import (
     is_chief,
     open_strategy,
 )
+from tfimm_lora.finetuning.optimizer import CLIP_NORM
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
@@ -77,7 +78,8 @@ class Recipe:
         on_error: What to do with pictures that cannot be read: "skip" (default) or "refuse".
         augmentation: "none", "light" or "default".
         lora: Fields of ``LoRAConfig``, with the prefix "lora_". Default: its defaults.
-        epochs, learning_rate, weight_decay, warmup, monitor, patience: As for ``finetune``.
+        epochs, learning_rate, weight_decay, warmup, clip_norm, monitor, patience: As for
+            ``finetune``.
         batch_size: The number of pictures in a step, over all devices. Default: 32.
         balanced: Whether all classes have the same weight in the loss, however many pictures
             they have.
@@ -108,6 +110,7 @@ class Recipe:
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
+    clip_norm: float = CLIP_NORM
     monitor: str = "val_loss"
     patience: int | None = None
     balanced: bool = False
@@ -128,6 +131,7 @@ class Recipe:
         check_integer(self.epochs, "epochs", 1)
         check_integer(self.batch_size, "batch_size", 1)
         check_number(self.learning_rate, "learning_rate", 0, exclusive=True)
+        check_number(self.clip_norm, "clip_norm", 0)
         check_choice(self.mixed_precision, "mixed_precision", POLICIES)
         check_choice(self.monitor, "monitor", MONITORED)
         if self.patience is not None:
@@ -448,6 +452,7 @@ def _train(
         learning_rate=recipe.learning_rate,
         weight_decay=recipe.weight_decay,
         warmup=recipe.warmup,
+        clip_norm=recipe.clip_norm,
         class_weight=class_weights(split.train) if recipe.balanced else None,
         monitor=recipe.monitor,
         patience=recipe.patience,

@@ -21,7 +21,7 @@ from tfimm_lora.finetuning.checkpoint import (
 )
 from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
 from tfimm_lora.finetuning.metrics_csv import write_metrics
-from tfimm_lora.finetuning.optimizer import create_optimizer
+from tfimm_lora.finetuning.optimizer import CLIP_NORM, create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.validation import check_integer
@@ -64,6 +64,7 @@ def finetune(
     learning_rate: float = 1e-3,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
+    clip_norm: float = CLIP_NORM,
     optimizer: Any = None,
     loss: Any = None,
     metrics: Sequence[Any] = ("accuracy",),
@@ -99,6 +100,8 @@ def finetune(
         epochs: The number of epochs. Default: 10.
         learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 1e-3, 0.01
             and a tenth of the steps.
+        clip_norm: The largest norm of the gradient, over all trained weights together.
+            Default: 1. 0 means no clipping.
         optimizer: An optimizer to use instead of this AdamW.
         loss: The loss. Default: the cross-entropy of the logits, computed in float32.
         metrics: The metrics. Default: accuracy.
@@ -174,6 +177,7 @@ def finetune(
                 learning_rate=learning_rate,
                 weight_decay=weight_decay,
                 warmup=warmup,
+                clip_norm=clip_norm,
             )
         # weighted_metrics is empty: the example weights that devices add are for the loss only.
         model.compile(

@@ -193,6 +193,7 @@ def find_rate_for_pictures(
             model,
             training_batches(smaller, pictures, preprocessing),
             weight_decay=recipe.weight_decay,
+            clip_norm=recipe.clip_norm,
             class_weight=class_weights(pictures) if recipe.balanced else None,
             seed=recipe.seed,
         )
@@ -331,6 +332,7 @@ def _opener(
             training_batches(recipe, seen, preprocessing),
             PictureBatches(held_out, preprocessing, recipe.batch_size).in_order(),
             weight_decay=recipe.weight_decay,
+            clip_norm=recipe.clip_norm,
             metrics=("accuracy",),
             class_weight=class_weights(seen) if recipe.balanced else None,
             seed=recipe.seed,

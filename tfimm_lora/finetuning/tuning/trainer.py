@@ -40,7 +40,8 @@ class Trainer:
         model: The LoRA model. It is compiled.
         train: The batches, as for ``finetune``.
         validation: Batches to evaluate after each epoch.
-        weight_decay, loss, metrics, class_weight, steps_per_epoch, seed: As for ``finetune``.
+        weight_decay, clip_norm, loss, metrics, class_weight, steps_per_epoch, seed: As for
+            ``finetune``.
 
     Raises:
         ValueError: if the model has no LoRA layers, is merged, or is on several devices.
@@ -53,6 +54,7 @@ class Trainer:
         validation: Any = None,
         *,
         weight_decay: float,
+        clip_norm: float,
         loss: Any = None,
         metrics: Sequence[Any] = (),
         class_weight: Mapping[int, float] | None = None,
@@ -74,7 +76,7 @@ class Trainer:
         self.class_weight = dict(class_weight) if class_weight else None
         self.seed = seed
         model.compile(
-            optimizer=create_adamw(self.backend.keras, 1.0, weight_decay),
+            optimizer=create_adamw(self.backend.keras, 1.0, weight_decay, clip_norm),
             loss=loss if loss is not None else default_loss(self.backend, devices),
             metrics=list(metrics),
             weighted_metrics=[],

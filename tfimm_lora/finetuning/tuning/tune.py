@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tfimm_lora.finetuning.optimizer import CLIP_NORM
 from tfimm_lora.finetuning.training import count_steps
 from tfimm_lora.finetuning.tuning.record import Tuned, best_trial
 from tfimm_lora.finetuning.tuning.rungs import Rung, rungs
@@ -30,6 +31,7 @@ def tune(
     trials: int | None = None,
     first: tuple[float | None, int | None] = (None, None),
     weight_decay: float = 0.01,
+    clip_norm: float = CLIP_NORM,
     warmup: float = 0.1,
     loss: Any = None,
     metrics: Sequence[Any] = ("accuracy",),
@@ -68,7 +70,8 @@ def tune(
             not searched. With 9 or more, the best ones are trained for all epochs if there are
             two of them.
         first: The rate and the rank to try first. Default: usual rates, the first rank.
-        weight_decay, warmup, loss, metrics, class_weight, steps_per_epoch: As for ``finetune``.
+        weight_decay, warmup, clip_norm, loss, metrics, class_weight, steps_per_epoch: As for
+            ``finetune``.
         monitor: The metric to compare, by its best epoch. Default: "val_loss", since accuracies
             on few examples are often equal.
         storage: The path of a journal file, from which the same call continues an interrupted
@@ -120,6 +123,7 @@ def tune(
             train,
             validation,
             weight_decay=weight_decay,
+            clip_norm=clip_norm,
             loss=loss,
             metrics=metrics,
             class_weight=class_weight,
