@@ -15,7 +15,7 @@ from tfimm_lora.cli.app import Json, app, emit, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_lora_fields, parse_size, parse_targets
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import is_model_file
-from tfimm_lora.finetuning.distributed.strategy import is_chief
+from tfimm_lora.finetuning.distributed.strategy import is_chief, leave_strategy
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.page import evaluate_run
@@ -156,8 +156,8 @@ def finetune(
     strategy: Annotated[
         Text,
         _option(
-            help="none, mirrored (all devices of this machine), multiworker, tpu, or "
-            "data-parallel (Keras 3 on JAX). Default: none.",
+            help="none, mirrored (all devices of this machine), multiworker, tpu, or on Keras 3 "
+            "with JAX data-parallel (this machine) and multihost (several). Default: none.",
             panel=_TRAINING,
         ),
     ] = None,
@@ -194,6 +194,7 @@ def finetune(
     except KeyboardInterrupt:
         note(_how_to_resume(out))
         raise
+    leave_strategy(recipe.strategy)  # the chief writes the report alone
     facts = ("best_epoch", "trainable", "parameters")
     result = {"out": str(run.path), **{name: run.facts[name] for name in facts}}
     if not is_chief(recipe.strategy):

@@ -28,6 +28,7 @@ from tfimm_lora.finetuning.data.dataset import PictureSet, Split, list_split
 from tfimm_lora.finetuning.data.findings import ERROR, Problem, warn
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.distributed.devices import Devices
+from tfimm_lora.finetuning.distributed.processes import noted_failure
 from tfimm_lora.finetuning.distributed.strategy import (
     check_name,
     check_strategy,
@@ -79,9 +80,9 @@ class Recipe:
         balanced: Whether all classes have the same weight in the loss, however many pictures
             they have.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
-        strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu"
-            or "data-parallel"; see docs/how-to/several-devices.md. It may change when a run is
-            resumed.
+        strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu",
+            "data-parallel" or "multihost"; see docs/how-to/several-devices.md. It may change
+            when a run is resumed.
         seed: The random seed of the split, the order, the augmentation, the factors A and
             dropout.
 
@@ -204,9 +205,9 @@ def finetune_pictures(
     check_model(recipe.model, pretrained=recipe.pretrained, weights=recipe.weights)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Received out={str(folder)!r}, a file; expected a new folder.")
-    # Of several workers, only the chief writes.
-    writer = one_writer(folder) if is_chief(recipe.strategy) else contextlib.nullcontext()
-    with writer:
+    with noted_failure(), contextlib.ExitStack() as stack:
+        if is_chief(recipe.strategy):  # of several workers, only the chief writes
+            stack.enter_context(one_writer(folder))
         return _finetune(recipe, folder, _existing(folder, recipe, resume), verbose, say)
 
 
@@ -435,8 +436,7 @@ def _train(
         augmentation=Augmentation.named(recipe.augmentation),
         seed=recipe.seed,
     )
-    size = devices.validation_batch(len(split.val), recipe.batch_size)
-    validation = PictureBatches(split.val, preprocessing, size).in_order()
+    validation = PictureBatches(split.val, preprocessing, recipe.batch_size)
     started = time.monotonic()
     trained = finetune(
         model,

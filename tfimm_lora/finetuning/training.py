@@ -19,7 +19,8 @@ from tfimm_lora.finetuning.checkpoint import (
     restore_values,
     values_of,
 )
-from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
+from tfimm_lora.finetuning.distributed.current import devices_of
+from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.metrics_csv import write_metrics
 from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
@@ -94,8 +95,8 @@ def finetune(
             as ``PictureBatches``, whose order depends only on the index of the epoch. Only then
             is a resumed training bitwise identical to one without interruption: a dataset that
             shuffles restarts with its first order.
-        validation: A dataset for validation after each epoch. Default: none. The weights of the
-            last epoch are then kept.
+        validation: A dataset for validation after each epoch, or ``PictureBatches``, which are
+            read in order. Default: none. The weights of the last epoch are then kept.
         epochs: The number of epochs. Default: 10.
         learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 1e-3, 0.01
             and a tenth of the steps.
@@ -186,13 +187,13 @@ def finetune(
         first = recorder.restore()
         if first < epochs and not recorder.stopped:
             batches, weights = devices.training(
-                train.epochs(first) if is_infinite else train,
-                dict(class_weight) if class_weight else None,
+                train, first, dict(class_weight) if class_weight else None
             )
             example = _example(batches)
             if example is not None and type(devices) is Devices:
                 backend.create_metrics(model, example)
-            model.fit(
+            devices.fit(
+                model,
                 batches,
                 epochs=epochs,
                 initial_epoch=first,
