@@ -156,8 +156,8 @@ def finetune(
     strategy: Annotated[
         Text,
         _option(
-            help="none, mirrored (all devices of this machine), multiworker, tpu, or on Keras 3 "
-            "with JAX data-parallel (this machine) and multihost (several). Default: none.",
+            help="none; on TensorFlow mirrored (this machine), multiworker (several machines) "
+            "or tpu; on JAX data-parallel (this machine) or multihost (several). Default: none.",
             panel=_TRAINING,
         ),
     ] = None,

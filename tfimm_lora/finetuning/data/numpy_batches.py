@@ -11,7 +11,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
-from typing import TYPE_CHECKING, Any, Optional
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -30,7 +30,7 @@ Batch = tuple[np.ndarray, ...]
 
 #: The seed of an epoch, the indices of the pictures of a batch, and their weights if only a
 #: share of the batch is read.
-Plan = tuple[Seed, list[int], Optional[np.ndarray]]
+Plan = tuple[Seed, list[int], np.ndarray | None]
 
 
 def one_epoch(
