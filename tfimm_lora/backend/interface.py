@@ -103,7 +103,7 @@ class Backend(ABC):
 
     def mesh_axes(self, variable: Variable) -> MeshAxes | None:
         """The axes of the device mesh over which a ``keras.distribution.ModelParallel`` divides
-        the axes of a variable; None if it does not."""
+        the axes of a variable; None if it does not, as on legacy Keras."""
         return None
 
     def place(
@@ -114,6 +114,7 @@ class Backend(ABC):
         An axis that cannot be divided equally is not divided. An entry for the weight in the
         layout map of the user has priority, unless it is the one for the kernel, ``beside``.
         """
+        raise NotImplementedError
 
     def runs_eagerly(self) -> bool:
         """Whether operations are computed at once, and not only recorded in a graph."""

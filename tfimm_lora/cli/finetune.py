@@ -157,7 +157,8 @@ def finetune(
         Text,
         _option(
             help="none; on TensorFlow mirrored (this machine), multiworker (several machines) "
-            "or tpu; on JAX data-parallel (this machine) or multihost (several). Default: none.",
+            "or tpu; on JAX data-parallel (this machine) or multihost (several machines). "
+            "Default: none.",
             panel=_TRAINING,
         ),
     ] = None,

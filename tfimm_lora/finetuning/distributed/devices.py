@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.data.batches import PictureBatches
-from tfimm_lora.finetuning.distributed.padding import where
+from tfimm_lora.finetuning.distributed.padding import padded, unchanged, where
 
 
 class Devices:
@@ -71,7 +71,10 @@ class Devices:
             first: The index of the first epoch.
             class_weight: The weights of the classes.
         """
-        return train.epochs(first) if hasattr(train, "epochs") else train, class_weight
+        batches = train.epochs(first) if hasattr(train, "epochs") else train
+        if class_weight and isinstance(batches, Generator):  # for which Keras has no weights
+            return padded(batches, unchanged, class_weight), None
+        return batches, class_weight
 
     def validation(self, validation: Any) -> Any:
         """Validation batches that can be divided."""

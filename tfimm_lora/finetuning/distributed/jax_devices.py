@@ -14,7 +14,7 @@ from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.share import Share
 from tfimm_lora.finetuning.distributed.devices import Devices
-from tfimm_lora.finetuning.distributed.padding import is_even, padded
+from tfimm_lora.finetuning.distributed.padding import is_even, padded, unchanged
 
 #: What is in the message of an error because another process has ended.
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|heartbeat|Connection (closed|reset|refused)")
@@ -81,10 +81,10 @@ class JaxDevices(Devices):
     ) -> tuple[Any, Any]:
         if self.share is not None and isinstance(train, PictureBatches):
             batches = train.with_share(self.share).epochs(first)
-            return padded(batches, _as_it_is, class_weight), None
-        batches, class_weight = super().training(train, first, class_weight)
+            return padded(batches, unchanged, class_weight), None
+        batches = train.epochs(first) if hasattr(train, "epochs") else train
         if is_even(batches, self.replicas) and self.share is None:
-            return batches, class_weight
+            return super().training(batches, first, class_weight)
         return padded(batches, self._padded_size, class_weight, self.share), None
 
     def validation(self, validation: Any) -> Any:
@@ -148,10 +148,6 @@ class JaxDevices(Devices):
 
     def _padded_size(self, number: Any, n: Any, where: Any) -> Any:
         return -(-n // self.replicas) * self.replicas
-
-
-def _as_it_is(number: Any, n: Any, where: Any) -> Any:
-    return n
 
 
 def _share(mesh: Any, process: int) -> Share | None:
