@@ -160,7 +160,7 @@ from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 
 plain, other, out = *map(json.loads, sys.argv[1:3]), sys.argv[3]
 process = int(os.environ["KERAS_DISTRIBUTION_PROCESS_ID"])
-for differs in ({"seed": process}, {"validation": 0.1 + process / 10}):
+for differs in ({"seed": process}, {"data": plain["data"] + "/train" * process}):
     try:
         finetune_pictures(Recipe.from_dict({**plain, **differs}), f"{out}/none")
     except ValueError as error:
@@ -195,7 +195,7 @@ def test_two_processes_train_as_one_and_resume_after_a_kill(folder, tmp_path):
     for _, _, errors in (chief, killed):
         refused = [line for line in errors.splitlines() if line.startswith("refused: ")]
         assert "worker 1 has another seed" in refused[0] and len(refused) == 2
-        assert "worker 1 has another validation" in refused[1]
+        assert "worker 1 has another" in refused[1] and "train, " in refused[1]
     assert not (tmp_path / "none").exists()
 
     for name, made in (("plain", plain), ("whole", other)):

@@ -219,6 +219,7 @@ def _finetune(
     if devices.replicas > 1:
         say(f"training on {devices}")
     with backend.dtype_policy(recipe.mixed_precision), devices.scope(), devices.together():
+        devices.agree("recipe", _shared_settings(recipe))
         if run is None:
             run, split, model = _begin(backend, recipe, folder, devices, say)
         else:
@@ -337,7 +338,7 @@ def _begin(
         if split.test is not None:
             facts["tested_on"] = split.test.counts()
         _initialize_from_pictures(recipe, model, split, facts)
-        devices.agree("recipe and pictures", _shared_settings(recipe, split, facts))
+        devices.agree("model and pictures", {**facts, **_names_and_labels(split)})
         if devices.is_chief:
             run = Run.create(folder, recipe.to_dict(), split, skipped, kept, **facts)
         else:
@@ -387,12 +388,17 @@ def _open(
     return base.model, facts, kept
 
 
-def _shared_settings(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _shared_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that must be the same for all workers; their folders may differ."""
-    shared = {**recipe.to_dict(), **facts}
-    for part, pictures in split.parts().items():
-        shared[part] = [(os.path.basename(p.path), p.label) for p in pictures.pictures]
-    return {name: shared[name] for name in shared if name not in ("model", "data", "weights")}
+    paths = ("model", "data", "weights")
+    return {name: value for name, value in recipe.to_dict().items() if name not in paths}
+
+
+def _names_and_labels(split: Split) -> dict[str, Any]:
+    return {
+        part: [(os.path.basename(p.path), p.label) for p in pictures.pictures]
+        for part, pictures in split.parts().items()
+    }
 
 
 def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
