@@ -434,6 +434,15 @@ class Backend(ABC):
         """The scope of the distribution strategy in which a variable was created."""
 
     @abstractmethod
+    def accumulate_gradients(self, optimizer: Any, steps: int) -> None:
+        """Let an optimizer that is not built update the variables after every so many steps,
+        with the mean of their gradients.
+
+        Raises:
+            ValueError: if the optimizer is built, or accumulates gradients already.
+        """
+
+    @abstractmethod
     def random_states(self, layer: Layer) -> list[Variable]:
         """The variables that hold the state of a layer's own random generators."""
 

@@ -16,6 +16,7 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.distribution import distribution_lib
 from keras.src.layers.convolutional.base_conv import BaseConv
 
+from tfimm_lora.backend import keras3_accumulation
 from tfimm_lora.backend.interface import Backend, Layer, MeshAxes, Tensor, Variable
 from tfimm_lora.backend.learning_rates import Keras3VariableRates
 
@@ -208,6 +209,9 @@ class Keras3Backend(Backend):
         yield lambda epoch: tensorflow_random.restart(
             (model.train_function, model.test_function), seed
         )
+
+    def accumulate_gradients(self, optimizer: Any, steps: int) -> None:
+        keras3_accumulation.accumulate_gradients(optimizer, steps)
 
     def optimizer_variables(self, optimizer: Any) -> list[Variable]:
         return list(optimizer.variables)

@@ -135,6 +135,13 @@ def finetune(
     ] = None,
     epochs: Annotated[Whole, _option(help="Default: 10.", panel=_TRAINING)] = None,
     batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
+    accumulate: Annotated[
+        Whole,
+        _option(
+            help="Compute each batch in this many parts, which need less memory. Default: 1.",
+            panel=_TRAINING,
+        ),
+    ] = None,
     learning_rate: Annotated[
         Number,
         _option("--lr", "--learning-rate", help="Peak rate. Default: 0.001.", panel=_TRAINING),

@@ -77,6 +77,7 @@ class Recipe:
         lora: Fields of ``LoRAConfig``, with the prefix "lora_". Default: its defaults.
         epochs, learning_rate, weight_decay, warmup, monitor, patience: As for ``finetune``.
         batch_size: The number of pictures in a step, over all devices. Default: 32.
+        accumulate: The number of parts in which a batch is computed, as for ``finetune``.
         balanced: Whether all classes have the same weight in the loss, however many pictures
             they have.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
@@ -103,6 +104,7 @@ class Recipe:
     lora: dict[str, Any] = field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 32
+    accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -125,6 +127,12 @@ class Recipe:
             )
         check_integer(self.epochs, "epochs", 1)
         check_integer(self.batch_size, "batch_size", 1)
+        check_integer(self.accumulate, "accumulate", 1)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"Received batch_size={self.batch_size} and accumulate={self.accumulate}; "
+                "expected a batch size that is a multiple, to be computed in as many parts."
+            )
         check_number(self.learning_rate, "learning_rate", 0, exclusive=True)
         check_choice(self.mixed_precision, "mixed_precision", POLICIES)
         check_choice(self.monitor, "monitor", MONITORED)
@@ -453,6 +461,7 @@ def _train(
         weight_decay=recipe.weight_decay,
         warmup=recipe.warmup,
         class_weight=class_weights(split.train) if recipe.balanced else None,
+        accumulate=recipe.accumulate,
         monitor=recipe.monitor,
         patience=recipe.patience,
         callbacks=tensorboard(model, run.path / "logs") if devices.is_chief else [],

@@ -69,6 +69,7 @@ def finetune(
     loss: Any = None,
     metrics: Sequence[Any] = ("accuracy",),
     class_weight: Mapping[int, float] | None = None,
+    accumulate: int = 1,
     monitor: str = "val_loss",
     patience: int | None = None,
     callbacks: Sequence[Any] = (),
@@ -104,6 +105,10 @@ def finetune(
         loss: The loss. Default: the cross-entropy of the logits, computed in float32.
         metrics: The metrics. Default: accuracy.
         class_weight: The weight of each class in the loss. Default: 1 for all.
+        accumulate: The number of parts of a batch that are computed one after the other. The
+            weights are updated with the mean gradient of all parts, so less memory is needed
+            for the same result (but batch normalization that is trained uses the statistics of
+            each part, and dropout draws other numbers). Default: 1.
         monitor: The metric that determines the best epoch, by its name in the logs of Keras. A
             loss is minimized, everything else is maximized. Default: "val_loss".
         patience: The number of epochs without improvement after which the training stops.
@@ -146,7 +151,9 @@ def finetune(
     check_integer(epochs, "epochs", 1)
     if patience is not None:
         check_integer(patience, "patience", 1)
+    check_integer(accumulate, "accumulate", 1)
     _require_unmerged(model)
+    _check_accumulate(model, accumulate)
     backend, devices = backend_of(model), devices_of(model)
     devices.check(backend)
     steps = _steps(train, steps_per_epoch)
@@ -159,7 +166,7 @@ def finetune(
         fingerprint={"epochs": epochs, "steps_per_epoch": steps, "seed": seed},
     )
     recorder.read(resume)
-    reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps)
+    reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps * accumulate)
     is_infinite = isinstance(train, Epochs)
     # Workers have different dropout masks.
     random_ops = backend.restartable_random_ops(model, seed + devices.worker)
@@ -176,6 +183,9 @@ def finetune(
                 weight_decay=weight_decay,
                 warmup=warmup,
             )
+        if accumulate > 1:
+            optimizer = backend.keras.optimizers.get(optimizer)
+            backend.accumulate_gradients(optimizer, accumulate)
         # weighted_metrics is empty: the example weights that devices add are for the loss only.
         model.compile(
             optimizer=optimizer,
@@ -187,7 +197,7 @@ def finetune(
         first = recorder.restore()
         if first < epochs and not recorder.stopped:
             batches, weights = devices.training(
-                train, first, dict(class_weight) if class_weight else None
+                train, first, dict(class_weight) if class_weight else None, accumulate
             )
             example = _example(batches)
             if example is not None and type(devices) is Devices:
@@ -197,7 +207,7 @@ def finetune(
                 batches,
                 epochs=epochs,
                 initial_epoch=first,
-                steps_per_epoch=steps if is_infinite or steps_per_epoch else None,
+                steps_per_epoch=steps * accumulate if is_infinite or steps_per_epoch else None,
                 validation_data=devices.validation(validation),
                 class_weight=weights,
                 callbacks=[
@@ -223,6 +233,15 @@ def _require_unmerged(model: Any) -> None:
             f"Received model '{model.name}' with {len(merged)} merged layers: "
             f"{', '.join(merged[:5])}; expected none. Call unmerge_lora_weights before "
             "training."
+        )
+
+
+def _check_accumulate(model: Any, accumulate: int) -> None:
+    policy = getattr(getattr(model, "dtype_policy", None), "name", None)
+    if accumulate > 1 and policy == "mixed_float16":
+        raise ValueError(
+            f"Received accumulate={accumulate} for a model in mixed_float16, whose loss "
+            "scaling leaves out single steps; expected mixed_bfloat16 or float32."
         )
 
 

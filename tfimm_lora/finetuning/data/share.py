@@ -13,13 +13,14 @@ import numpy as np
 class Share:
     """The part of each batch that one of several processes reads.
 
-    A batch is divided into equal parts, one for each device of all processes. A batch that
-    cannot be divided is filled up: its examples are repeated, with weight 0.
+    A batch is divided into equal parts, one for each device of all processes. It is filled up
+    to a size that can be divided: its examples are repeated, with weight 0.
 
     Args:
         parts: The number of devices of all processes.
         first: The index of the first device of this process.
         count: The number of its devices.
+        multiple: The size of a filled batch is a multiple of it. Default: ``parts``.
 
     Example:
         >>> from tfimm_lora.finetuning.data.share import Share
@@ -31,6 +32,7 @@ class Share:
     parts: int
     first: int
     count: int
+    multiple: int | None = None
 
     def places(self, size: Any, arange: Callable[[Any, Any], Any]) -> Any:
         """The places of this process in a filled batch, with ``arange`` of a framework."""
@@ -43,6 +45,7 @@ class Share:
         The weights of the filled batch have a mean of 1, so the mean of the weighted losses is
         the mean loss of the n examples.
         """
-        size = -(-n // self.parts) * self.parts
+        multiple = self.multiple or self.parts
+        size = -(-n // multiple) * multiple
         places = self.places(size, np.arange)
         return places % n, np.where(places < n, np.float32(size / n), np.float32(0))

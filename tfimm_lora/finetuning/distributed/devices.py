@@ -11,7 +11,13 @@ import numpy as np
 
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.data.batches import PictureBatches
-from tfimm_lora.finetuning.distributed.padding import padded, unchanged, where
+from tfimm_lora.finetuning.distributed.padding import (
+    in_parts,
+    multiple_of,
+    padded,
+    unchanged,
+    where,
+)
 
 
 class Devices:
@@ -61,7 +67,11 @@ class Devices:
         return batch_size
 
     def training(
-        self, train: Any, first: int, class_weight: Mapping[int, float] | None
+        self,
+        train: Any,
+        first: int,
+        class_weight: Mapping[int, float] | None,
+        accumulate: int = 1,
     ) -> tuple[Any, Any]:
         """Training batches that ``fit`` can divide, and the class weights for ``fit``.
 
@@ -70,8 +80,12 @@ class Devices:
                 ``first`` on.
             first: The index of the first epoch.
             class_weight: The weights of the classes.
+            accumulate: The number of parts into which each batch is divided.
         """
         batches = train.epochs(first) if hasattr(train, "epochs") else train
+        if accumulate > 1:
+            filled = padded(batches, multiple_of(accumulate), class_weight)
+            return in_parts(filled, accumulate), None
         if class_weight and isinstance(batches, Generator):  # for which Keras has no weights
             return padded(batches, unchanged, class_weight), None
         return batches, class_weight

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -14,7 +15,13 @@ from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.share import Share
 from tfimm_lora.finetuning.distributed.devices import Devices
-from tfimm_lora.finetuning.distributed.padding import is_even, padded, unchanged
+from tfimm_lora.finetuning.distributed.padding import (
+    in_parts,
+    is_even,
+    multiple_of,
+    padded,
+    unchanged,
+)
 
 #: What is in the message of an error because another process has ended.
 _LOST = re.compile(r"Gloo|NCCL|UNAVAILABLE|heartbeat|Connection (closed|reset|refused)")
@@ -77,15 +84,22 @@ class JaxDevices(Devices):
             )
 
     def training(
-        self, train: Any, first: int, class_weight: Mapping[int, float] | None
+        self,
+        train: Any,
+        first: int,
+        class_weight: Mapping[int, float] | None,
+        accumulate: int = 1,
     ) -> tuple[Any, Any]:
+        size = self.replicas * accumulate
         if self.share is not None and isinstance(train, PictureBatches):
-            batches = train.with_share(self.share).epochs(first)
-            return padded(batches, unchanged, class_weight), None
+            share = dataclasses.replace(self.share, multiple=size)
+            batches = padded(train.with_share(share).epochs(first), unchanged, class_weight)
+            return in_parts(batches, accumulate), None
         batches = train.epochs(first) if hasattr(train, "epochs") else train
-        if is_even(batches, self.replicas) and self.share is None:
-            return super().training(batches, first, class_weight)
-        return padded(batches, self._padded_size, class_weight, self.share), None
+        if is_even(batches, size) and self.share is None:
+            return super().training(batches, first, class_weight, accumulate)
+        batches = padded(batches, multiple_of(size), class_weight, self.share)
+        return in_parts(batches, accumulate), None
 
     def validation(self, validation: Any) -> Any:
         if isinstance(validation, PictureBatches):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Generator, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -63,6 +64,37 @@ def _numpy_padded(
         if class_weight:
             weights *= np.array([class_weight.get(int(i), 1.0) for i in y[source]], np.float32)
         yield x[source], y[source], weights
+
+
+def multiple_of(count: int) -> Any:
+    """A ``padded_size`` that is a multiple of ``count``."""
+    return functools.partial(_multiple, count)
+
+
+def _multiple(count: int, number: Any, n: Any, where: Any) -> Any:
+    return -(-n // count) * count
+
+
+def in_parts(batches: Any, count: int) -> Any:
+    """Divide each batch, whose size is a multiple of ``count``, into as many batches."""
+    if isinstance(batches, Generator):
+        return _numpy_in_parts(batches, count)
+    import tensorflow as tf
+
+    def divide(*batch: Any) -> Any:
+        parts = tf.nest.map_structure(lambda t: tf.stack(tf.split(t, count)), batch)
+        return tf.data.Dataset.from_tensor_slices(parts)
+
+    number, divided = int(batches.cardinality()), batches.flat_map(divide)
+    if number == tf.data.UNKNOWN_CARDINALITY:
+        return divided
+    number = number if number == tf.data.INFINITE_CARDINALITY else number * count
+    return divided.apply(tf.data.experimental.assert_cardinality(number))
+
+
+def _numpy_in_parts(batches: Iterable[Any], count: int) -> Iterator[Any]:
+    for batch in batches:
+        yield from zip(*(np.split(array, count) for array in batch))
 
 
 def unchanged(number: Any, n: Any, where: Any) -> Any:

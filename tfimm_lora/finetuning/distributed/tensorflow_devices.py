@@ -48,8 +48,17 @@ class TensorFlowDevices(Devices):
             raise ValueError(NO_WORKERS_ON_KERAS_3)
 
     def training(
-        self, train: Any, first: int, class_weight: Mapping[int, float] | None
+        self,
+        train: Any,
+        first: int,
+        class_weight: Mapping[int, float] | None,
+        accumulate: int = 1,
     ) -> tuple[Any, Any]:
+        if accumulate > 1:
+            raise ValueError(
+                f"Received accumulate={accumulate} with a tf.distribute.Strategy; expected 1. "
+                "Train on one device, or with Keras 3 on JAX."
+            )
         batches, class_weight = super().training(train, first, class_weight)
         if is_even(batches, self.replicas):
             return batches, class_weight
