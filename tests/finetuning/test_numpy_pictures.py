@@ -144,20 +144,25 @@ def test_batches_are_those_of_tensorflow(digits, shuffle, without_tensorflow):
 
 
 @pytest.mark.parametrize("installed", [True, False])
-def test_shares_of_the_processes_are_the_batches_of_one(digits, installed, without_tensorflow):
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_shares_of_the_processes_are_the_batches_of_one(
+    digits, multiple, installed, without_tensorflow
+):
     if not installed:
         without_tensorflow()
     prepare = Preprocessing((8, 8), (0.4,) * 3, (0.2,) * 3)
-    made = PictureBatches(digits, prepare, 8, seed=5)  # 18 pictures: 8, 8 and 2
-    shares = [made.with_share(Share(parts=4, first=i, count=2)) for i in (0, 2)]
+    made = PictureBatches(digits, prepare, 8, seed=5)
+    assert len(digits) % 4  # the last batch is filled up
+    shares = [made.with_share(Share(4, first=i, count=2, multiple=multiple)) for i in (0, 2)]
     for whole, *parts in zip(made.epoch(1), *(share.epoch(1) for share in shares)):
         x, y = map(np.asarray, whole)
         own_x, own_y, weights = (np.concatenate(arrays) for arrays in zip(*parts))
-        # Two of four places have no picture of their own.
-        filled = np.arange(8 if len(y) == 8 else 4) % len(y)
+        size = -(-len(y) // multiple) * multiple
+        filled = np.arange(size) % len(y)
         np.testing.assert_array_equal(own_x, x[filled])
         np.testing.assert_array_equal(own_y, y[filled])
-        assert weights.tolist() == ([1.0] * 8 if len(y) == 8 else [2.0, 2.0, 0.0, 0.0])
+        np.testing.assert_array_equal(weights > 0, np.arange(size) < len(y))
+        np.testing.assert_allclose(weights[: len(y)], size / len(y), rtol=1e-6)
         assert [len(part[1]) for part in parts] == [len(filled) // 2] * 2
 
 
