@@ -42,9 +42,11 @@ test-legacy: $(STAMP)  ## Run the tests on legacy Keras
 test-keras3: $(HUB)  ## Run the tests on Keras 3, and those that do not depend on Keras
 	$(KERAS3) -m "not long and not nightly"
 
-test-long: $(HUB)  ## Run slow tests: killed and resumed runs, several devices, exports
+test-long: $(VENV)/.made-backends  ## Run slow tests: killed and resumed runs, several devices, exports
 	$(LEGACY) -m "long and not nightly and not once"
 	$(KERAS3) -m "long and not nightly"
+	KERAS_BACKEND=jax $(KERAS3) -m "long and not nightly" tests/finetuning/test_distributed.py \
+		tests/finetuning/test_multihost.py tests/layers/test_model_parallel.py
 
 test-nightly: $(VENV)/.made-interop $(FOUR)/.made $(VENV)/.made-ray  ## Run more models, formats and settings; JAX with its optimizations
 	$(LEGACY) -m "nightly and not once"

@@ -182,7 +182,7 @@ run = finetune_pictures(Recipe.from_dict(other), f"{mine}/whole", verbose="none"
 devices = open_strategy("multiworker")
 pictures = find_pictures(other["data"]).train
 batches = PictureBatches(pictures, run.preprocessing, 10)
-epoch, _ = devices.training(batches.epochs(0), None)
+epoch, _ = devices.training(batches, 0, None)
 seen = []
 for batch in devices.strategy.experimental_distribute_dataset(epoch.take(3)):
     [x], y, [weight] = map(devices.strategy.experimental_local_results, batch)

@@ -12,7 +12,9 @@ from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import find_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.data.random_numbers import fold_in, shuffled, uniform
-from tfimm_lora.finetuning.distributed.devices import JaxDevices, padded
+from tfimm_lora.finetuning.data.share import Share
+from tfimm_lora.finetuning.distributed.jax_devices import JaxDevices
+from tfimm_lora.finetuning.distributed.padding import padded
 from tfimm_lora.zoo.weights import preprocessing as preprocessing_module
 from tfimm_lora.zoo.weights.resizing import resized
 
@@ -139,6 +141,29 @@ def test_batches_are_those_of_tensorflow(digits, shuffle, without_tensorflow):
     again = collected(epoch)  # a dataset can be read several times, from any batch
     np.testing.assert_array_equal(again[0], found[0][0])
     np.testing.assert_array_equal(epoch[1][0], found[0][0][4:8])
+
+
+@pytest.mark.parametrize("installed", [True, False])
+@pytest.mark.parametrize("multiple", [4, 8])
+def test_shares_of_the_processes_are_the_batches_of_one(
+    digits, multiple, installed, without_tensorflow
+):
+    if not installed:
+        without_tensorflow()
+    prepare = Preprocessing((8, 8), (0.4,) * 3, (0.2,) * 3)
+    made = PictureBatches(digits, prepare, 8, seed=5)
+    assert len(digits) % 4  # the last batch is filled up
+    shares = [made.with_share(Share(4, first=i, count=2, multiple=multiple)) for i in (0, 2)]
+    for whole, *parts in zip(made.epoch(1), *(share.epoch(1) for share in shares)):
+        x, y = map(np.asarray, whole)
+        own_x, own_y, weights = (np.concatenate(arrays) for arrays in zip(*parts))
+        size = -(-len(y) // multiple) * multiple
+        filled = np.arange(size) % len(y)
+        np.testing.assert_array_equal(own_x, x[filled])
+        np.testing.assert_array_equal(own_y, y[filled])
+        np.testing.assert_array_equal(weights > 0, np.arange(size) < len(y))
+        np.testing.assert_allclose(weights[: len(y)], size / len(y), rtol=1e-6)
+        assert [len(part[1]) for part in parts] == [len(filled) // 2] * 2
 
 
 def test_a_picture_that_became_unreadable_is_named(digits, without_tensorflow):

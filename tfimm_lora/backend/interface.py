@@ -20,6 +20,9 @@ Layer: TypeAlias = Any
 Variable: TypeAlias = Any
 Tensor: TypeAlias = Any
 
+#: For each axis of a variable, the axis of a device mesh over which it is divided, or None.
+MeshAxes: TypeAlias = tuple[str | None, ...]
+
 _BIAS_NAMES = ("bias", "beta")
 
 #: Where a model keeps weak references to the models that call it.
@@ -97,6 +100,21 @@ class Backend(ABC):
     def copies(self, variable: Variable) -> int:
         """The number of devices over which a ``keras.distribution`` spread a variable."""
         return 1
+
+    def mesh_axes(self, variable: Variable) -> MeshAxes | None:
+        """The axes of the device mesh over which a ``keras.distribution.ModelParallel`` divides
+        the axes of a variable; None if it does not, as on legacy Keras."""
+        return None
+
+    def place(
+        self, name: str, shape: tuple[int, ...], axes: MeshAxes, beside: Variable
+    ) -> None:
+        """Let a weight that is added next be divided over these axes of a device mesh.
+
+        An axis that cannot be divided equally is not divided. An entry for the weight in the
+        layout map of the user has priority, unless it is the one for the kernel, ``beside``.
+        """
+        raise NotImplementedError
 
     def runs_eagerly(self) -> bool:
         """Whether operations are computed at once, and not only recorded in a graph."""
@@ -414,6 +432,15 @@ class Backend(ABC):
     @abstractmethod
     def variable_scope(self, variable: Variable) -> contextlib.AbstractContextManager[Any]:
         """The scope of the distribution strategy in which a variable was created."""
+
+    @abstractmethod
+    def accumulate_gradients(self, optimizer: Any, steps: int) -> None:
+        """Let an optimizer that is not built update the variables after every so many steps,
+        with the mean of their gradients.
+
+        Raises:
+            ValueError: if the optimizer is built, or accumulates gradients already.
+        """
 
     @abstractmethod
     def random_states(self, layer: Layer) -> list[Variable]:

@@ -16,7 +16,8 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.distribution import distribution_lib
 from keras.src.layers.convolutional.base_conv import BaseConv
 
-from tfimm_lora.backend.interface import Backend, Layer, Tensor, Variable
+from tfimm_lora.backend import keras3_accumulation
+from tfimm_lora.backend.interface import Backend, Layer, MeshAxes, Tensor, Variable
 from tfimm_lora.backend.learning_rates import Keras3VariableRates
 
 #: The names that Keras gives to variables.
@@ -111,6 +112,29 @@ class Keras3Backend(Backend):
             return 1
         return len(variable.value.sharding.device_set)
 
+    def mesh_axes(self, variable: Variable) -> MeshAxes | None:
+        layouts = _layout_map()
+        layout = None if layouts is None else layouts[variable.path]
+        return None if layout is None else tuple(layout.axes)
+
+    def place(
+        self, name: str, shape: tuple[int, ...], axes: MeshAxes, beside: Variable
+    ) -> None:
+        layouts = _layout_map()
+        path = f"{beside.path.rpartition('/')[0]}/{name}"
+        devices = dict(zip(layouts.device_mesh.axis_names, layouts.device_mesh.shape))
+
+        def divides(axis: str | None, size: int) -> bool:
+            return axis is None or size % devices[axis] == 0
+
+        if path in list(layouts):  # `in` is always true of a layout map
+            if all(map(divides, layouts[path].axes, shape)):
+                return
+            del layouts[path]  # of removed factors with other shapes
+        if layouts[path] is None or layouts[path] is layouts[beside.path]:
+            kept = (axis if divides(axis, n) else None for axis, n in zip(axes, shape))
+            layouts[path] = tuple(kept)
+
     def depthwise_convolution(self, layer: Layer, inputs: Tensor, kernel: Tensor) -> Tensor:
         return keras.ops.depthwise_conv(
             inputs,
@@ -185,6 +209,9 @@ class Keras3Backend(Backend):
         yield lambda epoch: tensorflow_random.restart(
             (model.train_function, model.test_function), seed
         )
+
+    def accumulate_gradients(self, optimizer: Any, steps: int) -> None:
+        keras3_accumulation.accumulate_gradients(optimizer, steps)
 
     def optimizer_variables(self, optimizer: Any) -> list[Variable]:
         return list(optimizer.variables)
@@ -459,6 +486,11 @@ class Keras3Backend(Backend):
         """Return the nested shapes of the inputs that a model was built for, or None."""
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         return next(iter(shapes.values())) if len(shapes) == 1 else None
+
+
+def _layout_map() -> Any:
+    """The ``LayoutMap`` of the active distribution, or None."""
+    return getattr(distribution_lib.distribution(), "_layout_map", None)
 
 
 @functools.cache

@@ -14,7 +14,7 @@ from tensorflow.python.eager import record
 from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
-from tfimm_lora.backend import tensorflow_random
+from tfimm_lora.backend import legacy_accumulation, tensorflow_random
 from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
@@ -196,6 +196,9 @@ class LegacyBackend(Backend):
 
         with drawing_from(generator, [layer for _, layer in self.walk(model)]):
             yield restart
+
+    def accumulate_gradients(self, optimizer: Any, steps: int) -> None:
+        legacy_accumulation.accumulate_gradients(optimizer, steps)
 
     def optimizer_variables(self, optimizer: Any) -> list[Variable]:
         variables = optimizer.variables

@@ -22,7 +22,7 @@ from tfimm_lora.cli.parsing import (
 )
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import is_model_file
-from tfimm_lora.finetuning.distributed.strategy import is_chief
+from tfimm_lora.finetuning.distributed.strategy import is_chief, leave_strategy
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.page import evaluate_run
@@ -146,6 +146,13 @@ def finetune(
     ] = None,
     epochs: Annotated[Whole, _option(help="Default: 10.", panel=_TRAINING)] = None,
     batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
+    accumulate: Annotated[
+        Whole,
+        _option(
+            help="Compute each batch in this many parts, which need less memory. Default: 1.",
+            panel=_TRAINING,
+        ),
+    ] = None,
     learning_rate: Annotated[
         Text,
         _option(
@@ -179,8 +186,9 @@ def finetune(
     strategy: Annotated[
         Text,
         _option(
-            help="none, mirrored (all devices of this machine), multiworker, tpu, or "
-            "data-parallel (Keras 3 on JAX). Default: none.",
+            help="none; on TensorFlow mirrored (this machine), multiworker (several machines) "
+            "or tpu; on JAX data-parallel (this machine) or multihost (several machines). "
+            "Default: none.",
             panel=_TRAINING,
         ),
     ] = None,
@@ -246,6 +254,7 @@ def finetune(
     except KeyboardInterrupt:
         note(_how_to_resume(out))
         raise
+    leave_strategy(recipe.strategy)  # the chief writes the report alone
     facts = ("best_epoch", "trainable", "parameters")
     result = {"out": str(run.path), **{name: run.facts[name] for name in facts}}
     if not is_chief(recipe.strategy):

@@ -28,6 +28,7 @@ from tfimm_lora.finetuning.data.dataset import PictureSet, Split, list_split
 from tfimm_lora.finetuning.data.findings import ERROR, Problem, warn
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.distributed.devices import Devices
+from tfimm_lora.finetuning.distributed.processes import noted_failure
 from tfimm_lora.finetuning.distributed.strategy import (
     check_name,
     check_strategy,
@@ -81,12 +82,13 @@ class Recipe:
         epochs, learning_rate, weight_decay, warmup, clip_norm, monitor, patience: As for
             ``finetune``.
         batch_size: The number of pictures in a step, over all devices. Default: 32.
+        accumulate: The number of parts in which a batch is computed, as for ``finetune``.
         balanced: Whether all classes have the same weight in the loss, however many pictures
             they have.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
-        strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu"
-            or "data-parallel"; see docs/how-to/several-devices.md. It may change when a run is
-            resumed.
+        strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu",
+            "data-parallel" or "multihost"; see docs/how-to/several-devices.md. It may change
+            when a run is resumed.
         seed: The random seed of the split, the order, the augmentation, the factors A and
             dropout.
 
@@ -107,6 +109,7 @@ class Recipe:
     lora: dict[str, Any] = field(default_factory=dict)
     epochs: int = 10
     batch_size: int = 32
+    accumulate: int = 1
     learning_rate: float = 1e-3
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -130,6 +133,12 @@ class Recipe:
             )
         check_integer(self.epochs, "epochs", 1)
         check_integer(self.batch_size, "batch_size", 1)
+        check_integer(self.accumulate, "accumulate", 1)
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"Received batch_size={self.batch_size} and accumulate={self.accumulate}; "
+                "expected a batch size that is a multiple, to be computed in as many parts."
+            )
         check_number(self.learning_rate, "learning_rate", 0, exclusive=True)
         check_number(self.clip_norm, "clip_norm", 0)
         check_choice(self.mixed_precision, "mixed_precision", POLICIES)
@@ -211,9 +220,9 @@ def finetune_pictures(
     check_model(recipe.model, pretrained=recipe.pretrained, weights=recipe.weights)
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"Received out={str(folder)!r}, a file; expected a new folder.")
-    # Of several workers, only the chief writes.
-    writer = one_writer(folder) if is_chief(recipe.strategy) else contextlib.nullcontext()
-    with writer:
+    with noted_failure(), contextlib.ExitStack() as stack:
+        if is_chief(recipe.strategy):  # of several workers, only the chief writes
+            stack.enter_context(one_writer(folder))
         return _finetune(recipe, folder, _existing(folder, recipe, resume), verbose, say)
 
 
@@ -225,6 +234,7 @@ def _finetune(
     if devices.replicas > 1:
         say(f"training on {devices}")
     with backend.dtype_policy(recipe.mixed_precision), devices.scope(), devices.together():
+        devices.agree("recipe", _shared_settings(recipe))
         if run is None:
             run, split, model = _begin(backend, recipe, folder, devices, say)
         else:
@@ -344,7 +354,7 @@ def _begin(
             facts["tested_on"] = split.test.counts()
         preprocessing = Preprocessing.from_dict(facts["preprocessing"])
         initialize_from_pictures(recipe, model, split.train, preprocessing)
-        devices.agree("recipe and pictures", _shared_settings(recipe, split, facts))
+        devices.agree("model and pictures", {**facts, **_names_and_labels(split)})
         searched = search_summary(folder)
         if searched is not None:
             facts["tuning"] = searched
@@ -397,12 +407,17 @@ def _open(
     return base.model, facts, kept
 
 
-def _shared_settings(recipe: Recipe, split: Split, facts: Mapping[str, Any]) -> dict[str, Any]:
+def _shared_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that must be the same for all workers; their folders may differ."""
-    shared = {**recipe.to_dict(), **facts}
-    for part, pictures in split.parts().items():
-        shared[part] = [(os.path.basename(p.path), p.label) for p in pictures.pictures]
-    return {name: shared[name] for name in shared if name not in ("model", "data", "weights")}
+    paths = ("model", "data", "weights")
+    return {name: value for name, value in recipe.to_dict().items() if name not in paths}
+
+
+def _names_and_labels(split: Split) -> dict[str, Any]:
+    return {
+        part: [(os.path.basename(p.path), p.label) for p in pictures.pictures]
+        for part, pictures in split.parts().items()
+    }
 
 
 def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
@@ -441,8 +456,7 @@ def _train(
 ) -> tuple[Trained, float]:
     preprocessing = Preprocessing.from_dict(run.facts["preprocessing"])
     batches = training_batches(recipe, split.train, preprocessing)
-    size = devices.validation_batch(len(split.val), recipe.batch_size)
-    validation = PictureBatches(split.val, preprocessing, size).in_order()
+    validation = PictureBatches(split.val, preprocessing, recipe.batch_size)
     started = time.monotonic()
     trained = finetune(
         model,
@@ -454,6 +468,7 @@ def _train(
         warmup=recipe.warmup,
         clip_norm=recipe.clip_norm,
         class_weight=class_weights(split.train) if recipe.balanced else None,
+        accumulate=recipe.accumulate,
         monitor=recipe.monitor,
         patience=recipe.patience,
         callbacks=tensorboard(model, run.path / "logs") if devices.is_chief else [],

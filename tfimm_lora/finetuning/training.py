@@ -19,7 +19,8 @@ from tfimm_lora.finetuning.checkpoint import (
     restore_values,
     values_of,
 )
-from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
+from tfimm_lora.finetuning.distributed.current import devices_of
+from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.metrics_csv import write_metrics
 from tfimm_lora.finetuning.optimizer import CLIP_NORM, create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
@@ -69,6 +70,7 @@ def finetune(
     loss: Any = None,
     metrics: Sequence[Any] = ("accuracy",),
     class_weight: Mapping[int, float] | None = None,
+    accumulate: int = 1,
     monitor: str = "val_loss",
     patience: int | None = None,
     callbacks: Sequence[Any] = (),
@@ -95,8 +97,8 @@ def finetune(
             as ``PictureBatches``, whose order depends only on the index of the epoch. Only then
             is a resumed training bitwise identical to one without interruption: a dataset that
             shuffles restarts with its first order.
-        validation: A dataset for validation after each epoch. Default: none. The weights of the
-            last epoch are then kept.
+        validation: A dataset for validation after each epoch, or ``PictureBatches``, which are
+            read in order. Default: none. The weights of the last epoch are then kept.
         epochs: The number of epochs. Default: 10.
         learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 1e-3, 0.01
             and a tenth of the steps.
@@ -106,6 +108,10 @@ def finetune(
         loss: The loss. Default: the cross-entropy of the logits, computed in float32.
         metrics: The metrics. Default: accuracy.
         class_weight: The weight of each class in the loss. Default: 1 for all.
+        accumulate: The number of parts of a batch that are computed one after the other. The
+            weights are updated with the mean gradient of all parts, so less memory is needed
+            for the same result (but batch normalization that is trained uses the statistics of
+            each part, and dropout draws other numbers). Default: 1.
         monitor: The metric that determines the best epoch, by its name in the logs of Keras. A
             loss is minimized, everything else is maximized. Default: "val_loss".
         patience: The number of epochs without improvement after which the training stops.
@@ -149,6 +155,8 @@ def finetune(
     if patience is not None:
         check_integer(patience, "patience", 1)
     require_unmerged(model)
+    check_integer(accumulate, "accumulate", 1)
+    _check_accumulate(model, accumulate)
     backend, devices = backend_of(model), devices_of(model)
     devices.check(backend)
     steps = count_steps(train, steps_per_epoch)
@@ -161,7 +169,7 @@ def finetune(
         fingerprint={"epochs": epochs, "steps_per_epoch": steps, "seed": seed},
     )
     recorder.read(resume)
-    reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps)
+    reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps * accumulate)
     is_infinite = isinstance(train, Epochs)
     # Workers have different dropout masks.
     random_ops = backend.restartable_random_ops(model, seed + devices.worker)
@@ -179,6 +187,9 @@ def finetune(
                 warmup=warmup,
                 clip_norm=clip_norm,
             )
+        if accumulate > 1:
+            optimizer = backend.keras.optimizers.get(optimizer)
+            backend.accumulate_gradients(optimizer, accumulate)
         # weighted_metrics is empty: the example weights that devices add are for the loss only.
         model.compile(
             optimizer=optimizer,
@@ -190,17 +201,17 @@ def finetune(
         first = recorder.restore()
         if first < epochs and not recorder.stopped:
             batches, weights = devices.training(
-                train.epochs(first) if is_infinite else train,
-                dict(class_weight) if class_weight else None,
+                train, first, dict(class_weight) if class_weight else None, accumulate
             )
             example = example_batch(batches)
             if example is not None and type(devices) is Devices:
                 backend.create_metrics(model, example)
-            model.fit(
+            devices.fit(
+                model,
                 batches,
                 epochs=epochs,
                 initial_epoch=first,
-                steps_per_epoch=steps if is_infinite or steps_per_epoch else None,
+                steps_per_epoch=steps * accumulate if is_infinite or steps_per_epoch else None,
                 validation_data=devices.validation(validation),
                 class_weight=weights,
                 callbacks=[
@@ -227,6 +238,15 @@ def require_unmerged(model: Any) -> None:
             f"Received model '{model.name}' with {len(merged)} merged layers: "
             f"{', '.join(merged[:5])}; expected none. Call unmerge_lora_weights before "
             "training."
+        )
+
+
+def _check_accumulate(model: Any, accumulate: int) -> None:
+    policy = getattr(getattr(model, "dtype_policy", None), "name", None)
+    if accumulate > 1 and policy == "mixed_float16":
+        raise ValueError(
+            f"Received accumulate={accumulate} for a model in mixed_float16, whose loss "
+            "scaling leaves out single steps; expected mixed_bfloat16 or float32."
         )
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Layer, OriginalLayer, Tensor, Variable
+from tfimm_lora.backend.interface import Layer, MeshAxes, OriginalLayer, Tensor, Variable
 from tfimm_lora.config import LORA_VARIABLE_NAMES, LORA_WEIGHT_NAMES, LayerSettings
 from tfimm_lora.initializers import from_kernel
 from tfimm_lora.layers import dora, kernel_hook, mixed_batch
@@ -113,8 +113,12 @@ class LoRALayer(LoRAForward, Converted):
         kernel = self._kernel_variable
         zeros = backend.keras.initializers.Zeros()
         initializer_of_a = settings.lora_initializer or self._default_initializer()
+        mesh_axes = backend.mesh_axes(kernel)
+        placed = self._variable_axes(mesh_axes) if mesh_axes is not None else {}
         with backend.variable_scope(kernel):
             for name, shape in self._variable_shapes().items():
+                if name in placed:
+                    backend.place(name, shape, placed[name], beside=kernel)
                 backend.add_weight(
                     self,
                     name,
@@ -166,6 +170,16 @@ class LoRALayer(LoRAForward, Converted):
         if from_kernel.subtracts_initial_update(settings.lora_init):
             shapes.update(kernel_lora_a0=a, kernel_lora_b0=b)
         return shapes
+
+    def _variable_axes(self, kernel_axes: MeshAxes) -> dict[str, MeshAxes]:
+        """The axes of a device mesh of the layer's LoRA variables, for those of its kernel."""
+        a, b = self._factor_axes(kernel_axes)
+        summed = self._summed_axes()
+        outputs = tuple(x for i, x in enumerate(kernel_axes) if i not in summed)
+        axes = {"kernel_lora_a": a, "kernel_lora_b": b, "kernel_lora_magnitude": outputs}
+        axes.update(kernel_lora_a0=a, kernel_lora_b0=b)
+        bias = backend_of(self).mesh_axes(self.bias) if self.lora.lora_bias else None
+        return axes if bias is None else {**axes, "kernel_lora_shift": bias}
 
     def __setattr__(self, name: str, value: Any) -> None:
         if name in LORA_VARIABLE_NAMES and self.__dict__.get(name, value) is not value:

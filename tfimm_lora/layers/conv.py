@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.backend.interface import Layer, MeshAxes, Tensor
 from tfimm_lora.layers import forms, kernel_hook, mixed_batch, row_convolution
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.dense import MatrixProduct
@@ -436,6 +436,10 @@ class DepthwiseConvUpdate(LoRALayer):
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         *window, channels, multiplier = kernel_shape
         return (math.prod(window), rank), (rank, channels * multiplier)
+
+    def _factor_axes(self, kernel_axes: MeshAxes) -> tuple[MeshAxes, MeshAxes]:
+        channels = kernel_axes[2]  # of the last axis of B these are the outer ones
+        return (None, None), (None, channels)
 
     def _summed_axes(self) -> tuple[int, ...]:
         return (0, 1)

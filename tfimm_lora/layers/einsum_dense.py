@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Backend, Layer, Tensor
+from tfimm_lora.backend.interface import Backend, Layer, MeshAxes, Tensor
 from tfimm_lora.layers import mixed_batch
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
 from tfimm_lora.layers.forms import Work, places
@@ -224,6 +224,12 @@ class EinsumDenseUpdate(LoRALayer):
         self, kernel_shape: tuple[int, ...], rank: int
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         return self._product().factor_shapes(kernel_shape, rank)
+
+    def _factor_axes(self, kernel_axes: MeshAxes) -> tuple[MeshAxes, MeshAxes]:
+        product = self._product()
+        axis_of = dict(zip(product.kernel, kernel_axes))
+        a, b = (tuple(axis_of.get(c) for c in axes) for axes in (product.a, product.b))
+        return a, b
 
     def _has_narrow_gradients(self, inputs: Tensor) -> bool:
         return self._product(inputs).splits_cleanly()

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.backend.interface import Layer, MeshAxes, Tensor
 from tfimm_lora.config import LORA_WEIGHT_NAMES
 from tfimm_lora.initializers import from_kernel
 from tfimm_lora.layers import dora, forms, mixed_batch, products
@@ -37,6 +37,12 @@ class LoRAForward(AdaptedValues):
     ) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The shapes of A and B for a kernel of this shape."""
         raise NotImplementedError
+
+    def _factor_axes(self, kernel_axes: MeshAxes) -> tuple[MeshAxes, MeshAxes]:
+        """The axes of a device mesh of A and B: A has those of the inputs of the kernel, B that
+        of its outputs."""
+        *inputs, output = kernel_axes
+        return (*inputs, None), (None, output)
 
     def _product(self, inputs: Tensor = None) -> products.Product:
         """The layer's product (on ``inputs``)."""

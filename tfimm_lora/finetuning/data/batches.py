@@ -5,6 +5,7 @@ They are read with tf.data, or with threads where TensorFlow is not installed.
 
 from __future__ import annotations
 
+import copy
 import operator
 from typing import Any
 
@@ -16,6 +17,7 @@ from tfimm_lora.finetuning.data.dataset import PictureSet
 from tfimm_lora.finetuning.data.numpy_batches import endless_epochs, one_epoch
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.data.share import Share
 
 
 class PictureBatches:
@@ -87,6 +89,33 @@ class PictureBatches:
         self.augmentation = None if augmentation == Augmentation.none() else augmentation
         self.seed = operator.index(seed)
         self.shuffle = shuffle
+        self.share: Share | None = None
+
+    def with_share(self, share: Share | None) -> PictureBatches:
+        """A copy that reads only the share of this process, with the weights of the examples.
+
+        Its batches are (pictures, labels, weights); see ``Share``.
+        """
+        changed = copy.copy(self)
+        changed.share = share
+        return changed
+
+    def with_batch_size(self, batch_size: int) -> PictureBatches:
+        """A copy with another batch size."""
+        changed = copy.copy(self)
+        changed.batch_size = batch_size
+        return changed
+
+    def rows(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """The places of the pictures of each batch in the order of an epoch, and weights."""
+        count, found = len(self.picture_set), []
+        for start in range(0, count, self.batch_size):
+            n = min(self.batch_size, count - start)
+            rows, weights = np.arange(n), np.ones(n, np.float32)
+            if self.share is not None:
+                rows, weights = self.share.of_batch(n)
+            found.append((start + rows, weights))
+        return found
 
     @property
     def steps_per_epoch(self) -> int:
@@ -141,8 +170,11 @@ class PictureBatches:
         import tensorflow as tf
 
         count = len(self.picture_set)
-        places = self.steps_per_epoch * self.batch_size
-        filling = tf.fill([places - count], tf.constant(-1, tf.int64))
+        places, weights = map(np.concatenate, zip(*(rows := self.rows())))
+        size = len(rows[0][0])
+        filling = size - len(rows[-1][0])
+        places = np.pad(places, (0, filling), constant_values=count)
+        weights = np.pad(weights, (0, filling))
         read = self._reader(augmentation)
         shape = (*self.preprocessing.input_size, self.preprocessing.in_channels)
 
@@ -152,19 +184,20 @@ class PictureBatches:
             if shuffle:
                 own = _folded(tf, seed, count)  # an index that no picture has
                 order = tf.random.experimental.stateless_shuffle(order, own, alg="philox")
-            order = tf.concat([order, filling], 0)
-            seeds = tf.tile(seed[None], [places, 1])
-            return tf.data.Dataset.from_tensor_slices((seeds, order))
+            order = tf.gather(tf.concat([order, [-1]], 0), places)
+            seeds = tf.tile(seed[None], [len(places), 1])
+            return tf.data.Dataset.from_tensor_slices((seeds, order, weights))
 
-        def picture(seed: Any, index: Any) -> Any:
+        def picture(seed: Any, index: Any, weight: Any) -> Any:
             x = tf.cond(index < 0, lambda: tf.zeros(shape), lambda: read(seed, index))
-            return tf.ensure_shape(x, shape), index
+            return tf.ensure_shape(x, shape), index, weight
 
         labels = np.array([p.label for p in self.picture_set.pictures], np.int32)
 
-        def cut(x: Any, index: Any) -> Any:
+        def cut(x: Any, index: Any, weight: Any) -> Any:
             there = tf.math.count_nonzero(index >= 0)
-            return x[:there], tf.gather(labels, index[:there])
+            batch = x[:there], tf.gather(labels, index[:there])
+            return batch if self.share is None else (*batch, weight[:there])
 
         options = tf.data.Options()
         # Shard the pictures among machines, since the source has no files to shard.
@@ -174,7 +207,7 @@ class PictureBatches:
         return (
             epochs.flat_map(indices)
             .map(picture, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
-            .batch(self.batch_size, drop_remainder=True)
+            .batch(size, drop_remainder=True)
             .map(cut)
             .prefetch(tf.data.AUTOTUNE)
             .with_options(options)

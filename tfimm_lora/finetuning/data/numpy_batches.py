@@ -26,7 +26,11 @@ if TYPE_CHECKING:
 #: The number of batches that are read ahead.
 _AHEAD = 2
 
-Batch = tuple[np.ndarray, np.ndarray]
+Batch = tuple[np.ndarray, ...]
+
+#: The seed of an epoch, the indices of the pictures of a batch, and their weights if only a
+#: share of the batch is read.
+Plan = tuple[Seed, list[int], np.ndarray | None]
 
 
 def one_epoch(
@@ -51,16 +55,19 @@ def endless_epochs(batches: PictureBatches, first: int) -> Iterator[Batch]:
             yield waiting.popleft().batch()
 
 
-def _plan(batches: PictureBatches, epoch: int, shuffle: bool) -> list[tuple[Seed, list[int]]]:
-    """The seed of an epoch and the indices of the pictures, for each batch."""
+def _plan(batches: PictureBatches, epoch: int, shuffle: bool) -> list[Plan]:
+    """What to read for each batch of an epoch."""
     count = len(batches.picture_set)
     seed = fold_in((batches.seed, 0), epoch)
-    order = list(range(count))
+    order = np.arange(count)
     if shuffle:
         own = fold_in(seed, count, bits=32)  # an index that no picture has, an int32 in tf.data
-        order = shuffled(own, count).tolist()
-    starts = range(0, count, batches.batch_size)
-    return [(seed, order[start : start + batches.batch_size]) for start in starts]
+        order = shuffled(own, count)
+    shared = batches.share is not None
+    return [
+        (seed, order[places].tolist(), weights if shared else None)
+        for places, weights in batches.rows()
+    ]
 
 
 class _Reader:
@@ -81,11 +88,12 @@ class _Reader:
                 crop_pct=preprocessing.crop_pct,
             )
 
-    def start(self, plan: tuple[Seed, list[int]]) -> _Reading:
+    def start(self, plan: Plan) -> _Reading:
         """Start to read a batch."""
-        seed, indices = plan
+        seed, indices, weights = plan
         labels = np.array([self.pictures[i].label for i in indices], np.int32)
-        return _Reading([self.pool.submit(self._read, seed, i) for i in indices], labels)
+        known = (labels,) if weights is None else (labels, weights)
+        return _Reading([self.pool.submit(self._read, seed, i) for i in indices], known)
 
     def _read(self, seed: Seed, index: int) -> np.ndarray:
         path = self.pictures[index].path
@@ -98,12 +106,12 @@ class _Reader:
 class _Reading:
     """A batch that is being read."""
 
-    def __init__(self, inputs: list[Future[np.ndarray]], labels: np.ndarray) -> None:
-        self.inputs, self.labels = inputs, labels
+    def __init__(self, inputs: list[Future[np.ndarray]], known: Batch) -> None:
+        self.inputs, self.known = inputs, known
 
     def batch(self) -> Batch:
         """Wait for the batch."""
-        return np.stack([future.result() for future in self.inputs]), self.labels
+        return np.stack([future.result() for future in self.inputs]), *self.known
 
 
 @cache
@@ -113,7 +121,7 @@ def _dataset_class() -> Any:
     class PictureDataset(base):  # type: ignore[misc]
         """The batches of one epoch."""
 
-        def __init__(self, reader: _Reader, plans: list[tuple[Seed, list[int]]]) -> None:
+        def __init__(self, reader: _Reader, plans: list[Plan]) -> None:
             super().__init__()
             self._reader, self._plans = reader, plans
             self._next: dict[int, _Reading] = {}

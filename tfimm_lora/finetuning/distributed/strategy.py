@@ -11,12 +11,11 @@ from typing import Any
 
 from tfimm_lora.backend import default_backend, how_to_use_tensorflow, uses_legacy_keras
 from tfimm_lora.finetuning.distributed.cluster import Cluster
-from tfimm_lora.finetuning.distributed.devices import (
-    NO_WORKERS_ON_KERAS_3,
-    Devices,
-    JaxDevices,
-    current_devices,
-)
+from tfimm_lora.finetuning.distributed.current import current_devices
+from tfimm_lora.finetuning.distributed.devices import Devices
+from tfimm_lora.finetuning.distributed.jax_devices import JaxDevices
+from tfimm_lora.finetuning.distributed.processes import connect, leave, process_settings
+from tfimm_lora.finetuning.distributed.tensorflow_devices import NO_WORKERS_ON_KERAS_3
 from tfimm_lora.validation import check_choice
 
 #: The strategies and their devices.
@@ -26,7 +25,11 @@ STRATEGIES = {
     "multiworker": "several machines, on TensorFlow with legacy Keras",
     "tpu": "the TPU of this machine, or that of TPU_NAME, on TensorFlow",
     "data-parallel": "all devices of this machine, with Keras 3 on JAX",
+    "multihost": "several machines, with Keras 3 on JAX",
 }
+
+#: The strategies of Keras 3 on JAX, and the similar ones of TensorFlow.
+_ON_JAX = {"data-parallel": "mirrored", "multihost": "multiworker"}
 
 #: The timeout for the other workers in seconds.
 PATIENCE = 300.0
@@ -36,7 +39,7 @@ def check_strategy(name: str) -> None:
     """Raise if a strategy cannot work in this process, before anything is started.
 
     Args:
-        name: One of "none", "mirrored", "multiworker", "tpu" and "data-parallel".
+        name: One of "none", "mirrored", "multiworker", "tpu", "data-parallel" and "multihost".
 
     Raises:
         ValueError: for an unknown name, or if the strategy needs another Keras, framework or
@@ -53,22 +56,25 @@ def check_strategy(name: str) -> None:
     if name == "none":
         return
     framework = default_backend().framework()
-    if name == "data-parallel" and framework != "jax":
+    if name in _ON_JAX and framework != "jax":
         raise ValueError(
             f"Received strategy={name!r} with Keras on {framework}; expected Keras 3 on JAX: "
             "set KERAS_BACKEND=jax and TF_USE_LEGACY_KERAS=0"
-            + (", or pass strategy='mirrored'." if framework == "tensorflow" else ".")
+            + (f", or pass strategy={_ON_JAX[name]!r}." if framework == "tensorflow" else ".")
         )
-    if name != "data-parallel" and framework != "tensorflow":
+    if name not in _ON_JAX and framework != "tensorflow":
+        similar = "multihost" if name == "multiworker" else "data-parallel"
         raise ValueError(
             f"Received strategy={name!r} with Keras 3 on {framework}; expected TensorFlow. "
             f"{how_to_use_tensorflow()}"
-            + (", or pass strategy='data-parallel'." if framework == "jax" else ".")
+            + (f", or pass strategy={similar!r}." if framework == "jax" else ".")
         )
     if name == "multiworker":
         if not uses_legacy_keras():
             raise ValueError(NO_WORKERS_ON_KERAS_3)
         Cluster.from_environment()
+    if name == "multihost":
+        process_settings()
 
 
 def check_name(name: str) -> None:
@@ -77,14 +83,28 @@ def check_name(name: str) -> None:
 
 
 def is_chief(name: str) -> bool:
-    """Whether this process writes files and reports."""
+    """Whether this process writes files and reports.
+
+    With "multihost", this waits for all other processes, since JAX may find out which they are.
+    """
+    if name == "multihost":
+        connect(PATIENCE)
+        import jax
+
+        return bool(jax.process_index() == 0)
     return name != "multiworker" or Cluster.from_environment().index == 0
+
+
+def leave_strategy(name: str) -> None:
+    """Leave the other processes after a training, so that they can end."""
+    if name == "multihost":
+        leave()
 
 
 def open_strategy(name: str) -> Devices:
     """Open the devices of a strategy.
 
-    With "multiworker", this waits for all other workers.
+    With "multiworker" and "multihost", this waits for all other workers.
 
     Args:
         name: As for ``check_strategy``. "none" means the devices of the current scope.
@@ -97,7 +117,9 @@ def open_strategy(name: str) -> Devices:
     check_strategy(name)
     if name == "none":
         return current_devices(default_backend())
-    if name == "data-parallel":
+    if name == "multihost":
+        connect(PATIENCE)
+    if name in _ON_JAX:
         return JaxDevices(default_backend().keras.distribution.DataParallel())
     with _tensorflow_strategy(name).scope():
         return current_devices(default_backend())

@@ -10,7 +10,8 @@ from typing import Any
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.checkpoint import restore_values, values_of
-from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
+from tfimm_lora.finetuning.distributed.current import devices_of
+from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.optimizer import create_adamw, rate_of_step
 from tfimm_lora.finetuning.training import (
     Epochs,
