@@ -127,14 +127,8 @@ def _show(pictures: Path, checked: DataCheck, show_all: bool) -> None:
 
 
 def _show_counts(split: Split, left_out: Counter[str]) -> None:
-    parts = list(split.parts())
-    rows = [
-        [readable(label), *(str(numbers[part]) for part in parts), str(left_out[label])]
-        for label, numbers in _counts(split).items()
-    ]
-    totals = [str(len(part)) for part in split.parts().values()]
-    rows.append(["all", *totals, str(left_out.total())])
-    show_table(["class", *parts, "left out"], rows)
+    header, rows = split.targets.table(split, left_out)
+    show_table(header, [[readable(row[0]), *row[1:]] for row in rows])
 
 
 def _verdict(pictures: Path, checked: DataCheck) -> str:

@@ -20,6 +20,8 @@ from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.data.dataset import Split, find_pictures
 from tfimm_lora.finetuning.data.findings import Problem
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.data.targets import PATH
+from tfimm_lora.finetuning.data.targets import SPLIT as SPLIT_COLUMN
 from tfimm_lora.finetuning.metrics_csv import read_metrics
 from tfimm_lora.finetuning.training import ADAPTER, METRICS
 from tfimm_lora.utils.atomic_files import write_file
@@ -68,7 +70,7 @@ class Run:
         write_file(run.path / LABELS, "".join(f"{label}\n" for label in split.labels))
         write_file(run.path / SPLIT, split_text(split))
         bad = [(x.path, x.reason) for x in skipped]
-        write_file(run.path / SKIPPED, _csv_text(("path", "reason"), bad))
+        write_file(run.path / SKIPPED, _csv_text((PATH, "reason"), bad))
         if base_weights is not None:
             shutil.copyfile(base_weights, run.path / BASE_WEIGHTS)
         run.save()
@@ -296,13 +298,14 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def split_text(split: Split) -> str:
-    """A CSV file with the path, label and part of each picture, for ``find_pictures``."""
-    rows = [
-        (os.path.abspath(picture.path), split.labels[picture.label], name)
-        for name, part in split.parts().items()
-        for picture in part.pictures
-    ]
-    return _csv_text(("path", "label", "split"), rows)
+    """A CSV file with the path, targets and part of each picture, for ``find_pictures``."""
+    rows = []
+    names = split.targets.cells(split.train.pictures[0].label, split.labels)
+    for name, part in split.parts().items():
+        for picture in part.pictures:
+            cells = split.targets.cells(picture.label, split.labels)
+            rows.append((os.path.abspath(picture.path), *cells.values(), name))
+    return _csv_text((PATH, *names, SPLIT_COLUMN), rows)
 
 
 def _csv_text(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

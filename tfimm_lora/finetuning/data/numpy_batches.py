@@ -68,6 +68,7 @@ class _Reader:
 
     def __init__(self, batches: PictureBatches, augmentation: Augmentation | None) -> None:
         self.pictures = batches.picture_set.pictures
+        self.labels = batches.picture_set.array()
         self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pictures")
         preprocessing = batches.preprocessing
         self.channels = preprocessing.in_channels
@@ -84,8 +85,8 @@ class _Reader:
     def start(self, plan: tuple[Seed, list[int]]) -> _Reading:
         """Start to read a batch."""
         seed, indices = plan
-        labels = np.array([self.pictures[i].label for i in indices], np.int32)
-        return _Reading([self.pool.submit(self._read, seed, i) for i in indices], labels)
+        inputs = [self.pool.submit(self._read, seed, i) for i in indices]
+        return _Reading(inputs, self.labels[indices])
 
     def _read(self, seed: Seed, index: int) -> np.ndarray:
         path = self.pictures[index].path
