@@ -13,17 +13,21 @@ import typer
 from tfimm_lora.cli.app import FAILED, Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_table
+from tfimm_lora.cli.tasks import COLUMNS_HELP, TASK_HELP, parse_columns
 from tfimm_lora.finetuning.data.check import DataCheck, check_data
 from tfimm_lora.finetuning.data.dataset import Split
 from tfimm_lora.finetuning.data.findings import count
 from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.finetuning.run import split_text
+from tfimm_lora.finetuning.tasks.named import task_named
 
 EXAMPLES = """Examples:
 
 tfimm-lora check pictures
 
 tfimm-lora check labels.csv --usable usable.csv
+
+tfimm-lora check tags.csv --task multilabel
 
 tfimm-lora check pictures --json
 """
@@ -41,6 +45,8 @@ def check_command(
             "or a CSV file with path,label."
         ),
     ],
+    task: Annotated[str, typer.Option(help=TASK_HELP)] = "classification",
+    columns: Annotated[str | None, typer.Option(help=COLUMNS_HELP)] = None,
     usable: Annotated[
         Path | None,
         typer.Option(
@@ -67,6 +73,7 @@ def check_command(
     bar = sys.stderr.isatty() and not as_json
     checked = check_data(
         pictures,
+        targets=task_named(task).targets(parse_columns(columns)),
         validation=validation,
         seed=seed,
         say=note,

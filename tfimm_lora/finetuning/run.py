@@ -23,7 +23,12 @@ from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.data.targets import PATH
 from tfimm_lora.finetuning.data.targets import SPLIT as SPLIT_COLUMN
 from tfimm_lora.finetuning.metrics_csv import read_metrics
+from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.classification import Classification
+from tfimm_lora.finetuning.tasks.named import task_of_record
 from tfimm_lora.finetuning.training import ADAPTER, METRICS
+from tfimm_lora.model.state import record_task
+from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.utils.optional_imports import require
 
@@ -123,8 +128,20 @@ class Run:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes, in the order of the outputs of the model."""
+        """The names of the classes, labels or numbers, in the order of the outputs."""
         return (self.path / LABELS).read_text(encoding="utf-8").splitlines()
+
+    @property
+    def config_path(self) -> Path:
+        """The file with the settings and results."""
+        return self.path / CONFIG
+
+    @property
+    def task(self) -> Task:
+        """What the model was fine-tuned for. Runs of earlier versions are classifications."""
+        if "task" not in self.facts:
+            return Classification(tuple(self.labels))
+        return task_of_record(TaskRecord.from_dict(self.facts["task"]))
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -164,7 +181,7 @@ class Run:
     @property
     def split(self) -> Split:
         """The training and validation pictures."""
-        found = find_pictures(self.path / SPLIT)
+        found = find_pictures(self.path / SPLIT, targets=self.task.known_targets())
         if list(found.labels) != self.labels:
             raise ValueError(
                 f"{self.path / SPLIT} has the labels {', '.join(found.labels)}; expected "
@@ -200,8 +217,9 @@ class Run:
             ValueError: if the file of the base model has changed since the training.
         """
         adapter = self.adapter
-        model = self.base()
-        return load_adapter(model, adapter)
+        model = load_adapter(self.base(), adapter)
+        record_task(model, self.task.record())  # adapters of earlier versions have none
+        return model
 
     def base(self) -> Any:
         """Load the ordinary model that was fine-tuned.

@@ -23,6 +23,8 @@ from tfimm_lora.finetuning.distributed.devices import Devices, devices_of
 from tfimm_lora.finetuning.metrics_csv import write_metrics
 from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
+from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.classification import Classification
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.validation import check_integer
 
@@ -66,7 +68,8 @@ def finetune(
     warmup: float = 0.1,
     optimizer: Any = None,
     loss: Any = None,
-    metrics: Sequence[Any] = ("accuracy",),
+    metrics: Sequence[Any] | None = None,
+    task: Task | None = None,
     class_weight: Mapping[int, float] | None = None,
     monitor: str = "val_loss",
     patience: int | None = None,
@@ -100,9 +103,12 @@ def finetune(
         learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 1e-3, 0.01
             and a tenth of the steps.
         optimizer: An optimizer to use instead of this AdamW.
-        loss: The loss. Default: the cross-entropy of the logits, computed in float32.
-        metrics: The metrics. Default: accuracy.
-        class_weight: The weight of each class in the loss. Default: 1 for all.
+        loss: The loss. Default: that of the task, computed in float32.
+        metrics: The metrics. Default: those of the task.
+        task: What the model is fine-tuned for: ``Classification`` (default: the cross-entropy
+            of class indices, and accuracy), ``MultiLabel`` or ``Regression``.
+        class_weight: The weight of each class in the loss, or of the pictures that have a label
+            in the loss of the label. Default: 1 for all.
         monitor: The metric that determines the best epoch, by its name in the logs of Keras. A
             loss is minimized, everything else is maximized. Default: "val_loss".
         patience: The number of epochs without improvement after which the training stops.
@@ -146,6 +152,7 @@ def finetune(
     if patience is not None:
         check_integer(patience, "patience", 1)
     _require_unmerged(model)
+    task = Classification() if task is None else task
     backend, devices = backend_of(model), devices_of(model)
     devices.check(backend)
     steps = _steps(train, steps_per_epoch)
@@ -178,8 +185,8 @@ def finetune(
         # weighted_metrics is empty: the example weights that devices add are for the loss only.
         model.compile(
             optimizer=optimizer,
-            loss=loss if loss is not None else _cross_entropy(backend, devices),
-            metrics=list(metrics),
+            loss=default_loss(backend, devices, task, class_weight) if loss is None else loss,
+            metrics=task.metrics(backend) if metrics is None else list(metrics),
             weighted_metrics=[],
         )
         model.optimizer.build(model.trainable_variables)
@@ -187,7 +194,7 @@ def finetune(
         if first < epochs and not recorder.stopped:
             batches, weights = devices.training(
                 train.epochs(first) if is_infinite else train,
-                dict(class_weight) if class_weight else None,
+                dict(class_weight) if class_weight and task.weighs_examples else None,
             )
             example = _example(batches)
             if example is not None and type(devices) is Devices:
@@ -258,15 +265,21 @@ def _example(batches: Any) -> tuple[np.ndarray, np.ndarray] | None:
     return zeros[0], zeros[1]
 
 
-def _cross_entropy(backend: Backend, devices: Devices) -> Any:
-    entropy = backend.keras.losses.sparse_categorical_crossentropy
+def default_loss(
+    backend: Backend,
+    devices: Devices,
+    task: Task,
+    class_weight: Mapping[int, float] | None = None,
+) -> Any:
+    """The loss of a task on some devices."""
+    losses = task.losses(backend, class_weight)
 
-    def cross_entropy(labels: Any, logits: Any) -> Any:
-        # Under mixed precision the logits are 16-bit, too imprecise for a softmax.
-        logits = backend.ops.cast(logits, "float32")
-        return devices.scaled_losses(entropy(labels, logits, from_logits=True))
+    def loss(labels: Any, outputs: Any) -> Any:
+        # Under mixed precision the outputs are 16-bit, too imprecise for a softmax.
+        outputs = backend.ops.cast(outputs, "float32")
+        return devices.scaled_losses(losses(labels, outputs))
 
-    return cross_entropy
+    return loss
 
 
 class _EpochRecorder:

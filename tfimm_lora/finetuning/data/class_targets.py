@@ -33,9 +33,12 @@ class ClassTargets(Targets):
 
     noun: ClassVar[str] = "class"
     nouns: ClassVar[str] = "classes"
-    header: ClassVar[str] = "path,label"
     is_exclusive: ClassVar[bool] = True
     may_be_empty: ClassVar[bool] = False
+
+    @property
+    def header(self) -> str:
+        return "path,label"
 
     def columns(self, header: Sequence[str]) -> tuple[str, ...]:
         return (_LABEL,) if _LABEL in header else ()
@@ -95,7 +98,8 @@ class ClassTargets(Targets):
         return np.array(labels, np.int32)
 
     def text(self, label: Any, names: Sequence[str]) -> str:
-        return names[label]
+        name: str = names[label]
+        return name
 
     def counts(self, pictures: PictureSet) -> dict[str, int]:
         found = Counter(picture.label for picture in pictures.pictures)

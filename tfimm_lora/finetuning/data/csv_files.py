@@ -50,6 +50,12 @@ def list_csv(path: Path, targets: Targets) -> Listing:
     unknown = [x or "(no name)" for x in table.header if x not in used]
     if unknown:
         listing.warning(f"{path}: ignored {count(len(unknown), 'column')}: {some(unknown)}.")
+    twice = [name for name in dict.fromkeys(used) if table.header.count(name) > 1]
+    if twice:
+        listing.error(
+            f"{path} has more than one column with the name {some(twice)}; expected one."
+        )
+        return listing
     required = () if targets.may_be_empty else listing.columns
     rows = _complete_rows(listing, path, table, required)
     found = targets.read(listing, path, listing.columns, rows)

@@ -193,6 +193,13 @@ def list_split(
     if not _check_parts(listing, path, train, val, targets, is_split=UNSPLIT not in parts):
         return None, listing.findings
     seen = _names_of(train, targets)
+    everywhere = _names_of([*train, *val, *(test or [])], targets)
+    nowhere = [label for label in labels if label not in everywhere]
+    if nowhere:
+        listing.error(
+            f"{path} has no pictures with these {targets.nouns}: {some(nowhere)}; expected "
+            "some with each. Remove the columns, or name the others: --columns (columns=)."
+        )
     labels = tuple(label for label in labels if label in seen)
     others = {"val": val, "test": test or []}
     known = {
@@ -299,8 +306,8 @@ def _check_parts(
         )
     elif empty:
         listing.error(
-            f"{path} has {count(len(train) + len(val), 'picture')} that can be used; expected "
-            "at least two, one of them for validation."
+            f"{path} has {count(len(train) + len(val), 'picture')}, none of which can be used "
+            f"for validation; expected at least two with the same {targets.noun}."
         )
     elif targets.is_exclusive and len(_names_of(train, targets)) < 2:
         listing.error(f"{path} has training pictures of one class; expected at least two.")

@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import hashlib
+import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
+from tfimm_lora.finetuning.data.findings import count, some
 from tfimm_lora.finetuning.data.listing import FoundPicture, Listing
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.data.dataset import PictureSet, Split
+
+_T = TypeVar("_T")
 
 #: Columns of a CSV file that are never targets.
 PATH, SPLIT = "path", "split"
@@ -38,7 +42,6 @@ class Targets(ABC):
 
     Attributes:
         noun, nouns: What an output of the model stands for, in messages.
-        header: The columns of a CSV file, in messages.
         is_exclusive: Whether a picture has exactly one of the outputs as its target.
         may_be_empty: Whether cells with targets may be empty; ``read`` reports them then.
         alike_agree: Whether pictures that look alike should have the same target.
@@ -46,12 +49,16 @@ class Targets(ABC):
 
     noun: ClassVar[str]
     nouns: ClassVar[str]
-    header: ClassVar[str]
     is_exclusive: ClassVar[bool] = False
     may_be_empty: ClassVar[bool] = True
     alike_agree: ClassVar[bool] = True
 
     # -- reading -------------------------------------------------------------------------
+
+    @property
+    @abstractmethod
+    def header(self) -> str:
+        """The columns of a CSV file, in messages."""
 
     @abstractmethod
     def columns(self, header: Sequence[str]) -> tuple[str, ...]:
@@ -148,6 +155,77 @@ def validation_count(n: int, validation: float) -> int:
     """The number of n pictures that go to validation: at least one, and never all."""
     share = int(n * validation + 0.5)
     return max(min(share, n - 1), min(1, n - 1))
+
+
+def other_columns(header: Sequence[str]) -> tuple[str, ...]:
+    """The columns of a CSV file except path and split."""
+    return tuple(name for name in header if name and name not in (PATH, SPLIT))
+
+
+def bad_cells(
+    listing: Listing,
+    path: Path,
+    columns: Sequence[str],
+    rows: Sequence[Row],
+    parse: Callable[[str], _T],
+    expected: str,
+) -> list[list[_T] | None]:
+    """Parse the cells of some columns, and record one error for each column with bad ones.
+
+    Args:
+        listing, path: Where to record, and the file.
+        columns, rows: The columns and all rows.
+        parse: Returns the value of a cell without spaces around it, or raises a ValueError or
+            KeyError.
+        expected: What it expects, in words.
+
+    Returns:
+        The values of each row; None for a row with a bad cell.
+    """
+    values: list[list[_T] | None] = [[] for _ in rows]
+    for column in columns:
+        empty: list[tuple[int, str]] = []
+        bad: list[tuple[int, str]] = []
+        for i, row in enumerate(rows):
+            cell, known = row.cells[column].strip(), values[i]
+            try:
+                value = parse(cell)
+            except (ValueError, KeyError):
+                values[i] = None
+                (bad if cell else empty).append((row.line, cell))
+            else:
+                if known is not None:
+                    known.append(value)
+        for kind, cells in (("empty", empty), ("bad", bad)):
+            if cells:
+                _record_bad(listing, path, column, kind, cells, len(rows), expected)
+    return values
+
+
+def _record_bad(
+    listing: Listing,
+    path: Path,
+    column: str,
+    kind: str,
+    cells: Sequence[tuple[int, str]],
+    rows: int,
+    expected: str,
+) -> None:
+    lines = some([str(line) for line, _ in cells])
+    if kind == "empty":
+        what = f"is empty in {count(len(cells), 'row')} (line {lines})"
+    else:
+        given = some([repr(cell) for cell in dict.fromkeys(cell for _, cell in cells)], 3)
+        what = f"has {given} (line {lines})"
+    advice = ""
+    if len(cells) == rows:
+        advice = " If it is no target, name the columns that are: --columns (columns=)."
+    elif any(re.fullmatch(r"-?\d+,\d+", cell) for _, cell in cells):
+        advice = " Write decimals with a point."
+    listing.error(
+        f"{path}: the column {column} {what}; expected {expected} in every row.{advice}",
+        [f"{path}, line {line}" for line, _ in cells],
+    )
 
 
 def warn_of_alike(listing: Listing, path: str, names: Iterable[str], nouns: str) -> None:
