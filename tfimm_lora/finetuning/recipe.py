@@ -49,7 +49,7 @@ from tfimm_lora.finetuning.run import (
     one_writer,
     open_recipe_base,
 )
-from tfimm_lora.finetuning.tasks.named import task_named
+from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named
 from tfimm_lora.finetuning.tensorboard_logs import tensorboard
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
@@ -103,7 +103,7 @@ class Recipe:
 
     model: str
     data: str
-    task: str = "classification"
+    task: str = DEFAULT
     columns: list[str] | None = None
     pretrained: bool = True
     weights: str | None = None

@@ -42,6 +42,9 @@ class TaskRecord:
             value = getattr(self, name)
             if value is not None:
                 object.__setattr__(self, name, tuple(map(float, value)))
+        lists = {k: v for k, v in self.chosen.items() if not isinstance(v, (int, float))}
+        chosen = {**self.chosen, **{k: tuple(map(float, v)) for k, v in lists.items()}}
+        object.__setattr__(self, "chosen", chosen)
         problem = self._problem()
         if problem:
             raise ValueError(f"Received a record of the task {self.name!r} with {problem}.")

@@ -129,12 +129,9 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
     targets = recipe["lora"].get("lora_targets") or "default of the architecture"
     named = targets if isinstance(targets, str) else ", ".join(targets)
-    names = {"trained_on": "training", "validated_on": "validation", "tested_on": "testing"}
-    pictures = ", ".join(
-        f"{_number_of_pictures(facts, key):,} for {name}"
-        for key, name in names.items()
-        if key in facts
-    )
+    names = {"train": "training", "val": "validation", "test": "testing"}
+    numbers = _numbers_of_pictures(facts)
+    pictures = ", ".join(f"{numbers[part]:,} for {names[part]}" for part in numbers)
     share = percent(facts["trainable"] / facts["parameters"], 2)
     full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
@@ -158,10 +155,12 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     ]
 
 
-def _number_of_pictures(facts: Mapping[str, Any], key: str) -> int:
-    """The number of pictures of a part; in runs of earlier versions each has one class."""
-    number: int = facts.get("pictures", {}).get(key, sum(facts[key].values()))
-    return number
+def _numbers_of_pictures(facts: Mapping[str, Any]) -> dict[str, int]:
+    """The number of pictures of each part; in runs of earlier versions each has one class."""
+    if "pictures" in facts:
+        return dict(facts["pictures"])
+    counts = {"train": "trained_on", "val": "validated_on", "test": "tested_on"}
+    return {part: sum(facts[key].values()) for part, key in counts.items() if key in facts}
 
 
 def _weights(run: Run) -> str:

@@ -14,6 +14,9 @@ TASKS: dict[str, type[Task]] = {
     task.name: task for task in (Classification, MultiLabel, Regression)
 }
 
+#: The task of a recipe that names none.
+DEFAULT = Classification.name
+
 
 def task_named(name: str) -> type[Task]:
     """The class of a task.
