@@ -254,7 +254,10 @@ def _finetune(
             model = run.base()
             _inject(backend, recipe, model, run.facts["new_classifier"])
             _initialize_from_pictures(recipe, model, split, run.facts)
-            record_task(model, run.task.record())
+            # What was chosen on the validation pictures belongs to the former weights.
+            record = dataclasses.replace(run.task.record(), chosen={})
+            record_task(model, record)
+            run.facts["task"] = record.to_dict()
         trained, seconds = _train(recipe, run, model, split, devices, verbose)
     if trained.stopped_early and len(trained.history) < recipe.epochs:
         say(

@@ -93,10 +93,11 @@ def finetune(
         model: A LoRA model that returns logits (n, classes). Its LoRA config determines which
             weights are trained.
         train: Batches (pictures, labels) as a ``tf.data.Dataset`` of known length, with class
-            indices as labels; or an object with ``epochs(first)`` and ``steps_per_epoch``, such
-            as ``PictureBatches``, whose order depends only on the index of the epoch. Only then
-            is a resumed training bitwise identical to one without interruption: a dataset that
-            shuffles restarts with its first order.
+            indices as labels, or those of the task, (n, outputs); or an object with
+            ``epochs(first)`` and ``steps_per_epoch``, such as ``PictureBatches``, whose order
+            depends only on the index of the epoch. Only then is a resumed training bitwise
+            identical to one without interruption: a dataset that shuffles restarts with its
+            first order.
         validation: A dataset for validation after each epoch. Default: none. The weights of the
             last epoch are then kept.
         epochs: The number of epochs. Default: 10.

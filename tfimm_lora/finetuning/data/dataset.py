@@ -126,7 +126,9 @@ def find_pictures(
         seed: The seed of the split. The split depends only on the seed and the names of the
             pictures within ``data``: it is the same on every machine, and adding a picture
             changes the part of few others.
-        targets: What the pictures are labelled with. Default: each with one class.
+        targets: What the pictures are labelled with: ``MultiLabel.targets()``,
+            ``Regression.targets()``, or by default each with one class. The columns of CSV
+            files and the split are then as in docs/how-to/several-labels-and-numbers.md.
 
     Returns:
         A ``Split`` with ``.train``, ``.val``, ``.labels`` and ``.test`` (or None). The pictures

@@ -87,6 +87,11 @@ class LabelTargets(Targets):
         return (_cells if in_one_cell else _columns)(listing, path, columns, rows)
 
     def of_folder(self, listing: Listing, path: Path) -> None:
+        if self.given is not None and not self.known:
+            listing.error(
+                f"Received columns={list(self.given)} with the folder {path}; expected a CSV "
+                "file. The labels of a folder are the names of its class folders."
+            )
         for name, part in listing.parts.items():
             listing.parts[name] = _merged(listing, path, part)
 

@@ -110,8 +110,8 @@ class MultiLabelViews(Views):
                 "mean of the average precisions",
                 class_="main",
             ),
-            number("F1", f"{evaluation.macro_f1:.3f}", "mean of labels"),
-            number("F1", f"{evaluation.micro_f1:.3f}", "of all decisions"),
+            number("Macro F1", f"{evaluation.macro_f1:.3f}", "mean of labels"),
+            number("Micro F1", f"{evaluation.micro_f1:.3f}", "of all decisions"),
             number("Loss", decimal(evaluation.loss, 3), "binary cross-entropy"),
         ]
         return joined(intro, tag("dl", *numbers, class_="numbers"))
