@@ -41,7 +41,7 @@ from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import Evaluation
 from tfimm_lora.finetuning.optimizer import create_optimizer
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
-from tfimm_lora.finetuning.report.page import evaluate_run
+from tfimm_lora.finetuning.run_report import evaluate_run
 
 HERE = Path(__file__).resolve().parent
 

@@ -35,6 +35,9 @@ from .finetuning.metrics import Evaluation as Evaluation
 from .finetuning.recipe import Recipe as Recipe
 from .finetuning.recipe import finetune_pictures as finetune_pictures
 from .finetuning.run import Run as Run
+from .finetuning.tasks.classification import Classification as Classification
+from .finetuning.tasks.multilabel import MultiLabel as MultiLabel
+from .finetuning.tasks.regression import Regression as Regression
 from .finetuning.training import Trained as Trained
 from .finetuning.training import finetune as finetune
 from .finetuning.tuning.learning_rate_finder import LearningRateCurve as LearningRateCurve

@@ -29,9 +29,9 @@ from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import evaluate, evaluate_pictures, predict_pictures
 from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report.formatting import percent
-from tfimm_lora.finetuning.report.page import evaluate_run, write_report
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_curves, draw_mistakes
 from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.run_report import evaluate_run, write_report
 
 pytestmark = pytest.mark.once
 

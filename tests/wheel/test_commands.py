@@ -41,6 +41,7 @@ NOT_RUN = {
     r"^docs/tutorials/demo.md": "they need the files of `make demo`, which takes minutes",
     r"tfimm-lora (convert|inspect hf)": "tests/cli/test_convert.py runs convert and inspect",
     r"^docs/how-to/serving.md": "tests/serving run the server, which does not end by itself",
+    r"^docs/how-to/several-labels-and-numbers.md": "tests/finetuning/tasks runs them",
     r"^docs/how-to/several-devices.md": "tests/finetuning/test_distributed.py runs strategies",
 }
 

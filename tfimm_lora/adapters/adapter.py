@@ -32,6 +32,8 @@ class Adapter(AdapterData):
         dropout: The lora_dropout of the training.
         selection: What the config of its file selects, or None. ``load_adapter`` uses it to
             find layers that the file lacks.
+        task: What the model was fine-tuned for and what its outputs mean, or None if it is not
+            known; see ``TaskRecord``.
 
     Two adapters are equal if all of these but the selection are exactly equal.
 

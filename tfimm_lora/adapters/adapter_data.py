@@ -15,6 +15,7 @@ import numpy as np
 
 from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate, same_arrays
 from tfimm_lora.families.recognize import Naming
+from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.peft.matching import PeftSelection
 
 
@@ -80,6 +81,7 @@ class AdapterData:
     bias: str = "none"
     dropout: float = 0.0
     selection: FileSelection | None = None
+    task: TaskRecord | None = None
 
     def __post_init__(self) -> None:
         frozen = {}
@@ -135,7 +137,7 @@ class AdapterData:
         """Return the values of the fields, in order, as plain containers."""
         containers = (dict(self.layers), dict(self.weights))
         others = (self.modules, self.base_model, self.bias, self.dropout, self.selection)
-        return (*containers, *others)
+        return (*containers, *others, self.task)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), self._values()
@@ -144,7 +146,8 @@ class AdapterData:
         if not isinstance(other, AdapterData):
             return NotImplemented
         mine, theirs = (
-            (dict(x.layers), x.modules, x.base_model, x.bias, x.dropout) for x in (self, other)
+            (dict(x.layers), x.modules, x.base_model, x.bias, x.dropout, x.task)
+            for x in (self, other)
         )
         return mine == theirs and same_arrays(self.weights, other.weights)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import Any
 
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.model.state import has_random_weights
+from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.version import __version__
 
 #: Marks a card that this package wrote, which it may replace.
@@ -22,7 +24,9 @@ def model_card(adapter: AdapterData, fields: dict[str, Any]) -> str:
     lines = ["---", "library_name: peft"]
     if _HUB_ID.fullmatch(base):
         lines.append(f"base_model: {base}")
-    lines += ["tags:", "- lora", "- tfimm_lora", "- image-classification", "---", ""]
+    task = adapter.task
+    kind = "image-classification" if task is None or task.activation else task.name
+    lines += ["tags:", "- lora", "- tfimm_lora", f"- {kind}", "---", ""]
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
     title = f"LoRA adapter for {base}" if base else "LoRA adapter"
     lines += [
@@ -39,6 +43,8 @@ def model_card(adapter: AdapterData, fields: dict[str, Any]) -> str:
         lines.append(f"Fully trained: {', '.join(adapter.modules)}.")
     if adapter.bias != "none":
         lines.append(f"Trained biases: {adapter.bias}.")
+    if task is not None:
+        lines += _task_lines(task)
     lines += ["", "In Keras:", "", "```python", "import tfimm_lora as lora", ""]
     lines += ['lora.load_adapter(model, "path/of/this/folder")', "```", ""]
     if fields["peft_type"] == "LORA":
@@ -51,3 +57,32 @@ def model_card(adapter: AdapterData, fields: dict[str, Any]) -> str:
         )
     lines += ["", f"{MARK} {__version__}.", ""]
     return "\n".join(lines)
+
+
+def _task_lines(task: TaskRecord) -> list[str]:
+    """What the outputs mean, with a table of the numbers that belong to them."""
+    columns: dict[str, Sequence[float]] = {}
+    if task.mean is not None and task.std is not None:
+        columns.update(mean=task.mean, std=task.std)
+    numbers = dict(task.chosen)
+    columns.update({k: v for k, v in numbers.items() if not isinstance(v, (int, float))})
+    meaning = {
+        "softmax": "The outputs are logits: a softmax gives the probabilities.",
+        "sigmoid": "The outputs are logits: a sigmoid gives the probability of each label.",
+    }.get(task.activation or "", "The outputs are numbers.")
+    if task.mean is not None:
+        meaning = "The predictions are mean + std * output."
+    lines = ["", f"Task: {task.name}. {meaning}", ""]
+    lines.append(" | ".join(("| output", "label", *map(_plain, columns))) + " |")
+    lines.append("|---" * (2 + len(columns)) + "|")
+    for i, label in enumerate(task.labels):
+        cells = (str(i), _plain(label), *(f"{values[i]:.6g}" for values in columns.values()))
+        lines.append(f"| {' | '.join(cells)} |")
+    scalars = {k: v for k, v in numbers.items() if isinstance(v, (int, float))}
+    lines += [f"\n{_plain(name)}: {value:g}." for name, value in scalars.items()]
+    return lines
+
+
+def _plain(text: str) -> str:
+    """A name without characters that have a meaning in Markdown or HTML."""
+    return re.sub(r"[^\w .,:;()+%°/-]", "_", text)

@@ -22,6 +22,7 @@ from tfimm_lora.adapters.fit import check_fits
 from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.adapters.torch_layout import base_kernel
 from tfimm_lora.families.recognize import recognize_surely
+from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.validation import check_number
 from tfimm_lora.zoo.weights.module_names import ModuleNames
 
@@ -139,7 +140,8 @@ def combine_adapters(
     _warn_of_losses(losses, method)
     dropouts = {adapter.dropout for adapter in adapters}
     dropout = dropouts.pop() if len(dropouts) == 1 else 0.0
-    return Adapter(layers, values, modules, base_model, bias, dropout)
+    task = _common_task(adapters, trained_whole)
+    return Adapter(layers, values, modules, base_model, bias, dropout, task=task)
 
 
 def combination_errors(
@@ -358,6 +360,28 @@ def _common_base_model(adapters: Sequence[Adapter]) -> str:
             "dataclasses.replace(adapter, base_model=...)."
         )
     return names[0] if names else ""
+
+
+def _common_task(adapters: Sequence[Adapter], choice: int | str | None) -> TaskRecord | None:
+    """The task of a combination: that of all, or of the adapter with the classifier.
+
+    What was chosen for the outputs of one adapter does not suit those of a combination.
+    """
+    tasks = [
+        None if adapter.task is None else dataclasses.replace(adapter.task, chosen={})
+        for adapter in adapters
+    ]
+    if isinstance(choice, int):
+        return tasks[choice]
+    if all(task == tasks[0] for task in tasks):
+        return tasks[0]
+    warnings.warn(
+        "The adapters were trained for different tasks or labels, so the combination records "
+        "none. To record one, pass the index of the adapter with the classifier as "
+        "trained_whole, or set it: dataclasses.replace(adapter, task=...).",
+        stacklevel=3,
+    )
+    return None
 
 
 def _warn_of_losses(losses: Mapping[str, Loss], method: CombinationMethod) -> None:

@@ -35,7 +35,12 @@ from tfimm_lora.config import LoRAConfig
 from tfimm_lora.model.inject import adapt_model, inject_lora, remove_lora
 from tfimm_lora.model.merge import has_lora
 from tfimm_lora.model.registry import lora_base_of
-from tfimm_lora.model.state import ReplacedWeight, model_state
+from tfimm_lora.model.state import (
+    ReplacedWeight,
+    model_state,
+    record_task,
+    recorded_task,
+)
 from tfimm_lora.validation import check_keywords
 from tfimm_lora.zoo.weights.module_names import ModelWeight, ModuleNames
 
@@ -125,6 +130,7 @@ def load_adapter(
     _replace_weights(names, weights, unaffected)
     for each in fitted:
         each.assign()
+    record_task(model, adapter.task)
     return model
 
 
@@ -145,7 +151,7 @@ def _replace_lora(model: Any, adapter: Adapter) -> list[FittedUpdate]:
     """
     inject = _injection(model, adapter)
     arguments = lora_arguments(model, adapter)
-    former = FormerLoRA(model)
+    former, task = FormerLoRA(model), recorded_task(model)
     # `_replace_weights` decides which of them get their original values.
     model_state(model).replaced = {}
     remove_lora(model, merge=False)
@@ -157,6 +163,7 @@ def _replace_lora(model: Any, adapter: Adapter) -> list[FittedUpdate]:
             remove_lora(model, merge=False)
         inject(former.arguments)
         former.restore()
+        record_task(model, task)
         raise does_not_fit_error(model, adapter, [str(error)]) from error
     model_state(model).replaced = former.replaced
     return fitted

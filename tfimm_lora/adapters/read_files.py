@@ -37,6 +37,7 @@ from tfimm_lora.adapters.tensor_names import (
     is_copy,
 )
 from tfimm_lora.families.recognize import recognize_surely
+from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.peft.matching import outermost, with_parents
 
 #: Far more than any adapter has. A larger file is damaged or hostile.
@@ -238,7 +239,17 @@ def _assembled(
         config.bias,
         config.dropout,
         _selection(config, layers),
+        _task(metadata.get("task")),
     )
+
+
+def _task(values: Any) -> TaskRecord | None:
+    if values is None:
+        return None
+    try:
+        return TaskRecord.from_dict(values)
+    except ValueError as error:
+        raise ValueError(f"has a damaged record of its task ({error})") from error
 
 
 def _selection(config: PeftConfig, layers: dict[str, LayerUpdate]) -> FileSelection | None:

@@ -21,6 +21,7 @@ from tfimm_lora.model.state import (
     config_of,
     model_state,
     random_weights,
+    recorded_task,
     saves_timm_names,
 )
 from tfimm_lora.zoo.weights.hub_ids import CHECKPOINTS
@@ -75,6 +76,7 @@ def adapter_of(model: Any, base_model: str | None = None) -> Adapter:
         base_model_name(model) if base_model is None else base_model,
         bias,
         float(getattr(config, "lora_dropout", 0.0)),
+        task=recorded_task(model),
     )
 
 

@@ -111,6 +111,7 @@ def _own_metadata(adapter: AdapterData, config_hash: str) -> str:
         "qkv": {m: list(x.qkv) for m, x in layers if x.qkv},
         # alpha / rank may differ from the scale by rounding.
         "scales": {m: x.scale for m, x in layers if x.alpha / x.rank != x.scale},
+        "task": None if adapter.task is None else adapter.task.to_dict(),
         "whole": ambiguous(in_file(key, adapter.layers) for key in adapter.weights),
     }
     metadata.update({name: value for name, value in optional.items() if value})

@@ -246,6 +246,7 @@ class AdapterBank:
         self._add(_checked_name(name), _read(self._names, adapter), labels)
 
     def _add(self, name: str, adapter: Adapter, labels: Sequence[str] | None) -> None:
+        _require_classification(name, adapter)
         with self._loading:
             self._require_open()
             try:
@@ -550,6 +551,16 @@ class AdapterBank:
         return (
             f"AdapterBank({len(self.names)} adapters, capacity={self.capacity}, "
             f"max_rank={self._layout.max_rank}, max_classes={self._layout.max_classes})"
+        )
+
+
+def _require_classification(name: str, adapter: Adapter) -> None:
+    task = adapter.task
+    if task is not None and task.activation != "softmax":
+        raise ValueError(
+            f"Adapter {name!r} was trained for the task {task.name!r}; expected a "
+            "classification. A bank computes the probabilities of classes: use the adapter in "
+            "a model of its own (load_adapter)."
         )
 
 

@@ -13,17 +13,21 @@ import typer
 from tfimm_lora.cli.app import FAILED, Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_table
+from tfimm_lora.cli.tasks import COLUMNS_HELP, TASK_HELP, parse_columns
 from tfimm_lora.finetuning.data.check import DataCheck, check_data
 from tfimm_lora.finetuning.data.dataset import Split
 from tfimm_lora.finetuning.data.findings import count
 from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.finetuning.run import split_text
+from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named
 
 EXAMPLES = """Examples:
 
 tfimm-lora check pictures
 
 tfimm-lora check labels.csv --usable usable.csv
+
+tfimm-lora check tags.csv --task multilabel
 
 tfimm-lora check pictures --json
 """
@@ -41,6 +45,8 @@ def check_command(
             "or a CSV file with path,label."
         ),
     ],
+    task: Annotated[str, typer.Option(help=TASK_HELP, show_default=False)] = DEFAULT,
+    columns: Annotated[str | None, typer.Option(help=COLUMNS_HELP)] = None,
     usable: Annotated[
         Path | None,
         typer.Option(
@@ -67,6 +73,7 @@ def check_command(
     bar = sys.stderr.isatty() and not as_json
     checked = check_data(
         pictures,
+        targets=task_named(task).targets(parse_columns(columns)),
         validation=validation,
         seed=seed,
         say=note,
@@ -77,7 +84,8 @@ def check_command(
             text = split_text(checked.split)
             Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
         note(f"written: {usable}")
-    emit(_as_data(pictures, checked), as_json, lambda: _show(pictures, checked, show_all))
+    data = _data_options(pictures, task, columns)
+    emit(_as_data(pictures, checked), as_json, lambda: _show(data, checked, show_all))
     if usable is not None and checked.split is None:
         note(f"not written: {usable}, because too few pictures can be used")
     if checked.errors or checked.problems:
@@ -110,7 +118,17 @@ def _counts(split: Split) -> dict[str, dict[str, int]]:
     }
 
 
-def _show(pictures: Path, checked: DataCheck, show_all: bool) -> None:
+def _data_options(pictures: Path, task: str, columns: str | None) -> list[str]:
+    """The arguments of a command that describe the data."""
+    options = [shlex.quote(str(pictures))]
+    if task != DEFAULT:
+        options.append(f"--task {task}")
+    if columns is not None:
+        options.append(f"--columns {shlex.quote(columns)}")
+    return options
+
+
+def _show(data: list[str], checked: DataCheck, show_all: bool) -> None:
     if checked.split is not None:
         _show_counts(checked.split, Counter(x.label for x in checked.problems))
     for title, findings in (("error", checked.errors), ("warning", checked.warnings)):
@@ -123,29 +141,23 @@ def _show(pictures: Path, checked: DataCheck, show_all: bool) -> None:
         print(f"  {readable(problem.path)}: {readable(problem.reason)}")
     if len(shown) < len(checked.problems):
         print(f"  and {len(checked.problems) - len(shown)} more; --all lists them")
-    print(f"\n{_verdict(pictures, checked)}")
+    print(f"\n{_verdict(data, checked)}")
 
 
 def _show_counts(split: Split, left_out: Counter[str]) -> None:
-    parts = list(split.parts())
-    rows = [
-        [readable(label), *(str(numbers[part]) for part in parts), str(left_out[label])]
-        for label, numbers in _counts(split).items()
-    ]
-    totals = [str(len(part)) for part in split.parts().values()]
-    rows.append(["all", *totals, str(left_out.total())])
-    show_table(["class", *parts, "left out"], rows)
+    header, rows = split.targets.table(split, left_out)
+    show_table(header, [[readable(row[0]), *row[1:]] for row in rows])
 
 
-def _verdict(pictures: Path, checked: DataCheck) -> str:
+def _verdict(given: list[str], checked: DataCheck) -> str:
     """What finetune does with these pictures, and how to continue."""
-    data = shlex.quote(str(pictures))
+    data, rest = " ".join(given), "".join(f" {option}" for option in given[1:])
     if not checked.errors and not checked.problems:
         return f"finetune --data {data} can use all {len(checked.split or ())} pictures"
     continuing = (
         f"Repair the data, or continue without the files concerned:\n"
         f"  tfimm-lora check {data} --usable usable.csv\n"
-        f"  tfimm-lora finetune --data usable.csv ..."
+        f"  tfimm-lora finetune --data usable.csv{rest} ..."
     )
     if checked.split is None:
         return f"{count(len(checked.errors), 'error')}: too few pictures can be used"

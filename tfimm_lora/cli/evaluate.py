@@ -20,10 +20,9 @@ from tfimm_lora.finetuning.data.listing import UNSPLIT
 from tfimm_lora.finetuning.data.picture_files import natural_order
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
-from tfimm_lora.finetuning.metrics import Evaluation
-from tfimm_lora.finetuning.report.formatting import decimal, interval, percent, readable
-from tfimm_lora.finetuning.report.plots import draw_confusion, draw_mistakes
+from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.finetuning.run import SPLIT, Run
+from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.utils.atomic_files import write_file
 
 EXAMPLES = """Examples:
@@ -48,7 +47,9 @@ def evaluate_command(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for confusion.png, mistakes.png and predictions.csv."),
+        typer.Option(
+            help="Folder for predictions.csv and drawings: confusion.png, mistakes.png."
+        ),
     ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per batch.")] = 32,
     overwrite: Overwrite = False,
@@ -62,7 +63,7 @@ def evaluate_command(
         refuse_to_overwrite(out, overwrite)
     opened = Run.open(run)
     warn_if_unfinished(opened)
-    found = opened.split.val if data is None else labelled_pictures(data, opened.labels)
+    found = opened.split.val if data is None else labelled_pictures(data, opened.task)
     pictures, problems = check_pictures(found)
     for problem in problems:
         note(f"skipped {readable(problem.path)}: {readable(problem.reason)}")
@@ -70,11 +71,12 @@ def evaluate_command(
     if seen:
         note(f"{seen} of {len(pictures)} pictures were used for training")
     import_tensorflow()
+    task = opened.task
     evaluation = evaluate_pictures(
-        opened.model(), pictures, opened.preprocessing, batch_size=batch_size
+        opened.model(), pictures, opened.preprocessing, task=task, batch_size=batch_size
     )
     if out is not None:
-        write(evaluation, out)
+        write(task, evaluation, out)
         note(f"written: {out}")
     result = {
         "run": str(run),
@@ -83,25 +85,26 @@ def evaluate_command(
         "trained_on": seen,
         "skipped": [{"path": x.path, "reason": x.reason} for x in problems],
     }
-    emit(result, as_json, lambda: show(evaluation))
+    emit(result, as_json, lambda: show(task, evaluation))
 
 
-def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
-    """Find the pictures in a folder or CSV file that a model with these labels is evaluated on.
+def labelled_pictures(data: Path, task: Task) -> PictureSet:
+    """Find the pictures in a folder or CSV file that a model is evaluated on.
 
     If the data are split, these are the pictures of test or, if there are none, of val; else
     all pictures.
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.
-        ValueError: if there are no pictures, or one has a label that is not in ``labels``.
+        ValueError: if there are no pictures, or one has a label that the model does not have.
     """
+    targets, labels = task.known_targets(), task.labels
     if not data.exists():
         raise FileNotFoundError(
             f"Received --data {data}, which does not exist; expected a folder of class "
-            "folders, or a CSV file with path,label."
+            f"folders, or a CSV file with {targets.header}."
         )
-    listing = list_pictures(data)
+    listing = list_pictures(data, targets)
     raise_errors(listing.findings)
     for finding in listing.findings:
         if finding.level == WARNING:
@@ -113,15 +116,15 @@ def labelled_pictures(data: Path, labels: list[str]) -> PictureSet:
             f"Received --data {data}, which has no pictures to evaluate on; expected at least "
             "one."
         )
-    unknown = sorted({x.label for x in found} - set(labels), key=natural_order)
+    named = {name for x in found for name in targets.names_in(x.label)}
+    unknown = sorted(named - set(labels), key=natural_order)
     if unknown:
         raise ValueError(
-            f"{data} has {len(unknown)} classes that the model was not trained on: "
-            f"{some(unknown)}; expected only its classes: {some(labels, 20)}."
+            f"{data} has {len(unknown)} {targets.nouns} that the model was not trained on: "
+            f"{some(unknown)}; expected only its {targets.nouns}: {some(labels, 20)}."
         )
-    number = {label: i for i, label in enumerate(labels)}
-    listed = tuple(Picture(x.path, number[x.label]) for x in sorted(found))
-    return PictureSet(listed, tuple(labels))
+    listed = tuple(Picture(x.path, targets.label(x.label, labels)) for x in sorted(found))
+    return PictureSet(listed, labels, targets)
 
 
 def trained_on(run: Run, pictures: PictureSet) -> int:
@@ -132,45 +135,19 @@ def trained_on(run: Run, pictures: PictureSet) -> int:
     return sum(os.path.realpath(picture.path) in known for picture in pictures.pictures)
 
 
-def write(evaluation: Evaluation, folder: Path) -> None:
+def write(task: Task, evaluation: Any, folder: Path) -> None:
     """Write the files of ``--out``."""
     folder.mkdir(parents=True, exist_ok=True)
-    draw_confusion(evaluation, folder / "confusion.png")
-    draw_mistakes(evaluation, folder / "mistakes.png")
+    for name, draw in task.views.drawings(evaluation).items():
+        draw(folder / name)
     text = io.StringIO()
     table = csv.writer(text, lineterminator="\n")
-    names = ("path", "label", "predicted", "probability", "probability_of_label", "loss")
-    table.writerow(names)
-    for x in evaluation.predictions:
-        numbers = (x.probability, x.probability_of_true, x.loss)
-        table.writerow([x.path, x.true, x.predicted, *(f"{number:.6g}" for number in numbers)])
+    table.writerows(task.views.prediction_rows(evaluation))
     write_file(folder / "predictions.csv", text.getvalue())
 
 
-def show(evaluation: Evaluation) -> None:
+def show(task: Task, evaluation: Any) -> None:
     """Print a table of the classes and the metrics over all pictures."""
-    rows = [
-        [
-            readable(x.label),
-            str(x.count),
-            *((percent(x.recall), percent(x.precision), f"{x.f1:.3f}") if x.count else "---"),
-        ]
-        for x in evaluation.classes
-    ]
-    show_table(["class", "pictures", "recall", "precision", "F1"], rows)
-    low, high = evaluation.accuracy_interval()
-    pictures = len(evaluation.predictions)
-    facts: list[tuple[str, Any]] = [
-        ("pictures", f"{pictures:,}"),
-        (
-            "accuracy",
-            f"{percent(evaluation.accuracy)} (95 % interval: {interval(low, high)})",
-        ),
-        ("balanced accuracy", percent(evaluation.balanced_accuracy)),
-        ("loss", decimal(evaluation.loss)),
-        ("calibration error", percent(evaluation.calibration_error)),
-    ]
-    if evaluation.top5 is not None:
-        facts.insert(2, ("top 5", percent(evaluation.top5)))
+    show_table(*task.views.table(evaluation))
     print()
-    show_facts(facts)
+    show_facts(task.views.facts(evaluation))

@@ -28,6 +28,8 @@ from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.report.formatting import byte_text, percent
 from tfimm_lora.finetuning.run import CONFIG, Run
+from tfimm_lora.model.state import record_task
+from tfimm_lora.model.task_record import TaskRecord
 
 EXAMPLES = """Examples:
 
@@ -198,10 +200,13 @@ def open_source(path: Path) -> OpenedModel:
     if (path / CONFIG).is_file():
         run = Run.open(path)
         warn_if_unfinished(run)
-        by_default = True if run.base_returned_probabilities else None
+        returned = run.base_returned_probabilities and run.task.activation is not None
+        by_default = True if returned else None
         return OpenedModel(run.model(), run.labels, run.preprocessing, by_default)
     model = _load(path)
     description = read_description(path)
+    if description.get("task") is not None:
+        record_task(model, TaskRecord.from_dict(description["task"]))
     values = description.get("preprocessing")
     cfg = getattr(model, "cfg", None)
     preprocessing = None

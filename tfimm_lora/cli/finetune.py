@@ -20,13 +20,14 @@ from tfimm_lora.cli.parsing import (
     parse_size,
     parse_targets,
 )
+from tfimm_lora.cli.tasks import COLUMNS_HELP, TASK_HELP, parse_columns
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import is_model_file
 from tfimm_lora.finetuning.distributed.strategy import is_chief, leave_strategy
 from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
 from tfimm_lora.finetuning.report.formatting import percent
-from tfimm_lora.finetuning.report.page import evaluate_run
 from tfimm_lora.finetuning.run import CONFIG, RECIPE, TUNING, Run, read_yaml
+from tfimm_lora.finetuning.run_report import evaluate_run
 from tfimm_lora.utils.optional_imports import require
 
 EXAMPLES = """Examples:
@@ -38,6 +39,8 @@ tfimm-lora finetune --model convnext_tiny --from-scratch --data pictures --out r
 tfimm-lora finetune --model my.keras --normalisation unit --data a.csv --out run
 
 tfimm-lora finetune --model MobileNetV2 --data pictures --lr auto --rank auto --out run
+
+tfimm-lora finetune --model MobileNetV2 --data angles.csv --task regression --out run
 
 tfimm-lora finetune --out run --resume
 
@@ -79,6 +82,8 @@ def finetune(
             "or a CSV file with path,label. tfimm-lora check reports what is wrong with it."
         ),
     ] = None,
+    task: Annotated[Text, typer.Option(help=TASK_HELP, show_default=False)] = None,
+    columns: Annotated[Text, _option(help=COLUMNS_HELP, panel=_DATA)] = None,
     pretrained: Annotated[
         Flag,
         typer.Option(
@@ -142,7 +147,8 @@ def finetune(
         Text, _option(help="none, light or default. Default: default.", panel=_DATA)
     ] = None,
     balanced: Annotated[
-        Flag, _option(help="Give all classes the same weight in the loss.", panel=_DATA)
+        Flag,
+        _option(help="Give rare classes or labels a larger weight in the loss.", panel=_DATA),
     ] = None,
     epochs: Annotated[Whole, _option(help="Default: 10.", panel=_TRAINING)] = None,
     batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
@@ -177,7 +183,11 @@ def finetune(
         Whole, _option(help="Stop after this many epochs without improvement.", panel=_TRAINING)
     ] = None,
     monitor: Annotated[
-        Text, _option(help="val_loss or val_accuracy. Default: val_loss.", panel=_TRAINING)
+        Text,
+        _option(
+            help="val_loss, or val_accuracy (multilabel: val_pr_auc). Default: val_loss.",
+            panel=_TRAINING,
+        ),
     ] = None,
     mixed_precision: Annotated[
         Text,
@@ -215,6 +225,8 @@ def finetune(
     given = {k: v for k, v in locals().items() if k in names and v is not None and k != "lora"}
     if "input_size" in given:
         given["input_size"] = parse_size(given["input_size"])
+    if "columns" in given:
+        given["columns"] = parse_columns(given["columns"])
     rate, of_rank = parse_rate(learning_rate), parse_rank(rank)
     limits = {"minutes": tune_minutes, "trials": tune_trials, "storage": tune_storage}
     automatic = Automatic(
@@ -262,25 +274,20 @@ def finetune(
         return
     evaluations = evaluate_run(run)
     evaluation, test = evaluations["val"], evaluations.get("test")
-    result["accuracy"], result["loss"] = evaluation.accuracy, evaluation.loss
+    views = run.task.views
+    result.update(views.scores(evaluation))
     if test is not None:
-        result["test"] = {
-            "accuracy": test.accuracy,
-            "loss": test.loss,
-            "pictures": len(test.predictions),
-        }
+        result["test"] = {**views.scores(test), "pictures": len(test.predictions)}
     result["report"] = str(run.path / "report.html")
 
     def show() -> None:
         share = percent(result["trainable"] / result["parameters"], 2)
-        pictures = f"{len(evaluation.predictions)} validation pictures"
         print(
-            f"accuracy {percent(evaluation.accuracy)} on {pictures} "
-            f"(epoch {result['best_epoch']}), with {share} of the parameters trained"
+            f"{views.headline(evaluation, 'validation')} (epoch {result['best_epoch']}), with "
+            f"{share} of the parameters trained"
         )
         if test is not None:
-            pictures = f"{len(test.predictions)} test pictures"
-            print(f"accuracy {percent(test.accuracy)} on {pictures}")
+            print(views.headline(test, "test"))
         print(f"adapter: {run.adapter}\nreport:  {result['report']}")
 
     emit(result, as_json, show)

@@ -44,7 +44,8 @@ def merge_command(
 
     It has ordinary layers, is as large and fast as the base model, and loads
     without this package. A tfimm model needs tfimm and tf-keras. The model
-    returns probabilities if the base model ended in a softmax, else logits.
+    returns probabilities if the base model ended in a softmax, else logits;
+    that of a regression, numbers.
     """
     checked_format(out, "keras", overwrite)
     opened = open_source(source)

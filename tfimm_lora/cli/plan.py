@@ -55,7 +55,10 @@ def plan_command(
     ] = None,
     classes: Annotated[
         int | None,
-        typer.Option(help="Replace the classifier by one with this many classes; train it."),
+        typer.Option(
+            help="Replace the classifier by one with this many classes, labels or numbers; "
+            "train it."
+        ),
     ] = None,
     train_bias: Annotated[str, typer.Option(help="none, lora_only or all.")] = "none",
     train_classifier: Annotated[

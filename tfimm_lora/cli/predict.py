@@ -23,8 +23,10 @@ from tfimm_lora.cli.picture_sources import (
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.cli.unfinished import warn_if_unfinished
 from tfimm_lora.finetuning.evaluation import predict_pictures
-from tfimm_lora.finetuning.report.formatting import probability, readable
+from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.tasks.base import Views
+from tfimm_lora.finetuning.tasks.classification_views import UNSURE
 
 EXAMPLES = """Examples:
 
@@ -39,9 +41,6 @@ tfimm-lora predict runs/flowers https://example.com/rose.jpg --json
 tfimm-lora predict runs/flowers - < picture.jpg
 """
 
-#: The answer below the threshold.
-UNSURE = "unsure"
-
 
 @app.command("predict", epilog=EXAMPLES)
 def predict_command(
@@ -54,14 +53,20 @@ def predict_command(
         ),
     ] = None,
     top: Annotated[
-        int, typer.Option(min=1, help="The number of labels to print for a picture.")
-    ] = 5,
+        int | None,
+        typer.Option(
+            min=1,
+            help="The number of labels to print for a picture. Default: 5 (multilabel: all).",
+            show_default=False,
+        ),
+    ] = None,
     threshold: Annotated[
         float | None,
         typer.Option(
             min=0.0,
             max=1.0,
-            help=f'Answer "{UNSURE}" if the probability of the label is lower.',
+            help=f'Answer "{UNSURE}" if the probability of the label is lower. Multilabel: the '
+            "threshold of all labels, instead of those of the run.",
         ),
     ] = None,
     files_from: Annotated[
@@ -77,6 +82,9 @@ def predict_command(
     as_json: Json = False,
 ) -> None:
     """Print the most probable labels of pictures, with their probabilities.
+
+    For several labels, print those above their thresholds, which the run chose
+    on its validation pictures; for a regression, numbers with intervals.
 
     Files that cannot be read are listed on stderr. The others are predicted
     nevertheless, and the exit code is 1. What is left out in folders (files
@@ -105,10 +113,11 @@ def predict_command(
     predictions: list[dict[str, Any]] = []
     warn_if_unfinished(opened)
     if found.names:
+        opened.task.views.check_options(top, threshold)
         predictions, failed = _predict(opened, found.names, batch_size, top, threshold)
         unreadable += failed
     if csv_file is not None:
-        write(predictions, csv_file, overwrite)
+        write(opened.task.views, predictions, csv_file, overwrite)
         note(f"written: {csv_file}")
     data = {
         "run": str(run),
@@ -118,10 +127,9 @@ def predict_command(
         "unreadable": [x._asdict() for x in unreadable],
         "left_out": [x._asdict() for x in found.left_out],
     }
-    emit(data, as_json, lambda: show(predictions))
-    unsure = sum(bool(x.get("unsure")) for x in predictions)
-    if threshold is not None:
-        note(f"{unsure} of {len(predictions)} pictures are below the threshold {threshold:g}")
+    emit(data, as_json, lambda: show(opened.task.views, predictions))
+    for line in opened.task.views.notes(predictions, threshold):
+        note(line)
     if unreadable:
         total = len(found.names) + len(found.missing)
         note(f"{len(unreadable)} of {total} files could not be read")
@@ -129,12 +137,10 @@ def predict_command(
 
 
 def _predict(
-    run: Run, names: list[str], batch_size: int, top: int, threshold: float | None
+    run: Run, names: list[str], batch_size: int, top: int | None, threshold: float | None
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
     """The predictions for pictures, and the pictures that cannot be read."""
-    labels, preprocessing = run.labels, run.preprocessing
-    if threshold is not None and UNSURE in labels:
-        note(f'warning: a class is called "{UNSURE}"; "unsure" in the JSON tells them apart')
+    task = run.task
     predictions, unreadable = [], []
     with tempfile.TemporaryDirectory() as folder:
         files = fetched(names, Path(folder))
@@ -146,11 +152,15 @@ def _predict(
             return [], unreadable
         import_tensorflow()
         results = predict_pictures(
-            run.model(), list(readables.values()), preprocessing, batch_size=batch_size
+            run.model(),
+            list(readables.values()),
+            run.preprocessing,
+            task=task,
+            batch_size=batch_size,
         )
         for name, (_, result) in zip(readables, results):
             if isinstance(result, np.ndarray):
-                predictions.append(_prediction(name, result, labels, top, threshold))
+                predictions.append(task.views.answer(name, result, top, threshold))
             else:
                 unreadable.append(Problem(name, result.reason))
                 _note_unreadable(unreadable[-1])
@@ -169,60 +179,20 @@ def _unfinished(run: Run) -> dict[str, int] | None:
     return {"epochs": done, "requested": requested}
 
 
-def _prediction(
-    path: str,
-    probabilities: np.ndarray,
-    labels: list[str],
-    top: int,
-    threshold: float | None,
-) -> dict[str, Any]:
-    best = np.argsort(-probabilities, kind="stable")[:top]
-    ranked = [{"label": labels[i], "probability": float(probabilities[i])} for i in best]
-    if threshold is None:
-        return {"path": path, **ranked[0], "top": ranked}
-    unsure = ranked[0]["probability"] < threshold
-    answer = UNSURE if unsure else ranked[0]["label"]
-    return {"path": path, "answer": answer, "unsure": unsure, **ranked[0], "top": ranked}
-
-
-def write(predictions: list[dict[str, Any]], path: Path, overwrite: bool) -> None:
-    """Write a CSV file with a row for each picture: path, label, probability, label_2, ...
-
-    With a threshold, the column "answer" follows the path.
-    """
-    width = max((len(x["top"]) for x in predictions), default=1)
-    answers = any("answer" in x for x in predictions)
-    names = ["path", *(["answer"] if answers else []), "label", "probability"]
-    names += [f"{name}_{i}" for i in range(2, width + 1) for name in ("label", "probability")]
+def write(views: Views, answers: list[dict[str, Any]], path: Path, overwrite: bool) -> None:
+    """Write a CSV file with a row for each picture."""
     with (
         new_file(path, overwrite) as temporary,
         # File names that are not UTF-8 keep their bytes.
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        table = csv.writer(file, lineterminator="\n")
-        table.writerow(names)
-        for x in predictions:
-            ranked = [(one["label"], f"{one['probability']:.6g}") for one in x["top"]]
-            first = [x["path"], *([x["answer"]] if answers else [])]
-            table.writerow([*first, *(cell for pair in ranked for cell in pair)])
+        csv.writer(file, lineterminator="\n").writerows(views.answer_rows(answers))
 
 
-def show(predictions: list[dict[str, Any]]) -> None:
-    """Print a line for each picture. An unsure one has all labels in the last column."""
-    rows = []
-    for x in predictions:
-        unsure = x.get("unsure", False)
-        others = x["top"] if unsure else x["top"][1:]
-        rows.append(
-            [
-                "standard input" if x["path"] == STDIN else readable(x["path"]),
-                UNSURE if unsure else readable(x["label"]),
-                probability(x["probability"]),
-                ", ".join(
-                    f"{readable(o['label'])} {probability(o['probability'])}" for o in others
-                ),
-            ]
-        )
-    if rows:
-        headers = ["picture", "label", "probability", "next"]
-        show_table(headers, rows, left=("label", "next"))
+def show(views: Views, answers: list[dict[str, Any]]) -> None:
+    """Print a line for each picture."""
+    if not answers:
+        return
+    header, rows, text = views.answer_table(answers)
+    names = ("standard input" if x["path"] == STDIN else readable(x["path"]) for x in answers)
+    show_table(["picture", *header], [[name, *row] for name, row in zip(names, rows)], text)

@@ -96,11 +96,17 @@ def batches_of(arrays: list[np.ndarray], all_samples: bool) -> list[list[np.ndar
     return batches + [[array[i : i + _SAMPLE_BATCH] for array in arrays] for i in starts]
 
 
-def compare(outputs: list[Outputs], expected: list[Outputs]) -> Comparison:
+def compare(
+    outputs: list[Outputs], expected: list[Outputs], *, has_classes: bool = True
+) -> Comparison:
     """Compare the outputs of a file with those of the model, for the batches of ``batches_of``.
 
     The difference is computed from the first batches. The agreement of top classes is computed
     from the others, if there are any and an output has the shape (n, classes).
+
+    Args:
+        outputs, expected: The outputs for each batch.
+        has_classes: Whether the largest output is the answer of the model.
     """
     few = len(BATCHES)
     differences = [relative_difference(y, e) for y, e in zip(outputs[:few], expected)]
@@ -109,7 +115,8 @@ def compare(outputs: list[Outputs], expected: list[Outputs]) -> Comparison:
         TensorInfo(name, _common(y.shape, second[name].shape), str(y.dtype))
         for name, y in first.items()
     )
-    same = [_same_top_class(y, e) for y, e in zip(outputs[few:], expected[few:])]
+    others = zip(outputs[few:], expected[few:]) if has_classes else ()
+    same = [_same_top_class(y, e) for y, e in others]
     agreement = float(np.concatenate(same).mean()) if same and same[0].size else None
     return Comparison(max(differences), agreement, infos)
 

@@ -16,6 +16,7 @@ def describe(
     labels: Sequence[str] | None,
     preprocessing: Mapping[str, Any] | None,
     included: bool,
+    task: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
     """The description of a file as plain values.
 
@@ -24,12 +25,14 @@ def describe(
         labels: The names of the classes, or None.
         preprocessing: The preprocessing as plain values, or None.
         included: Whether the file includes the preprocessing.
+        task: What the model was fine-tuned for, as plain values, or None.
     """
     values = exported.to_dict()
     return {
         **{name: values[name] for name in ("format", "quantize", "inputs", "outputs")},
         "returns": exported.returns,
         "labels": None if labels is None else list(labels),
+        "task": None if task is None else dict(task),
         "preprocessing": None if preprocessing is None else dict(preprocessing),
         "preprocessing_included": included,
         "needs": list(exported.needs),
@@ -62,11 +65,13 @@ def file_metadata(
     preprocessing: Mapping[str, Any] | None,
     included: bool,
     returns: str | None,
+    task: Mapping[str, Any] | None = None,
 ) -> dict[str, str]:
     """The metadata inside a file. The values are texts in JSON, as ONNX requires texts."""
     values = {
         "returns": returns,
         "labels": None if labels is None else list(labels),
+        "task": task,
         "preprocessing": preprocessing,
     }
     texts = {name: json.dumps(value) for name, value in values.items() if value is not None}

@@ -8,7 +8,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -27,13 +27,13 @@ from tfimm_lora.exporting.output_kind import (
     activated,
     check_probabilities,
     kind_of,
-    softmax_of,
 )
 from tfimm_lora.exporting.pictures import sample_array
 from tfimm_lora.exporting.plain_model import ordinary_model, sixteen_bit_type
 from tfimm_lora.exporting.request import ExportRequest, checked_request
 from tfimm_lora.exporting.runners import runner_of
 from tfimm_lora.model.output_activation import output_activation, without_output_activation
+from tfimm_lora.model.output_scale import absorb_scale, standardised
 from tfimm_lora.utils.atomic_files import move_into_place, temporary_path
 from tfimm_lora.validation import check_bool
 
@@ -57,8 +57,9 @@ def export(
     """Export a model to a file that does not need this package, and verify the file.
 
     LoRA updates are merged in a copy; the model itself does not change. All formats take a
-    batch of any size. A model that computes in 16 bits is exported in float32. The result and
-    the description tell whether the file returns logits or probabilities.
+    batch of any size. A model that computes in 16 bits is exported in float32. The file of a
+    regression returns numbers in the units of its targets. The result and the description tell
+    whether a file returns logits, probabilities or numbers.
 
     The file is run on seeded inputs, in batches of one and three. If its outputs differ from
     those of the model, an error is raised and nothing is written to ``path``. The JSON file
@@ -92,8 +93,9 @@ def export(
         opset: For "onnx": the operator set version, 13 to 18. Default: 17.
         overwrite: Whether to replace an existing file at ``path``.
         probabilities: Whether the file returns probabilities (True) or logits (False). A
-            softmax is added to a model that returns logits; the softmax or sigmoid at the end
-            of a model is removed. Default: what the model returns.
+            softmax (a sigmoid, if the model was fine-tuned for several labels) is added to a
+            model that returns logits; the softmax or sigmoid at the end of a model is removed.
+            Default: what the model returns.
 
     Returns:
         An ``Exported`` with the properties of the file and the measured difference.
@@ -159,10 +161,11 @@ def export(
         plan.check_outputs(model, expected[0])
         kind = kind_of(model, expected[0])
         check_probabilities(model, probabilities, kind, expected[0])
-        add_softmax = probabilities is True and kind != PROBABILITY
+        added = (_activation(plan) if kind != PROBABILITY else None) if probabilities else None
         remove_activation = probabilities is False and kind == PROBABILITY
         returns = kind if probabilities is None else PROBABILITY if probabilities else LOGITS
-        copied = remove_activation or request.format == "keras"
+        scale = _Scale.of(plan)
+        copied = remove_activation or scale is not None or request.format == "keras"
         with ordinary_model(model, always_copy=copied) as plain:
             if sixteen_bit_type(model) is not None:
                 in_float32 = [plan.outputs_of(plain, batch) for batch in batches]
@@ -170,12 +173,17 @@ def export(
                 expected = in_float32
             if remove_activation:
                 plain, expected = _logits(plan, plain, batches, expected)
-            if add_softmax:
-                expected = [softmax_of(outputs) for outputs in expected]
+            if added is not None:
+                expected = [activated(outputs, added) for outputs in expected]
+            if scale is not None:
+                absorb_scale(plain, *scale)
             needs, outputs = _write_and_run(
-                plan, plain, temporary, sampled, batches, returns, add_softmax
+                plan, plain, temporary, sampled, batches, returns, added
             )
-        result = comparison.compare(outputs, expected)
+        if scale is not None:
+            outputs = [scale.removed(y) for y in outputs]
+        has_classes = plan.task is None or plan.task.activation == "softmax"
+        result = comparison.compare(outputs, expected, has_classes=has_classes)
         _check(request, model, result)
         exported = Exported(
             request.path,
@@ -190,12 +198,37 @@ def export(
             returns,
             None if request.format != "keras" else opening(model, needs, request.path.name),
         )
-        values = describe(exported, plan.labels, plan.preprocessing, include_preprocessing)
+        values = describe(
+            exported, plan.labels, plan.preprocessing, include_preprocessing, plan.file_task()
+        )
         description = description_path(temporary)
         description.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
         move_into_place(description, exported.description)
         move_into_place(temporary, request.path)
     return exported
+
+
+class _Scale(NamedTuple):
+    """The mean and standard deviation of the numbers of a regression."""
+
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+
+    @classmethod
+    def of(cls, plan: ExportPlan) -> _Scale | None:
+        task = plan.task
+        if task is None or task.mean is None or task.std is None:
+            return None
+        return cls(task.mean, task.std)
+
+    def removed(self, outputs: Outputs) -> Outputs:
+        """The outputs in units of the standard deviation, which show small differences."""
+        return {k: standardised(y, *self).astype(y.dtype) for k, y in outputs.items()}
+
+
+def _activation(plan: ExportPlan) -> str:
+    """What turns the logits of the model into probabilities."""
+    return (plan.task.activation if plan.task is not None else None) or "softmax"
 
 
 def _export_bank(
@@ -217,12 +250,12 @@ def _write_and_run(
     samples: Any,
     batches: list[list[np.ndarray]],
     returns: str | None,
-    add_softmax: bool,
+    activation: str | None,
 ) -> tuple[tuple[str, ...], list[Outputs]]:
     """Write the file and run it on the batches."""
     format = plan.request.format
     try:
-        needs = plan.write(plain, path, samples, returns=returns, add_softmax=add_softmax)
+        needs = plan.write(plain, path, samples, returns=returns, activation=activation)
         run = runner_of(format, path, plan.file_inputs, plain)
         return needs, [run(batch) for batch in batches]
     except OSError:

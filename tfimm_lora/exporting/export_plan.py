@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,9 @@ from tfimm_lora.exporting.comparison import Outputs
 from tfimm_lora.exporting.description import file_metadata
 from tfimm_lora.exporting.request import ExportRequest
 from tfimm_lora.exporting.serving import Inputs, inputs_of, outputs_for, traced
-from tfimm_lora.model.output_activation import with_softmax
+from tfimm_lora.model.output_activation import with_activation
+from tfimm_lora.model.state import recorded_task
+from tfimm_lora.model.task_record import TaskRecord
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class ExportPlan:
             preprocessing; else None.
         preprocessing: The preprocessing as plain values, or None if it is unknown.
         labels: The names of the classes, or None.
+        task: What the model was fine-tuned for, or None if it is not known.
     """
 
     request: ExportRequest
@@ -37,6 +40,7 @@ class ExportPlan:
     prepare: Callable[[Any], Any] | None
     preprocessing: Mapping[str, Any] | None
     labels: Sequence[str] | None
+    task: TaskRecord | None
 
     @classmethod
     def of(
@@ -52,11 +56,18 @@ class ExportPlan:
         values = pictures.preprocessing_values(preprocessing, model)
         inputs = inputs_of(model, check_inputs)
         labels = None if labels is None else [str(label) for label in labels]
+        task = recorded_task(model)
         if not include_preprocessing:
-            return cls(request, inputs, inputs, None, values, labels)
+            return cls(request, inputs, inputs, None, values, labels, task)
         file_inputs = pictures.picture_inputs(inputs, values)
         prepare = pictures.preprocessing_function(values or {})
-        return cls(request, inputs, file_inputs, prepare, values, labels)
+        return cls(request, inputs, file_inputs, prepare, values, labels, task)
+
+    def file_task(self) -> dict[str, Any] | None:
+        """What the file is for, as plain values. Its numbers are not standardised."""
+        if self.task is None:
+            return None
+        return replace(self.task, mean=None, std=None).to_dict()
 
     def arrays(self, check_inputs: Any, samples: np.ndarray | None) -> list[np.ndarray]:
         """The inputs of the file on which file and model are compared."""
@@ -105,7 +116,7 @@ class ExportPlan:
         samples: np.ndarray | None,
         *,
         returns: str | None,
-        add_softmax: bool,
+        activation: str | None,
     ) -> tuple[str, ...]:
         """Write an ordinary float32 model.
 
@@ -114,15 +125,16 @@ class ExportPlan:
             path: The file.
             samples: The samples for quantization, or None.
             returns: What the outputs of the file are.
-            add_softmax: Whether to add a softmax to the model.
+            activation: The activation to add to the model: "softmax", "sigmoid" or None.
 
         Returns:
             The packages that are needed to load the file.
         """
         request = self.request
         if request.format == "keras":
-            if add_softmax:
-                plain = with_softmax(plain, lambda: writers.symbolic_inputs(plain, self.inputs))
+            if activation is not None:
+                symbolic = lambda: writers.symbolic_inputs(plain, self.inputs)  # noqa: E731
+                plain = with_activation(plain, activation, symbolic)
             return writers.write_keras(plain, self.inputs, path)
         import tensorflow as tf
 
@@ -131,11 +143,11 @@ class ExportPlan:
             self.inputs,
             self.file_inputs,
             self.prepare,
-            finish=tf.nn.softmax if add_softmax else None,
+            finish=None if activation is None else getattr(tf.nn, activation),
             inline=request.format != "savedmodel",
         )
         metadata = file_metadata(
-            self.labels, self.preprocessing, self.prepare is not None, returns
+            self.labels, self.preprocessing, self.prepare is not None, returns, self.file_task()
         )
         if request.format == "savedmodel":
             writers.write_savedmodel(function, path, metadata)

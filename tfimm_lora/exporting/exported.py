@@ -32,7 +32,8 @@ class Exported:
         quantize: None, "float16", "dynamic" or "int8".
         agreement: For "int8", the share of samples with the same top class as the model.
         needs: For a Keras file, the Python packages that are needed to load it.
-        returns: "logits", "probabilities", or None if the outputs are neither as far as known.
+        returns: "logits", "probabilities", "numbers" (of a regression, in the units of its
+            targets), or None if it is not known.
         open_with: For a Keras file, how to open it: "keras" and "packages" (names and
             versions), "environment" (variables to set before Python is started) and "code".
     """

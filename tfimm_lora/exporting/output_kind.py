@@ -9,8 +9,9 @@ import numpy as np
 from tfimm_lora.exporting.comparison import Outputs
 from tfimm_lora.model.classifier import classifier_names, classifier_paths
 from tfimm_lora.model.output_activation import PROBABILITIES, like_softmax, output_activation
+from tfimm_lora.model.state import recorded_task
 
-LOGITS, PROBABILITY = "logits", "probabilities"
+LOGITS, PROBABILITY, NUMBERS = "logits", "probabilities", "numbers"
 
 
 def kind_of(model: Any, outputs: Outputs) -> str | None:
@@ -22,15 +23,20 @@ def kind_of(model: Any, outputs: Outputs) -> str | None:
 
     Returns:
         "probabilities" if the model ends in a softmax or sigmoid, or if all outputs are
-        non-negative with the sum 1; "logits" for other outputs of a classifier; None if the
-        model has several outputs, or its single output is not known to be one of a classifier.
+        non-negative with the sum 1; "logits" for other outputs of a classifier; "numbers" for
+        those of a regression; None if the model has several outputs, or its single output is
+        not known to be one of a classifier.
     """
     if len(outputs) != 1:
         return None
     (y,) = outputs.values()
-    activation = output_activation(model)
+    activation, task = output_activation(model), recorded_task(model)
+    if task is not None and task.activation is None:
+        return NUMBERS
     if activation in PROBABILITIES:
         return PROBABILITY
+    if task is not None and task.activation == "sigmoid":
+        return LOGITS
     if y.ndim != 2 or y.shape[1] < 2:
         return None
     if activation is not None:
@@ -67,8 +73,15 @@ def check_probabilities(
     """Raise a ValueError if the outputs cannot be returned as the requested kind."""
     is_as_requested = kind == (PROBABILITY if probabilities else LOGITS)
     is_removed = probabilities is False and kind == PROBABILITY
-    if probabilities is None or is_as_requested or is_removed:
+    task = recorded_task(model)
+    is_multilabel = task is not None and task.activation == "sigmoid" and kind == LOGITS
+    if probabilities is None or is_as_requested or is_removed or is_multilabel:
         return
+    if kind == NUMBERS:
+        raise ValueError(
+            f"Received probabilities={probabilities} for model '{model.name}', which was "
+            "fine-tuned for a regression; expected None. It returns numbers."
+        )
     shapes = [y.shape for y in outputs.values()]
     if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][1] < 2:
         raise ValueError(

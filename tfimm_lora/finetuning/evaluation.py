@@ -13,22 +13,30 @@ from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.data.dataset import PictureSet
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
-from tfimm_lora.finetuning.metrics import Evaluation, log_softmax
+from tfimm_lora.finetuning.metrics import Evaluation
+from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.classification import Classification
+from tfimm_lora.model.output_activation import PROBABILITIES, output_activation
 
 
 def evaluate(
-    model: Any, dataset: Iterable[Any], labels: Sequence[str] | None = None
-) -> Evaluation:
-    """Evaluate a model on batches of pictures and class indices.
+    model: Any,
+    dataset: Iterable[Any],
+    labels: Sequence[str] | None = None,
+    *,
+    task: Task | None = None,
+) -> Any:
+    """Evaluate a model on batches of pictures and labels.
 
     Args:
         model: A model that returns logits of shape (n, classes).
         dataset: A finite ``tf.data.Dataset``, or any iterable, of pairs of batches: inputs of
-            the model, and class indices (n,) as integers.
+            the model, and class indices (n,) as integers, or the labels of another task.
         labels: The names of the classes. Default: "0", "1", ...
+        task: What the model was fine-tuned for, with its labels. Default: a classification.
 
     Returns:
-        An ``Evaluation``.
+        An ``Evaluation``, or that of the task.
 
     Raises:
         ValueError: if there are no pictures, the dataset is infinite, a label is not a class of
@@ -44,7 +52,13 @@ def evaluate(
         >>> round(value.accuracy, 3), value.confused()
         (0.667, [('dog', 'eel', 1)])
     """
-    return Evaluation.of(*_outputs(model, dataset), labels)
+    if task is None:
+        return Evaluation.of(*_outputs(model, dataset, Classification()), labels)
+    if labels is not None:
+        raise TypeError(
+            f"Received labels={labels!r} and a task; expected one of them. A task has labels."
+        )
+    return task.evaluate(*_outputs(model, dataset, task))
 
 
 def evaluate_pictures(
@@ -52,23 +66,46 @@ def evaluate_pictures(
     pictures: PictureSet,
     preprocessing: Preprocessing,
     *,
+    task: Task | None = None,
     batch_size: int = 32,
     progress: Callable[[int, int], None] | None = None,
-) -> Evaluation:
+) -> Any:
     """Evaluate a model on labelled picture files.
 
     Args:
         model: A model that returns logits, one for each label of the pictures.
         pictures: The pictures, checked by ``check_pictures``.
         preprocessing: The preprocessing of the model.
+        task: What the model was fine-tuned for. Default: a classification.
         batch_size: The number of pictures in a batch. Default: 32.
         progress: Called as ``progress(done, total)`` after each batch.
 
     Returns:
-        An ``Evaluation`` whose predictions contain the paths of the files.
+        An ``Evaluation``, or that of the task, whose predictions contain the paths of the
+        files.
 
     Raises:
         ValueError: as ``evaluate``, and for an empty set.
+    """
+    task = Classification(pictures.labels) if task is None else task
+    outputs, labels = outputs_on(
+        model, pictures, preprocessing, task, batch_size=batch_size, progress=progress
+    )
+    return task.evaluate(outputs, labels, [picture.path for picture in pictures.pictures])
+
+
+def outputs_on(
+    model: Any,
+    pictures: PictureSet,
+    preprocessing: Preprocessing,
+    task: Task,
+    *,
+    batch_size: int = 32,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """The outputs (n, k) of a model for picture files, and their labels.
+
+    The arguments and exceptions are those of ``evaluate_pictures``.
     """
 
     def with_progress(batches: Iterable[Any]) -> Iterator[Any]:
@@ -80,8 +117,7 @@ def evaluate_pictures(
                 progress(done, len(pictures))
 
     batches = PictureBatches(pictures, preprocessing, batch_size).in_order()
-    paths = [picture.path for picture in pictures.pictures]
-    return Evaluation.of(*_outputs(model, with_progress(batches)), pictures.labels, paths)
+    return _outputs(model, with_progress(batches), task)
 
 
 def predict_pictures(
@@ -89,20 +125,23 @@ def predict_pictures(
     paths: Sequence[str | os.PathLike[str]],
     preprocessing: Preprocessing,
     *,
+    task: Task | None = None,
     batch_size: int = 32,
 ) -> Iterator[tuple[str, np.ndarray | UnreadablePicture]]:
-    """Predict the class probabilities of picture files, one after the other.
+    """Predict picture files, one after the other.
 
     Args:
         model: A model that returns logits.
         paths: The files.
         preprocessing: The preprocessing of the model.
+        task: What the model was fine-tuned for. Default: a classification.
         batch_size: The number of pictures in a batch. Default: 32.
 
     Yields:
-        The path of a file, with the probabilities (classes,), or with the exception if the file
-        cannot be read.
+        The path of a file, with the probabilities (classes,) or the values of the task, or with
+        the exception if the file cannot be read.
     """
+    task = Classification() if task is None else task
     prepare = preprocessing.function(resize=True)
 
     def load(path: str) -> np.ndarray | UnreadablePicture:
@@ -116,7 +155,7 @@ def predict_pictures(
 
     def predicted(batch: list[Any]) -> Iterator[np.ndarray | UnreadablePicture]:
         good = [x for x in batch if isinstance(x, np.ndarray)]
-        p = iter(np.exp(log_softmax(logits_of(np.stack(good)))) if good else ())
+        p = iter(task.values(logits_of(np.stack(good))) if good else ())
         yield from (next(p) if isinstance(x, np.ndarray) else x for x in batch)
 
     names = [os.fspath(path) for path in paths]
@@ -130,7 +169,7 @@ def predict_pictures(
             yield from zip(names[start:end], predicted(batch))
 
 
-def _outputs(model: Any, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray]:
+def _outputs(model: Any, batches: Iterable[Any], task: Task) -> tuple[np.ndarray, np.ndarray]:
     """The logits and labels of all batches."""
     if getattr(batches, "cardinality", lambda: 0)() == -1:  # tf.data.INFINITE_CARDINALITY
         raise ValueError(
@@ -142,14 +181,20 @@ def _outputs(model: Any, batches: Iterable[Any]) -> tuple[np.ndarray, np.ndarray
     if not pairs:
         raise ValueError("Received a dataset without batches; expected at least one picture.")
     logits, labels = (np.concatenate(parts) for parts in zip(*pairs))
-    # Zeros and ones only may also be logits. A softmax hardly ever returns them.
-    like_softmax = (logits >= 0).all() and np.allclose(logits.sum(1), 1, rtol=0, atol=1e-3)
-    if like_softmax and not np.isin(logits, (0, 1)).all():
+    if _are_probabilities(model, logits, task):
         raise ValueError(
             f"The model '{model.name}' returns probabilities; expected logits. Remove the "
             "softmax from its end, or open it with open_base_model, which removes it."
         )
     return logits, labels
+
+
+def _are_probabilities(model: Any, outputs: np.ndarray, task: Task) -> bool:
+    if task.activation != "softmax":
+        return output_activation(model) in PROBABILITIES
+    # Zeros and ones only may also be logits. A softmax hardly ever returns them.
+    like_softmax = (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, rtol=0, atol=1e-3)
+    return bool(like_softmax) and not np.isin(outputs, (0, 1)).all()
 
 
 class _Logits:

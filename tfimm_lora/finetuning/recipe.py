@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.backend import default_backend
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.config import LoRAConfig, lora_field_names
@@ -27,6 +28,7 @@ from tfimm_lora.finetuning.data.check import check_data
 from tfimm_lora.finetuning.data.dataset import PictureSet, Split, list_split
 from tfimm_lora.finetuning.data.findings import ERROR, Problem, warn
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.data.targets import Targets
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.distributed.processes import noted_failure
 from tfimm_lora.finetuning.distributed.strategy import (
@@ -35,6 +37,7 @@ from tfimm_lora.finetuning.distributed.strategy import (
     is_chief,
     open_strategy,
 )
+from tfimm_lora.finetuning.evaluation import outputs_on
 from tfimm_lora.finetuning.optimizer import CLIP_NORM
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
@@ -51,15 +54,19 @@ from tfimm_lora.finetuning.run import (
     open_recipe_base,
     search_summary,
 )
+from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named
 from tfimm_lora.finetuning.tensorboard_logs import tensorboard
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
+from tfimm_lora.model.state import record_task
 from tfimm_lora.training.eva import initialize_eva
 from tfimm_lora.validation import check_choice, check_integer, check_keywords, check_number
 from tfimm_lora.version import __version__
 
+#: Settings that were added later.
+_ADDED = ("task", "columns")
+
 POLICIES = (None, "mixed_float16", "mixed_bfloat16")
-MONITORED = ("val_loss", "val_accuracy", "loss", "accuracy")
 
 
 @dataclass
@@ -69,6 +76,10 @@ class Recipe:
     Args:
         model: The model to fine-tune: a name or path, as for ``open_base_model``.
         data: Class folders, or a CSV file with path and label; see ``find_pictures``.
+        task: What the model is fine-tuned for: "classification" (default), "multilabel" or
+            "regression".
+        columns: For several labels and regression, the columns of the CSV file with the labels
+            or numbers. Default: all except path and split.
         pretrained: Whether a named model starts with its pretrained weights (default), or with
             random ones. It is False if ``weights`` or the path of a saved model is given.
         weights: A weight file instead.
@@ -84,7 +95,7 @@ class Recipe:
         batch_size: The number of pictures in a step, over all devices. Default: 32.
         accumulate: The number of parts in which a batch is computed, as for ``finetune``.
         balanced: Whether all classes have the same weight in the loss, however many pictures
-            they have.
+            they have; for several labels, whether the pictures with and without a label do.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
         strategy: The devices to train on: "none" (default), "mirrored", "multiworker", "tpu",
             "data-parallel" or "multihost"; see docs/how-to/several-devices.md. It may change
@@ -99,6 +110,8 @@ class Recipe:
 
     model: str
     data: str
+    task: str = DEFAULT
+    columns: list[str] | None = None
     pretrained: bool = True
     weights: str | None = None
     input_size: tuple[int, int] | None = None
@@ -142,7 +155,15 @@ class Recipe:
         check_number(self.learning_rate, "learning_rate", 0, exclusive=True)
         check_number(self.clip_norm, "clip_norm", 0)
         check_choice(self.mixed_precision, "mixed_precision", POLICIES)
-        check_choice(self.monitor, "monitor", MONITORED)
+        check_choice(self.monitor, "monitor", task_named(self.task).monitored)
+        if self.balanced and not task_named(self.task).balances:
+            raise ValueError(
+                f"Received balanced=True with the task {self.task!r}; expected False. There "
+                "are no classes to balance."
+            )
+        if self.columns is not None:
+            self.columns = list(self.columns)
+        self.targets()
         if self.patience is not None:
             check_integer(self.patience, "patience", 1)
         if self.normalisation is not None:
@@ -157,6 +178,10 @@ class Recipe:
                 setattr(self, name, os.path.abspath(value))
         if self.input_size is not None:
             self.input_size = (int(self.input_size[0]), int(self.input_size[1]))
+
+    def targets(self) -> Targets:
+        """What the pictures are labelled with."""
+        return task_named(self.task).targets(self.columns)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -246,6 +271,10 @@ def _finetune(
             model = run.base()
             inject_recipe_lora(backend, recipe, model, run.facts["new_classifier"])
             initialize_from_pictures(recipe, model, split.train, run.preprocessing)
+            # What was chosen on the validation pictures belongs to the former weights.
+            record = dataclasses.replace(run.task.record(), chosen={})
+            record_task(model, record)
+            run.facts["task"] = record.to_dict()
         trained, seconds = _train(recipe, run, model, split, devices, verbose)
     if trained.stopped_early and len(trained.history) < recipe.epochs:
         say(
@@ -259,8 +288,24 @@ def _finetune(
     }
     if devices.is_chief:
         run.add_facts(**facts)
+        if run.task.uses_validation:
+            _use_validation(run, split.val)
     run.facts.update(facts)
     return run
+
+
+def _use_validation(run: Run, pictures: PictureSet) -> None:
+    """Record what the task chooses on the validation pictures, in the run and its adapter."""
+    outputs, labels = outputs_on(
+        run.model(),
+        pictures,
+        run.preprocessing,
+        run.task,
+        batch_size=run.recipe["batch_size"],
+    )
+    record = run.task.with_validation(outputs, labels).record()
+    dataclasses.replace(Adapter.load(run.adapter), task=record).save(run.adapter)
+    run.add_facts(task=record.to_dict())
 
 
 def _say_what_is_left(run: Run, recipe: Recipe, say: Callable[[str], None]) -> None:
@@ -292,15 +337,16 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
             "--resume (resume=True) to resume the run."
         )
     run, settings = Run.open(folder), recipe.to_dict()
+    before = {**_added_settings(), **run.recipe}
     changed = [
         name
         for name in settings
         # Other devices compute the same results, up to rounding. For more epochs, the rate
         # continues on the longer schedule.
-        if name not in ("strategy", "epochs") and run.recipe.get(name) != settings[name]
+        if name not in ("strategy", "epochs") and before.get(name) != settings[name]
     ]
     if changed:
-        listed = [f"{n}={run.recipe.get(n)!r}, now {settings[n]!r}" for n in changed]
+        listed = [f"{n}={before.get(n)!r}, now {settings[n]!r}" for n in changed]
         raise ValueError(
             f"The run in {folder} was started with other settings: {'; '.join(listed)}. Resume "
             "it with the same settings, or start a new run in another folder."
@@ -314,11 +360,17 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
     return run
 
 
+def _added_settings() -> dict[str, Any]:
+    """The settings that runs of earlier versions do not have, with what they did."""
+    return {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in _ADDED}
+
+
 def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, Sequence[Problem]]:
     checked = check_data(
         recipe.data,
         validation=recipe.validation,
         seed=recipe.seed,
+        targets=recipe.targets(),
         on_error=recipe.on_error,
         say=say,
     )
@@ -340,7 +392,12 @@ def _begin(
     The model is opened and adapted before the pictures are read, so that what cannot work is
     reported first. The listing of the pictures gives the number of classes.
     """
-    listed, findings = list_split(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    listed, findings = list_split(
+        recipe.data,
+        validation=recipe.validation,
+        seed=recipe.seed,
+        targets=recipe.targets(),
+    )
     if listed is None or any(x.level == ERROR for x in findings):
         _pictures(recipe, say)  # raises all errors at once
     classes = len(listed.labels) if listed is not None else 0
@@ -352,6 +409,10 @@ def _begin(
         facts.update(trained_on=split.train.counts(), validated_on=split.val.counts())
         if split.test is not None:
             facts["tested_on"] = split.test.counts()
+        facts["pictures"] = {name: len(part) for name, part in split.parts().items()}
+        task = task_named(recipe.task).of(split.train)
+        facts["task"] = task.record().to_dict()
+        record_task(model, task.record())
         preprocessing = Preprocessing.from_dict(facts["preprocessing"])
         initialize_from_pictures(recipe, model, split.train, preprocessing)
         devices.agree("model and pictures", {**facts, **_names_and_labels(split)})
@@ -378,14 +439,20 @@ def _open(
         The model, the facts about it, and a file with its weights, if nobody can create them
         again.
     """
+    advice = task_named(recipe.task)().advice(Augmentation.named(recipe.augmentation))
+    if advice is not None:
+        say(f"note: {advice}")
     say(f"opening {recipe.model}")
     backend.keras.utils.set_random_seed(recipe.seed)
     base = open_recipe_base(recipe.to_dict(), classes)
+    task = task_named(recipe.task)
+    task().check_model(base.model)
     say(base.weights + (" (--from-scratch)" if base.from_scratch else ""))
     if base.returned_probabilities:
+        returned = "probabilities again" if task.activation else "numbers"
         say(
             "the softmax or sigmoid at the end of the model is left out in training, which "
-            "uses the softmax cross-entropy; exports return probabilities again"
+            f"uses the {task.loss_name}; exports return {returned}"
         )
     random_head = base.new_classifier and not _trains_classifier(recipe, base.new_classifier)
     kept = temporary / BASE_WEIGHTS if base.from_scratch or random_head else None
@@ -422,7 +489,8 @@ def _names_and_labels(split: Split) -> dict[str, Any]:
 
 def _trains_classifier(recipe: Recipe, is_new: bool) -> bool:
     setting = recipe.lora.get("lora_train_classifier")
-    return is_new if setting is None else bool(setting)
+    by_default = is_new or task_named(recipe.task).trains_classifier
+    return by_default if setting is None else bool(setting)
 
 
 def inject_recipe_lora(
@@ -454,7 +522,7 @@ def _sizes(model: Any) -> dict[str, int]:
 def _train(
     recipe: Recipe, run: Run, model: Any, split: Split, devices: Devices, verbose: str
 ) -> tuple[Trained, float]:
-    preprocessing = Preprocessing.from_dict(run.facts["preprocessing"])
+    preprocessing, task = Preprocessing.from_dict(run.facts["preprocessing"]), run.task
     batches = training_batches(recipe, split.train, preprocessing)
     validation = PictureBatches(split.val, preprocessing, recipe.batch_size)
     started = time.monotonic()
@@ -467,7 +535,8 @@ def _train(
         weight_decay=recipe.weight_decay,
         warmup=recipe.warmup,
         clip_norm=recipe.clip_norm,
-        class_weight=class_weights(split.train) if recipe.balanced else None,
+        task=task,
+        class_weight=task.balanced_weights(split.train) if recipe.balanced else None,
         accumulate=recipe.accumulate,
         monitor=recipe.monitor,
         patience=recipe.patience,
@@ -491,21 +560,6 @@ def training_batches(
         augmentation=Augmentation.named(recipe.augmentation),
         seed=recipe.seed,
     )
-
-
-def class_weights(pictures: PictureSet) -> dict[int, float]:
-    """Class weights that balance the classes: n / (classes * n of the class).
-
-    Example:
-        >>> from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
-        >>> from tfimm_lora.finetuning.recipe import class_weights
-        >>> labels = [0, 0, 0, 1]
-        >>> found = tuple(Picture(str(i), label) for i, label in enumerate(labels))
-        >>> {k: round(v, 3) for k, v in class_weights(PictureSet(found, ("a", "b"))).items()}
-        {0: 0.667, 1: 2.0}
-    """
-    counts = list(pictures.counts().values())
-    return {i: len(pictures) / (len(counts) * n) for i, n in enumerate(counts) if n}
 
 
 def _versions(backend: Backend) -> dict[str, str]:

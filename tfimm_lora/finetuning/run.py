@@ -21,8 +21,15 @@ from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.data.dataset import Split, find_pictures
 from tfimm_lora.finetuning.data.findings import Problem
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.data.targets import PATH
+from tfimm_lora.finetuning.data.targets import SPLIT as SPLIT_COLUMN
 from tfimm_lora.finetuning.metrics_csv import read_metrics
+from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.classification import Classification
+from tfimm_lora.finetuning.tasks.named import task_of_record
 from tfimm_lora.finetuning.training import ADAPTER, METRICS
+from tfimm_lora.model.state import record_task
+from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.utils.optional_imports import require
 
@@ -71,7 +78,7 @@ class Run:
         write_file(run.path / LABELS, "".join(f"{label}\n" for label in split.labels))
         write_file(run.path / SPLIT, split_text(split))
         bad = [(x.path, x.reason) for x in skipped]
-        write_file(run.path / SKIPPED, _csv_text(("path", "reason"), bad))
+        write_file(run.path / SKIPPED, _csv_text((PATH, "reason"), bad))
         if base_weights is not None:
             shutil.copyfile(base_weights, run.path / BASE_WEIGHTS)
         run.save()
@@ -124,8 +131,20 @@ class Run:
 
     @property
     def labels(self) -> list[str]:
-        """The names of the classes, in the order of the outputs of the model."""
+        """The names of the classes, labels or numbers, in the order of the outputs."""
         return (self.path / LABELS).read_text(encoding="utf-8").splitlines()
+
+    @property
+    def config_path(self) -> Path:
+        """The file with the settings and results."""
+        return self.path / CONFIG
+
+    @property
+    def task(self) -> Task:
+        """What the model was fine-tuned for. Runs of earlier versions are classifications."""
+        if "task" not in self.facts:
+            return Classification(tuple(self.labels))
+        return task_of_record(TaskRecord.from_dict(self.facts["task"]))
 
     @property
     def preprocessing(self) -> Preprocessing:
@@ -165,7 +184,7 @@ class Run:
     @property
     def split(self) -> Split:
         """The training and validation pictures."""
-        found = find_pictures(self.path / SPLIT)
+        found = find_pictures(self.path / SPLIT, targets=self.task.known_targets())
         if list(found.labels) != self.labels:
             raise ValueError(
                 f"{self.path / SPLIT} has the labels {', '.join(found.labels)}; expected "
@@ -201,8 +220,9 @@ class Run:
             ValueError: if the file of the base model has changed since the training.
         """
         adapter = self.adapter
-        model = self.base()
-        return load_adapter(model, adapter)
+        model = load_adapter(self.base(), adapter)
+        record_task(model, self.task.record())  # adapters of earlier versions have none
+        return model
 
     def base(self) -> Any:
         """Load the ordinary model that was fine-tuned.
@@ -308,13 +328,14 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def split_text(split: Split) -> str:
-    """A CSV file with the path, label and part of each picture, for ``find_pictures``."""
-    rows = [
-        (os.path.abspath(picture.path), split.labels[picture.label], name)
-        for name, part in split.parts().items()
-        for picture in part.pictures
-    ]
-    return _csv_text(("path", "label", "split"), rows)
+    """A CSV file with the path, targets and part of each picture, for ``find_pictures``."""
+    rows = []
+    names = split.targets.cells(split.train.pictures[0].label, split.labels)
+    for name, part in split.parts().items():
+        for picture in part.pictures:
+            cells = split.targets.cells(picture.label, split.labels)
+            rows.append((os.path.abspath(picture.path), *cells.values(), name))
+    return _csv_text((PATH, *names, SPLIT_COLUMN), rows)
 
 
 def _csv_text(names: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:

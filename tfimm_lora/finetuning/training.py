@@ -24,6 +24,8 @@ from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.metrics_csv import write_metrics
 from tfimm_lora.finetuning.optimizer import CLIP_NORM, create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
+from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.classification import Classification
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.validation import check_integer
 
@@ -68,7 +70,8 @@ def finetune(
     clip_norm: float = CLIP_NORM,
     optimizer: Any = None,
     loss: Any = None,
-    metrics: Sequence[Any] = ("accuracy",),
+    metrics: Sequence[Any] | None = None,
+    task: Task | None = None,
     class_weight: Mapping[int, float] | None = None,
     accumulate: int = 1,
     monitor: str = "val_loss",
@@ -93,10 +96,11 @@ def finetune(
         model: A LoRA model that returns logits (n, classes). Its LoRA config determines which
             weights are trained.
         train: Batches (pictures, labels) as a ``tf.data.Dataset`` of known length, with class
-            indices as labels; or an object with ``epochs(first)`` and ``steps_per_epoch``, such
-            as ``PictureBatches``, whose order depends only on the index of the epoch. Only then
-            is a resumed training bitwise identical to one without interruption: a dataset that
-            shuffles restarts with its first order.
+            indices as labels, or those of the task, (n, outputs); or an object with
+            ``epochs(first)`` and ``steps_per_epoch``, such as ``PictureBatches``, whose order
+            depends only on the index of the epoch. Only then is a resumed training bitwise
+            identical to one without interruption: a dataset that shuffles restarts with its
+            first order.
         validation: A dataset for validation after each epoch, or ``PictureBatches``, which are
             read in order. Default: none. The weights of the last epoch are then kept.
         epochs: The number of epochs. Default: 10.
@@ -105,9 +109,12 @@ def finetune(
         clip_norm: The largest norm of the gradient, over all trained weights together.
             Default: 1. 0 means no clipping.
         optimizer: An optimizer to use instead of this AdamW.
-        loss: The loss. Default: the cross-entropy of the logits, computed in float32.
-        metrics: The metrics. Default: accuracy.
-        class_weight: The weight of each class in the loss. Default: 1 for all.
+        loss: The loss. Default: that of the task, computed in float32.
+        metrics: The metrics. Default: those of the task.
+        task: What the model is fine-tuned for: ``Classification`` (default: the cross-entropy
+            of class indices, and accuracy), ``MultiLabel`` or ``Regression``.
+        class_weight: The weight of each class in the loss, or of the pictures that have a label
+            in the loss of the label. Default: 1 for all.
         accumulate: The number of parts of a batch that are computed one after the other. The
             weights are updated with the mean gradient of all parts, so less memory is needed
             for the same result (but batch normalization that is trained uses the statistics of
@@ -157,6 +164,7 @@ def finetune(
     require_unmerged(model)
     check_integer(accumulate, "accumulate", 1)
     _check_accumulate(model, accumulate)
+    task = Classification() if task is None else task
     backend, devices = backend_of(model), devices_of(model)
     devices.check(backend)
     steps = count_steps(train, steps_per_epoch)
@@ -193,15 +201,18 @@ def finetune(
         # weighted_metrics is empty: the example weights that devices add are for the loss only.
         model.compile(
             optimizer=optimizer,
-            loss=loss if loss is not None else default_loss(backend, devices),
-            metrics=list(metrics),
+            loss=default_loss(backend, devices, task, class_weight) if loss is None else loss,
+            metrics=task.metrics(backend) if metrics is None else list(metrics),
             weighted_metrics=[],
         )
         model.optimizer.build(model.trainable_variables)
         first = recorder.restore()
         if first < epochs and not recorder.stopped:
             batches, weights = devices.training(
-                train, first, dict(class_weight) if class_weight else None, accumulate
+                train,
+                first,
+                dict(class_weight) if class_weight and task.weighs_examples else None,
+                accumulate,
             )
             example = example_batch(batches)
             if example is not None and type(devices) is Devices:
@@ -283,16 +294,21 @@ def example_batch(batches: Any) -> tuple[np.ndarray, np.ndarray] | None:
     return zeros[0], zeros[1]
 
 
-def default_loss(backend: Backend, devices: Devices) -> Any:
-    """The default loss of ``finetune``."""
-    entropy = backend.keras.losses.sparse_categorical_crossentropy
+def default_loss(
+    backend: Backend,
+    devices: Devices,
+    task: Task,
+    class_weight: Mapping[int, float] | None = None,
+) -> Any:
+    """The loss of a task on some devices."""
+    losses = task.losses(backend, class_weight)
 
-    def cross_entropy(labels: Any, logits: Any) -> Any:
-        # Under mixed precision the logits are 16-bit, too imprecise for a softmax.
-        logits = backend.ops.cast(logits, "float32")
-        return devices.scaled_losses(entropy(labels, logits, from_logits=True))
+    def loss(labels: Any, outputs: Any) -> Any:
+        # Under mixed precision the outputs are 16-bit, too imprecise for a softmax.
+        outputs = backend.ops.cast(outputs, "float32")
+        return devices.scaled_losses(losses(labels, outputs))
 
-    return cross_entropy
+    return loss
 
 
 class _EpochRecorder:

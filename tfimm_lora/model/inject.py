@@ -21,7 +21,12 @@ from tfimm_lora.layers.state import Converted, ConvertedState, drop_state, set_s
 from tfimm_lora.model.changed_statistics import digests_of_statistics
 from tfimm_lora.model.merge import has_lora, lora_layers
 from tfimm_lora.model.registry import base_config, lora_base_of
-from tfimm_lora.model.state import drop_model_state, model_state, restore_replaced_weights
+from tfimm_lora.model.state import (
+    drop_model_state,
+    model_state,
+    record_task,
+    restore_replaced_weights,
+)
 from tfimm_lora.model.targeting import check_ready, config_for, select
 
 
@@ -213,6 +218,7 @@ def remove_lora(model: Any, merge: bool = True) -> Any:
             if layer.merged:  # which restores a merged bias, so it comes first
                 layer.unmerge_weights()
         restore_replaced_weights(model)
+        record_task(model, None)
     if merge:
         for layer in layers.values():
             layer._require_built("merge")

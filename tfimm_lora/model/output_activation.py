@@ -90,14 +90,15 @@ def without_output_activation(model: Layer) -> Layer:
     )
 
 
-def with_softmax(model: Layer, symbolic_input: Callable[[], Any]) -> Layer:
-    """The model with a softmax at its end. The layers of ``model`` change.
+def with_activation(model: Layer, activation: str, symbolic_input: Callable[[], Any]) -> Layer:
+    """The model with a softmax or sigmoid at its end. The layers of ``model`` change.
 
-    The last Dense layer of a functional or Sequential model applies the softmax. Other models
-    are followed by a Softmax layer.
+    The last Dense layer of a functional or Sequential model applies it. Other models are
+    followed by a Softmax or Activation layer.
 
     Args:
         model: A model that returns logits, for example a copy.
+        activation: "softmax" or "sigmoid".
         symbolic_input: Creates the symbolic input of a model that is neither functional nor
             Sequential.
     """
@@ -111,13 +112,17 @@ def with_softmax(model: Layer, symbolic_input: Callable[[], Any]) -> Layer:
         and isinstance(end.layer, keras.layers.Dense)
         and all(map(backend.is_rebuilt_with_layers, (model, end.model)))
     ):
-        end.layer.activation = keras.activations.softmax
+        end.layer.activation = getattr(keras.activations, activation)
         return model
-    softmax = keras.layers.Softmax(name=_new_name(model, "softmax"))
+    name = _new_name(model, activation)
+    if activation == "softmax":
+        last = keras.layers.Softmax(name=name)
+    else:
+        last = keras.layers.Activation(activation, name=name)
     if backend.is_functional(model) or isinstance(model, keras.Sequential):
-        return keras.Model(model.input, softmax(model.output), name=model.name)
+        return keras.Model(model.input, last(model.output), name=model.name)
     inputs = symbolic_input()
-    return keras.Model(inputs, softmax(model(inputs)), name=_new_name(model, "classifier"))
+    return keras.Model(inputs, last(model(inputs)), name=_new_name(model, "classifier"))
 
 
 def _new_name(model: Layer, name: str) -> str:

@@ -11,11 +11,13 @@ from typing import Any, NamedTuple
 
 from tfimm_lora.backend.interface import Layer, Variable
 from tfimm_lora.config import LoRAConfig
+from tfimm_lora.model.task_record import TaskRecord
 
 _STATE = "_lora_model"
 _BASE_NAME = "_lora_base_name"
 _TIMM_NAMES = "_lora_timm_names"
 _CLASS_NAMES = "_lora_class_names"
+_TASK = "_lora_task"
 #: The end of the name of a base model with random weights.
 RANDOM = " (random weights)"
 
@@ -81,11 +83,12 @@ def copy_description(source: Layer, target: Layer) -> None:
     """Record for a copy what describes a model, but not the origin of its weights.
 
     It is the config with the preprocessing, which a functional model does not recreate, the
-    names of the classes, and that its adapters have timm's names.
+    names of the classes, what it was fine-tuned for, and that its adapters have timm's names.
     """
     if hasattr(source, "cfg") and not hasattr(target, "cfg"):
         target.cfg = source.cfg
     record_class_names(target, recorded_class_names(source))
+    record_task(target, recorded_task(source))
     if saves_timm_names(source):
         record_timm_names(target)
 
@@ -101,6 +104,19 @@ def recorded_class_names(model: Layer) -> tuple[str, ...] | None:
     """Return the recorded names of the classes; None if they are not known."""
     names: tuple[str, ...] | None = model.__dict__.get(_CLASS_NAMES)
     return names
+
+
+def record_task(model: Layer, task: TaskRecord | None) -> None:
+    """Record what a model was fine-tuned for, or that it is not known."""
+    model.__dict__.pop(_TASK, None)
+    if task is not None:
+        model.__dict__[_TASK] = task
+
+
+def recorded_task(model: Layer) -> TaskRecord | None:
+    """Return what a model was fine-tuned for; None if it is not known."""
+    task: TaskRecord | None = model.__dict__.get(_TASK)
+    return task
 
 
 def record_timm_names(model: Layer) -> None:

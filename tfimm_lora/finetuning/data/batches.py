@@ -21,7 +21,10 @@ from tfimm_lora.finetuning.data.share import Share
 
 
 class PictureBatches:
-    """Batches of pictures (float32, (b, h, w, c)) and class indices (int32, (b,)).
+    """Batches of pictures (float32, (b, h, w, c)) and their labels.
+
+    Labels are class indices (int32, (b,)), or for other targets than classes numbers (float32,
+    (b, labels)), as in ``PictureSet.array``.
 
     The order and augmentation of an epoch depend only on the seed and the index of the epoch,
     so a run that is resumed gets the same batches as one without interruption. Each epoch has
@@ -192,7 +195,7 @@ class PictureBatches:
             x = tf.cond(index < 0, lambda: tf.zeros(shape), lambda: read(seed, index))
             return tf.ensure_shape(x, shape), index, weight
 
-        labels = np.array([p.label for p in self.picture_set.pictures], np.int32)
+        labels = self.picture_set.array()
 
         def cut(x: Any, index: Any, weight: Any) -> Any:
             there = tf.math.count_nonzero(index >= 0)

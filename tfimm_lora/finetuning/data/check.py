@@ -6,6 +6,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from tfimm_lora.finetuning.data.class_targets import CLASSES
 from tfimm_lora.finetuning.data.dataset import Split, list_split
 from tfimm_lora.finetuning.data.findings import (
     ERROR,
@@ -17,6 +18,7 @@ from tfimm_lora.finetuning.data.findings import (
     some,
 )
 from tfimm_lora.finetuning.data.pictures import inspect_pictures, without
+from tfimm_lora.finetuning.data.targets import Targets
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,7 @@ def check_data(
     *,
     validation: float = 0.2,
     seed: int = 0,
+    targets: Targets = CLASSES,
     on_error: str = "skip",
     say: Callable[[str], None] = lambda message: None,
     progress: Callable[[int, int], None] | None = None,
@@ -69,7 +72,7 @@ def check_data(
     """Find labelled pictures, read each once, and return all that is wrong with them.
 
     Args:
-        data, validation, seed: As for ``find_pictures``.
+        data, validation, seed, targets: As for ``find_pictures``.
         on_error: "skip" to leave out pictures that cannot be used, "refuse" to make them an
             error.
         say: Called with a message before the pictures are read.
@@ -78,11 +81,11 @@ def check_data(
     Raises:
         ValueError: for a share ``validation`` that is out of range.
     """
-    listed, findings = list_split(data, validation=validation, seed=seed)
+    listed, findings = list_split(data, validation=validation, seed=seed, targets=targets)
     if listed is None:
         return DataCheck(None, None, (), tuple(findings))
     say(
-        f"checking {count(len(listed), 'picture')} of {len(listed.labels)} classes: "
+        f"checking {count(len(listed), 'picture')} of {_outputs(listed)}: "
         f"{len(listed.train)} for training, {len(listed.val)} for validation"
         + (f", {len(listed.test)} for testing" if listed.test is not None else "")
     )
@@ -105,8 +108,13 @@ def check_data(
         lost = [label for label in before if before[label] and not after[label]]
         if lost:
             message = (
-                "No validation pictures of these classes can be used: "
+                f"No validation pictures of these {targets.nouns} can be used: "
                 f"{some(lost)}. The model cannot be evaluated on them."
             )
             findings.append(Finding(WARNING, message))
     return DataCheck(listed, split, tuple(problems), tuple(findings))
+
+
+def _outputs(split: Split) -> str:
+    """The number of classes, labels or numbers of a split, in words."""
+    return count(len(split.labels), split.targets.noun, split.targets.nouns)

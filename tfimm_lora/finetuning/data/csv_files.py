@@ -7,32 +7,34 @@ import csv
 import io
 import os
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tfimm_lora.finetuning.data.findings import count, some
 from tfimm_lora.finetuning.data.listing import PARTS, UNSPLIT, FoundPicture, Listing
+from tfimm_lora.finetuning.data.targets import PATH, SPLIT, Row, Targets
 
 #: What may separate the columns, the usual first.
 _SEPARATORS = (",", ";", "\t", "|")
 
-_REQUIRED, _OPTIONAL = ("path", "label"), ("split",)
+#: The names of columns that are recognized in upper case, too.
+_KNOWN = (PATH, SPLIT, "label", "labels")
 
 
-class _Row(NamedTuple):
+class _Line(NamedTuple):
     line: int
     cells: list[str]
 
 
 class _Table(NamedTuple):
     header: list[str]
-    rows: list[_Row]
+    rows: list[_Line]
     separator: str
 
 
-def list_csv(path: Path) -> Listing:
-    """List the pictures of a CSV file with the columns path, label and, optionally, split.
+def list_csv(path: Path, targets: Targets) -> Listing:
+    """List the pictures of a CSV file with path, targets and, optionally, split.
 
     The columns are separated by commas, semicolons, tabs or vertical bars. The text is UTF-8 or
     UTF-16. Paths are absolute, or relative to the folder of the file; backslashes are
@@ -40,21 +42,32 @@ def list_csv(path: Path) -> Listing:
     used is an error.
     """
     listing = Listing()
-    table = _read(listing, path)
+    table = _read(listing, path, targets)
     if table is None:
         return listing
-    unknown = [x or "(no name)" for x in table.header if x not in (*_REQUIRED, *_OPTIONAL)]
+    listing.columns = targets.columns(table.header)
+    used = (PATH, SPLIT, *listing.columns)
+    unknown = [x or "(no name)" for x in table.header if x not in used]
     if unknown:
         listing.warning(f"{path}: ignored {count(len(unknown), 'column')}: {some(unknown)}.")
-    rows = _complete_rows(listing, path, table)
-    _list_rows(listing, path, rows, "split" in table.header)
+    twice = [name for name in dict.fromkeys(used) if table.header.count(name) > 1]
+    if twice:
+        listing.error(
+            f"{path} has more than one column with the name {some(twice)}; expected one."
+        )
+        return listing
+    required = () if targets.may_be_empty else listing.columns
+    rows = _complete_rows(listing, path, table, required)
+    found = targets.read(listing, path, listing.columns, rows)
+    usable = [(row, target) for row, target in zip(rows, found) if target is not None]
+    _list_rows(listing, path, usable, SPLIT in table.header)
     return listing
 
 
 # -- text -----------------------------------------------------------------------------------
 
 
-def _read(listing: Listing, path: Path) -> _Table | None:
+def _read(listing: Listing, path: Path, targets: Targets) -> _Table | None:
     """The table in a file, or None after recording why there is none."""
     try:
         text = _text(path.read_bytes())
@@ -68,7 +81,7 @@ def _read(listing: Listing, path: Path) -> _Table | None:
         except csv.Error as error:
             fault = fault or str(error)
     for table in tables:
-        if set(_REQUIRED) <= set(table.header):
+        if PATH in table.header and targets.columns(table.header):
             return table if _is_text(listing, path, table) else None
     best = max(tables, key=lambda table: len(table.header), default=None)
     if best is None:
@@ -76,7 +89,7 @@ def _read(listing: Listing, path: Path) -> _Table | None:
     elif _is_text(listing, path, best):
         listing.error(
             f"{path} has the columns {', '.join(best.header) or '(none)'}; expected a first "
-            "line with path,label (and optionally split)."
+            f"line with {targets.header} (and optionally split)."
         )
     return None
 
@@ -99,11 +112,12 @@ def _split(text: str, separator: str) -> _Table:
     lines = []
     try:
         lines += [
-            _Row(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))
+            _Line(reader.line_num, cells) for cells in reader if any(map(str.strip, cells))
         ]
     except csv.Error as error:
         raise csv.Error(f"line {reader.line_num}: {error}") from error
-    header = [name.strip().lower() for name in lines[0].cells] if lines else []
+    header = [name.strip() for name in lines[0].cells] if lines else []
+    header = [name.lower() if name.lower() in _KNOWN else name for name in header]
     while header and not header[-1]:
         header.pop()
     return _Table(header, lines[1:], separator)
@@ -111,7 +125,7 @@ def _split(text: str, separator: str) -> _Table:
 
 def _is_text(listing: Listing, path: Path, table: _Table) -> bool:
     """Whether all cells but the paths are text, which an error denies otherwise."""
-    place = table.header.index("path") if "path" in table.header else -1
+    place = table.header.index(PATH) if PATH in table.header else -1
     others = [cell for row in table.rows for i, cell in enumerate(row.cells) if i != place]
     if any(
         "\udc80" <= letter <= "\udcff" for text in (*table.header, *others) for letter in text
@@ -125,20 +139,20 @@ def _is_text(listing: Listing, path: Path, table: _Table) -> bool:
 
 
 def _complete_rows(
-    listing: Listing, path: Path, table: _Table
-) -> list[tuple[int, dict[str, str]]]:
-    """The rows as dictionaries, without those that have too many cells or lack some."""
-    width, good = len(table.header), []
-    too_many, missing, spaces = [], [], 0
+    listing: Listing, path: Path, table: _Table, required: Sequence[str]
+) -> list[Row]:
+    """The rows without those that have too many cells, or no path or required cell."""
+    width = len(table.header)
+    good: list[Row] = []
+    too_many, missing = [], []
     for line, cells in table.rows:
-        row = dict(zip(table.header, cells))
+        row = {**dict.fromkeys(table.header, ""), **dict(zip(table.header, cells))}
         if any(cell.strip() for cell in cells[width:]):
-            too_many.append(_Row(line, cells))
-        elif not all(row.get(name, "").strip() for name in _REQUIRED):
-            missing.append(_Row(line, cells))
+            too_many.append(_Line(line, cells))
+        elif not all(row[name].strip() for name in (PATH, *required)):
+            missing.append(_Line(line, cells))
         else:
-            spaces += row["label"] != row["label"].strip()
-            good.append((line, {**row, "label": row["label"].strip()}))
+            good.append(Row(line, row))
     if too_many:
         listing.error(
             f"{path}: {_rows(too_many)} more than the {width} columns of the first line, "
@@ -147,38 +161,36 @@ def _complete_rows(
             [f"{path}, line {row.line}" for row in too_many],
         )
     if missing:
+        both = "both in every row" if required else "one in every row"
         listing.error(
-            f"{path}: {_rows(missing)} no path or no label: {missing[0].cells}; expected "
-            "both in every row.",
+            f"{path}: {_rows(missing)} "
+            f"{' or '.join(f'no {name}' for name in (PATH, *required))}: {missing[0].cells}; "
+            f"expected {both}.",
             [f"{path}, line {row.line}" for row in missing],
-        )
-    if spaces:
-        listing.warning(
-            f"{path}: removed the spaces around the labels of {count(spaces, 'row')}."
         )
     return good
 
 
-def _rows(rows: list[_Row]) -> str:
+def _rows(rows: Sequence[_Line]) -> str:
     """ "line 3 has" or "lines 3, 5 have"."""
     lines = some([str(row.line) for row in rows])
     return f"line {lines} has" if len(rows) == 1 else f"lines {lines} have"
 
 
 def _list_rows(
-    listing: Listing, path: Path, rows: Iterable[tuple[int, dict[str, str]]], is_split: bool
+    listing: Listing, path: Path, rows: Iterable[tuple[Row, Any]], is_split: bool
 ) -> None:
     parts: dict[str, list[FoundPicture]] = defaultdict(list)
-    unknown: list[_Row] = []
+    unknown: list[_Line] = []
     missing: list[str] = []
-    for line, row in rows:
-        given = row.get("split", "")
+    for (line, row), target in rows:
+        given = row.get(SPLIT, "")
         part = PARTS.get(given.strip().lower()) if is_split else UNSPLIT
-        picture = _found(path.parent, row["path"], row["label"])
+        picture = _found(path.parent, row[PATH], target)
         if part is None:
-            unknown.append(_Row(line, [given]))
+            unknown.append(_Line(line, [given]))
         elif not os.path.isfile(picture.path):
-            missing.append(row["path"])
+            missing.append(row[PATH])
         else:
             parts[part].append(picture)
     if unknown:
@@ -203,10 +215,10 @@ def _list_rows(
     listing.parts = dict(parts)
 
 
-def _found(folder: Path, given: str, label: str) -> FoundPicture:
+def _found(folder: Path, given: str, target: Any) -> FoundPicture:
     """The file of a row. The name is used as it is, if there is such a file."""
     plain = given.strip()
     names = (given, plain, plain.replace("\\", "/"))
     file = next((name for name in names if os.path.isfile(folder / name)), names[-1])
     path = os.path.normpath(folder / file)
-    return FoundPicture(Path(os.path.relpath(path, folder)).as_posix(), path, label)
+    return FoundPicture(Path(os.path.relpath(path, folder)).as_posix(), path, target)

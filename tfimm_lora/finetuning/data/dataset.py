@@ -5,45 +5,68 @@ Nothing is decoded here; see ``pictures.check_pictures``.
 
 from __future__ import annotations
 
-import hashlib
-import math
 import os
-import unicodedata
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+
+from tfimm_lora.finetuning.data.class_targets import CLASSES
 from tfimm_lora.finetuning.data.csv_files import list_csv
-from tfimm_lora.finetuning.data.findings import ERROR, Finding, count, raise_errors, some, warn
+from tfimm_lora.finetuning.data.findings import Finding, count, raise_errors, some, warn
 from tfimm_lora.finetuning.data.folders import list_folder
 from tfimm_lora.finetuning.data.listing import UNSPLIT, FoundPicture, Listing
 from tfimm_lora.finetuning.data.picture_files import natural_order
+from tfimm_lora.finetuning.data.targets import Targets
 from tfimm_lora.validation import check_number
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture file and the index of its label."""
+    """A picture file and its target.
+
+    Attributes:
+        path: The file.
+        label: The index of its class. With several labels, a number for each label: 1.0 if the
+            picture has it, else 0.0. In a regression, its numbers.
+    """
 
     path: str
-    label: int
+    label: Any
 
 
 @dataclass(frozen=True)
 class PictureSet:
-    """Labelled pictures. ``labels[picture.label]`` is the name of the label of a picture."""
+    """Labelled pictures.
+
+    Attributes:
+        pictures: The pictures.
+        labels: The names of the classes, of the labels, or of the numbers of a regression.
+        targets: What the pictures are labelled with. Default: each with one class, so that
+            ``labels[picture.label]`` is its name.
+    """
 
     pictures: tuple[Picture, ...]
     labels: tuple[str, ...]
+    targets: Targets = CLASSES
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def counts(self) -> dict[str, int]:
         """The number of pictures of each label, in the order of the labels."""
-        found = Counter(picture.label for picture in self.pictures)
-        return {label: found[i] for i, label in enumerate(self.labels)}
+        return self.targets.counts(self)
+
+    def array(self) -> np.ndarray:
+        """The labels of all pictures: int32 (n,) for classes, else float32 (n, labels)."""
+        return self.targets.array([picture.label for picture in self.pictures])
+
+    def text(self, picture: Picture) -> str:
+        """The label of a picture in words."""
+        return self.targets.text(picture.label, self.labels)
 
 
 @dataclass(frozen=True)
@@ -56,6 +79,11 @@ class Split:
     labels: tuple[str, ...]
     test: PictureSet | None = None
 
+    @property
+    def targets(self) -> Targets:
+        """What the pictures are labelled with."""
+        return self.train.targets
+
     def parts(self) -> dict[str, PictureSet]:
         """The parts that there are, by name: "train", "val" and, if there is one, "test"."""
         parts = {"train": self.train, "val": self.val, "test": self.test}
@@ -66,7 +94,11 @@ class Split:
 
 
 def find_pictures(
-    data: str | os.PathLike[str], *, validation: float = 0.2, seed: int = 0
+    data: str | os.PathLike[str],
+    *,
+    validation: float = 0.2,
+    seed: int = 0,
+    targets: Targets = CLASSES,
 ) -> Split:
     """Find labelled pictures and split them into train and val.
 
@@ -94,6 +126,9 @@ def find_pictures(
         seed: The seed of the split. The split depends only on the seed and the names of the
             pictures within ``data``: it is the same on every machine, and adding a picture
             changes the part of few others.
+        targets: What the pictures are labelled with: ``MultiLabel.targets()``,
+            ``Regression.targets()``, or by default each with one class. The columns of CSV
+            files and the split are then as in docs/how-to/several-labels-and-numbers.md.
 
     Returns:
         A ``Split`` with ``.train``, ``.val``, ``.labels`` and ``.test`` (or None). The pictures
@@ -122,7 +157,7 @@ def find_pictures(
         >>> split.labels, split.val.counts()
         (('cat', 'dog'), {'cat': 1, 'dog': 1})
     """
-    split, findings = list_split(data, validation=validation, seed=seed)
+    split, findings = list_split(data, validation=validation, seed=seed, targets=targets)
     raise_errors(findings)
     warn(findings, stacklevel=2)
     assert split is not None
@@ -130,7 +165,11 @@ def find_pictures(
 
 
 def list_split(
-    data: str | os.PathLike[str], *, validation: float = 0.2, seed: int = 0
+    data: str | os.PathLike[str],
+    *,
+    validation: float = 0.2,
+    seed: int = 0,
+    targets: Targets = CLASSES,
 ) -> tuple[Split | None, list[Finding]]:
     """As ``find_pictures``, but return what was found instead of raising and warning.
 
@@ -141,49 +180,62 @@ def list_split(
     check_number(validation, "validation", 0, exclusive=True, below=1)
     if not isinstance(data, (str, os.PathLike)):
         raise TypeError(f"Received data={data!r}; expected the path of a folder or CSV file.")
-    listing = list_pictures(data)
+    listing = list_pictures(data, targets)
     path = os.path.abspath(data)
     parts = listing.parts
-    _drop_repeated(listing)
-    labels = _labels(listing, path)
+    _drop_repeated(listing, targets)
+    labels = targets.names(listing, path)
     if not labels:
         return None, listing.findings
     if UNSPLIT in parts:
-        train, val = _divided(parts[UNSPLIT], validation, seed)
+        train, val = targets.divided(parts[UNSPLIT], validation, seed)
     else:
         train, val = parts.get("train", []), parts.get("val", [])
     test = parts.get("test")
-    if not _check_parts(listing, path, train, val, is_split=UNSPLIT not in parts):
+    if not _check_parts(listing, path, train, val, targets, is_split=UNSPLIT not in parts):
         return None, listing.findings
-    seen = {x.label for x in train}
+    seen = _names_of(train, targets)
+    everywhere = _names_of([*train, *val, *(test or [])], targets)
+    nowhere = [label for label in labels if label not in everywhere]
+    if nowhere:
+        listing.error(
+            f"{path} has no pictures with these {targets.nouns}: {some(nowhere)}; expected "
+            "some with each. Remove the columns, or name the others: --columns (columns=)."
+        )
     labels = tuple(label for label in labels if label in seen)
     others = {"val": val, "test": test or []}
-    known = {name: _known(listing, path, name, part, labels) for name, part in others.items()}
-    unseen = [label for label in labels if label not in {x.label for x in known["val"]}]
+    known = {
+        name: _known(listing, path, name, part, labels, targets)
+        for name, part in others.items()
+    }
+    in_val = _names_of(known["val"], targets)
+    unseen = [label for label in labels if label not in in_val]
     if unseen:
         listing.warning(
-            f"{path} has no validation pictures of these classes: {some(unseen)}. The model "
-            "cannot be evaluated on them."
+            f"{path} has no validation pictures of these {targets.nouns}: {some(unseen)}. The "
+            "model cannot be evaluated on them."
         )
-    return (
-        Split(
-            _numbered(train, labels),
-            _numbered(known["val"], labels),
-            labels,
-            None if test is None else _numbered(known["test"], labels),
-        ),
-        listing.findings,
+    split = Split(
+        _numbered(train, labels, targets),
+        _numbered(known["val"], labels, targets),
+        labels,
+        None if test is None else _numbered(known["test"], labels, targets),
     )
+    for fault in targets.faults(split.train):
+        listing.error(f"{path}: {fault}")
+    return split, listing.findings
 
 
-def list_pictures(data: str | os.PathLike[str]) -> Listing:
-    """List the pictures in a folder or CSV file."""
+def list_pictures(data: str | os.PathLike[str], targets: Targets = CLASSES) -> Listing:
+    """List the pictures in a folder or CSV file, with their targets."""
     path = Path(os.path.abspath(data))
     if path.is_dir():
-        return list_folder(path)
+        listing = list_folder(path)
+        targets.of_folder(listing, path)
+        return listing
     expected = (
         "a folder of class folders, a folder with train/ and val/, or a CSV file with "
-        "path,label"
+        f"{targets.header}"
     )
     listing = Listing()
     if not path.exists():
@@ -197,41 +249,23 @@ def list_pictures(data: str | os.PathLike[str]) -> Listing:
             f"{expected}."
         )
     else:
-        listing = list_csv(path)
+        listing = list_csv(path, targets)
     return listing
 
 
-def _numbered(part: Iterable[FoundPicture], labels: tuple[str, ...]) -> PictureSet:
-    number = {label: i for i, label in enumerate(labels)}
-    return PictureSet(tuple(Picture(x.path, number[x.label]) for x in sorted(part)), labels)
+def _numbered(
+    part: Iterable[FoundPicture], labels: tuple[str, ...], targets: Targets
+) -> PictureSet:
+    pictures = (Picture(x.path, targets.label(x.label, labels)) for x in sorted(part))
+    return PictureSet(tuple(pictures), labels, targets)
 
 
-def _labels(listing: Listing, path: str) -> tuple[str, ...]:
-    """The sorted labels, or none after an error if there are fewer than two."""
-    found = [x for part in listing.parts.values() for x in part]
-    labels = tuple(sorted({x.label for x in found}, key=natural_order))
-    if not found and any(x.level == ERROR for x in listing.findings):
-        return ()  # for a reason that is recorded
-    if len(labels) < 2:
-        listing.error(
-            f"{path} has pictures of {'one class, ' + labels[0] if labels else 'no class'}; "
-            "expected at least two classes."
-        )
-        return ()
-    alike: dict[str, list[str]] = defaultdict(list)
-    for label in labels:
-        folded = unicodedata.normalize("NFC", label).casefold()
-        alike["".join(folded.split())].append(label)
-    for names in alike.values():
-        if len(names) > 1:
-            listing.warning(
-                f"{path}: the labels {', '.join(map(repr, names))} differ only in case or "
-                "spaces; they are treated as different classes."
-            )
-    return labels
+def _names_of(part: Iterable[FoundPicture], targets: Targets) -> set[str]:
+    """The names that the pictures of a part have."""
+    return {name for x in part for name in targets.names_in(x.label)}
 
 
-def _drop_repeated(listing: Listing) -> None:
+def _drop_repeated(listing: Listing, targets: Targets) -> None:
     """Record files that occur twice, in one part or two, with one label or two. Drop them."""
     places: dict[str, list[tuple[str, FoundPicture]]] = defaultdict(list)
     for name, part in listing.parts.items():
@@ -240,10 +274,11 @@ def _drop_repeated(listing: Listing) -> None:
     repeated = [given for given in places.values() if len(given) > 1]
     if not repeated:
         return
+    in_one = "in one class, " if targets.is_exclusive else ""
     twice = [" = ".join(x.path for _, x in given) for given in repeated]
     listing.error(
         f"{count(len(twice), 'file occurs', 'files occur')} twice, by name or through links: "
-        f"{some(twice)}; expected each file once, in one class, in one part.",
+        f"{some(twice)}; expected each file once, {in_one}in one part.",
         [x.path for given in repeated for _, x in given],
     )
     dropped = {id(x) for given in repeated for _, x in given}
@@ -256,6 +291,7 @@ def _check_parts(
     path: str,
     train: list[FoundPicture],
     val: list[FoundPicture],
+    targets: Targets,
     is_split: bool,
 ) -> bool:
     """Whether there are pictures to train on and for validation, which an error denies."""
@@ -265,12 +301,17 @@ def _check_parts(
             f"{path} has no pictures in {' and '.join(empty)}; expected at least one. To split "
             "at random, leave the split out."
         )
-    elif empty:
+    elif empty and targets.is_exclusive:
         listing.error(
             f"{path} has one picture in each class; expected at least two in some class, one "
             "of them for validation."
         )
-    elif len({x.label for x in train}) < 2:
+    elif empty:
+        listing.error(
+            f"{path} has {count(len(train) + len(val), 'picture')}, none of which can be used "
+            f"for validation; expected at least two with the same {targets.noun}."
+        )
+    elif targets.is_exclusive and len(_names_of(train, targets)) < 2:
         listing.error(f"{path} has training pictures of one class; expected at least two.")
     else:
         return True
@@ -283,40 +324,16 @@ def _known(
     name: str,
     part: list[FoundPicture],
     labels: tuple[str, ...],
+    targets: Targets,
 ) -> list[FoundPicture]:
     """The pictures of a part whose class is in train. Others are an error."""
-    unknown = [x for x in part if x.label not in labels]
+    new = _names_of(part, targets) - set(labels)
+    unknown = [x for x in part if not new.isdisjoint(targets.names_in(x.label))]
     if unknown:
-        classes = sorted({x.label for x in unknown}, key=natural_order)
         listing.error(
-            f"{path} has classes in {name} that are not in train: {some(classes)}; expected "
-            f"the classes of train: {some(labels)}.",
+            f"{path} has {targets.nouns} in {name} that are not in train: "
+            f"{some(sorted(new, key=natural_order))}; expected the {targets.nouns} of train: "
+            f"{some(labels)}.",
             [x.path for x in unknown],
         )
-    return [x for x in part if x.label in labels]
-
-
-def _divided(
-    found: Iterable[FoundPicture], validation: float, seed: int
-) -> tuple[list[FoundPicture], list[FoundPicture]]:
-    """Sort each class by the hashes of its names; the first pictures go to val."""
-    by_label: dict[str, list[FoundPicture]] = defaultdict(list)
-    for x in found:
-        by_label[x.label].append(x)
-
-    def order(x: FoundPicture) -> tuple[bytes, FoundPicture]:
-        # File systems store accented letters differently, as one character or as two.
-        name = unicodedata.normalize("NFC", x.name)
-        digest = hashlib.sha256(f"{seed}/{name}".encode("utf-8", "surrogateescape"))
-        return digest.digest(), x
-
-    train: list[FoundPicture] = []
-    val: list[FoundPicture] = []
-    for pictures in by_label.values():
-        n = len(pictures)
-        share = math.floor(n * validation + 0.5)
-        count = max(min(share, n - 1), min(1, n - 1))
-        pictures = sorted(pictures, key=order)
-        val += pictures[:count]
-        train += pictures[count:]
-    return train, val
+    return [x for x in part if new.isdisjoint(targets.names_in(x.label))]

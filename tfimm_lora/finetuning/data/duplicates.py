@@ -68,12 +68,10 @@ def identical_pictures(
         kept = next(picture for name, picture in group if name == last)
         labels = {picture.label for _, picture in group}
         for name, picture in group:
-            label = split.labels[picture.label]
+            label = split.train.text(picture)
             other = next((x for _, x in group if x.label != picture.label), None)
             if other is not None:
-                reason = (
-                    f"identical to {other.path}, whose label is {split.labels[other.label]}"
-                )
+                reason = f"identical to {other.path}, whose label is {split.train.text(other)}"
                 problems.append(Problem(picture.path, label, f"{reason}."))
             elif name != last:
                 reason = f"identical to {kept.path}, which is in {last}"
@@ -84,9 +82,11 @@ def identical_pictures(
     if not repeated:
         return problems, []
     extra = sum(len(copies) - 1 for copies in repeated)
+    same = "class" if split.targets.is_exclusive else "labels"
     message = (
-        f"{count(extra, 'picture is', 'pictures are')} identical to another of the same class: "
-        f"{some([' = '.join(copies) for copies in repeated], 3)}. They count more than once."
+        f"{count(extra, 'picture is', 'pictures are')} identical to another of the same "
+        f"{same}: {some([' = '.join(copies) for copies in repeated], 3)}. They count more than "
+        "once."
     )
     files = tuple(path for copies in repeated for path in copies[1:])
     return problems, [Finding(WARNING, message, files)]
@@ -105,7 +105,8 @@ def similar_pictures(split: Split, prints: Mapping[str, Fingerprint]) -> list[Fi
         (first_part, first), (second_part, second) = listed[i], listed[j]
         pair = f"{first.path} and {second.path}"
         if first.label != second.label:
-            labels.append(pair)
+            if split.targets.alike_agree:
+                labels.append(pair)
         elif first_part != second_part:
             parts.append(pair)
         else:
@@ -113,7 +114,7 @@ def similar_pictures(split: Split, prints: Mapping[str, Fingerprint]) -> list[Fi
     texts = {
         "look alike but have different labels": labels,
         "look alike and are in different parts, which makes the results too good": parts,
-        "of one class look alike": same,
+        f"of one {'class' if split.targets.is_exclusive else 'label'} look alike": same,
     }
     return [
         Finding(WARNING, f"{count(len(found), 'pair')} of pictures {text}: {some(found, 3)}.")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tfimm_lora.finetuning.data.findings import ERROR, WARNING, Finding
 
@@ -20,11 +20,11 @@ UNSPLIT = ""
 
 
 class FoundPicture(NamedTuple):
-    """A picture with the name of its label. It is sorted and split by ``name``."""
+    """A picture with its target, for a class its name. It is sorted and split by ``name``."""
 
     name: str
     path: str
-    label: str
+    label: Any
 
 
 @dataclass
@@ -35,10 +35,12 @@ class Listing:
         parts: The pictures of "train", "val" and "test"; those that are still to be split into
             train and val have the key "". Files with an error are left out.
         findings: What is wrong with the data.
+        columns: The columns of a CSV file with targets; none for a folder.
     """
 
     parts: dict[str, list[FoundPicture]] = field(default_factory=dict)
     findings: list[Finding] = field(default_factory=list)
+    columns: tuple[str, ...] = ()
 
     def error(
         self, message: str, files: Iterable[str] = (), cause: type[Exception] = ValueError

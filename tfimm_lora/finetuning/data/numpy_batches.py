@@ -75,6 +75,7 @@ class _Reader:
 
     def __init__(self, batches: PictureBatches, augmentation: Augmentation | None) -> None:
         self.pictures = batches.picture_set.pictures
+        self.labels = batches.picture_set.array()
         self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pictures")
         preprocessing = batches.preprocessing
         self.channels = preprocessing.in_channels
@@ -91,8 +92,8 @@ class _Reader:
     def start(self, plan: Plan) -> _Reading:
         """Start to read a batch."""
         seed, indices, weights = plan
-        labels = np.array([self.pictures[i].label for i in indices], np.int32)
-        known = (labels,) if weights is None else (labels, weights)
+        targets = self.labels[indices]
+        known = (targets,) if weights is None else (targets, weights)
         return _Reading([self.pool.submit(self._read, seed, i) for i in indices], known)
 
     def _read(self, seed: Seed, index: int) -> np.ndarray:

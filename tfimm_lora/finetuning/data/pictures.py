@@ -287,7 +287,7 @@ def inspect_pictures(
     listed = [picture for part in parts for picture in part.pictures]
     readings = _read_all(listed, workers or os.cpu_count() or 1, progress)
     problems = [
-        Problem(picture.path, pictures.labels[picture.label], reading)
+        Problem(picture.path, parts[0].text(picture), reading)
         for picture, reading in zip(listed, readings)
         if isinstance(reading, str)
     ]
@@ -342,9 +342,15 @@ def _without(pictures: Any, bad: Mapping[str, str]) -> Any:
         lost = [label for label, number in parts["train"].counts().items() if not number]
         if lost:
             raise ValueError(
-                f"No training pictures of these classes can be used: {some(lost)}. "
-                f"{_first(bad)} Repair them, add others, or remove the class."
+                f"No training pictures of these {pictures.targets.nouns} can be used: "
+                f"{some(lost)}. {_first(bad)} Repair them, add others, or remove the "
+                f"{pictures.targets.noun}."
             )
+        targets = pictures.targets
+        known = targets.faults(pictures.train)
+        faults = [fault for fault in targets.faults(parts["train"]) if fault not in known]
+        if faults:
+            raise ValueError(f"Of the pictures that can be used: {' '.join(faults)}")
         return replace(pictures, **parts)
     left = tuple(picture for picture in pictures.pictures if picture.path not in bad)
     if not left:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -13,8 +13,8 @@ from tfimm_lora.finetuning.metrics import Evaluation, Prediction
 from tfimm_lora.finetuning.report.figures import Target, Theme, canvas
 from tfimm_lora.finetuning.report.formatting import percent, probability, readable, shortened
 
-#: The titles of metrics in the logs of Keras.
-_NAMES = {"accuracy": "Accuracy (%)", "loss": "Loss (cross-entropy)"}
+#: The titles of the metrics of a classification in the logs of Keras.
+TITLES: Mapping[str, str] = {"accuracy": "Accuracy (%)", "loss": "Loss (cross-entropy)"}
 
 #: The width of a character relative to the font size; a little more than most have.
 _LETTER = 0.62
@@ -25,6 +25,7 @@ def draw_curves(
     path: Target,
     best_epoch: int | None = None,
     *,
+    titles: Mapping[str, str] = TITLES,
     dark: bool = False,
 ) -> None:
     """Draw the metrics of each epoch, one panel per metric, for training and validation.
@@ -34,6 +35,7 @@ def draw_curves(
         path: The file, whose suffix determines the format (.png, .svg, .pdf), or an open
             binary file, for PNG.
         best_epoch: The epoch to mark, from 1. Default: none.
+        titles: The titles of metrics, which are drawn in this order, before others.
         dark: Whether to draw on a dark background.
 
     Raises:
@@ -42,20 +44,22 @@ def draw_curves(
     """
     if not history:
         raise ValueError("Received a history without epochs; expected at least one.")
-    names = measured(history)
+    names = measured(history, titles)
     rows, columns = math.ceil(len(names) / 2), min(len(names), 2)
     with canvas(path, 4.6 * columns, 3.0 * rows + 0.3, dark) as (figure, theme):
         for place, name in enumerate(names, start=1):
             axes = figure.add_subplot(rows, columns, place)
-            _draw_metric(axes, theme, name, history, best_epoch)
+            _draw_metric(axes, theme, name, titles.get(name, name), history, best_epoch)
         lines: dict[str, Any] = {}
         for axes in figure.axes:
             lines.update(zip(*reversed(axes.get_legend_handles_labels())))
         figure.legend(lines.values(), lines.keys(), loc="outside lower center", ncols=3)
 
 
-def measured(history: Sequence[Mapping[str, float]]) -> list[str]:
-    """The metrics in a history, accuracy and loss first.
+def measured(
+    history: Sequence[Mapping[str, float]], titles: Mapping[str, str] = TITLES
+) -> list[str]:
+    """The metrics in a history, those with titles first: accuracy and loss.
 
     Example:
         >>> from tfimm_lora.finetuning.report.plots import measured
@@ -63,7 +67,7 @@ def measured(history: Sequence[Mapping[str, float]]) -> list[str]:
         ['loss', 'auc']
     """
     names = dict.fromkeys(name.removeprefix("val_") for row in history for name in row)
-    known = list(_NAMES)
+    known = list(titles)
     return sorted(names, key=lambda name: known.index(name) if name in known else len(known))
 
 
@@ -71,12 +75,13 @@ def _draw_metric(
     axes: Any,
     theme: Theme,
     name: str,
+    title: str,
     history: Sequence[Mapping[str, float]],
     best_epoch: int | None,
 ) -> None:
     epochs = np.arange(1, len(history) + 1)
     factor = 100 if "accuracy" in name else 1
-    axes.set_title(_NAMES.get(name, name))
+    axes.set_title(title)
     for key, label, line in ((name, "training", "--"), (f"val_{name}", "validation", "-")):
         values = np.array([row.get(key, np.nan) for row in history], float) * factor
         if np.isfinite(values).any():
@@ -198,15 +203,49 @@ def draw_mistakes(
         ImportError: without matplotlib or Pillow.
     """
     shown = mistaken_files(evaluation, count)
-    columns = min(6, max(len(shown), 3))
-    rows = math.ceil(len(shown) / columns)
+    title = mistakes_title(len(shown), evaluation)
+    if shown:
+        title += "\ntrue class → predicted class, with its probability"
+    pictures = [
+        Captioned(
+            str(mistake.path),
+            (
+                ("blue", shortened(readable(mistake.true), 22)),
+                ("orange", f"→ {shortened(readable(mistake.predicted), 20)}"),
+                ("muted", probability(mistake.probability)),
+            ),
+        )
+        for mistake in shown
+    ]
+    draw_pictures(pictures, path, title, dark=dark)
+
+
+class Captioned(NamedTuple):
+    """A picture file, and the lines below it: the name of a colour of the theme, and a text."""
+
+    path: str
+    lines: tuple[tuple[str, str], ...]
+
+
+def draw_pictures(
+    pictures: Sequence[Captioned], path: Target, title: str, *, dark: bool = False
+) -> None:
+    """Draw pictures in a grid, each with its lines.
+
+    Args:
+        pictures: The pictures.
+        path, dark: As in ``draw_curves``.
+        title: The text above the pictures.
+
+    Raises:
+        ImportError: without matplotlib or Pillow.
+    """
+    columns = min(6, max(len(pictures), 3))
+    rows = math.ceil(len(pictures) / columns)
     with canvas(path, 1.75 * columns, 2.3 * rows + 0.7, dark) as (figure, theme):
-        title = mistakes_title(len(shown), evaluation)
-        if shown:
-            title += "\ntrue class → predicted class, with its probability"
         figure.suptitle(title, x=0.01, ha="left", fontsize=10, linespacing=1.5)
-        for place, mistake in enumerate(shown, start=1):
-            _draw_mistake(figure.add_subplot(rows, columns, place), theme, mistake)
+        for place, picture in enumerate(pictures, start=1):
+            _draw_picture(figure.add_subplot(rows, columns, place), theme, picture)
 
 
 def mistaken_files(evaluation: Evaluation, count: int) -> list[Prediction]:
@@ -234,11 +273,11 @@ def mistakes_title(shown: int, evaluation: Evaluation) -> str:
     return f"The {shown} most confident of {total:,} mistakes among {pictures:,} pictures"
 
 
-def _draw_mistake(axes: Any, theme: Theme, mistake: Prediction) -> None:
+def _draw_picture(axes: Any, theme: Theme, picture: Captioned) -> None:
     axes.set_axis_off()
     axes.set_box_aspect(1)
     try:
-        pixels = read_picture(str(mistake.path), at_least=256)
+        pixels = read_picture(picture.path, at_least=256)
         step = max(1, min(pixels.shape[:2]) // 256)
         height, width = np.array(pixels.shape[:2]) / max(pixels.shape[:2])
         # At the bottom of its square, above its caption.
@@ -248,13 +287,7 @@ def _draw_mistake(axes: Any, theme: Theme, mistake: Prediction) -> None:
         axes.set_ylim(0, 1)
     except UnreadablePicture:
         axes.text(0.5, 0.5, "cannot be\nread now", ha="center", va="center", color=theme.muted)
-    for line, (text, colour) in enumerate(
-        (
-            (shortened(readable(mistake.true), 22), theme.blue),
-            (f"→ {shortened(readable(mistake.predicted), 20)}", theme.orange),
-            (probability(mistake.probability), theme.muted),
-        )
-    ):
+    for line, (colour, text) in enumerate(picture.lines):
         axes.annotate(
             text,
             (0.5, 0),
@@ -263,6 +296,6 @@ def _draw_mistake(axes: Any, theme: Theme, mistake: Prediction) -> None:
             textcoords="offset points",
             ha="center",
             va="top",
-            color=colour,
+            color=getattr(theme, colour),
             fontsize=8,
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import io
 import os
 import shlex
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from tfimm_lora.adapters.adapter import Adapter
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
@@ -26,10 +26,10 @@ from tfimm_lora.finetuning.report.plots import (
     measured,
     mistakes_title,
 )
-from tfimm_lora.finetuning.report.search_plot import draw_search
-from tfimm_lora.finetuning.run import CONFIG, Run
-from tfimm_lora.finetuning.tuning.record import rank_key, read_search
 from tfimm_lora.utils.optional_imports import require
+
+if TYPE_CHECKING:
+    from tfimm_lora.finetuning.run import Run
 
 #: The number of rows that are shown of long lists.
 _SHOWN_PAIRS, _SHOWN_SKIPPED = 10, 200
@@ -55,15 +55,15 @@ def result(evaluation: Evaluation, kind: str = "validation") -> Html:
         f"Always predicting the most frequent class would be correct for {percent(guess)}.",
     )
     numbers = [
-        _number(
+        number(
             "Accuracy",
             percent(evaluation.accuracy),
             f"95 % interval: {interval(low, high)}",
             class_="main",
         ),
-        _number("Balanced accuracy", percent(evaluation.balanced_accuracy), "mean of classes"),
-        _number("Loss", decimal(evaluation.loss, 3), "cross-entropy"),
-        _number(
+        number("Balanced accuracy", percent(evaluation.balanced_accuracy), "mean of classes"),
+        number("Loss", decimal(evaluation.loss, 3), "cross-entropy"),
+        number(
             "Calibration error",
             percent(evaluation.calibration_error),
             "mean error of the probabilities",
@@ -71,21 +71,22 @@ def result(evaluation: Evaluation, kind: str = "validation") -> Html:
     ]
     if evaluation.top5 is not None:
         note = "true class among the five most probable"
-        numbers.insert(1, _number("Top 5", percent(evaluation.top5), note))
+        numbers.insert(1, number("Top 5", percent(evaluation.top5), note))
     return joined(intro, tag("dl", *numbers, class_="numbers"))
 
 
-def test_result(evaluation: Evaluation) -> Html:
+def test_result(result: Html) -> Html:
     """The headline numbers on the test pictures."""
     why = (
         "The test pictures were used neither to train nor to choose the epoch, so these are "
         "the numbers to expect on new pictures. All sections below are about the validation "
         "pictures."
     )
-    return joined(tag("p", why, class_="quiet"), result(evaluation, "test"))
+    return joined(tag("p", why, class_="quiet"), result)
 
 
-def _number(name: str, value: str, note: str, **attributes: str) -> Html:
+def number(name: str, value: str, note: str, **attributes: str) -> Html:
+    """A headline number with its name and a note."""
     inside = tag("dd", tag("b", value), tag("small", note))
     return tag("div", tag("dt", name), inside, **attributes)
 
@@ -93,10 +94,10 @@ def _number(name: str, value: str, note: str, **attributes: str) -> Html:
 def training(run: Run) -> Html:
     """The curves, and what was trained."""
     facts, best = run.facts, run.facts.get("best_epoch")
-    history = run.history
+    history, titles = run.history, run.task.views.titles
     curves = [
-        drawing(*_both(_curve(history, name, best)), alt=f"{name} of each epoch")
-        for name in measured(history)
+        drawing(*both(_curve(history, name, best, titles)), alt=f"{name} of each epoch")
+        for name in measured(history, titles)
     ]
     early = " (stopped early)" if facts.get("stopped_early") else ""
     summary = f"{count(len(history), 'epoch')}{early}. The weights of epoch {best} were kept."
@@ -112,11 +113,13 @@ def training(run: Run) -> Html:
     )
 
 
-def _curve(history: list[dict[str, float]], name: str, best: int | None) -> Any:
+def _curve(
+    history: list[dict[str, float]], name: str, best: int | None, titles: Mapping[str, str]
+) -> Any:
     """A function that draws one metric: side by side or, on a phone, one below the other."""
     names = (name, f"val_{name}")
     rows = [{key: row[key] for key in names if key in row} for row in history]
-    return lambda file, dark: draw_curves(rows, file, best, dark=dark)
+    return lambda file, dark: draw_curves(rows, file, best, titles=titles, dark=dark)
 
 
 def _settings(run: Run) -> list[tuple[str, str]]:
@@ -126,12 +129,9 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
     targets = recipe["lora"].get("lora_targets") or "default of the architecture"
     named = targets if isinstance(targets, str) else ", ".join(targets)
-    names = {"trained_on": "training", "validated_on": "validation", "tested_on": "testing"}
-    pictures = ", ".join(
-        f"{sum(facts[key].values()):,} for {name}"
-        for key, name in names.items()
-        if key in facts
-    )
+    names = {"train": "training", "val": "validation", "test": "testing"}
+    numbers = _numbers_of_pictures(facts)
+    pictures = ", ".join(f"{numbers[part]:,} for {names[part]}" for part in numbers)
     share = percent(facts["trainable"] / facts["parameters"], 2)
     full = f"; {', '.join(adapter.modules)} fully trained" if adapter.modules else ""
     versions = [v if " " in v else f"{k} {v}" for k, v in facts["versions"].items()]
@@ -155,6 +155,14 @@ def _settings(run: Run) -> list[tuple[str, str]]:
     ]
 
 
+def _numbers_of_pictures(facts: Mapping[str, Any]) -> dict[str, int]:
+    """The number of pictures of each part; in runs of earlier versions each has one class."""
+    if "pictures" in facts:
+        return dict(facts["pictures"])
+    counts = {"train": "trained_on", "val": "validated_on", "test": "tested_on"}
+    return {part: sum(facts[key].values()) for part, key in counts.items() if key in facts}
+
+
 def _weights(run: Run) -> str:
     """The origin of the base weights; runs of earlier versions do not record it."""
     if "base_origin" in run.facts:
@@ -164,7 +172,7 @@ def _weights(run: Run) -> str:
     return str(named or default)
 
 
-def _both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
+def both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
     """A drawing on a light and on a dark background."""
     files = io.BytesIO(), io.BytesIO()
     for file, dark in zip(files, (False, True)):
@@ -172,66 +180,18 @@ def _both(draw: Callable[[Any, bool], None]) -> tuple[bytes, bytes]:
     return files[0].getvalue(), files[1].getvalue()
 
 
-def search(run: Run) -> Html | None:
-    """What was tried to find the settings, if they were searched for."""
-    found = read_search(run.path)
-    if found is None:
-        return None
-    tuned = found[0]
-    best = tuned.best
-    searched = ["learning rate"] if tuned.rates[0] < tuned.rates[1] else []
-    searched += ["rank"] if len(tuned.ranks) > 1 else []
-    on = ""
-    if tuned.pictures is not None:
-        on = (
-            f" They were trained on {tuned.pictures[0]:,} of the training pictures and "
-            f"compared on {count(tuned.pictures[1], 'other')}; validation and test pictures "
-            "were not used."
-        )
-    verb = "were" if len(searched) > 1 else "was"
-    summary = (
-        f"The {' and the '.join(searched)} {verb} chosen from "
-        f"{count(len(tuned.trials), 'training')} with {count(tuned.epochs_trained, 'epoch')} "
-        f"({duration(tuned.seconds)}): rate {best.learning_rate:g}, rank {best.rank}.{on} "
-        "The best settings of the short trainings were trained again for longer."
-    )
-    rows = [
-        [
-            f"{x.learning_rate:g}",
-            str(x.rank),
-            str(x.epochs),
-            "diverged" if x.value is None else decimal(x.value, 3),
-            percent(x.metrics["val_accuracy"]) if "val_accuracy" in x.metrics else "",
-            duration(x.seconds),
-        ]
-        for x in sorted(tuned.trials, key=lambda x: (-x.epochs, rank_key(x, tuned.monitor)))
-    ]
-    names = ("Rate", "Rank", "Epochs", tuned.monitor, "Accuracy", "Time")
-    table = _table(names, rows, numbers=(1, 2, 3, 4, 5))
-    plot = _both(lambda file, dark: draw_search(tuned, file, dark=dark))
-    return joined(
-        tag("p", summary),
-        tag(
-            "div",
-            tag("div", drawing(*plot, alt="Accuracy of each training over its learning rate")),
-            tag("div", table, class_="long rest"),
-            class_="sides",
-        ),
-    )
-
-
 # -- classes and pictures -------------------------------------------------------------------
 
 
 def confusions(evaluation: Evaluation) -> Html:
     """The confusion matrix and its most frequent mistakes."""
-    matrix = _both(lambda file, dark: draw_confusion(evaluation, file, dark=dark))
+    matrix = both(lambda file, dark: draw_confusion(evaluation, file, dark=dark))
     pairs = evaluation.confused()
     rows = [
         [tag("span", true, class_="true"), tag("span", predicted, class_="predicted"), str(n)]
         for true, predicted, n in pairs[:_SHOWN_PAIRS]
     ]
-    listed = _table(("True class", "Predicted", "Pictures"), rows, numbers=(2,))
+    listed = table(("True class", "Predicted", "Pictures"), rows, numbers=(2,))
     caption = f"The most frequent of {count(len(pairs), 'confusion')}"
     return tag(
         "div",
@@ -261,8 +221,8 @@ def classes(evaluation: Evaluation) -> Html:
         "that are correct. F1: the harmonic mean of both."
     )
     names = ("Class", "Pictures", "Recall", "Precision", "F1", "")
-    table = _table(names, rows, numbers=(1, 2, 3, 4))
-    return joined(tag("p", caption, class_="quiet"), tag("div", table, class_="long"))
+    shown = table(names, rows, numbers=(1, 2, 3, 4))
+    return joined(tag("p", caption, class_="quiet"), tag("div", shown, class_="long"))
 
 
 def mistakes(run: Run, evaluation: Evaluation, worst: list[Prediction]) -> Html:
@@ -278,22 +238,26 @@ def mistakes(run: Run, evaluation: Evaluation, worst: list[Prediction]) -> Html:
 
 
 def _mistake(run: Run, mistake: Prediction) -> Html:
-    path = str(mistake.path)
+    lines = [
+        tag("span", mistake.true, class_="true"),
+        tag("span", f"→\N{NO-BREAK SPACE}{mistake.predicted}", class_="predicted"),
+        tag("span", probability(mistake.probability)),
+    ]
+    return captioned(run, str(mistake.path), lines)
+
+
+def captioned(run: Run, path: str, lines: Sequence[Html]) -> Html:
+    """A small version of a picture file, with lines and its path below it."""
     try:
         seen = thumbnail(path)
     except UnreadablePicture:
         seen = tag("span", "cannot be read now")
     inside = os.path.relpath(path, run.recipe["data"])
+    shown = path if inside.startswith("..") else inside
     return tag(
         "figure",
         tag("div", seen, class_="frame"),
-        tag(
-            "figcaption",
-            tag("span", mistake.true, class_="true"),
-            tag("span", f"→\N{NO-BREAK SPACE}{mistake.predicted}", class_="predicted"),
-            tag("span", probability(mistake.probability)),
-            tag("span", path if inside.startswith("..") else inside, class_="path"),
-        ),
+        tag("figcaption", *lines, tag("span", shown, class_="path")),
     )
 
 
@@ -307,12 +271,12 @@ def skipped(run: Run) -> Html | None:
     summary = f"{count(len(skipped), 'picture')} could not be used."
     return joined(
         tag("p", summary),
-        tag("div", _table(("File", "Reason"), shown), class_="long"),
+        tag("div", table(("File", "Reason"), shown), class_="long"),
         tag("p", f"And {more:,} more in skipped.csv.") if more else None,
     )
 
 
-def _table(names: Any, rows: list[list[str]], numbers: tuple[int, ...] = ()) -> Html:
+def table(names: Any, rows: list[list[str]], numbers: tuple[int, ...] = ()) -> Html:
     """A table. The first column has row headers; ``numbers`` are the columns of numbers."""
 
     def kind(place: int) -> str | None:
@@ -335,7 +299,7 @@ def next_steps(run: Run) -> Html:
     """Commands to copy, and all settings."""
     folder, program = shlex.quote(str(run.path)), "tfimm-lora"
     again = shlex.quote(f"{os.path.normpath(run.path)}-again")
-    config = shlex.quote(str(run.path / CONFIG))
+    config = shlex.quote(str(run.config_path))
     steps = {
         "Evaluate on other pictures": f"{program} evaluate {folder} --data PICTURES",
         "Predict": f"{program} predict {folder} PICTURE.jpg FOLDER",
@@ -348,4 +312,5 @@ def next_steps(run: Run) -> Html:
     ]
     yaml = require("yaml", extra="cli", why="The settings in a report")
     settings = yaml.safe_dump(run.recipe, sort_keys=False, allow_unicode=True).strip()
-    return joined(*commands, tag("h3", f"All settings, from {CONFIG}"), tag("pre", settings))
+    title = f"All settings, from {run.config_path.name}"
+    return joined(*commands, tag("h3", title), tag("pre", settings))

@@ -12,6 +12,7 @@ import numpy as np
 from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.checkpoint import restore_values, values_of
 from tfimm_lora.finetuning.optimizer import CLIP_NORM
+from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.training import count_steps
 from tfimm_lora.finetuning.tuning.trainer import Trainer
 from tfimm_lora.model.merge import lora_layers
@@ -51,6 +52,7 @@ def find_learning_rate(
     weight_decay: float = 0.01,
     clip_norm: float = CLIP_NORM,
     loss: Any = None,
+    task: Task | None = None,
     class_weight: Mapping[int, float] | None = None,
     steps_per_epoch: int | None = None,
     seed: int = 0,
@@ -76,7 +78,8 @@ def find_learning_rate(
         lowest, highest: The rates of the first and the last step. Default: 1e-5 and 1.
         steps: The number of steps, at least 20. Default: 100, or the number of batches if
             there are fewer.
-        weight_decay, clip_norm, loss, class_weight, steps_per_epoch, seed: As for ``finetune``.
+        weight_decay, clip_norm, loss, task, class_weight, steps_per_epoch, seed: As for
+            ``finetune``.
 
     Returns:
         The rates, the losses and the suggestion.
@@ -121,6 +124,8 @@ def find_learning_rate(
             weight_decay=weight_decay,
             clip_norm=clip_norm,
             loss=loss,
+            metrics=(),
+            task=task,
             class_weight=class_weight,
             steps_per_epoch=steps_per_epoch,
             seed=seed,

@@ -23,12 +23,12 @@ from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.recipe import (
     Recipe,
-    class_weights,
     initialize_from_pictures,
     inject_recipe_lora,
     training_batches,
 )
 from tfimm_lora.finetuning.run import CONFIG, TUNING, is_new, one_writer, open_recipe_base
+from tfimm_lora.finetuning.tasks.named import task_named
 from tfimm_lora.finetuning.tuning.learning_rate_finder import (
     FEWEST_STEPS,
     LearningRateCurve,
@@ -189,12 +189,14 @@ def find_rate_for_pictures(
     smaller = dataclasses.replace(recipe, batch_size=size)
     with default_backend().dtype_policy(recipe.mixed_precision):
         model, preprocessing = _open(smaller, classes, pictures)
+        task = task_named(recipe.task).of(pictures)
         return find_learning_rate(
             model,
             training_batches(smaller, pictures, preprocessing),
             weight_decay=recipe.weight_decay,
             clip_norm=recipe.clip_norm,
-            class_weight=class_weights(pictures) if recipe.balanced else None,
+            task=task,
+            class_weight=task.balanced_weights(pictures) if recipe.balanced else None,
             seed=recipe.seed,
         )
 
@@ -202,7 +204,8 @@ def find_rate_for_pictures(
 def held_out_pictures(pictures: PictureSet, seed: int) -> tuple[PictureSet, PictureSet]:
     """Divide pictures at random into those to train on and a fifth to compare on, by class.
 
-    A class with one picture has none to compare on.
+    A class with one picture has none to compare on. Pictures that are not in classes are
+    divided as a whole.
 
     Raises:
         ValueError: if no class has two pictures.
@@ -210,8 +213,11 @@ def held_out_pictures(pictures: PictureSet, seed: int) -> tuple[PictureSet, Pict
     rng = np.random.default_rng(seed)
     kept: list[Picture] = []
     out: list[Picture] = []
-    for label in range(len(pictures.labels)):
-        of_label = [picture for picture in pictures.pictures if picture.label == label]
+    groups = [pictures.pictures]
+    if pictures.targets.is_exclusive:
+        labels = range(len(pictures.labels))
+        groups = [tuple(x for x in pictures.pictures if x.label == label) for label in labels]
+    for of_label in groups:
         n = len(of_label)
         count = min(max(math.floor(n * HELD_OUT + 0.5), 1), n - 1) if n else 0
         order = rng.permutation(n)
@@ -222,7 +228,10 @@ def held_out_pictures(pictures: PictureSet, seed: int) -> tuple[PictureSet, Pict
             "Received one training picture in each class; expected at least two in some class "
             "to search for settings, one of them to compare the settings on."
         )
-    return PictureSet(tuple(kept), pictures.labels), PictureSet(tuple(out), pictures.labels)
+    first, second = (
+        dataclasses.replace(pictures, pictures=tuple(part)) for part in (kept, out)
+    )
+    return first, second
 
 
 # -- the recipe -----------------------------------------------------------------------------
@@ -298,7 +307,12 @@ def _check_folder(folder: Path, resume: bool) -> None:
 
 def _training_pictures(recipe: Recipe) -> tuple[PictureSet, int]:
     """The training pictures that can be read, and the number of classes."""
-    split, findings = list_split(recipe.data, validation=recipe.validation, seed=recipe.seed)
+    split, findings = list_split(
+        recipe.data,
+        validation=recipe.validation,
+        seed=recipe.seed,
+        targets=recipe.targets(),
+    )
     raise_errors(findings)
     assert split is not None
     # The run that follows reports what is wrong with its pictures.
@@ -327,14 +341,15 @@ def _opener(
         say(f"opening {recipe.model} with rank {rank}")
         own = dataclasses.replace(recipe, lora={**recipe.lora, "lora_rank": rank})
         model, preprocessing = _open(own, classes, seen)
+        task = task_named(recipe.task).of(seen)
         return Trainer(
             model,
             training_batches(recipe, seen, preprocessing),
             PictureBatches(held_out, preprocessing, recipe.batch_size).in_order(),
             weight_decay=recipe.weight_decay,
             clip_norm=recipe.clip_norm,
-            metrics=("accuracy",),
-            class_weight=class_weights(seen) if recipe.balanced else None,
+            task=task,
+            class_weight=task.balanced_weights(seen) if recipe.balanced else None,
             seed=recipe.seed,
         )
 

@@ -13,6 +13,8 @@ from tfimm_lora.finetuning.checkpoint import restore_values, values_of
 from tfimm_lora.finetuning.distributed.current import devices_of
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.optimizer import create_adamw, rate_of_step
+from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.classification import Classification
 from tfimm_lora.finetuning.training import (
     Epochs,
     count_steps,
@@ -41,8 +43,8 @@ class Trainer:
         model: The LoRA model. It is compiled.
         train: The batches, as for ``finetune``.
         validation: Batches to evaluate after each epoch.
-        weight_decay, clip_norm, loss, metrics, class_weight, steps_per_epoch, seed: As for
-            ``finetune``.
+        weight_decay, clip_norm, loss, metrics, task, class_weight, steps_per_epoch, seed: As
+            for ``finetune``.
 
     Raises:
         ValueError: if the model has no LoRA layers, is merged, or is on several devices.
@@ -57,7 +59,8 @@ class Trainer:
         weight_decay: float,
         clip_norm: float,
         loss: Any = None,
-        metrics: Sequence[Any] = (),
+        metrics: Sequence[Any] | None = None,
+        task: Task | None = None,
         class_weight: Mapping[int, float] | None = None,
         steps_per_epoch: int | None = None,
         seed: int = 0,
@@ -74,12 +77,18 @@ class Trainer:
         self.train, self.validation = train, validation
         self.steps = count_steps(train, steps_per_epoch)
         self._is_infinite = isinstance(train, Epochs) or steps_per_epoch is not None
-        self.class_weight = dict(class_weight) if class_weight else None
+        task = Classification() if task is None else task
+        weighs = bool(class_weight) and task.weighs_examples
+        self.class_weight = dict(class_weight or {}) if weighs else None
         self.seed = seed
         model.compile(
             optimizer=create_adamw(self.backend.keras, 1.0, weight_decay, clip_norm),
-            loss=loss if loss is not None else default_loss(self.backend, devices),
-            metrics=list(metrics),
+            loss=(
+                default_loss(self.backend, devices, task, class_weight)
+                if loss is None
+                else loss
+            ),
+            metrics=task.metrics(self.backend) if metrics is None else list(metrics),
             weighted_metrics=[],
         )
         model.optimizer.build(model.trainable_variables)

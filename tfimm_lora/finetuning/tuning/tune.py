@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from tfimm_lora.finetuning.optimizer import CLIP_NORM
+from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.training import count_steps
 from tfimm_lora.finetuning.tuning.record import Tuned, best_trial
 from tfimm_lora.finetuning.tuning.rungs import Rung, rungs
@@ -34,7 +35,8 @@ def tune(
     clip_norm: float = CLIP_NORM,
     warmup: float = 0.1,
     loss: Any = None,
-    metrics: Sequence[Any] = ("accuracy",),
+    metrics: Sequence[Any] | None = None,
+    task: Task | None = None,
     class_weight: Mapping[int, float] | None = None,
     monitor: str = "val_loss",
     steps_per_epoch: int | None = None,
@@ -70,8 +72,8 @@ def tune(
             not searched. With 9 or more, the best ones are trained for all epochs if there are
             two of them.
         first: The rate and the rank to try first. Default: usual rates, the first rank.
-        weight_decay, warmup, clip_norm, loss, metrics, class_weight, steps_per_epoch: As for
-            ``finetune``.
+        weight_decay, warmup, clip_norm, loss, metrics, task, class_weight, steps_per_epoch: As
+            for ``finetune``.
         monitor: The metric to compare, by its best epoch. Default: "val_loss", since accuracies
             on few examples are often equal.
         storage: The path of a journal file, from which the same call continues an interrupted
@@ -126,6 +128,7 @@ def tune(
             clip_norm=clip_norm,
             loss=loss,
             metrics=metrics,
+            task=task,
             class_weight=class_weight,
             steps_per_epoch=steps_per_epoch,
             seed=seed,

@@ -1,4 +1,4 @@
-"""``report.html``: the report of a run as a single, self-contained file."""
+"""``evaluate_run`` and ``report.html``: a run as a single, self-contained file."""
 
 from __future__ import annotations
 
@@ -7,34 +7,26 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from tfimm_lora.finetuning.data.findings import count
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
-from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report import sections
 from tfimm_lora.finetuning.report.html import Html, tag
-from tfimm_lora.finetuning.report.plots import (
-    draw_confusion,
-    draw_curves,
-    draw_mistakes,
-    mistaken_files,
-)
+from tfimm_lora.finetuning.report.plots import draw_curves
 from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.tuning.report_section import search
 from tfimm_lora.utils.atomic_files import write_file
 
-REPORT, CURVES, CONFUSION = "report.html", "curves.png", "confusion.png"
-MISTAKES = "mistakes.png"
+REPORT, CURVES = "report.html", "curves.png"
 
 #: Forbids loading and scripts, because labels and file names are untrusted.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
-#: The largest number of mistakes that are shown.
-_SHOWN = 24
 
-
-def evaluate_run(run: Run, model: Any = None) -> dict[str, Evaluation]:
+def evaluate_run(run: Run, model: Any = None) -> dict[str, Any]:
     """Evaluate a run on its validation and test pictures and write the report.
 
-    Writes ``curves.png``, ``confusion.png``, ``mistakes.png`` and ``report.html`` to the folder
-    of the run.
+    Writes ``curves.png``, the drawings of the task (for a classification ``confusion.png`` and
+    ``mistakes.png``) and ``report.html`` to the folder of the run.
 
     Args:
         run: A run whose training is complete.
@@ -42,29 +34,30 @@ def evaluate_run(run: Run, model: Any = None) -> dict[str, Evaluation]:
 
     Returns:
         The evaluation on the validation pictures, "val", and, if there are any, on the test
-        pictures, "test".
+        pictures, "test". For a classification each is an ``Evaluation``.
 
     Raises:
         FileNotFoundError, ValueError: as ``Run.model`` and ``Run.split``.
     """
     model = run.model() if model is None else model
-    split = run.split
+    split, task = run.split, run.task
     held_out = {name: part for name, part in split.parts().items() if name != "train"}
     evaluations = {
         name: evaluate_pictures(
-            model, part, run.preprocessing, batch_size=run.recipe["batch_size"]
+            model, part, run.preprocessing, task=task, batch_size=run.recipe["batch_size"]
         )
         for name, part in held_out.items()
     }
     evaluation = evaluations["val"]
-    draw_curves(run.history, run.path / CURVES, run.facts.get("best_epoch"))
-    draw_confusion(evaluation, run.path / CONFUSION)
-    draw_mistakes(evaluation, run.path / MISTAKES, _SHOWN)
+    best = run.facts.get("best_epoch")
+    draw_curves(run.history, run.path / CURVES, best, titles=task.views.titles)
+    for name, draw in task.views.drawings(evaluation).items():
+        draw(run.path / name)
     write_report(run, evaluation, evaluations.get("test"))
     return evaluations
 
 
-def write_report(run: Run, evaluation: Evaluation, test: Evaluation | None = None) -> Path:
+def write_report(run: Run, evaluation: Any, test: Any = None) -> Path:
     """Write ``report.html`` into the folder of a run.
 
     The file has no scripts and loads nothing: it contains small versions of the pictures,
@@ -82,15 +75,13 @@ def write_report(run: Run, evaluation: Evaluation, test: Evaluation | None = Non
         ValueError: if the evaluation has no paths of files.
         ImportError: without matplotlib or Pillow.
     """
-    mistakes = mistaken_files(evaluation, _SHOWN)
+    views = run.task.views
     parts = {
-        "Result": sections.result(evaluation),
-        "Test pictures": sections.test_result(test) if test is not None else None,
+        "Result": views.result(evaluation),
+        "Test pictures": sections.test_result(views.result(test, "test")) if test else None,
         "Training": sections.training(run),
-        "Search for settings": sections.search(run),
-        "Confusions": sections.confusions(evaluation),
-        "Classes": sections.classes(evaluation),
-        "Mistakes": sections.mistakes(run, evaluation, mistakes),
+        "Search for settings": search(run),
+        **views.sections(run, evaluation),
         "Skipped pictures": sections.skipped(run),
         "Next steps": sections.next_steps(run),
     }
@@ -124,8 +115,9 @@ def write_report(run: Run, evaluation: Evaluation, test: Evaluation | None = Non
 
 
 def _subtitle(run: Run) -> Html:
-    epochs = sections.count(len(run.history), "epoch")
-    return tag("p", f"Fine-tuned with LoRA: {len(run.labels)} classes, {epochs}")
+    epochs, targets = sections.count(len(run.history), "epoch"), run.task.targets()
+    outputs = count(len(run.labels), targets.noun, targets.nouns)
+    return tag("p", f"Fine-tuned with LoRA: {outputs}, {epochs}")
 
 
 def _section(name: str, content: Html) -> Html:
