@@ -168,6 +168,7 @@ def test_a_rate_is_found_in_one_pass(folder, tmp_path, capsys):
         (("--lr", "find", "--tune-trials", "3"), "Received --tune-trials without a search"),
         (("--lr", "auto", "--tune-minutes", "-1"), "minutes=-1"),
         (("--rank", "auto", "--strategy", "mirrored"), "Received strategy='mirrored'"),
+        (("--rank", "auto", "--accumulate", "2"), "Received accumulate=2"),
     ],
 )
 def test_wrong_words_say_what_was_expected(folder, tmp_path, capsys, words, message):

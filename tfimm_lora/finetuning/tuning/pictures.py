@@ -283,6 +283,11 @@ def _check_recipe(recipe: Recipe, what: str) -> None:
             "storage (--tune-storage), and train with what was found: --lr and --rank, or "
             f"--config with the {CONFIG} of that run."
         )
+    if recipe.accumulate != 1:
+        raise ValueError(
+            f"Received accumulate={recipe.accumulate}; expected 1. {what} computes whole "
+            "batches. Leave it out, and train with it and what was found."
+        )
     check_model(recipe.model, pretrained=recipe.pretrained, weights=recipe.weights)
 
 
