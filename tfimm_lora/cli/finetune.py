@@ -105,7 +105,7 @@ def finetune(
     ] = False,
     rank: Annotated[
         Text,
-        _option(help="Rank of the updates, or auto to search for it. Default: 4.", panel=_LORA),
+        _option(help="Rank of the updates, or auto to search for it. Default: 8.", panel=_LORA),
     ] = None,
     alpha: Annotated[
         Number, _option(help="Updates are scaled by alpha / rank. Default: rank.", panel=_LORA)
@@ -165,7 +165,7 @@ def finetune(
             "--lr",
             "--learning-rate",
             help="Peak rate; auto to search for it; find to take it from one pass with a "
-            "growing rate. Default: 0.001.",
+            "growing rate. Default: 0.003.",
             panel=_TRAINING,
         ),
     ] = None,

@@ -7,6 +7,9 @@ from typing import Any
 
 from tfimm_lora.validation import check_number
 
+#: The rate at which LoRA trains best, ten times that of full fine-tuning; see
+#: docs/explanation/study.md.
+LEARNING_RATE = 3e-3
 #: The default of ``clip_norm``, as in the Trainer of transformers.
 CLIP_NORM = 1.0
 
@@ -15,7 +18,7 @@ def create_optimizer(
     keras: Any,
     *,
     steps: int,
-    learning_rate: float = 1e-3,
+    learning_rate: float = LEARNING_RATE,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
     clip_norm: float = CLIP_NORM,
@@ -25,7 +28,7 @@ def create_optimizer(
     Args:
         keras: The Keras of the model.
         steps: The number of training steps.
-        learning_rate: The learning rate at the end of the warm-up. Default: 1e-3.
+        learning_rate: The learning rate at the end of the warm-up. Default: 3e-3.
         weight_decay: Decoupled weight decay, not applied to biases. Default: 0.01.
         warmup: The share of the steps in which the rate grows from zero. Default: 0.1.
         clip_norm: The largest norm of the gradient, over all trained weights together; a larger

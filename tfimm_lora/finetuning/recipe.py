@@ -38,7 +38,7 @@ from tfimm_lora.finetuning.distributed.strategy import (
     open_strategy,
 )
 from tfimm_lora.finetuning.evaluation import outputs_on
-from tfimm_lora.finetuning.optimizer import CLIP_NORM
+from tfimm_lora.finetuning.optimizer import CLIP_NORM, LEARNING_RATE
 from tfimm_lora.finetuning.run import (
     BASE_WEIGHTS,
     CONFIG,
@@ -66,6 +66,8 @@ from tfimm_lora.version import __version__
 #: Settings that were added later.
 _ADDED = ("task", "columns")
 
+#: The default rank; see docs/explanation/study.md for the choice of this and of the rate.
+RANK = 8
 POLICIES = (None, "mixed_float16", "mixed_bfloat16")
 
 
@@ -89,7 +91,8 @@ class Recipe:
             Default: 0.2.
         on_error: What to do with pictures that cannot be read: "skip" (default) or "refuse".
         augmentation: "none", "light" or "default".
-        lora: Fields of ``LoRAConfig``, with the prefix "lora_". Default: its defaults.
+        lora: Fields of ``LoRAConfig``, with the prefix "lora_". Default: rank 8, and the other
+            defaults of ``LoRAConfig``.
         epochs, learning_rate, weight_decay, warmup, clip_norm, monitor, patience: As for
             ``finetune``.
         batch_size: The number of pictures in a step, over all devices. Default: 32.
@@ -123,7 +126,7 @@ class Recipe:
     epochs: int = 10
     batch_size: int = 32
     accumulate: int = 1
-    learning_rate: float = 1e-3
+    learning_rate: float = LEARNING_RATE
     weight_decay: float = 0.01
     warmup: float = 0.1
     clip_norm: float = CLIP_NORM
@@ -164,6 +167,7 @@ class Recipe:
         if self.columns is not None:
             self.columns = list(self.columns)
         self.targets()
+        self.lora = {"lora_rank": RANK, **self.lora}
         if self.patience is not None:
             check_integer(self.patience, "patience", 1)
         if self.normalisation is not None:

@@ -22,7 +22,7 @@ from tfimm_lora.finetuning.checkpoint import (
 from tfimm_lora.finetuning.distributed.current import devices_of
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.metrics_csv import write_metrics
-from tfimm_lora.finetuning.optimizer import CLIP_NORM, create_optimizer
+from tfimm_lora.finetuning.optimizer import CLIP_NORM, LEARNING_RATE, create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
 from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
@@ -64,7 +64,7 @@ def finetune(
     validation: Any = None,
     *,
     epochs: int = 10,
-    learning_rate: float = 1e-3,
+    learning_rate: float = LEARNING_RATE,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
     clip_norm: float = CLIP_NORM,
@@ -104,7 +104,7 @@ def finetune(
         validation: A dataset for validation after each epoch, or ``PictureBatches``, which are
             read in order. Default: none. The weights of the last epoch are then kept.
         epochs: The number of epochs. Default: 10.
-        learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 1e-3, 0.01
+        learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 3e-3, 0.01
             and a tenth of the steps.
         clip_norm: The largest norm of the gradient, over all trained weights together.
             Default: 1. 0 means no clipping.
