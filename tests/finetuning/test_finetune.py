@@ -325,7 +325,6 @@ def test_the_norm_of_the_gradient_is_clipped_over_all_weights(clip_norm):
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"clip_norm": -1}, "clip_norm=-1"),
         ({"epochs": 0}, "epochs=0"),
         ({"patience": 0}, "patience=0"),
         ({"learning_rate": -1}, "learning_rate=-1"),
