@@ -185,12 +185,15 @@ def test_all_faults_of_numbers_are_reported_at_once(tmp_path):
     assert "ignored 1 column: who" in "\n".join(warned)
     errors, _, _ = messages(data, NumberTargets())
     assert any("column who has 'a'" in x and "--columns" in x for x in errors)
+    assert any("none.png" in x for x in errors)  # although no row has a target
 
 
 def test_a_folder_and_a_missing_column_are_no_numbers(tmp_path):
     data = write_numbers(tmp_path / "a")
     for name in ("x", "y"):
         (tmp_path / "folder" / name).mkdir(parents=True)
+    errors, _, _ = messages(tmp_path / "folder", LabelTargets(("x",)))
+    assert any("columns=['x'] with the folder" in x for x in errors)
     errors, _, _ = messages(tmp_path / "folder", NumberTargets())
     assert len(errors) == 1 and "expected a CSV file with path and a column" in errors[0]
     errors, _, _ = messages(data, NumberTargets(("angle",)))

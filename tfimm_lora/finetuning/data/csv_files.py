@@ -59,8 +59,7 @@ def list_csv(path: Path, targets: Targets) -> Listing:
     required = () if targets.may_be_empty else listing.columns
     rows = _complete_rows(listing, path, table, required)
     found = targets.read(listing, path, listing.columns, rows)
-    usable = [(row, target) for row, target in zip(rows, found) if target is not None]
-    _list_rows(listing, path, usable, SPLIT in table.header)
+    _list_rows(listing, path, zip(rows, found), SPLIT in table.header)
     return listing
 
 
@@ -180,6 +179,7 @@ def _rows(rows: Sequence[_Line]) -> str:
 def _list_rows(
     listing: Listing, path: Path, rows: Iterable[tuple[Row, Any]], is_split: bool
 ) -> None:
+    """List the pictures of rows with a target; those without one are recorded already."""
     parts: dict[str, list[FoundPicture]] = defaultdict(list)
     unknown: list[_Line] = []
     missing: list[str] = []
@@ -191,7 +191,7 @@ def _list_rows(
             unknown.append(_Line(line, [given]))
         elif not os.path.isfile(picture.path):
             missing.append(row[PATH])
-        else:
+        elif target is not None:
             parts[part].append(picture)
     if unknown:
         listing.error(
