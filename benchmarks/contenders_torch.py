@@ -1,13 +1,12 @@
 """On torch: timm's model with PEFT."""
 
-import sys
-
 import torch
+import torchvision_schemas
 from worker import Built
 
 
 def build(task, model):
-    _make_torchvision_importable()
+    torchvision_schemas.define()
     import peft
     import timm
 
@@ -41,16 +40,3 @@ def build(task, model):
         trace=lambda: None,
         actions={"step": step, "forward": forward},
     )
-
-
-def _make_torchvision_importable():
-    """timm imports torchvision; one that was built for CUDA fails beside a torch for the
-    CPU, for want of two schemas that timm does not use."""
-    try:
-        import torchvision  # noqa: F401
-    except RuntimeError:
-        schema = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-        for name in ("nms", "qnms"):
-            torch.library.define(f"torchvision::{name}", schema)
-        for name in [n for n in sys.modules if n.partition(".")[0] == "torchvision"]:
-            del sys.modules[name]

@@ -128,9 +128,9 @@ def measured(name, rounds):
 
 def measured_with_peft(name, rounds):
     """PEFT's mixed batches of ten adapters on timm's model."""
-    from contenders_torch import _make_torchvision_importable
+    import torchvision_schemas
 
-    _make_torchvision_importable()
+    torchvision_schemas.define()
     import peft
     import timm
     import torch

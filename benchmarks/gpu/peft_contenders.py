@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from contender import Contender
 from measure import Entry
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torchvision_schemas  # isort: skip - of benchmarks/
 
 RANK = 8
 NAMES = {
@@ -27,7 +31,7 @@ TARGETS = {
 
 
 def build(entry: Entry, small: bool) -> Contender:
-    _make_torchvision_importable()
+    torchvision_schemas.define()
     import timm
     from peft import LoraConfig, get_peft_model
 
@@ -105,12 +109,3 @@ def peak() -> int | None:
 
 def device_name() -> str:
     return torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU"
-
-
-def _make_torchvision_importable() -> None:
-    """timm imports torchvision; one that was built for another torch lacks two schemas, which
-    timm does not use."""
-    arguments = "(Tensor dets, Tensor scores, float iou_threshold) -> Tensor"
-    for name in ("nms", "qnms"):
-        with contextlib.suppress(RuntimeError):  # it is there
-            torch.library.define(f"torchvision::{name}", arguments)

@@ -10,18 +10,24 @@ the random start of A and of the classifier is torch's.
 from __future__ import annotations
 
 import argparse
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from peft import LoraConfig, get_peft_model
 from plan import Plan, Run
 from results import RESULTS, ROOT, read_results, write_result
 from safetensors.torch import load_file
 from tasks import Data, data, order_of
-from timm import create_model
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torchvision_schemas  # isort: skip - of benchmarks/
+
+torchvision_schemas.define()
+from peft import LoraConfig, get_peft_model  # noqa: E402 # isort: skip
+from timm import create_model  # noqa: E402 # isort: skip
 
 #: The names of timm, mean and standard deviation, and the dropout that tfimm's models have.
 MODELS = {
