@@ -8,22 +8,9 @@ import keras
 import numpy as np
 from contender import Contender
 from measure import Entry
+from models import CLASSES, RANK, name_of
 
 import tfimm_lora as lora
-
-RANK = 8
-NAMES = {
-    "vit_base": "vit_base_patch16_224",
-    "vit_large": "vit_large_patch16_224",
-    "convnext_base": "convnext_base",
-    "resnet50": "resnet50",
-}
-SMALL = {"vit": "vit_tiny_patch16_224", "convnext": "convnext_atto", "resnet": "resnet18"}
-
-
-def name_of(entry: Entry, small: bool) -> str:
-    family = next(f for f in SMALL if entry.model.startswith(f))
-    return SMALL[family] if small else NAMES[entry.model]
 
 
 def build(entry: Entry, small: bool) -> Contender:
@@ -35,7 +22,7 @@ def build(entry: Entry, small: bool) -> Contender:
     pictures = np.random.default_rng(0).normal(size=(entry.batch, *size)).astype("float32")
     if entry.measurement == "mixed batch":
         return _mixed_batch(model, pictures)
-    labels = np.arange(entry.batch, dtype="int32") % 10
+    labels = np.arange(entry.batch, dtype="int32") % CLASSES
     make = _on_torch if keras.backend.backend() == "torch" else _on_jax
     return make(model, pictures, labels)
 
@@ -43,7 +30,9 @@ def build(entry: Entry, small: bool) -> Contender:
 def prepared(entry: Entry, small: bool) -> Any:
     """The model, with what the contender trains."""
     name, kind = name_of(entry, small), entry.contender.split("-")[0]
-    model = lora.create_model(name, nb_classes=10, lora_rank=RANK, lora_train_classifier=True)
+    model = lora.create_model(
+        name, nb_classes=CLASSES, lora_rank=RANK, lora_train_classifier=True
+    )
     if kind == "ours" and entry.measurement != "mixed batch":
         return model
     model = lora.convert_to_regular_model(model)

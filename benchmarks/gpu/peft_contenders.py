@@ -10,18 +10,11 @@ from typing import Any
 import torch
 from contender import Contender
 from measure import Entry
+from models import CLASSES, RANK, family_of, name_of
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torchvision_schemas  # isort: skip - of benchmarks/
 
-RANK = 8
-NAMES = {
-    "vit_base": "vit_base_patch16_224",
-    "vit_large": "vit_large_patch16_224",
-    "convnext_base": "convnext_base",
-    "resnet50": "resnet50",
-}
-SMALL = {"vit": "vit_tiny_patch16_224", "convnext": "convnext_atto", "resnet": "resnet18"}
 #: The layers that tfimm_lora adapts by default.
 TARGETS = {
     "vit": r".*blocks\.\d+\.(attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)",
@@ -38,14 +31,14 @@ def build(entry: Entry, small: bool) -> Contender:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.allow_tf32 = True
-    family = next(f for f in SMALL if entry.model.startswith(f))
+    family = family_of(entry)
     mixed = entry.measurement == "mixed batch"
-    net = timm.create_model(SMALL[family] if small else NAMES[entry.model], num_classes=10)
+    net = timm.create_model(name_of(entry, small), num_classes=CLASSES)
     # Channels last is the faster layout of convolutions on such devices.
     layout = torch.contiguous_format if family == "vit" else torch.channels_last
     pictures = torch.randn(entry.batch, 3, 224, 224, device=device)
     pictures = pictures.contiguous(memory_format=layout)
-    labels = torch.arange(entry.batch, device=device) % 10
+    labels = torch.arange(entry.batch, device=device) % CLASSES
     plain_net = net.to(device, memory_format=layout).eval()
     config = LoraConfig(
         r=RANK,
