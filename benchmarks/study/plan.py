@@ -61,6 +61,8 @@ LARGE_METHODS = (*LARGE_METHODS, "LoRA, all convolutions")
 #: Settings of the training with LoRA that are changed one at a time.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"clip_norm": 0.0},
+    {"clip_norm": 3.0},
+    {"clip_norm": 10.0},
     {"augmentation": "light"},
     {"augmentation": "default"},
     {"epochs": 5},

@@ -94,6 +94,7 @@ def train(net, batches, *, epochs, warmup, rate, decay, seed):
         FloatingPointError: If the loss is NaN or infinite.
     """
     settings = {"learning_rate": rate, "weight_decay": decay, "warmup": warmup / epochs}
+    settings["clip_norm"] = 0  # not part of the protocol
     if has_lora(net):
         lora.finetune(net, batches, epochs=epochs, seed=seed, verbose="none", **settings)
         return
