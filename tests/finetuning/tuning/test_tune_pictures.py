@@ -11,10 +11,9 @@ import yaml
 
 from tests.helpers.picture_folders import write_digits, write_split
 from tests.helpers.recipes import adapter_values, recipe, save_model
-from tests.helpers.task_pictures import SIDE, task_recipe
+from tests.helpers.task_pictures import task_recipe
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, find_pictures
-from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import outputs_on
 from tfimm_lora.finetuning.multilabel_metrics import binary_cross_entropy
 from tfimm_lora.finetuning.recipe import Recipe
@@ -33,8 +32,6 @@ from tfimm_lora.finetuning.tuning.storage import open_study
 from tfimm_lora.finetuning.tuning.trainer import Trainer
 
 pytestmark = pytest.mark.once
-
-UNIT = Preprocessing((SIDE, SIDE), (0.0,) * 3, (1.0,) * 3)
 
 
 @pytest.fixture(scope="module")
@@ -166,7 +163,7 @@ def test_a_search_trains_as_the_recipe_says(tmp_path, monkeypatch):
 
     class Recording(Trainer):
         def __init__(self, model, train, validation=None, **options):
-            given.append((model, train.picture_set, options))
+            given.append((model, train, options))
             super().__init__(model, train, validation, **options)
 
     def initialize(recipe, model, pictures, preprocessing):
@@ -182,7 +179,8 @@ def test_a_search_trains_as_the_recipe_says(tmp_path, monkeypatch):
     with contextlib.suppress(FloatingPointError):  # the curve of so few pictures is noise
         find_rate_for_pictures(asked)
     assert found.pictures == (19, 5) and len(given) == 3
-    for number, (_, pictures, options) in enumerate(given):
+    for number, (_, train, options) in enumerate(given):
+        pictures = train.picture_set
         is_search = number < 2
         assert len(pictures) == (19 if is_search else 24)
         has = pictures.array()
@@ -194,9 +192,10 @@ def test_a_search_trains_as_the_recipe_says(tmp_path, monkeypatch):
     # The pictures to compare on are the others.
     split = find_pictures(asked.data, targets=asked.targets(), validation=0.4, seed=4)
     _, held_out = held_out_pictures(split.train, 4)
-    assert set(held_out.pictures) | set(given[0][1].pictures) == set(split.train.pictures)
-    model, _, options = given[1]
-    outputs, labels = outputs_on(model, held_out, UNIT, options["task"])
+    model, train, options = given[1]
+    seen = train.picture_set.pictures
+    assert set(held_out.pictures) | set(seen) == set(split.train.pictures)
+    outputs, labels = outputs_on(model, held_out, train.preprocessing, options["task"])
     weights = np.array([options["class_weight"][i] for i in range(3)])
     losses = binary_cross_entropy(outputs, labels) * np.where(labels, weights, 1)
     assert found.trials[1].value == pytest.approx(losses.mean(), rel=1e-3)
