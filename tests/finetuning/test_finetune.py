@@ -292,6 +292,23 @@ def test_weight_decay_leaves_biases_alone():
     np.testing.assert_array_equal(array(layer.bias), 1)
 
 
+def test_the_norm_to_clip_reaches_the_optimizer():
+    model = net()
+    trained(model, epochs=1, clip_norm=0.3)
+    assert model.optimizer.global_clipnorm == 0.3
+
+
+@pytest.mark.parametrize("monitor", ["val_mae", "val_accuracy"])
+def test_the_best_epoch_has_the_lowest_error_or_the_highest_accuracy(monitor):
+    error = keras.metrics.SparseCategoricalCrossentropy(from_logits=True, name="mae")
+    metrics = ["accuracy", error]  # the name decides
+    made = trained(net(), epochs=4, learning_rate=0.3, metrics=metrics, monitor=monitor)
+    values = [numbers[monitor] for numbers in made.history]
+    assert min(values) < max(values)
+    best = np.argmin(values) if monitor == "val_mae" else np.argmax(values)
+    assert made.best_epoch == best + 1
+
+
 @pytest.mark.parametrize("clip_norm", [1.0, 0])
 def test_the_norm_of_the_gradient_is_clipped_over_all_weights(clip_norm):
     """AdamW in NumPy, with a step whose gradient is a hundred times as large."""

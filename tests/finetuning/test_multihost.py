@@ -18,6 +18,7 @@ from tests.finetuning.test_distributed import (
     start,
 )
 from tests.helpers.kerases import BACKEND, keras
+from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.distributed.processes import process_settings
 from tfimm_lora.finetuning.distributed.strategy import check_strategy
 from tfimm_lora.finetuning.metrics_csv import read_metrics
@@ -74,6 +75,37 @@ def test_without_variables_jax_looks_for_a_cluster():
 def test_the_strategy_needs_jax():
     with pytest.raises(ValueError, match="KERAS_BACKEND=jax"):
         check_strategy("multihost")
+
+
+def agree(mine, other):
+    """As process 0 of two, of which process 1 has other settings."""
+    rows = []
+
+    class Recording(Devices):
+        workers = 2
+
+        def _gathered(self, numbers):
+            rows.append(numbers)
+            return np.stack([numbers, numbers])
+
+    class Process(Devices):
+        workers = 2
+
+        def _gathered(self, numbers):
+            return np.stack([numbers, rows.pop(0)])
+
+    Recording().agree("recipe", other)
+    Process().agree("recipe", mine)
+
+
+@pytest.mark.once
+def test_processes_with_different_settings_are_refused():
+    settings = {"rate": 0.1, "labels": ("a", "b"), "seed": 0}
+    agree(settings, dict(reversed(settings.items())))
+    with pytest.raises(ValueError, match="worker 1 has another labels, seed than worker 0"):
+        agree(settings, {**settings, "labels": ("b", "a"), "seed": 1})
+    with pytest.raises(ValueError, match="worker 1 has another list of settings"):
+        agree(settings, {"rate": 0.1})
 
 
 # -- training --------------------------------------------------------------------------------

@@ -57,6 +57,37 @@ def test_a_run_can_be_opened_and_gives_the_model_of_its_best_epoch(folder, tmp_p
     np.testing.assert_allclose(total / count, min(losses), rtol=1e-4)
 
 
+def test_all_settings_of_a_recipe_reach_the_training(folder, tmp_path, monkeypatch):
+    class Reached(Exception):
+        pass
+
+    def reached(model, train, validation, **options):
+        raise Reached(train, options)
+
+    monkeypatch.setattr(recipe_module, "finetune", reached)
+    settings = {
+        "epochs": 4,
+        "learning_rate": 0.03,
+        "weight_decay": 0.2,
+        "warmup": 0.3,
+        "clip_norm": 0.4,
+        "accumulate": 2,
+        "monitor": "val_accuracy",
+        "patience": 3,
+        "seed": 7,
+    }
+    data = write_digits(tmp_path / "digits", labels=range(3), each=5, size=16)
+    for path in sorted((data / "2").iterdir())[2:]:
+        path.unlink()  # classes of 4, 4 and 1 training pictures
+    asked = recipe(folder, data=str(data), balanced=True, batch_size=4, **settings)
+    with pytest.raises(Reached) as found:
+        finetune_pictures(asked, tmp_path / "run")
+    train, options = found.value.args
+    assert {name: options[name] for name in settings} == settings
+    assert options["class_weight"] == pytest.approx({0: 0.75, 1: 0.75, 2: 3.0})
+    assert (train.batch_size, train.seed) == (4, 7)
+
+
 def test_every_picture_of_the_split_is_written_down(folder, tmp_path):
     bad = folder / "digits" / "1" / "broken.png"
     bad.write_bytes((folder / "digits" / "1" / "0.png").read_bytes())

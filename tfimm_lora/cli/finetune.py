@@ -24,7 +24,7 @@ from tfimm_lora.cli.tasks import COLUMNS_HELP, TASK_HELP, parse_columns
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import is_model_file
 from tfimm_lora.finetuning.distributed.strategy import is_chief, leave_strategy
-from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures
+from tfimm_lora.finetuning.recipe import Recipe, finetune_pictures, settings_of
 from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.run import CONFIG, RECIPE, TUNING, Run, read_yaml
 from tfimm_lora.finetuning.run_report import evaluate_run
@@ -327,5 +327,5 @@ def _default_settings(out: str, config: str | None, resume: bool) -> dict[str, A
         read = read_yaml(config)
         return dict(read.get(RECIPE, read))
     if resume and (Path(out) / CONFIG).is_file():
-        return dict(Run.open(out).recipe)
+        return settings_of(Run.open(out))
     return {}

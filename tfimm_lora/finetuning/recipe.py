@@ -63,8 +63,8 @@ from tfimm_lora.training.eva import initialize_eva
 from tfimm_lora.validation import check_choice, check_integer, check_keywords, check_number
 from tfimm_lora.version import __version__
 
-#: Settings that were added later.
-_ADDED = ("task", "columns")
+#: Settings that runs of earlier versions do not have, with what these did.
+_ADDED = {"task": DEFAULT, "columns": None, "accumulate": 1, "clip_norm": 0}
 
 #: The default rank; see docs/explanation/study.md for the choice of this and of the rate.
 RANK = 8
@@ -341,7 +341,7 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
             "--resume (resume=True) to resume the run."
         )
     run, settings = Run.open(folder), recipe.to_dict()
-    before = {**_added_settings(), **run.recipe}
+    before = settings_of(run)
     changed = [
         name
         for name in settings
@@ -364,9 +364,9 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
     return run
 
 
-def _added_settings() -> dict[str, Any]:
-    """The settings that runs of earlier versions do not have, with what they did."""
-    return {f.name: f.default for f in dataclasses.fields(Recipe) if f.name in _ADDED}
+def settings_of(run: Run) -> dict[str, Any]:
+    """The settings of a run, also if an earlier version that had fewer of them started it."""
+    return {**_ADDED, **run.recipe}
 
 
 def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, Sequence[Problem]]:

@@ -22,6 +22,7 @@ from tfimm_lora.finetuning.checkpoint import (
 from tfimm_lora.finetuning.distributed.current import devices_of
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.metrics_csv import write_metrics
+from tfimm_lora.finetuning.monitor import is_minimized
 from tfimm_lora.finetuning.optimizer import CLIP_NORM, LEARNING_RATE, create_optimizer
 from tfimm_lora.finetuning.progress import Reporter
 from tfimm_lora.finetuning.tasks.base import Task
@@ -120,7 +121,8 @@ def finetune(
             for the same result (but batch normalization that is trained uses the statistics of
             each part, and dropout draws other numbers). Default: 1.
         monitor: The metric that determines the best epoch, by its name in the logs of Keras. A
-            loss is minimized, everything else is maximized. Default: "val_loss".
+            loss or an error ("val_mae", "val_mse") is minimized, everything else is maximized.
+            Default: "val_loss".
         patience: The number of epochs without improvement after which the training stops.
             Default: never.
         callbacks: Additional Keras callbacks. Their state is not restored by ``resume``.
@@ -412,7 +414,7 @@ class _EpochRecorder:
         if best is None:
             return True
         now, before = numbers[self.monitor], self.progress.history[best][self.monitor]
-        return now < before if "loss" in self.monitor else now > before
+        return now < before if is_minimized(self.monitor) else now > before
 
     @property
     def stopped(self) -> bool:

@@ -13,6 +13,7 @@ from tfimm_lora.finetuning.multilabel_metrics import (
     best_threshold,
 )
 from tfimm_lora.finetuning.regression_metrics import RegressionEvaluation, half_width
+from tfimm_lora.finetuning.tasks.regression import Regression
 
 pytestmark = pytest.mark.once
 
@@ -74,7 +75,7 @@ def test_thresholds_have_the_largest_f1_of_all(seed):
         found = best_threshold(y, p)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            every = [metrics.f1_score(y, p >= t) for t in np.linspace(0, 1, 2001)]
+            every = [metrics.f1_score(y, p >= t) for t in p]  # between them nothing changes
         assert metrics.f1_score(y, p >= found) >= max(every) - 1e-12
         assert 0 < found < 1 and found not in p
 
@@ -110,3 +111,13 @@ def test_intervals_contain_new_numbers_as_often_as_they_promise():
     # deviation of about 0.04 have a standard error of 0.002.
     assert abs(np.mean(inside) - 46 / 51) < 0.01
     assert half_width(np.arange(8.0), 0.9) is None and half_width(np.arange(9.0), 0.9) == 8
+
+
+def test_intervals_have_the_level_of_the_task():
+    task = Regression(("a",), mean=(5.0,), std=(2.0,), level=0.5)
+    outputs = np.zeros((9, 1))
+    found = task.with_validation(outputs, 5.0 + np.arange(1.0, 10)[:, None])
+    assert found.half_widths == (5.0,)  # of the errors 1 to 9, the (9 + 1) / 2 = 5th
+    again = Regression.of_record(found.record())
+    assert again == found and again.evaluate(outputs, outputs).level == 0.5
+    assert again.views.answer("x", np.array([3.0]), None, None)["intervals"] == {"a": [-2, 8]}

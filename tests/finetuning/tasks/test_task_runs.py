@@ -18,6 +18,7 @@ from tests.helpers.kerases import LEGACY, array, keras
 from tests.helpers.recipes import assert_same_run
 from tests.helpers.task_pictures import COLOURS, NUMBERS, save_model, task_recipe
 from tfimm_lora.cli import main
+from tfimm_lora.cli.finetune import _default_settings
 from tfimm_lora.finetuning.recipe import finetune_pictures
 from tfimm_lora.finetuning.run import Run
 from tfimm_lora.finetuning.run_report import evaluate_run
@@ -279,7 +280,7 @@ def test_runs_of_earlier_versions_are_classifications(tmp_path):
     asked = recipe(tmp_path, epochs=1)
     run = finetune_pictures(asked, tmp_path / "run", verbose="none")
     config = yaml.safe_load(run.config_path.read_text())
-    for name in ("task", "columns"):
+    for name in ("task", "columns", "accumulate", "clip_norm"):
         del config["recipe"][name]
     for name in ("task", "pictures"):
         del config["facts"][name]
@@ -287,7 +288,11 @@ def test_runs_of_earlier_versions_are_classifications(tmp_path):
     old = Run.open(run.path)
     assert old.task.name == "classification" and old.task.labels == ("0", "1", "2")
     assert evaluate_run(old)["val"].accuracy is not None
-    more = dataclasses.replace(asked, epochs=2)
+    # They did not clip the gradient, and a command that resumes one does not, too.
+    with pytest.raises(ValueError, match=r"clip_norm=0, now 1\.0"):
+        finetune_pictures(dataclasses.replace(asked, epochs=2), run.path, resume=True)
+    told = {**_default_settings(str(run.path), None, resume=True), "epochs": 2}
+    more = lora.Recipe.from_dict(told)
     assert len(finetune_pictures(more, run.path, resume=True, verbose="none").history) == 2
 
 

@@ -10,9 +10,11 @@ import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, keras
 from tfimm_lora.finetuning.checkpoint import values_of
 from tfimm_lora.finetuning.training import finetune
+from tfimm_lora.finetuning.tuning import learning_rate_finder as finder_module
+from tfimm_lora.finetuning.tuning import tune as tune_module
 from tfimm_lora.finetuning.tuning.learning_rate_finder import curve_of, find_learning_rate
 from tfimm_lora.finetuning.tuning.trainer import Trainer
-from tfimm_lora.finetuning.tuning.tune import tune
+from tfimm_lora.finetuning.tuning.tune import Trainers, direction, tune
 
 pytestmark = pytest.mark.backends
 
@@ -72,6 +74,18 @@ def net(rank=2, dropout=DROPOUT):
     return lora.inject_lora(model, **settings)
 
 
+class Endless:
+    """Epochs of one order as a generator, for which Keras has no class weights."""
+
+    steps_per_epoch = 10
+
+    def epochs(self, first):
+        x, y = points(80, seed=0)
+        while True:
+            for i in range(0, 80, 8):
+                yield x[i : i + 8], y[i : i + 8]
+
+
 @pytest.fixture(scope="module")
 def data():
     return batches(80, seed=0), batches(40, seed=1)
@@ -88,14 +102,20 @@ def fitted(trainer, epochs, rate):
     return history
 
 
-def test_a_trainer_trains_as_finetune_does_without_another_trace(data):
+@pytest.mark.parametrize("endless", [False, True])
+def test_a_trainer_trains_as_finetune_does_without_another_trace(data, endless):
     train, validation = data
+    train = Endless() if endless else train
+    options = {
+        "weight_decay": 0.1,
+        "clip_norm": 0.1,
+        "class_weight": {0: 0.2, 1: 1.0, 2: 3.0},
+        "metrics": ["accuracy"],
+    }
     expected = finetune(
-        net(), train, validation, epochs=3, learning_rate=0.03, weight_decay=0.1, verbose="none"
+        net(), train, validation, epochs=3, learning_rate=0.03, verbose="none", **options
     )
-    with Trainer(
-        net(), train, validation, weight_decay=0.1, clip_norm=1.0, metrics=["accuracy"]
-    ) as trainer:
+    with Trainer(net(), train, validation, **options) as trainer:
         fitted(trainer, 1, 0.1)
         traced = Traced.count
         first, second = fitted(trainer, 3, 0.03), fitted(trainer, 3, 0.03)
@@ -144,6 +164,77 @@ def test_tune_finds_a_rate_that_trains_and_frees_its_models(data):
     assert any(line.startswith(f"chosen: rate {tuned.learning_rate:g}") for line in said)
     gc.collect()
     assert all(model() is None for _, model in created)
+
+
+class Reached(Exception):
+    """Carries the settings that reached a trainer."""
+
+
+def test_all_settings_reach_the_trainer(data, monkeypatch):
+    def reached(model, train, validation=None, **options):
+        raise Reached(train, validation, options)
+
+    options = {
+        "weight_decay": 0.3,
+        "clip_norm": 0.2,
+        "loss": "mse",
+        "task": lora.Regression(("a", "b", "c"), (0.0,) * 3, (1.0,) * 3),
+        "class_weight": {0: 2.0},
+        "steps_per_epoch": 3,
+        "seed": 5,
+    }
+    monkeypatch.setattr(tune_module, "Trainer", reached)
+    with pytest.raises(Reached) as found:
+        tune(net, *data, minutes=60, rank=2, epochs=2, metrics=["mae"], **options)
+    assert found.value.args == (*data, {**options, "metrics": ["mae"]})
+    monkeypatch.setattr(finder_module, "Trainer", reached)
+    with pytest.raises(Reached) as found:
+        find_learning_rate(net(), data[0], **{**options, "steps_per_epoch": 20})
+    assert found.value.args[::2] == (
+        data[0],
+        {**options, "steps_per_epoch": 20, "metrics": ()},
+    )
+
+
+@pytest.mark.parametrize(
+    "monitor, best", [("val_loss", 1), ("val_accuracy", 0), ("val_mae", 2)]
+)
+def test_the_best_epoch_counts(monitor, best):
+    history = [
+        {"val_loss": 0.3, "val_accuracy": 0.9, "val_mae": 0.6},
+        {"val_loss": 0.1, "val_accuracy": 0.7, "val_mae": 0.7},
+        {"val_loss": 0.2, "val_accuracy": 0.8, "val_mae": 0.5},
+    ]
+
+    class Recorded:
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *error):
+            pass
+
+        def reset(self):
+            pass
+
+        def scheduled(self, *settings):
+            assert settings == (3, 0.01, 0.25)
+
+        def fit(self, rates, epochs, after_epoch):
+            assert not any(after_epoch(i, history[i]) for i in range(epochs))
+
+    with Trainers(lambda rank: Recorded(), 0.25, monitor) as trainers:
+        found = trainers.train(0.01, 2, 3, lambda epoch: False)
+    assert found.metrics == history[best] and found.value == history[best][monitor]
+    assert direction(monitor) == ("maximize" if monitor == "val_accuracy" else "minimize")
+
+
+def test_a_storage_keeps_the_trainings(data, tmp_path):
+    options = {"minutes": 60, "rank": 2, "epochs": 1, "trials": 2}
+    storage = tmp_path / "journal"
+    expected = tune(net, *data, storage=storage, first=(7e-3, None), **options)
+    assert expected.trials[0].learning_rate == 7e-3
+    again = tune(None, *data, storage=storage, first=(7e-3, None), **options)
+    assert again == expected
 
 
 def test_trainings_that_all_diverge_are_an_error(data):

@@ -1,5 +1,6 @@
 """``tune_pictures`` and ``finetune --lr auto --rank auto``: only training pictures decide."""
 
+import contextlib
 import dataclasses
 import shutil
 import sys
@@ -10,10 +11,16 @@ import yaml
 
 from tests.helpers.picture_folders import write_digits, write_split
 from tests.helpers.recipes import adapter_values, recipe, save_model
+from tests.helpers.task_pictures import task_recipe
 from tfimm_lora.cli import main
-from tfimm_lora.finetuning.data.dataset import Picture, PictureSet
+from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, find_pictures
+from tfimm_lora.finetuning.evaluation import outputs_on
+from tfimm_lora.finetuning.multilabel_metrics import binary_cross_entropy
 from tfimm_lora.finetuning.recipe import Recipe
 from tfimm_lora.finetuning.run import Run
+from tfimm_lora.finetuning.tasks.multilabel import MultiLabel
+from tfimm_lora.finetuning.tuning import learning_rate_finder as finder_module
+from tfimm_lora.finetuning.tuning import pictures as pictures_module
 from tfimm_lora.finetuning.tuning import search as search_module
 from tfimm_lora.finetuning.tuning.pictures import (
     find_rate_for_pictures,
@@ -21,6 +28,8 @@ from tfimm_lora.finetuning.tuning.pictures import (
     tune_pictures,
 )
 from tfimm_lora.finetuning.tuning.record import read_search
+from tfimm_lora.finetuning.tuning.storage import open_study
+from tfimm_lora.finetuning.tuning.trainer import Trainer
 
 pytestmark = pytest.mark.once
 
@@ -146,6 +155,68 @@ def test_training_metrics_do_not_choose(folder, monitor, expected):
     )
     assert found.monitor == expected and len(found.trials) == 2
     assert found.recipe.learning_rate == 0.01 and found.recipe.lora["lora_rank"] == found.rank
+
+
+def test_a_search_trains_as_the_recipe_says(tmp_path, monkeypatch):
+    """Several labels, balanced, and the initialization from pictures."""
+    given, initialized = [], []
+
+    class Recording(Trainer):
+        def __init__(self, model, train, validation=None, **options):
+            given.append((model, train, options))
+            super().__init__(model, train, validation, **options)
+
+    def initialize(recipe, model, pictures, preprocessing):
+        initialized.append((model, pictures))
+
+    for module in (pictures_module, finder_module):
+        monkeypatch.setattr(module, "Trainer", Recording)
+    monkeypatch.setattr(pictures_module, "initialize_from_pictures", initialize)
+    asked = task_recipe(
+        tmp_path, "multilabel", epochs=1, balanced=True, clip_norm=0.3, weight_decay=0.2, seed=4
+    )
+    found = tune_pictures(asked, minutes=60, learning_rate=False, rank=(1, 2))
+    with contextlib.suppress(FloatingPointError):  # the curve of so few pictures is noise
+        find_rate_for_pictures(asked)
+    assert found.pictures == (19, 5) and len(given) == 3
+    for number, (_, train, options) in enumerate(given):
+        pictures = train.picture_set
+        is_search = number < 2
+        assert len(pictures) == (19 if is_search else 24)
+        has = pictures.array()
+        ratios = (1 - has).sum(0) / has.sum(0)
+        np.testing.assert_allclose([options["class_weight"][i] for i in range(3)], ratios)
+        assert options["task"] == MultiLabel.of(pictures)
+        assert (options["clip_norm"], options["weight_decay"], options["seed"]) == (0.3, 0.2, 4)
+        assert initialized[number][1] == pictures
+    # The pictures to compare on are the others.
+    split = find_pictures(asked.data, targets=asked.targets(), validation=0.4, seed=4)
+    _, held_out = held_out_pictures(split.train, 4)
+    model, train, options = given[1]
+    seen = train.picture_set.pictures
+    assert set(held_out.pictures) | set(seen) == set(split.train.pictures)
+    outputs, labels = outputs_on(model, held_out, train.preprocessing, options["task"])
+    weights = np.array([options["class_weight"][i] for i in range(3)])
+    losses = binary_cross_entropy(outputs, labels) * np.where(labels, weights, 1)
+    assert found.trials[1].value == pytest.approx(losses.mean(), rel=1e-3)
+
+
+def test_a_shared_storage_leaves_the_trainings_of_others_alone(folder, tmp_path, monkeypatch):
+    opened, alone = [], []
+
+    def open_only(storage, settings, **options):
+        opened.append(storage)
+        return open_study(storage, settings, **options)
+
+    monkeypatch.setattr(pictures_module, "open_study", open_only)
+    monkeypatch.setattr(search_module.Search, "run", lambda self: None)
+    monkeypatch.setattr(search_module.Search, "continue_alone", lambda self: alone.append(self))
+    shared = str(tmp_path / "shared")
+    for out, storage in (("a", shared), ("b", None)):
+        with pytest.raises(RuntimeError, match="No training of the search is complete"):
+            search(folder, tmp_path / out, storage=storage)
+    assert opened == [shared, str(tmp_path / "b" / "tuning" / "journal.log")]
+    assert len(alone) == 1  # of the journal of the folder, which only one process writes
 
 
 def test_a_rate_is_found_in_one_pass(folder, tmp_path, capsys):

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tfimm_lora.finetuning.monitor import is_minimized
 from tfimm_lora.finetuning.run import SEARCH, SUMMARY, TUNING
 from tfimm_lora.utils.atomic_files import write_file
 
@@ -151,14 +152,14 @@ def read_search(run: Path) -> tuple[Tuned, dict[str, Any]] | None:
 
 def worst_value(monitor: str) -> float:
     """The value of a training that diverged."""
-    return math.inf if "loss" in monitor else -math.inf
+    return math.inf if is_minimized(monitor) else -math.inf
 
 
 def rank_key(trial: TunedTrial, monitor: str) -> tuple[float, ...]:
     """A key that sorts trials of the same length, the best first."""
     if trial.value is None:
         return (math.inf,)
-    value = trial.value if "loss" in monitor else -trial.value
+    value = trial.value if is_minimized(monitor) else -trial.value
     # Accuracies on few pictures are often equal.
     return value, trial.metrics.get("val_loss", 0.0), trial.number
 

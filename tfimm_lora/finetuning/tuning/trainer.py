@@ -42,7 +42,7 @@ class Trainer:
     Args:
         model: The LoRA model. It is compiled.
         train: The batches, as for ``finetune``.
-        validation: Batches to evaluate after each epoch.
+        validation: Batches to evaluate after each epoch, as for ``finetune``.
         weight_decay, clip_norm, loss, metrics, task, class_weight, steps_per_epoch, seed: As
             for ``finetune``.
 
@@ -74,7 +74,8 @@ class Trainer:
                 "found to the training on several devices."
             )
         self.backend, self.model = backend_of(model), model
-        self.train, self.validation = train, validation
+        self.devices, self.train = devices, train
+        self.validation = devices.validation(validation)
         self.steps = count_steps(train, steps_per_epoch)
         self._is_infinite = isinstance(train, Epochs) or steps_per_epoch is not None
         task = Classification() if task is None else task
@@ -138,13 +139,14 @@ class Trainer:
         steps_per_epoch = steps or (self.steps if self._is_infinite else None)
         create = _callback_class(self.backend)
         callback = create(rates, self._restart, after_epoch, after_step)
+        batches, weights = self.devices.training(self.train, 0, self.class_weight)
         self.model.stop_training = False
         self.model.fit(
-            self.train.epochs(0) if isinstance(self.train, Epochs) else self.train,
+            batches,
             epochs=epochs,
             steps_per_epoch=steps_per_epoch,
             validation_data=self.validation,
-            class_weight=self.class_weight,
+            class_weight=weights,
             callbacks=[callback],
             shuffle=False,
             verbose=0,

@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tfimm_lora.finetuning.monitor import is_minimized
 from tfimm_lora.finetuning.optimizer import CLIP_NORM
 from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.training import count_steps
@@ -59,8 +60,9 @@ def tune(
             initial values. It is called once for each rank, and the models are kept until the
             search ends.
         train: The batches to train on, as for ``finetune``.
-        validation: Batches to compare the settings on. Take them from the training data: the
-            validation data of the final training should not choose its settings, too.
+        validation: Batches to compare the settings on, as for ``finetune``. Take them from the
+            training data: the validation data of the final training should not choose its
+            settings, too.
         minutes: The time for this process. A training that does not fit into it is not started,
             or is stopped after an epoch. The first training is always completed.
         learning_rate: The lowest and the highest rate to search, or a rate that is not
@@ -196,7 +198,8 @@ class Trainers:
         )
         if not all(_is_finite(metrics, self.monitor) for metrics in history):
             return Outcome(None, {})
-        best = (min if "loss" in self.monitor else max)(history, key=lambda x: x[self.monitor])
+        choose = min if is_minimized(self.monitor) else max
+        best = choose(history, key=lambda x: x[self.monitor])
         return Outcome(best[self.monitor], best, complete=len(history) == epochs)
 
 
@@ -214,7 +217,7 @@ def number_of_trials(trials: int | None, space: Space) -> int:
 
 def direction(monitor: str) -> str:
     """Optuna's direction for a metric."""
-    return "minimize" if "loss" in monitor else "maximize"
+    return "minimize" if is_minimized(monitor) else "maximize"
 
 
 def search_settings(
