@@ -13,6 +13,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.checkpoint import restore_values, values_of
 from tfimm_lora.finetuning.optimizer import CLIP_NORM
 from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.of_model import task_to_train
 from tfimm_lora.finetuning.training import count_steps
 from tfimm_lora.finetuning.tuning.trainer import Trainer
 from tfimm_lora.model.merge import lora_layers
@@ -104,6 +105,7 @@ def find_learning_rate(
 
     Reference: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
     """
+    task = task_to_train(model, task, loss)
     check_number(lowest, "lowest", 0, exclusive=True)
     check_number(highest, "highest", lowest, exclusive=True)
     available = count_steps(train, steps_per_epoch)
