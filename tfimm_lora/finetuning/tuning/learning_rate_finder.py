@@ -89,7 +89,7 @@ def find_learning_rate(
         TypeError: for a value of the wrong type.
         ValueError: for a value that is out of range, fewer than 20 batches, or a model that
             ``finetune`` would refuse.
-        FloatingPointError: if the loss never falls.
+        FloatingPointError: if the loss never falls, or the suggestion would be below ``lowest``.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -166,7 +166,7 @@ def curve_of(rates: np.ndarray, losses: np.ndarray) -> LearningRateCurve:
     """Smooth the losses and suggest a rate.
 
     Raises:
-        FloatingPointError: if the loss never falls.
+        FloatingPointError: if the loss never falls, or the suggestion would be below ``lowest``.
     """
     is_finite = np.isfinite(losses)
     count = len(losses) if is_finite.all() else int(np.argmin(is_finite))
@@ -176,6 +176,13 @@ def curve_of(rates: np.ndarray, losses: np.ndarray) -> LearningRateCurve:
         raise FloatingPointError(
             f"The loss never falls at rates from {rates[0]:g} to {rates[-1]:g}. Start with a "
             "lower rate, or check the labels and the normalization of the inputs."
+        )
+    if rates[lowest] < 10 * rates[0]:
+        raise FloatingPointError(
+            f"The loss is lowest at the rate {rates[lowest]:.2g}, and a tenth of it is below the "
+            f"lowest rate that was tried, {rates[0]:g}: the loss hardly falls, or it is too "
+            "noisy. Use larger batches, more pictures or a lower rate to start with; or search "
+            "with lora.tune (--lr auto)."
         )
     return LearningRateCurve(rates, losses, smoothed, float(f"{rates[lowest] / 10:.2g}"))
 
