@@ -16,6 +16,7 @@ from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
+from tfimm_lora.finetuning.tasks.of_model import checked_task
 from tfimm_lora.model.output_activation import PROBABILITIES, output_activation
 
 
@@ -39,8 +40,10 @@ def evaluate(
         An ``Evaluation``, or that of the task.
 
     Raises:
+        TypeError: if ``task`` is no task, or ``labels`` are given, too.
         ValueError: if there are no pictures, the dataset is infinite, a label is not a class of
-            the model, or the model returns probabilities, NaN or infinity.
+            the model, the model was fine-tuned for another task than a classification and no
+            task is given, or it returns probabilities, NaN or infinity.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -53,7 +56,8 @@ def evaluate(
         (0.667, [('dog', 'eel', 1)])
     """
     if task is None:
-        return Evaluation.of(*_outputs(model, dataset, Classification()), labels)
+        return Evaluation.of(*_outputs(model, dataset, checked_task(model, None)), labels)
+    task = checked_task(model, task)
     if labels is not None:
         raise TypeError(
             f"Received labels={labels!r} and a task; expected one of them. A task has labels."

@@ -27,11 +27,15 @@ from tfimm_lora.finetuning.optimizer import CLIP_NORM, LEARNING_RATE, create_opt
 from tfimm_lora.finetuning.progress import Reporter
 from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
+from tfimm_lora.finetuning.tasks.of_model import record_trained_task, task_to_train
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.validation import check_integer
 
 #: The folders and the file in the output folder of ``finetune``.
 STATE, ADAPTER, METRICS = "state", "adapter", "metrics.csv"
+
+#: What trainings of earlier versions did, which their checkpoints do not tell.
+_ADDED = {"accumulate": 1, "task": Classification.name}
 
 
 @runtime_checkable
@@ -113,7 +117,9 @@ def finetune(
         loss: The loss. Default: that of the task, computed in float32.
         metrics: The metrics. Default: those of the task.
         task: What the model is fine-tuned for: ``Classification`` (default: the cross-entropy
-            of class indices, and accuracy), ``MultiLabel`` or ``Regression``.
+            of class indices, and accuracy), ``MultiLabel`` or ``Regression``. Adapters of the
+            model record the task and its labels, but no thresholds or intervals, which belong
+            to other weights.
         class_weight: The weight of each class in the loss, or of the pictures that have a label
             in the loss of the label. Default: 1 for all.
         accumulate: The number of parts of a batch that are computed one after the other. The
@@ -146,6 +152,8 @@ def finetune(
         TypeError: for a value of the wrong type.
         ValueError: if the model has no LoRA layers or is merged, a value is out of range, there
             is a checkpoint in ``out`` and ``resume`` is False, or the checkpoint does not fit.
+            Also if the model was fine-tuned for several labels or a regression and ``task`` is
+            not given, or if it ends in a softmax or sigmoid and is to be.
         FloatingPointError: if the loss is NaN or infinite.
 
     Example:
@@ -166,7 +174,7 @@ def finetune(
     require_unmerged(model)
     check_integer(accumulate, "accumulate", 1)
     _check_accumulate(model, accumulate)
-    task = Classification() if task is None else task
+    is_given, task = task is not None, task_to_train(model, task, loss)
     backend, devices = backend_of(model), devices_of(model)
     devices.check(backend)
     steps = count_steps(train, steps_per_epoch)
@@ -176,7 +184,13 @@ def finetune(
         Path(out) if out is not None else None,
         monitor=monitor if validation is not None or monitor != "val_loss" else None,
         patience=patience,
-        fingerprint={"epochs": epochs, "steps_per_epoch": steps, "seed": seed},
+        fingerprint={
+            "epochs": epochs,
+            "steps_per_epoch": steps,
+            "seed": seed,
+            "accumulate": accumulate,
+            "task": task.name,
+        },
     )
     recorder.read(resume)
     reporter = Reporter(verbose if devices.is_chief else "none", epochs, steps * accumulate)
@@ -209,6 +223,8 @@ def finetune(
         )
         model.optimizer.build(model.trainable_variables)
         first = recorder.restore()
+        if is_given:
+            record_trained_task(model, task)
         if first < epochs and not recorder.stopped:
             batches, weights = devices.training(
                 train,
@@ -350,11 +366,12 @@ class _EpochRecorder:
             )
         expected = self.progress.fingerprint
         # More epochs than planned continue on a longer schedule.
-        changed = [k for k in expected if last.fingerprint.get(k) != expected[k]]
+        found = {**_ADDED, **last.fingerprint}
+        changed = [k for k in expected if found.get(k) != expected[k]]
         if "epochs" in changed and expected["epochs"] >= last.epoch:
             changed.remove("epochs")
         if changed:
-            listed = [f"{k}={last.fingerprint.get(k)}, now {expected[k]}" for k in changed]
+            listed = [f"{k}={found.get(k)}, now {expected[k]}" for k in changed]
             raise ValueError(
                 f"The training in {self.out} was started with other settings: "
                 f"{'; '.join(listed)}. Resume it with the same settings, or start a new one in "

@@ -253,6 +253,11 @@ def test_a_waiting_process_ends_with_its_time(monkeypatch):
         ({"trials": 1}, ValueError, "trials=1"),
         ({"epochs": 0}, ValueError, "epochs=0"),
         ({"warmup": 1.0}, ValueError, "warmup=1.0"),
+        ({"clip_norm": "1"}, TypeError, "clip_norm='1'"),
+        ({"weight_decay": -1}, ValueError, "weight_decay=-1"),
+        ({"seed": "1"}, TypeError, "seed='1'"),
+        ({"first": 1e-3}, TypeError, "first=0.001; expected a rate and a rank"),
+        ({"first": ("high", 2)}, TypeError, "expected a number above 0"),
     ],
 )
 def test_wrong_arguments_are_refused_before_anything_is_trained(options, error, message):

@@ -247,6 +247,29 @@ def test_an_unknown_metric_is_named(data):
         tune(net, *data, minutes=60, rank=2, epochs=1, monitor="val_f1")
 
 
+def test_a_model_of_another_rank_than_asked_for_is_refused(data):
+    with pytest.raises(ValueError, match=r"create_model\(4\).*rank 2; expected rank 4"):
+        tune(lambda rank: net(2), *data, minutes=60, rank=(2, 4), learning_rate=1e-3, epochs=1)
+
+
+def test_ranks_that_were_not_tried_are_named(data):
+    said = []
+    tune(net, *data, minutes=60, rank=(1, 2, 4), epochs=1, trials=2, say=said.append)
+    assert "not tried: rank 2, 4; more trials or minutes would include them" in said
+
+
+def test_a_storage_with_a_search_of_other_settings_is_refused(data, tmp_path):
+    options = {"minutes": 60, "rank": (1, 2), "learning_rate": 1e-3, "epochs": 1}
+    options["storage"] = tmp_path / "journal.log"
+    tune(net, *data, **options)
+    for changed, message in (
+        ({"clip_norm": 0.0}, "clip_norm=1.0, now 0.0"),
+        ({"class_weight": {0: 2.0}}, "class_weight="),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tune(net, *data, **options, **changed)
+
+
 def test_finding_a_rate_changes_nothing():
     model = net()
     model.compile(optimizer=keras.optimizers.Adam(0.1), loss="mse", metrics=["mae"])
@@ -294,6 +317,8 @@ def test_the_suggestion_is_a_tenth_of_the_rate_at_the_minimum():
     assert curve_of(rates, cut).suggestion == pytest.approx(0.01, rel=0.3)
     with pytest.raises(FloatingPointError, match="never falls"):
         curve_of(rates, np.arange(61.0))
+    with pytest.raises(FloatingPointError, match="below the lowest rate that was tried, 1e-05"):
+        curve_of(rates, 1 + (np.log10(rates) + 4.5) ** 2)
 
 
 @pytest.mark.parametrize(

@@ -254,3 +254,10 @@ def test_optuna_is_needed_before_anything_is_read(folder, tmp_path, monkeypatch)
     with pytest.raises(ImportError, match=r"Searching for settings .*tfimm_lora\[tune\]"):
         tune_pictures(Recipe(model="MobileNetV2", data="none"), tmp_path / "run", minutes=1)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_search_that_fails_before_any_training_leaves_nothing(folder, tmp_path, capsys):
+    out = tmp_path / "run"
+    wrong = arguments(folder, out, "--lr", "auto", "--tune-trials", "2", "--lora", "targets=no")
+    assert main(wrong) == 1
+    assert "matches no layer" in capsys.readouterr().err and not out.exists()

@@ -36,6 +36,23 @@ class Table(NamedTuple):
     text: tuple[str, ...] = ()
 
 
+def check_sizes(labels: Any, outputs: Any, count: int | None = None) -> None:
+    """Raise unless a batch has as many labels as outputs, which would be broadcast otherwise.
+
+    Args:
+        labels, outputs: (n, k).
+        count: The number of labels of the task, if it is known.
+    """
+    given = labels.shape[-1] if len(labels.shape) > 1 else 1
+    size = outputs.shape[-1]
+    if given not in (None, size) or count not in (None, size):
+        of_task = "" if count is None else f" and a task of {count}"
+        raise ValueError(
+            f"Received labels of shape {tuple(labels.shape)}{of_task} for a model with outputs "
+            f"of shape {tuple(outputs.shape)}; expected as many labels as outputs."
+        )
+
+
 @dataclass(frozen=True)
 class Task(ABC):
     """What a model is fine-tuned for: its targets, loss, metrics and predictions.

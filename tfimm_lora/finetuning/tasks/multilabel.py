@@ -18,7 +18,7 @@ from tfimm_lora.finetuning.multilabel_metrics import (
     best_threshold,
     sigmoid,
 )
-from tfimm_lora.finetuning.tasks.base import Losses, Task
+from tfimm_lora.finetuning.tasks.base import Losses, Task, check_sizes
 from tfimm_lora.finetuning.tasks.multilabel_views import MultiLabelViews
 from tfimm_lora.model.task_record import TaskRecord
 
@@ -77,6 +77,7 @@ class MultiLabel(Task):
             weights = np.array(listed, np.float32)
 
         def losses(labels: Any, logits: Any) -> Any:
+            check_sizes(labels, logits, len(self.labels) or None)
             labels = ops.cast(labels, "float32")
             positive = labels * softplus(-logits)
             if weights is not None:

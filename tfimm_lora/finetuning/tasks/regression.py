@@ -15,7 +15,7 @@ from tfimm_lora.finetuning.data.dataset import PictureSet
 from tfimm_lora.finetuning.data.number_targets import NumberTargets
 from tfimm_lora.finetuning.data.targets import Targets
 from tfimm_lora.finetuning.regression_metrics import RegressionEvaluation, half_width
-from tfimm_lora.finetuning.tasks.base import Losses, Task
+from tfimm_lora.finetuning.tasks.base import Losses, Task, check_sizes
 from tfimm_lora.finetuning.tasks.regression_views import RegressionViews
 from tfimm_lora.model.output_scale import scalable_heads, scaled
 from tfimm_lora.model.task_record import TaskRecord
@@ -103,6 +103,7 @@ class Regression(Task):
         relative = self._relative(backend)
 
         def losses(numbers: Any, outputs: Any) -> Any:
+            check_sizes(numbers, outputs, len(self.mean))
             difference = relative(numbers) - outputs
             return backend.ops.sum(difference * difference, axis=-1) / outputs.shape[-1]
 

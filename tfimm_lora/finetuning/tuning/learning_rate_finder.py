@@ -13,6 +13,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.checkpoint import restore_values, values_of
 from tfimm_lora.finetuning.optimizer import CLIP_NORM
 from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tasks.of_model import task_to_train
 from tfimm_lora.finetuning.training import count_steps
 from tfimm_lora.finetuning.tuning.trainer import Trainer
 from tfimm_lora.model.merge import lora_layers
@@ -88,7 +89,7 @@ def find_learning_rate(
         TypeError: for a value of the wrong type.
         ValueError: for a value that is out of range, fewer than 20 batches, or a model that
             ``finetune`` would refuse.
-        FloatingPointError: if the loss never falls.
+        FloatingPointError: if the loss never falls, or the suggestion would be below ``lowest``.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -104,6 +105,7 @@ def find_learning_rate(
 
     Reference: Smith, "Cyclical Learning Rates for Training Neural Networks", arXiv:1506.01186.
     """
+    task = task_to_train(model, task, loss)
     check_number(lowest, "lowest", 0, exclusive=True)
     check_number(highest, "highest", lowest, exclusive=True)
     available = count_steps(train, steps_per_epoch)
@@ -164,7 +166,7 @@ def curve_of(rates: np.ndarray, losses: np.ndarray) -> LearningRateCurve:
     """Smooth the losses and suggest a rate.
 
     Raises:
-        FloatingPointError: if the loss never falls.
+        FloatingPointError: if the loss never falls, or the suggestion would be below ``lowest``.
     """
     is_finite = np.isfinite(losses)
     count = len(losses) if is_finite.all() else int(np.argmin(is_finite))
@@ -174,6 +176,13 @@ def curve_of(rates: np.ndarray, losses: np.ndarray) -> LearningRateCurve:
         raise FloatingPointError(
             f"The loss never falls at rates from {rates[0]:g} to {rates[-1]:g}. Start with a "
             "lower rate, or check the labels and the normalization of the inputs."
+        )
+    if rates[lowest] < 10 * rates[0]:
+        raise FloatingPointError(
+            f"The loss is lowest at the rate {rates[lowest]:.2g}, and a tenth of it is below the "
+            f"lowest rate that was tried, {rates[0]:g}: the loss hardly falls, or it is too "
+            "noisy. Use larger batches, more pictures or a lower rate to start with; or search "
+            "with lora.tune (--lr auto)."
         )
     return LearningRateCurve(rates, losses, smoothed, float(f"{rates[lowest] / 10:.2g}"))
 

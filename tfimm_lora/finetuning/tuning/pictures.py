@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+import shutil
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,9 @@ def tune_pictures(
             say(f"the search in {folder} is complete: {_chosen(before[0])}")
             return dataclasses.replace(before[0], recipe=_with(recipe, before[0], space))
         is_shared = storage is not None
+        created = None
         if folder is not None and storage is None:
+            created = None if (folder / TUNING).exists() else folder / TUNING
             storage = str(folder / TUNING / JOURNAL)
         study = open_study(storage, settings, direction=direction(monitor))
         say(
@@ -142,6 +145,7 @@ def tune_pictures(
         open_trainer = _opener(recipe, classes, seen, held_out, say)
         backend = default_backend()
         with (
+            _removed_after_an_error(created, study),
             backend.dtype_policy(recipe.mixed_precision),
             Trainers(open_trainer, recipe.warmup, monitor) as trainers,
         ):
@@ -305,6 +309,21 @@ def _check_folder(folder: Path, resume: bool) -> None:
             "or one with such a search. Resume without a search (without auto), or use another "
             "folder."
         )
+
+
+@contextlib.contextmanager
+def _removed_after_an_error(folder: Path | None, study: Any) -> Iterator[None]:
+    """Remove the folder of a new search if an error ends it before any training is complete.
+
+    Otherwise the call could not be repeated with what the error says.
+    """
+    try:
+        yield
+    except Exception:
+        trials = study.get_trials(deepcopy=False)
+        if folder is not None and not any(trial.intermediate_values for trial in trials):
+            shutil.rmtree(folder)
+        raise
 
 
 # -- pictures and models --------------------------------------------------------------------

@@ -14,7 +14,7 @@ from tfimm_lora.finetuning.distributed.current import devices_of
 from tfimm_lora.finetuning.distributed.devices import Devices
 from tfimm_lora.finetuning.optimizer import create_adamw, rate_of_step
 from tfimm_lora.finetuning.tasks.base import Task
-from tfimm_lora.finetuning.tasks.classification import Classification
+from tfimm_lora.finetuning.tasks.of_model import task_to_train
 from tfimm_lora.finetuning.training import (
     Epochs,
     count_steps,
@@ -78,7 +78,7 @@ class Trainer:
         self.validation = devices.validation(validation)
         self.steps = count_steps(train, steps_per_epoch)
         self._is_infinite = isinstance(train, Epochs) or steps_per_epoch is not None
-        task = Classification() if task is None else task
+        task = task_to_train(model, task, loss)
         weighs = bool(class_weight) and task.weighs_examples
         self.class_weight = dict(class_weight or {}) if weighs else None
         self.seed = seed

@@ -18,7 +18,8 @@ from tfimm_lora.finetuning.tuning.search import Outcome, Search
 from tfimm_lora.finetuning.tuning.space import RATES, Space, usual_ranks
 from tfimm_lora.finetuning.tuning.storage import open_study
 from tfimm_lora.finetuning.tuning.trainer import Trainer
-from tfimm_lora.validation import check_integer, check_number
+from tfimm_lora.model.merge import lora_layers
+from tfimm_lora.validation import check_integer, check_number, check_rank
 
 
 def tune(
@@ -88,8 +89,8 @@ def tune(
         The chosen settings and all trainings.
 
     Raises:
-        TypeError, ValueError: for a value that is out of range, a search without choices, or a
-            storage with another search.
+        TypeError, ValueError: for a value that is out of range, a search without choices, a
+            storage with another search, or a model with another rank than it should have.
         FloatingPointError: if all trainings diverged.
         ImportError: without Optuna.
 
@@ -113,17 +114,30 @@ def tune(
     check_number(minutes, "minutes", 0, exclusive=True)
     check_integer(epochs, "epochs", 1)
     check_number(warmup, "warmup", 0, below=1)
+    check_number(weight_decay, "weight_decay", 0)
+    check_number(clip_norm, "clip_norm", 0)
+    check_integer(seed, "seed", 0)
+    starts = space.starts(*_checked_first(first))
     steps = count_steps(train, steps_per_epoch)
     ladder = rungs(number_of_trials(trials, space), epochs, steps)
     study = open_study(
         storage,
-        search_settings(space, ladder, epochs, monitor, seed),
+        {
+            **search_settings(space, ladder, epochs, monitor, seed),
+            "weight_decay": weight_decay,
+            "clip_norm": clip_norm,
+            "warmup": warmup,
+            "task": None if task is None else task.name,
+            "class_weight": sorted((class_weight or {}).items()),
+        },
         direction=direction(monitor),
     )
 
     def open_trainer(of_rank: int) -> Trainer:
+        model = create_model(of_rank)
+        _check_rank_of(model, of_rank)
         return Trainer(
-            create_model(of_rank),
+            model,
             train,
             validation,
             weight_decay=weight_decay,
@@ -140,7 +154,7 @@ def tune(
         search = Search(
             study,
             space,
-            space.starts(*first),
+            starts,
             ladder,
             monitor=monitor,
             train=trainers.train,
@@ -150,6 +164,30 @@ def tune(
         )
         search.run()
     return conclude(search, epochs)
+
+
+def _checked_first(first: Any) -> tuple[float | None, int | None]:
+    if not isinstance(first, (tuple, list)) or len(first) != 2:
+        raise TypeError(
+            f"Received first={first!r}; expected a rate and a rank, each of which may be None."
+        )
+    rate, rank = first
+    if rate is not None:
+        check_number(rate, "first[0]", 0, exclusive=True)
+    if rank is not None:
+        check_rank(rank, "first[1]")
+    return rate, rank
+
+
+def _check_rank_of(model: Any, rank: int) -> None:
+    """Raise if no LoRA layer has the rank with which a model was to be created."""
+    found = sorted({int(layer.lora.lora_rank) for layer in lora_layers(model).values()})
+    if rank not in found:
+        raise ValueError(
+            f"create_model({rank}) returned a model with layers of rank "
+            f"{', '.join(map(str, found))}; expected rank {rank}. Create a new model with the "
+            "rank that the function receives."
+        )
 
 
 class Trainers:
@@ -270,6 +308,12 @@ def conclude(
         f"{best.value:.4f} after {best.epochs} epochs), from {len(trials)} trainings with "
         f"{tuned.epochs_trained} epochs in {tuned.seconds:.0f} s"
     )
+    tried = {trial.rank for trial in trials}
+    untried = [str(rank) for rank in space.ranks if rank not in tried]
+    if untried:
+        search.say(
+            f"not tried: rank {', '.join(untried)}; more trials or minutes would include them"
+        )
     if space.searches_rate and best.learning_rate in space.rates:
         search.say(
             f"{best.learning_rate:g} is at the end of the range of rates; a wider range may "
