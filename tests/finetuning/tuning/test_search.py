@@ -189,6 +189,25 @@ def test_a_study_with_other_settings_is_refused(tmp_path):
         open_study(tmp_path / "journal", {"epochs": 4, "rates": (1, 2)})
 
 
+@pytest.mark.parametrize("attempts", [1, 3])
+def test_a_database_that_another_process_creates_now_is_opened(tmp_path, monkeypatch, attempts):
+    """Each attempt finds a table that did not exist when it looked."""
+    from optuna.storages._rdb.models import BaseModel
+
+    create, calls = BaseModel.metadata.create_all, []
+
+    def create_all(engine):
+        create(engine)
+        if len(calls) < attempts:
+            calls.append(engine)
+            create(engine, checkfirst=False)
+
+    monkeypatch.setattr(BaseModel.metadata, "create_all", create_all)
+    monkeypatch.setattr("tfimm_lora.finetuning.tuning.storage.PAUSES", (0.0,) * 3)
+    study = open_study(f"sqlite:///{tmp_path / 'new'}", {"epochs": 3})
+    assert study.user_attrs["settings"] == {"epochs": 3} and len(calls) == attempts
+
+
 @pytest.mark.long
 @pytest.mark.parametrize("kind", ["journal", "sqlite"])
 def test_processes_with_one_storage_divide_the_trainings(tmp_path, kind, monkeypatch):

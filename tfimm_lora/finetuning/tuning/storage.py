@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,11 @@ from tfimm_lora.utils.optional_imports import require
 
 #: The name of the study in its storage, and the attribute with the settings of the search.
 NAME, SETTINGS = "tfimm-lora", "settings"
+
+#: The seconds between attempts to open a database. Optuna does not create its tables as one
+#: transaction: where two processes open a new database at the same time, one of them is told
+#: that a table exists already, and succeeds as soon as the other has created them all.
+PAUSES = (0.1, 0.3, 1.0, 2.0)
 
 
 def require_optuna() -> Any:
@@ -42,11 +48,7 @@ def open_study(
     optuna = require_optuna()
     options = {"study_name": name, "direction": direction, "load_if_exists": True}
     with _quiet(optuna):
-        try:
-            study = optuna.create_study(storage=_storage(optuna, storage), **options)
-        except _integrity_error():
-            # Another process has created the tables of the database at the same time.
-            study = optuna.create_study(storage=_storage(optuna, storage), **options)
+        study = _create_or_load(optuna, storage, options)
     found = study.user_attrs.get(SETTINGS)
     if found is None:
         study.set_user_attr(SETTINGS, plain(settings))
@@ -55,10 +57,16 @@ def open_study(
     return study
 
 
-def _integrity_error() -> type[Exception]:
+def _create_or_load(
+    optuna: Any, storage: str | os.PathLike[str] | None, options: Mapping[str, Any]
+) -> Any:
     errors = require("sqlalchemy.exc", extra="tune", why="Searching for settings")
-    error: type[Exception] = errors.IntegrityError
-    return error
+    for pause in PAUSES:
+        try:
+            return optuna.create_study(storage=_storage(optuna, storage), **options)
+        except errors.DBAPIError:
+            time.sleep(pause)
+    return optuna.create_study(storage=_storage(optuna, storage), **options)
 
 
 def plain(settings: Mapping[str, Any]) -> dict[str, Any]:
