@@ -89,7 +89,7 @@ def find_learning_rate(
         TypeError: for a value of the wrong type.
         ValueError: for a value that is out of range, fewer than 20 batches, or a model that
             ``finetune`` would refuse.
-        FloatingPointError: if the loss never falls, or the suggestion would be below ``lowest``.
+        FloatingPointError: if the loss never falls, or a suggestion below ``lowest``.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -166,7 +166,7 @@ def curve_of(rates: np.ndarray, losses: np.ndarray) -> LearningRateCurve:
     """Smooth the losses and suggest a rate.
 
     Raises:
-        FloatingPointError: if the loss never falls, or the suggestion would be below ``lowest``.
+        FloatingPointError: if the loss never falls, or a suggestion below ``lowest``.
     """
     is_finite = np.isfinite(losses)
     count = len(losses) if is_finite.all() else int(np.argmin(is_finite))
