@@ -117,29 +117,43 @@ class Augmentation:
         Returns:
             A function from a picture (h, w, c) of any numeric type in [0, 255] and a seed of
             two integers to a float32 tensor (height, width, c) in [0, 255]. Without TensorFlow,
-            to a numpy array with the same values up to rounding.
+            to a numpy array with the same values up to rounding. With a mask, int32 (h, w), as
+            third argument it returns the picture and the mask, which is cropped, flipped and
+            rotated with it. The mask has no new values: its pixels are the nearest.
         """
         method = INTERPOLATIONS.get(interpolation, interpolation)
         if not installed("tensorflow"):
             return numpy_augmentation(self, size, method, crop_pct)
         import tensorflow as tf
 
-        def augment(picture: Any, seed: Any) -> Any:
+        def augment(picture: Any, seed: Any, mask: Any = None) -> Any:
             picture = tf.convert_to_tensor(picture)
             # The algorithm is set because TensorFlow's default differs between devices.
             numbers = tf.random.stateless_uniform((len(DRAWN),), seed, alg="philox")
             drawn = dict(zip(DRAWN, tf.unstack(numbers)))
-            top, left, rows, columns = self._crop(tf, picture, size, crop_pct, drawn)
-            picture = picture[top : top + rows, left : left + columns]
-            picture = tf.image.resize(picture, size, method, antialias=True)
-            picture = _clipped(tf, picture)  # cubic interpolation overshoots
-            if self.flip:
-                mirror = drawn["flip"] < 0.5
-                picture = tf.cond(mirror, lambda: tf.reverse(picture, [1]), lambda: picture)
-            if self.rotate:
-                limit = math.radians(self.rotate)
-                picture = _turned(tf, picture, limit * (2 * drawn["turn"] - 1))
-            return self._coloured(tf, picture, drawn)
+            crop = self._crop(tf, picture, size, crop_pct, drawn)
+
+            def moved(image: Any, method: str, is_mask: bool = False) -> Any:
+                top, left, rows, columns = crop
+                image = image[top : top + rows, left : left + columns]
+                image = tf.image.resize(image, size, method, antialias=True)
+                if not is_mask:  # cubic interpolation overshoots
+                    image = _clipped(tf, tf.cast(image, tf.float32))
+                if self.flip:
+                    mirror = drawn["flip"] < 0.5
+                    image = tf.cond(mirror, lambda: tf.reverse(image, [1]), lambda: image)
+                if self.rotate:
+                    limit = math.radians(self.rotate)
+                    angle = limit * (2 * drawn["turn"] - 1)
+                    image = _turned(tf, image, angle, nearest=is_mask)
+                return image
+
+            picture = self._coloured(tf, moved(picture, method), drawn)
+            if mask is None:
+                return picture
+            return picture, moved(tf.convert_to_tensor(mask)[..., None], "nearest", True)[
+                ..., 0
+            ]
 
         return augment
 
@@ -204,7 +218,7 @@ def _clipped(tf: Any, picture: Any) -> Any:
     return tf.clip_by_value(picture, 0.0, 255.0)
 
 
-def _turned(tf: Any, picture: Any, angle: Any) -> Any:
+def _turned(tf: Any, picture: Any, angle: Any, nearest: bool = False) -> Any:
     """Rotate a picture (h, w, c) of known size about its center. The angle is in radians."""
     height, width = picture.shape[:2]
     cos, sin = tf.cos(angle), tf.sin(angle)
@@ -216,7 +230,7 @@ def _turned(tf: Any, picture: Any, angle: Any) -> Any:
         transforms=tf.stack(matrix)[None],
         output_shape=tf.constant([height, width]),
         fill_value=0.0,
-        interpolation="BILINEAR",
+        interpolation="NEAREST" if nearest else "BILINEAR",
         fill_mode="REFLECT",
     )[0]
     return tf.ensure_shape(turned, picture.shape)

@@ -24,7 +24,8 @@ class PictureBatches:
     """Batches of pictures (float32, (b, h, w, c)) and their labels.
 
     Labels are class indices (int32, (b,)), or for other targets than classes numbers (float32,
-    (b, labels)), as in ``PictureSet.array``.
+    (b, labels)), as in ``PictureSet.array``. Masks are int32 (b, h, w), with -1 for pixels that
+    are ignored. They are cropped, resized and moved with their pictures.
 
     The order and augmentation of an epoch depend only on the seed and the index of the epoch,
     so a run that is resumed gets the same batches as one without interruption. Each epoch has
@@ -191,15 +192,26 @@ class PictureBatches:
             seeds = tf.tile(seed[None], [len(places), 1])
             return tf.data.Dataset.from_tensor_slices((seeds, order, weights))
 
-        def picture(seed: Any, index: Any, weight: Any) -> Any:
-            x = tf.cond(index < 0, lambda: tf.zeros(shape), lambda: read(seed, index))
-            return tf.ensure_shape(x, shape), index, weight
+        has_masks = self.picture_set.targets.are_pictures
+        labels = None if has_masks else self.picture_set.array()
 
-        labels = self.picture_set.array()
+        def placeholder() -> Any:
+            x = tf.zeros(shape)
+            return (x, tf.zeros(shape[:2], tf.int32)) if has_masks else x
+
+        def picture(seed: Any, index: Any, weight: Any) -> Any:
+            x = tf.cond(index < 0, placeholder, lambda: read(seed, index))
+            if not has_masks:
+                return tf.ensure_shape(x, shape), index, weight
+            mask = tf.ensure_shape(x[1], shape[:2])
+            return (tf.ensure_shape(x[0], shape), mask), index, weight
 
         def cut(x: Any, index: Any, weight: Any) -> Any:
             there = tf.math.count_nonzero(index >= 0)
-            batch = x[:there], tf.gather(labels, index[:there])
+            if has_masks:
+                batch = x[0][:there], x[1][:there]
+            else:
+                batch = x[:there], tf.gather(labels, index[:there])
             return batch if self.share is None else (*batch, weight[:there])
 
         options = tf.data.Options()
@@ -217,16 +229,26 @@ class PictureBatches:
         )
 
     def _reader(self, augmentation: Augmentation | None) -> Any:
-        """A function from the seed of an epoch and the index of a picture to a model input."""
+        """A function from the seed of an epoch and the index of a picture to a model input.
+
+        With masks, it returns the input and the mask.
+        """
         import tensorflow as tf
 
         preprocessing = self.preprocessing
         pictures, channels = self.picture_set.pictures, preprocessing.in_channels
-        enough = None if augmentation is None else augmentation.enough(preprocessing.input_size)
+        targets, labels = self.picture_set.targets, self.picture_set.labels
+        enough = None
+        if augmentation is not None and not targets.are_pictures:  # masks have the full size
+            enough = augmentation.enough(preprocessing.input_size)
 
         def load(index: Any) -> np.ndarray:
             return read_picture(pictures[index].path, channels, at_least=enough)
 
+        def load_mask(index: Any) -> np.ndarray:
+            return targets.picture(pictures[index].label, labels)
+
+        resize_mask = preprocessing.mask_function()
         prepare = preprocessing.function(resize=augmentation is None)
         augment = None
         if augmentation is not None:
@@ -240,6 +262,13 @@ class PictureBatches:
             # stateless, so that reading stays parallel if op determinism is enabled
             x = tf.numpy_function(load, [index], tf.uint8, stateful=False)
             x = tf.ensure_shape(x, (None, None, channels))
+            if targets.are_pictures:
+                mask = tf.numpy_function(load_mask, [index], tf.int32, stateful=False)
+                mask = tf.ensure_shape(mask, (None, None))
+                if augment is None:
+                    return tf.cast(prepare(x), tf.float32), resize_mask(mask)
+                x, mask = augment(x, _folded(tf, seed, index), mask)
+                return tf.cast(prepare(x), tf.float32), mask
             if augment is not None:
                 x = augment(x, _folded(tf, seed, index))
             return tf.cast(prepare(x), tf.float32)

@@ -99,10 +99,14 @@ def check_data(
         )
         findings.append(Finding(ERROR, message, tuple(x.path for x in problems)))
     split = None
+    faulty = {path for x in more if x.level == ERROR for path in x.files}
     try:
-        split = without(listed, problems)
+        split = without(
+            listed, [*problems, *(Problem(path, "", "see the errors") for path in faulty)]
+        )
     except ValueError as error:
-        findings.append(Finding(ERROR, str(error)))
+        if not faulty:  # else there are no others, for reasons that are recorded
+            findings.append(Finding(ERROR, str(error)))
     else:
         before, after = listed.val.counts(), split.val.counts()
         lost = [label for label in before if before[label] and not after[label]]

@@ -17,7 +17,6 @@ import numpy as np
 from tfimm_lora.finetuning.data.class_targets import CLASSES
 from tfimm_lora.finetuning.data.csv_files import list_csv
 from tfimm_lora.finetuning.data.findings import Finding, count, raise_errors, some, warn
-from tfimm_lora.finetuning.data.folders import list_folder
 from tfimm_lora.finetuning.data.listing import UNSPLIT, FoundPicture, Listing
 from tfimm_lora.finetuning.data.picture_files import natural_order
 from tfimm_lora.finetuning.data.targets import Targets
@@ -31,7 +30,8 @@ class Picture:
     Attributes:
         path: The file.
         label: The index of its class. With several labels, a number for each label: 1.0 if the
-            picture has it, else 0.0. In a regression, its numbers.
+            picture has it, else 0.0. In a regression, its numbers. In a segmentation, the file
+            of its mask.
     """
 
     path: str
@@ -194,6 +194,8 @@ def list_split(
     test = parts.get("test")
     if not _check_parts(listing, path, train, val, targets, is_split=UNSPLIT not in parts):
         return None, listing.findings
+    if targets.are_pictures:
+        return _split(labels, train, val, test, targets), listing.findings
     seen = _names_of(train, targets)
     everywhere = _names_of([*train, *val, *(test or [])], targets)
     nowhere = [label for label in labels if label not in everywhere]
@@ -215,28 +217,34 @@ def list_split(
             f"{path} has no validation pictures of these {targets.nouns}: {some(unseen)}. The "
             "model cannot be evaluated on them."
         )
-    split = Split(
-        _numbered(train, labels, targets),
-        _numbered(known["val"], labels, targets),
-        labels,
-        None if test is None else _numbered(known["test"], labels, targets),
-    )
+    tested = None if test is None else known["test"]
+    split = _split(labels, train, known["val"], tested, targets)
     for fault in targets.faults(split.train):
         listing.error(f"{path}: {fault}")
     return split, listing.findings
+
+
+def _split(
+    labels: tuple[str, ...],
+    train: Iterable[FoundPicture],
+    val: Iterable[FoundPicture],
+    test: Iterable[FoundPicture] | None,
+    targets: Targets,
+) -> Split:
+    return Split(
+        _numbered(train, labels, targets),
+        _numbered(val, labels, targets),
+        labels,
+        None if test is None else _numbered(test, labels, targets),
+    )
 
 
 def list_pictures(data: str | os.PathLike[str], targets: Targets = CLASSES) -> Listing:
     """List the pictures in a folder or CSV file, with their targets."""
     path = Path(os.path.abspath(data))
     if path.is_dir():
-        listing = list_folder(path)
-        targets.of_folder(listing, path)
-        return listing
-    expected = (
-        "a folder of class folders, a folder with train/ and val/, or a CSV file with "
-        f"{targets.header}"
-    )
+        return targets.listed(path)
+    expected = targets.sources
     listing = Listing()
     if not path.exists():
         listing.error(

@@ -32,10 +32,12 @@ class Fingerprint:
 
     Attributes:
         digest: The SHA-256 of the file.
+        size: The height and width of the picture.
         thumbnail: The picture in grey, reduced to 16 x 16, as int16.
     """
 
     digest: bytes
+    size: tuple[int, int]
     thumbnail: np.ndarray
 
 
@@ -44,7 +46,7 @@ def fingerprint(path: str, pixels: np.ndarray) -> Fingerprint:
     image = require("PIL.Image", extra="cli", why="Comparing pictures")
     small = image.fromarray(pixels).convert("L").resize((_SIDE, _SIDE), image.Resampling.BOX)
     digest = hashlib.sha256(Path(path).read_bytes()).digest()
-    return Fingerprint(digest, np.asarray(small, "int16"))
+    return Fingerprint(digest, (pixels.shape[0], pixels.shape[1]), np.asarray(small, "int16"))
 
 
 def identical_pictures(
@@ -66,10 +68,11 @@ def identical_pictures(
     for group in (x for x in groups.values() if len(x) > 1):
         last = max((name for name, _ in group), key=_PART_ORDER.index)
         kept = next(picture for name, picture in group if name == last)
-        labels = {picture.label for _, picture in group}
+        same = {picture.path: split.targets.identity(picture.label) for _, picture in group}
+        labels = set(same.values())
         for name, picture in group:
             label = split.train.text(picture)
-            other = next((x for _, x in group if x.label != picture.label), None)
+            other = next((x for _, x in group if same[x.path] != same[picture.path]), None)
             if other is not None:
                 reason = f"identical to {other.path}, whose label is {split.train.text(other)}"
                 problems.append(Problem(picture.path, label, f"{reason}."))
@@ -104,12 +107,12 @@ def similar_pictures(split: Split, prints: Mapping[str, Fingerprint]) -> list[Fi
     for i, j in _alike([prints[picture.path] for _, picture in listed]):
         (first_part, first), (second_part, second) = listed[i], listed[j]
         pair = f"{first.path} and {second.path}"
-        if first.label != second.label:
-            if split.targets.alike_agree:
-                labels.append(pair)
-        elif first_part != second_part:
+        differ = first.label != second.label
+        if differ and split.targets.alike_agree:
+            labels.append(pair)
+        elif first_part != second_part and (not differ or split.targets.are_pictures):
             parts.append(pair)
-        else:
+        elif not differ:
             same.append(pair)
     texts = {
         "look alike but have different labels": labels,

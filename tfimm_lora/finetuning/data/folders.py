@@ -24,7 +24,7 @@ def list_folder(folder: Path) -> Listing:
     other classes is a class.
     """
     listing = Listing()
-    inside = _folders(folder)
+    inside = folders_in(folder)
     parts: dict[str, list[str]] = {}
     for name in inside:
         if name.lower() in PARTS:
@@ -69,11 +69,11 @@ def _list_parts(
 
 def _nested(folder: Path, inside: Sequence[str]) -> bool:
     """Whether any of these folders has folders inside."""
-    return any(_folders(folder / name) for name in inside)
+    return any(folders_in(folder / name) for name in inside)
 
 
 def _in_class_folders(listing: Listing, folder: Path) -> list[FoundPicture]:
-    labels, beside = _folders(folder), _pictures(folder)
+    labels, beside = folders_in(folder), _pictures(folder)
     if not labels:
         listing.error(
             f"{folder} has no class folders{', only pictures' if beside else ''}; expected a "
@@ -116,6 +116,21 @@ def _in_class_folders(listing: Listing, folder: Path) -> list[FoundPicture]:
     return found
 
 
+def pictures_below(folder: Path, ignored: list[str]) -> Iterator[str]:
+    """The names of the pictures in a folder and its subfolders, relative to it.
+
+    Other files are added to ``ignored``.
+    """
+    for entry in _entries(folder):
+        if _is_folder(entry):
+            above = (os.path.realpath(folder),)
+            yield from _walk(folder / entry.name, entry.name, above, ignored)
+        elif is_picture(entry.path):
+            yield entry.name
+        else:
+            ignored.append(entry.name)
+
+
 def _walk(folder: Path, name: str, above: Sequence[str], ignored: list[str]) -> Iterator[str]:
     """The names of the pictures in a folder and its subfolders. Cyclic links are skipped."""
     real = os.path.realpath(folder)
@@ -136,7 +151,8 @@ def _entries(folder: Path) -> list[os.DirEntry[str]]:
         return [entry for entry in entries if not is_hidden(entry.name)]
 
 
-def _folders(folder: Path) -> list[str]:
+def folders_in(folder: Path) -> list[str]:
+    """The names of the folders in a folder, in natural order."""
     return sorted((e.name for e in _entries(folder) if _is_folder(e)), key=natural_order)
 
 

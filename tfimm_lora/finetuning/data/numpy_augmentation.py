@@ -40,18 +40,28 @@ def numpy_augmentation(
 ) -> Callable[[Any, Any], np.ndarray]:
     """Return the function that ``Augmentation.function`` describes, for numpy arrays."""
 
-    def augment(picture: Any, seed: Any) -> np.ndarray:
+    def augment(picture: Any, seed: Any, mask: Any = None) -> Any:
         picture = np.asarray(picture)
         drawn = dict(zip(DRAWN, uniform((int(seed[0]), int(seed[1])), len(DRAWN))))
         top, left, rows, columns = _crop(augmentation, picture, size, crop_pct, drawn)
-        picture = picture[top : top + rows, left : left + columns]
-        picture = resized(picture, size, method).clip(0, 255)
-        if augmentation.flip and drawn["flip"] < 0.5:
-            picture = picture[:, ::-1]
-        if augmentation.rotate:
-            limit = np.float32(math.radians(augmentation.rotate))
-            picture = _turned(picture, limit * (2 * drawn["turn"] - 1))
-        return _coloured(augmentation, picture, drawn)
+
+        def moved(image: np.ndarray, method: str, is_mask: bool = False) -> np.ndarray:
+            image = resized(image[top : top + rows, left : left + columns], size, method)
+            if not is_mask:
+                image = image.clip(0, 255)
+            if augmentation.flip and drawn["flip"] < 0.5:
+                image = image[:, ::-1]
+            if augmentation.rotate:
+                limit = np.float32(math.radians(augmentation.rotate))
+                angle = limit * (2 * drawn["turn"] - 1)
+                image = _turned(image, angle, nearest=is_mask)
+            return image
+
+        picture = _coloured(augmentation, moved(picture, method), drawn)
+        if mask is None:
+            return picture
+        moved_mask = moved(np.asarray(mask)[..., None], "nearest", True)[..., 0]
+        return picture, moved_mask.astype(np.int32)
 
     return augment
 
@@ -98,7 +108,7 @@ def _coloured(augmentation: Augmentation, picture: np.ndarray, drawn: Any) -> np
     return coloured
 
 
-def _turned(picture: np.ndarray, angle: Any) -> np.ndarray:
+def _turned(picture: np.ndarray, angle: Any, nearest: bool = False) -> np.ndarray:
     """Rotate a picture (h, w, c) about its center; corners are filled by reflection."""
     height, width = picture.shape[:2]
     cos, sin = np.cos(angle), np.sin(angle)
@@ -107,6 +117,8 @@ def _turned(picture: np.ndarray, angle: Any) -> np.ndarray:
     dy, dx = y - middle_y, x - middle_x
     rows = _reflected(middle_y + sin * dx + cos * dy, height)
     columns = _reflected(middle_x + cos * dx - sin * dy, width)
+    if nearest:
+        return picture[np.floor(rows + 0.5).astype(int), np.floor(columns + 0.5).astype(int)]
     top, left = np.floor(rows).astype(int), np.floor(columns).astype(int)
     bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
     down, across = (rows - top)[..., None], (columns - left)[..., None]

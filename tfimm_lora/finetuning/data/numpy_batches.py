@@ -75,14 +75,18 @@ class _Reader:
 
     def __init__(self, batches: PictureBatches, augmentation: Augmentation | None) -> None:
         self.pictures = batches.picture_set.pictures
-        self.labels = batches.picture_set.array()
+        self.targets, self.names = batches.picture_set.targets, batches.picture_set.labels
+        has_masks = self.targets.are_pictures
+        self.labels = None if has_masks else batches.picture_set.array()
         self.pool = ThreadPoolExecutor(os.cpu_count(), thread_name_prefix="pictures")
         preprocessing = batches.preprocessing
         self.channels = preprocessing.in_channels
         self.prepare = preprocessing.function(resize=augmentation is None)
+        self.resize_mask = preprocessing.mask_function()
         self.augment, self.enough = None, None
         if augmentation is not None:
-            self.enough = augmentation.enough(preprocessing.input_size)
+            if not has_masks:  # masks have the full size
+                self.enough = augmentation.enough(preprocessing.input_size)
             self.augment = augmentation.function(
                 preprocessing.input_size,
                 interpolation=preprocessing.interpolation,
@@ -92,27 +96,36 @@ class _Reader:
     def start(self, plan: Plan) -> _Reading:
         """Start to read a batch."""
         seed, indices, weights = plan
-        targets = self.labels[indices]
-        known = (targets,) if weights is None else (targets, weights)
+        known = () if self.labels is None else (self.labels[indices],)
+        known = known if weights is None else (*known, weights)
         return _Reading([self.pool.submit(self._read, seed, i) for i in indices], known)
 
-    def _read(self, seed: Seed, index: int) -> np.ndarray:
-        path = self.pictures[index].path
-        x: Any = read_picture(path, self.channels, at_least=self.enough)
-        if self.augment is not None:
-            x = self.augment(x, fold_in(seed, index))
-        return np.asarray(self.prepare(x), np.float32)
+    def _read(self, seed: Seed, index: int) -> Batch:
+        """A picture, and its mask if there are masks."""
+        picture = self.pictures[index]
+        x: Any = read_picture(picture.path, self.channels, at_least=self.enough)
+        if self.labels is not None:
+            if self.augment is not None:
+                x = self.augment(x, fold_in(seed, index))
+            return (np.asarray(self.prepare(x), np.float32),)
+        mask = self.targets.picture(picture.label, self.names)
+        if self.augment is None:
+            mask = self.resize_mask(mask)
+        else:
+            x, mask = self.augment(x, fold_in(seed, index), mask)
+        return np.asarray(self.prepare(x), np.float32), mask
 
 
 class _Reading:
     """A batch that is being read."""
 
-    def __init__(self, inputs: list[Future[np.ndarray]], known: Batch) -> None:
+    def __init__(self, inputs: list[Future[Batch]], known: Batch) -> None:
         self.inputs, self.known = inputs, known
 
     def batch(self) -> Batch:
         """Wait for the batch."""
-        return np.stack([future.result() for future in self.inputs]), *self.known
+        read = zip(*(future.result() for future in self.inputs))
+        return *map(np.stack, read), *self.known
 
 
 @cache

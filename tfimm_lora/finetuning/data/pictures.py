@@ -8,10 +8,11 @@ checked.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import io
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -26,7 +27,7 @@ from tfimm_lora.finetuning.data.duplicates import (
     identical_pictures,
     similar_pictures,
 )
-from tfimm_lora.finetuning.data.findings import Finding, Problem, some, warn
+from tfimm_lora.finetuning.data.findings import Finding, Problem, raise_errors, some, warn
 from tfimm_lora.finetuning.data.picture_files import is_heif
 from tfimm_lora.utils.optional_imports import require
 
@@ -99,11 +100,29 @@ def read_picture(
     image_module = require("PIL.Image", extra="cli", why="Reading pictures")
     if channels not in (1, 3):
         raise ValueError(f"Received channels={channels}; expected 3 (RGB) or 1 (grey).")
+    with open_pixels(path, at_least) as image:
+        return _pixels(image, channels, image_module)
+
+
+@contextlib.contextmanager
+def open_pixels(path: str | os.PathLike[str], at_least: int | None = None) -> Iterator[Any]:
+    """Open a file with Pillow, and load its pixels. What fails in the block is its fault.
+
+    Args:
+        path, at_least: As for ``read_picture``.
+
+    Raises:
+        UnreadablePicture: (a ValueError) as ``read_picture``.
+    """
+    image_module = require("PIL.Image", extra="cli", why="Reading pictures")
     try:
         with image_module.open(path, formats=_formats()) as image:
             if at_least is not None:
                 image.draft(None, (at_least, at_least))
-            return _pixels(image, channels, image_module)
+            image.load()
+            yield image
+    except UnreadablePicture:
+        raise
     except image_module.UnidentifiedImageError:
         reason = f"damaged, or none of {', '.join(_formats())}."
         if is_heif(path) and _HEIF not in _formats():
@@ -272,6 +291,7 @@ def check_pictures(
             f"{len(problems)} of {len(pictures)} pictures cannot be used: {first}. Repair or "
             'remove them, or pass on_error="skip" to continue without them.'
         )
+    raise_errors(findings)
     warn(findings, stacklevel=2)
     return without(pictures, problems), problems
 
@@ -282,7 +302,7 @@ def inspect_pictures(
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[Problem], list[Finding]]:
-    """Read every picture once; return those that cannot be used, and warnings."""
+    """Read every picture once; return those that cannot be used, errors and warnings."""
     parts = [pictures] if isinstance(pictures, PictureSet) else list(pictures.parts().values())
     listed = [picture for part in parts for picture in part.pictures]
     readings = _read_all(listed, workers or os.cpu_count() or 1, progress)
@@ -291,15 +311,22 @@ def inspect_pictures(
         for picture, reading in zip(listed, readings)
         if isinstance(reading, str)
     ]
-    if isinstance(pictures, PictureSet):
-        return problems, []
     prints = {
         picture.path: reading
         for picture, reading in zip(listed, readings)
         if isinstance(reading, Fingerprint)
     }
-    identical, findings = identical_pictures(pictures, prints)
-    return [*problems, *identical], [*findings, *similar_pictures(pictures, prints)]
+    sizes = {path: reading.size for path, reading in prints.items()}
+    named = {"": pictures} if isinstance(pictures, PictureSet) else pictures.parts()
+    more, findings = parts[0].targets.inspect(named, sizes)
+    bad = {x.path for x in problems}
+    problems += [x for x in more if x.path not in bad]
+    if isinstance(pictures, PictureSet):
+        return problems, findings
+    identical, others = identical_pictures(pictures, prints)
+    bad |= {x.path for x in more}
+    problems += [x for x in identical if x.path not in bad]
+    return problems, [*findings, *others, *similar_pictures(pictures, prints)]
 
 
 def _read_all(
@@ -339,7 +366,8 @@ def without(pictures: Pictures, problems: Sequence[Problem]) -> Pictures:
 def _without(pictures: Any, bad: Mapping[str, str]) -> Any:
     if isinstance(pictures, Split):
         parts = {name: _without(part, bad) for name, part in pictures.parts().items()}
-        lost = [label for label, number in parts["train"].counts().items() if not number]
+        before, after = pictures.train.counts(), parts["train"].counts()
+        lost = [label for label in after if before[label] and not after[label]]
         if lost:
             raise ValueError(
                 f"No training pictures of these {pictures.targets.nouns} can be used: "

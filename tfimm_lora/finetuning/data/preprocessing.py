@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
+from tfimm_lora.zoo.weights.preprocessing import create_mask_resizing, create_preprocessing
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,8 @@ class Preprocessing:
         crop_pct: The share of the side of the resized picture that the center crop keeps in
             evaluation. Default: 0.875.
         channel_order: "rgb" (default), or "bgr" for models that were trained with it.
+        crop_mode: "center" (default), or "squash" to resize both sides to that of the input
+            (divided by crop_pct), as timm calls it, instead of the shorter one.
 
     Example:
         >>> from tfimm_lora.finetuning.data.preprocessing import Preprocessing
@@ -42,6 +44,7 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     channel_order: str = "rgb"
+    crop_mode: str = "center"
 
     def __post_init__(self) -> None:
         for name in ("input_size", "mean", "std"):
@@ -54,6 +57,10 @@ class Preprocessing:
         if self.channel_order not in ("rgb", "bgr"):
             raise ValueError(
                 f'Received channel_order={self.channel_order!r}; expected "rgb" or "bgr".'
+            )
+        if self.crop_mode not in ("center", "squash"):
+            raise ValueError(
+                f'Received crop_mode={self.crop_mode!r}; expected "center" or "squash".'
             )
         if not 0 < self.crop_pct <= 1:
             raise ValueError(f"Received crop_pct={self.crop_pct}; expected a share in (0, 1].")
@@ -72,7 +79,13 @@ class Preprocessing:
     def to_dict(self) -> dict[str, Any]:
         """The fields as plain lists, numbers and strings, for YAML and JSON."""
         values = dataclasses.asdict(self)
+        if self.crop_mode == "center":
+            del values["crop_mode"]  # as in runs of earlier versions
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def mask_function(self) -> Callable[[Any], Any]:
+        """A function that resizes and crops masks (h, w) as ``function(resize=True)`` does."""
+        return create_mask_resizing(self)
 
     def function(self, *, resize: bool = False) -> Callable[[Any], Any]:
         """The preprocessing as a function of RGB pictures; see ``create_preprocessing``."""

@@ -7,13 +7,14 @@ import re
 import unicodedata
 from abc import ABC, abstractmethod
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeVar
 
 import numpy as np
 
-from tfimm_lora.finetuning.data.findings import count, some
+from tfimm_lora.finetuning.data.findings import Finding, Problem, count, some
+from tfimm_lora.finetuning.data.folders import list_folder
 from tfimm_lora.finetuning.data.listing import FoundPicture, Listing
 
 if TYPE_CHECKING:
@@ -45,6 +46,7 @@ class Targets(ABC):
         is_exclusive: Whether a picture has exactly one of the outputs as its target.
         may_be_empty: Whether cells with targets may be empty; ``read`` reports them then.
         alike_agree: Whether pictures that look alike should have the same target.
+        are_pictures: Whether a target is a picture itself, a file that ``picture`` reads.
     """
 
     noun: ClassVar[str]
@@ -52,6 +54,7 @@ class Targets(ABC):
     is_exclusive: ClassVar[bool] = False
     may_be_empty: ClassVar[bool] = True
     alike_agree: ClassVar[bool] = True
+    are_pictures: ClassVar[bool] = False
 
     # -- reading -------------------------------------------------------------------------
 
@@ -59,6 +62,14 @@ class Targets(ABC):
     @abstractmethod
     def header(self) -> str:
         """The columns of a CSV file, in messages."""
+
+    @property
+    def sources(self) -> str:
+        """What labelled pictures may be given as, in messages."""
+        return (
+            "a folder of class folders, a folder with train/ and val/, or a CSV file with "
+            f"{self.header}"
+        )
 
     @abstractmethod
     def columns(self, header: Sequence[str]) -> tuple[str, ...]:
@@ -69,6 +80,12 @@ class Targets(ABC):
         self, listing: Listing, path: Path, columns: Sequence[str], rows: Sequence[Row]
     ) -> list[Any]:
         """The target of each row; None after recording why it cannot be used."""
+
+    def listed(self, path: Path) -> Listing:
+        """The pictures in a folder, with their targets."""
+        listing = list_folder(path)
+        self.of_folder(listing, path)
+        return listing
 
     @abstractmethod
     def of_folder(self, listing: Listing, path: Path) -> None:
@@ -90,6 +107,20 @@ class Targets(ABC):
     ) -> tuple[list[FoundPicture], list[FoundPicture]]:
         """Divide pictures into train and val."""
 
+    def inspect(
+        self, parts: Mapping[str, PictureSet], sizes: Mapping[str, tuple[int, int]]
+    ) -> tuple[list[Problem], list[Finding]]:
+        """Read the files of targets that are pictures, and return what is wrong with them.
+
+        Args:
+            parts: The pictures.
+            sizes: The height and width of each picture that can be read.
+
+        Returns:
+            The pictures to leave out, and the errors and warnings.
+        """
+        return [], []
+
     def faults(self, train: PictureSet) -> list[str]:
         """Why a model cannot be trained on these pictures."""
         return []
@@ -103,6 +134,18 @@ class Targets(ABC):
     @abstractmethod
     def array(self, labels: Sequence[Any]) -> np.ndarray:
         """The labels of pictures as one array, for batches."""
+
+    def picture(self, label: Any, names: Sequence[str]) -> np.ndarray:
+        """The target of a picture that is a picture itself, int32 (height, width).
+
+        Raises:
+            UnreadablePicture: if it cannot be read.
+        """
+        raise TypeError(f"{type(self).__name__} are no pictures.")
+
+    def identity(self, label: Any) -> Any:
+        """What two labels have in common if they are the same, also in two files."""
+        return label
 
     @abstractmethod
     def text(self, label: Any, names: Sequence[str]) -> str:

@@ -38,7 +38,9 @@ def create_preprocessing(
             are repeated or truncated to it.
         dtype: Type of the result. Default: Keras' floatx.
         resize: Whether to resize and crop as timm does in evaluation: the shorter side to
-            input_size / crop_pct, then a center crop of input_size. Default False.
+            input_size / crop_pct, then a center crop of input_size. With the crop mode "squash"
+            both sides are resized, so that with a crop_pct of 1 nothing is cut off. Default
+            False.
 
     Returns:
         A function from an image (h, w, c) or a batch of images (n, h, w, c), with numbers of
@@ -83,6 +85,28 @@ def create_preprocessing(
     return preprocess
 
 
+def create_mask_resizing(cfg: Any) -> Callable[[Any], Any]:
+    """Create a function that resizes and crops masks as ``create_preprocessing`` does images.
+
+    Args:
+        cfg: A config with input_size, crop_pct and crop_mode.
+
+    Returns:
+        A function from integers (h, w) to integers of the input size, of the nearest pixels.
+    """
+    if not installed("tensorflow"):
+        return lambda mask: _numpy_resized(np.asarray(mask)[..., None], cfg, "nearest")[
+            ..., 0
+        ].astype(np.int32)
+    import tensorflow as tf
+
+    def resize(mask: Any) -> Any:
+        mask = tf.cast(mask, tf.int32)[..., None]
+        return _resized(tf, mask, cfg, "nearest")[..., 0]
+
+    return resize
+
+
 def _config(model_or_name: Any) -> Any:
     if isinstance(model_or_name, str):
         return _registered_config(model_or_name)
@@ -106,19 +130,27 @@ def _repeated(values: Any, channels: int) -> list[float]:
     return [float(values[i % len(values)]) for i in range(channels)]
 
 
-def _resized(tf: Any, images: Any, cfg: Any) -> Any:
+def _resized(tf: Any, images: Any, cfg: Any, method: str | None = None) -> Any:
     """Resize and crop images (..., h, w, c) to the input size of a model."""
     height, width = cfg.input_size
     crop = getattr(cfg, "crop_pct", None) or 1.0
-    size = _covering(tf, tf.shape(images)[-3:-1], height / crop, width / crop)
-    method = getattr(cfg, "interpolation", None) or "bicubic"
+    if _squashes(cfg):
+        size = tf.constant([math.floor(height / crop), math.floor(width / crop)])
+    else:
+        size = _covering(tf, tf.shape(images)[-3:-1], height / crop, width / crop)
+    method = method or getattr(cfg, "interpolation", None) or "bicubic"
     images = tf.image.resize(images, size, INTERPOLATIONS.get(method, method), antialias=True)
-    # Cubic and Lanczos kernels overshoot the range of the image.
-    images = tf.clip_by_value(images, 0.0, 255.0)
+    if method != "nearest":  # cubic and Lanczos kernels overshoot the range of the image
+        images = tf.clip_by_value(images, 0.0, 255.0)
     offset = tf.cast(tf.round(tf.cast(size - cfg.input_size, tf.float32) / 2), tf.int32)
     top, left = offset[0], offset[1]
     images = images[..., top : top + height, left : left + width, :]
     return tf.ensure_shape(images, [*images.shape[:-3], height, width, images.shape[-1]])
+
+
+def _squashes(cfg: Any) -> bool:
+    """Whether both sides are resized, instead of the shorter one."""
+    return getattr(cfg, "crop_mode", None) == "squash"
 
 
 def _covering(tf: Any, sides: Any, height: float, width: float) -> Any:
@@ -160,14 +192,18 @@ def _numpy_dtype(name: str) -> Any:
     return np.dtype(name)
 
 
-def _numpy_resized(images: np.ndarray, cfg: Any) -> np.ndarray:
+def _numpy_resized(images: np.ndarray, cfg: Any, method: str | None = None) -> np.ndarray:
     """As ``_resized``."""
     height, width = cfg.input_size
     crop = getattr(cfg, "crop_pct", None) or 1.0
     rows, columns = images.shape[-3:-1]
-    size = _numpy_covering(rows, columns, height / crop, width / crop)
-    method = getattr(cfg, "interpolation", None) or "bicubic"
-    images = resized(images, size, INTERPOLATIONS.get(method, method)).clip(0, 255)
+    size = (math.floor(height / crop), math.floor(width / crop))
+    if not _squashes(cfg):
+        size = _numpy_covering(rows, columns, height / crop, width / crop)
+    method = method or getattr(cfg, "interpolation", None) or "bicubic"
+    images = resized(images, size, INTERPOLATIONS.get(method, method))
+    if method != "nearest":
+        images = images.clip(0, 255)
     # Half to even, as tf.round.
     top, left = round((size[0] - height) / 2), round((size[1] - width) / 2)
     return images[..., top : top + height, left : left + width, :]
