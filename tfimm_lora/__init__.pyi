@@ -38,6 +38,7 @@ from .finetuning.run import Run as Run
 from .finetuning.tasks.classification import Classification as Classification
 from .finetuning.tasks.multilabel import MultiLabel as MultiLabel
 from .finetuning.tasks.regression import Regression as Regression
+from .finetuning.tasks.segmentation import Segmentation as Segmentation
 from .finetuning.training import Trained as Trained
 from .finetuning.training import finetune as finetune
 from .finetuning.tuning.learning_rate_finder import LearningRateCurve as LearningRateCurve

@@ -56,13 +56,14 @@ def evaluate(
         (0.667, [('dog', 'eel', 1)])
     """
     if task is None:
-        return Evaluation.of(*_outputs(model, dataset, checked_task(model, None)), labels)
+        collector = _collect(model, dataset, checked_task(model, None))
+        return Evaluation.of(*collector.arrays(), labels)
     task = checked_task(model, task)
     if labels is not None:
         raise TypeError(
             f"Received labels={labels!r} and a task; expected one of them. A task has labels."
         )
-    return task.evaluate(*_outputs(model, dataset, task))
+    return _collect(model, dataset, task).evaluation()
 
 
 def evaluate_pictures(
@@ -92,10 +93,8 @@ def evaluate_pictures(
         ValueError: as ``evaluate``, and for an empty set.
     """
     task = Classification(pictures.labels) if task is None else task
-    outputs, labels = outputs_on(
-        model, pictures, preprocessing, task, batch_size=batch_size, progress=progress
-    )
-    return task.evaluate(outputs, labels, [picture.path for picture in pictures.pictures])
+    collector = _collect_on(model, pictures, preprocessing, task, batch_size, progress)
+    return collector.evaluation([picture.path for picture in pictures.pictures])
 
 
 def outputs_on(
@@ -105,12 +104,23 @@ def outputs_on(
     task: Task,
     *,
     batch_size: int = 32,
-    progress: Callable[[int, int], None] | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The outputs (n, k) of a model for picture files, and their labels.
 
     The arguments and exceptions are those of ``evaluate_pictures``.
     """
+    return _collect_on(model, pictures, preprocessing, task, batch_size, None).arrays()
+
+
+def _collect_on(
+    model: Any,
+    pictures: PictureSet,
+    preprocessing: Preprocessing,
+    task: Task,
+    batch_size: int,
+    progress: Callable[[int, int], None] | None,
+) -> Any:
+    """The collector of a task with the outputs of a model for picture files."""
 
     def with_progress(batches: Iterable[Any]) -> Iterator[Any]:
         done = 0
@@ -121,7 +131,7 @@ def outputs_on(
                 progress(done, len(pictures))
 
     batches = PictureBatches(pictures, preprocessing, batch_size).in_order()
-    return _outputs(model, with_progress(batches), task)
+    return _collect(model, with_progress(batches), task)
 
 
 def predict_pictures(
@@ -155,7 +165,7 @@ def predict_pictures(
             return problem
         return np.asarray(prepare(pixels), np.float32)
 
-    logits_of = _Logits(model)
+    logits_of = OutputsOf(model, task)
 
     def predicted(batch: list[Any]) -> Iterator[np.ndarray | UnreadablePicture]:
         good = [x for x in batch if isinstance(x, np.ndarray)]
@@ -173,43 +183,66 @@ def predict_pictures(
             yield from zip(names[start:end], predicted(batch))
 
 
-def _outputs(model: Any, batches: Iterable[Any], task: Task) -> tuple[np.ndarray, np.ndarray]:
-    """The logits and labels of all batches."""
+def _collect(model: Any, batches: Iterable[Any], task: Task) -> Any:
+    """The collector of a task with the outputs and labels of all batches."""
     if getattr(batches, "cardinality", lambda: 0)() == -1:  # tf.data.INFINITE_CARDINALITY
         raise ValueError(
             "Received an infinite dataset; expected one with each picture once. Leave out "
             "repeat()."
         )
-    logits_of = _Logits(model)
-    pairs = [(logits_of(x), np.asarray(y)) for x, y in batches]
-    if not pairs:
+    outputs_of, collector = OutputsOf(model, task), task.collector()
+    found = _Probabilities()
+    for x, y in batches:
+        outputs = outputs_of(x)
+        found.see(outputs)
+        collector.add(outputs, np.asarray(y))
+    if not outputs_of.size:
         raise ValueError("Received a dataset without batches; expected at least one picture.")
-    logits, labels = (np.concatenate(parts) for parts in zip(*pairs))
-    if _are_probabilities(model, logits, task):
+    if _are_probabilities(model, found, task):
         raise ValueError(
             f"The model '{model.name}' returns probabilities; expected logits. Remove the "
             "softmax from its end, or open it with open_base_model, which removes it."
         )
-    return logits, labels
+    return collector
 
 
-def _are_probabilities(model: Any, outputs: np.ndarray, task: Task) -> bool:
+def _are_probabilities(model: Any, found: _Probabilities, task: Task) -> bool:
     if task.activation != "softmax":
         return output_activation(model) in PROBABILITIES
-    # Zeros and ones only may also be logits. A softmax hardly ever returns them.
-    like_softmax = (outputs >= 0).all() and np.allclose(outputs.sum(1), 1, rtol=0, atol=1e-3)
-    return bool(like_softmax) and not np.isin(outputs, (0, 1)).all()
+    return found.like_softmax and not found.only_zeros_and_ones
 
 
-class _Logits:
-    """The outputs of a model for one batch after the other, in float64.
+class _Probabilities:
+    """Whether the outputs of all batches look like those of a softmax.
+
+    Zeros and ones only may also be logits. A softmax hardly ever returns them.
+    """
+
+    def __init__(self) -> None:
+        self.like_softmax = self.only_zeros_and_ones = True
+
+    def see(self, outputs: np.ndarray) -> None:
+        """Look at a batch."""
+        if not self.like_softmax:
+            return
+        sums = outputs.sum(-1)
+        is_like = (outputs >= 0).all() and np.allclose(sums, 1, rtol=0, atol=1e-3)
+        self.like_softmax = bool(is_like)
+        self.only_zeros_and_ones &= bool(np.isin(outputs, (0, 1)).all())
+
+
+class OutputsOf:
+    """The outputs of a model for one batch after the other.
+
+    They are float64, or float32 if there are some for each pixel.
 
     A batch that is smaller than an earlier one, as the last often is, is filled up with copies:
     another size would be traced or compiled anew, which takes longer than to compute it.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, task: Task) -> None:
         self.model, self.size = model, 0
+        self.rank = 4 if task.is_dense else 2
 
     def __call__(self, pictures: Any) -> np.ndarray:
         x = np.asarray(pictures)
@@ -217,10 +250,12 @@ class _Logits:
         filled = np.concatenate([x, np.repeat(x[-1:], self.size - len(x), axis=0)])
         outputs = self.model.predict_on_batch(filled)
         shape = getattr(outputs, "shape", None)
-        if shape is None or len(shape) != 2 or len(outputs) < len(x):
+        if shape is None or len(shape) != self.rank or len(outputs) < len(x):
+            pixels = "height, width, " if self.rank == 4 else ""
             raise ValueError(
                 f"The model '{self.model.name}' returns outputs of shape {shape} for "
-                f"{len(filled)} pictures; expected logits, (pictures, classes)."
+                f"{len(filled)} pictures; expected logits, (pictures, {pixels}classes)."
             )
         # Under a strategy, Keras 3 returns the outputs once for each device.
-        return np.asarray(outputs, np.float64)[: len(x)]
+        dtype = np.float32 if self.rank == 4 else np.float64
+        return np.asarray(outputs, dtype)[: len(x)]

@@ -16,7 +16,7 @@ class TaskRecord:
     """What a model was fine-tuned for, as adapters and exported files record it.
 
     Args:
-        name: The task: "classification", "multilabel" or "regression".
+        name: The task: "classification", "multilabel", "regression" or "segmentation".
         labels: What each output stands for, in the order of the outputs.
         activation: What turns the outputs of the model into probabilities: "softmax",
             "sigmoid", or None if they are no logits.
@@ -24,6 +24,8 @@ class TaskRecord:
             standardised: the prediction is mean + std * output. None if they were not.
         chosen: What was chosen on the validation pictures, by name: lists with a number for
             each output, or a number.
+        masks: For a segmentation, what the classes are in masks: lists of "values" and
+            "colours", one for each class, and of "ignored" values. None if not known.
 
     Raises:
         ValueError: if the values do not fit together.
@@ -35,6 +37,7 @@ class TaskRecord:
     mean: tuple[float, ...] | None = None
     std: tuple[float, ...] | None = None
     chosen: Mapping[str, Any] = field(default_factory=dict)
+    masks: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "labels", tuple(self.labels))
@@ -65,6 +68,10 @@ class TaskRecord:
                     f"{name}={value!r} for {len(self.labels)} labels; expected a finite number "
                     "for each"
                 )
+        for name in ("values", "colours"):
+            listed = (self.masks or {}).get(name)
+            if listed is not None and len(listed) != len(self.labels):
+                return f"{len(listed)} {name} of masks for {len(self.labels)} labels"
         if self.std is not None and min(self.std, default=1) <= 0:
             return f"std={self.std}; expected positive numbers"
         return None
@@ -76,6 +83,8 @@ class TaskRecord:
             values["activation"] = self.activation
         if self.mean is not None and self.std is not None:
             values.update(mean=list(self.mean), std=list(self.std))
+        if self.masks is not None:
+            values["masks"] = dict(self.masks)
         if self.chosen:
             values["chosen"] = {
                 k: v if isinstance(v, (int, float)) else list(v) for k, v in self.chosen.items()
@@ -89,7 +98,7 @@ class TaskRecord:
         Raises:
             ValueError: if it is damaged.
         """
-        known = ("name", "labels", "activation", "mean", "std", "chosen")
+        known = ("name", "labels", "activation", "mean", "std", "chosen", "masks")
         try:
             return cls(**{name: values[name] for name in known if name in values})
         except (TypeError, AttributeError) as error:

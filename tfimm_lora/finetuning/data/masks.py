@@ -57,7 +57,7 @@ def mask_content(path: str, of_colours: bool) -> MaskContent:
     return _content(path, of_colours, state.st_mtime_ns, state.st_size)
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _content(path: str, of_colours: bool, time: int, size: int) -> MaskContent:
     return MaskContent(_pixels(path, of_colours))
 

@@ -8,6 +8,8 @@ import io
 import struct
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.utils.optional_imports import require
@@ -73,8 +75,13 @@ def thumbnail(path: str, side: int = 224) -> Html:
     Raises:
         UnreadablePicture: if the file cannot be read.
     """
+    return thumbnail_of(read_picture(path, at_least=side), side)
+
+
+def thumbnail_of(pixels: np.ndarray, side: int) -> Html:
+    """A small version of a picture, uint8 (h, w, 3)."""
     image_module = require("PIL.Image", extra="cli", why="The pictures of a report")
-    image = image_module.fromarray(read_picture(path, at_least=side))
+    image = image_module.fromarray(pixels)
     image.thumbnail((side, side))
     written = io.BytesIO()
     if max(image.size) < 64:  # individual pixels are visible, so avoid JPEG artifacts

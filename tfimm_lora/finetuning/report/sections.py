@@ -252,13 +252,17 @@ def captioned(run: Run, path: str, lines: Sequence[Html]) -> Html:
         seen = thumbnail(path)
     except UnreadablePicture:
         seen = tag("span", "cannot be read now")
-    inside = os.path.relpath(path, run.recipe["data"])
-    shown = path if inside.startswith("..") else inside
     return tag(
         "figure",
         tag("div", seen, class_="frame"),
-        tag("figcaption", *lines, tag("span", shown, class_="path")),
+        tag("figcaption", *lines, tag("span", shown_path(run, path), class_="path")),
     )
+
+
+def shown_path(run: Run, path: str) -> str:
+    """The path of a picture, relative to the data of the run if it is inside."""
+    inside = os.path.relpath(path, run.recipe["data"])
+    return path if inside.startswith("..") else inside
 
 
 def skipped(run: Run) -> Html | None:

@@ -16,6 +16,7 @@ import numpy as np
 from tfimm_lora.backend.interface import Backend
 from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.dataset import PictureSet
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.data.targets import Targets
 from tfimm_lora.finetuning.report.figures import Target
 from tfimm_lora.finetuning.report.html import Html
@@ -74,6 +75,7 @@ class Task(ABC):
         trains_classifier: Whether the classifier is trained also if it is not new.
         uses_validation: Whether ``with_validation`` finds something.
         balances: Whether there are rare classes or labels that a loss can make up for.
+        is_dense: Whether the outputs are those of each pixel, (n, h, w, classes).
     """
 
     labels: tuple[str, ...] = ()
@@ -86,6 +88,7 @@ class Task(ABC):
     trains_classifier: ClassVar[bool] = True
     uses_validation: ClassVar[bool] = False
     balances: ClassVar[bool] = True
+    is_dense: ClassVar[bool] = False
 
     # -- targets ---------------------------------------------------------------------------
 
@@ -118,6 +121,10 @@ class Task(ABC):
         """What users should know before a training with this augmentation."""
         return None
 
+    def preprocessing(self, preprocessing: Preprocessing) -> Preprocessing:
+        """How pictures become the input of a model, from how they do in a classification."""
+        return preprocessing
+
     def check_model(self, model: Any) -> None:  # noqa: B027
         """Raise a ValueError if a model cannot be fine-tuned or exported for this task."""
 
@@ -130,6 +137,10 @@ class Task(ABC):
         """The Keras metrics of labels and outputs."""
 
     # -- predictions -----------------------------------------------------------------------
+
+    def collector(self) -> Collector:
+        """What computes an evaluation batch by batch."""
+        return Collector(self)
 
     @abstractmethod
     def evaluate(
@@ -163,6 +174,27 @@ class Task(ABC):
     @abstractmethod
     def views(self) -> Views:
         """How results are shown."""
+
+
+class Collector:
+    """Collects the outputs and labels of batches for the evaluation of a task."""
+
+    def __init__(self, task: Task) -> None:
+        self._task = task
+        self._pairs: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def add(self, outputs: np.ndarray, labels: np.ndarray) -> None:
+        """Add a batch."""
+        self._pairs.append((outputs, labels))
+
+    def arrays(self) -> tuple[np.ndarray, np.ndarray]:
+        """The outputs and labels of all batches."""
+        outputs, labels = (np.concatenate(parts) for parts in zip(*self._pairs))
+        return outputs, labels
+
+    def evaluation(self, paths: Sequence[str] | None = None) -> Any:
+        """The evaluation of all batches; ``paths`` are the files."""
+        return self._task.evaluate(*self.arrays(), paths)
 
 
 class Views(ABC):

@@ -6,12 +6,13 @@ from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
 from tfimm_lora.finetuning.tasks.multilabel import MultiLabel
 from tfimm_lora.finetuning.tasks.regression import Regression
+from tfimm_lora.finetuning.tasks.segmentation import Segmentation
 from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.validation import check_choice
 
 #: The only list of tasks.
 TASKS: dict[str, type[Task]] = {
-    task.name: task for task in (Classification, MultiLabel, Regression)
+    task.name: task for task in (Classification, MultiLabel, Regression, Segmentation)
 }
 
 #: The task of a recipe that names none.
