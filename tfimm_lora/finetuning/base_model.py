@@ -6,6 +6,7 @@ import os
 from dataclasses import replace
 
 from tfimm_lora.backend import uses_legacy_keras
+from tfimm_lora.finetuning.base.dense import dense_base
 from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name, is_model_file
 from tfimm_lora.finetuning.base.of_applications import open_application
 from tfimm_lora.finetuning.base.of_file import open_file
@@ -26,6 +27,7 @@ def open_base_model(
     weights: str | os.PathLike[str] | None = None,
     input_size: Size = None,
     normalisation: str | None = None,
+    dense: bool = False,
 ) -> BaseModel:
     """Create or load an ordinary model that returns logits.
 
@@ -45,6 +47,8 @@ def open_base_model(
         normalisation: How pictures are normalized: "imagenet", "inception" (to [-1, 1]), "unit"
             (to [0, 1]) or "raw" ([0, 255]). Required for a saved model, unless it is a model of
             keras_hub with its preprocessor. Default: the normalization of the named model.
+        dense: Whether the model returns logits for each pixel, for a segmentation: with the
+            decoder of ``with_decoder``, unless it does so already. Default: False.
 
     Returns:
         The model with its preprocessing.
@@ -57,6 +61,10 @@ def open_base_model(
         ImportError, RuntimeError: as ``create_model``; also if a package is missing whose
             classes are in the saved model.
     """
+    if dense:
+        options = {"weights": weights, "input_size": input_size, "normalisation": normalisation}
+        base = open_base_model(name, pretrained=pretrained, **options)
+        return dense_base(base, classes)
     name = canonical_name(os.fspath(name))
     if weights is not None and not os.path.exists(weights):
         raise FileNotFoundError(

@@ -64,7 +64,10 @@ from tfimm_lora.validation import check_choice, check_integer, check_keywords, c
 from tfimm_lora.version import __version__
 
 #: Settings that runs of earlier versions do not have, with what these did.
-_ADDED = {"task": DEFAULT, "columns": None, "accumulate": 1, "clip_norm": 0}
+_ADDED = {
+    **{"task": DEFAULT, "columns": None, "accumulate": 1, "clip_norm": 0},
+    **{"masks": None, "classes": None},
+}
 
 #: The default rank; see docs/explanation/study.md for the choice of this and of the rate.
 RANK = 8
@@ -78,10 +81,13 @@ class Recipe:
     Args:
         model: The model to fine-tune: a name or path, as for ``open_base_model``.
         data: Class folders, or a CSV file with path and label; see ``find_pictures``.
-        task: What the model is fine-tuned for: "classification" (default), "multilabel" or
-            "regression".
+        task: What the model is fine-tuned for: "classification" (default), "multilabel",
+            "regression" or "segmentation".
         columns: For several labels and regression, the columns of the CSV file with the labels
             or numbers. Default: all except path and split.
+        masks: For a segmentation, the folder of the masks. Default: inside ``data``.
+        classes: For a segmentation, a table of the classes; see ``read_classes``. Default: each
+            index in the masks is a class, except 255.
         pretrained: Whether a named model starts with its pretrained weights (default), or with
             random ones. It is False if ``weights`` or the path of a saved model is given.
         weights: A weight file instead.
@@ -115,6 +121,8 @@ class Recipe:
     data: str
     task: str = DEFAULT
     columns: list[str] | None = None
+    masks: str | None = None
+    classes: str | None = None
     pretrained: bool = True
     weights: str | None = None
     input_size: tuple[int, int] | None = None
@@ -175,7 +183,7 @@ class Recipe:
         self.model = canonical_name(self.model)
         if self.weights is not None or is_model_file(self.model):
             self.pretrained = False
-        for name in ("data", "weights", "model"):
+        for name in ("data", "masks", "classes", "weights", "model"):
             value = getattr(self, name)
             is_path = name != "model" or is_model_file(self.model)
             if value is not None and is_path and os.path.exists(value):
@@ -185,7 +193,16 @@ class Recipe:
 
     def targets(self) -> Targets:
         """What the pictures are labelled with."""
-        return task_named(self.task).targets(self.columns)
+        task = task_named(self.task)
+        given = {"masks": self.masks, "classes": self.classes}
+        given = {name: value for name, value in given.items() if value is not None}
+        if given and not task.is_dense:
+            (name, value), *_ = given.items()
+            raise ValueError(
+                f"Received {name}={value!r} with the task {self.task!r}; expected None, or the "
+                "task 'segmentation'."
+            )
+        return task.targets(self.columns, **given)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:
@@ -462,7 +479,7 @@ def _open(
     kept = temporary / BASE_WEIGHTS if base.from_scratch or random_head else None
     sha256 = base_hash(recipe.to_dict())
     facts = {
-        "preprocessing": base.preprocessing.to_dict(),
+        "preprocessing": task().preprocessing(base.preprocessing).to_dict(),
         "new_classifier": base.new_classifier,
         "base_returned_probabilities": base.returned_probabilities,
         "base_origin": base.weights,
@@ -480,7 +497,7 @@ def _open(
 
 def _shared_settings(recipe: Recipe) -> dict[str, Any]:
     """The settings that must be the same for all workers; their folders may differ."""
-    paths = ("model", "data", "weights")
+    paths = ("model", "data", "masks", "classes", "weights")
     return {name: value for name, value in recipe.to_dict().items() if name not in paths}
 
 

@@ -26,7 +26,7 @@ from tfimm_lora.finetuning.data.targets import SPLIT as SPLIT_COLUMN
 from tfimm_lora.finetuning.metrics_csv import read_metrics
 from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
-from tfimm_lora.finetuning.tasks.named import task_of_record
+from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named, task_of_record
 from tfimm_lora.finetuning.training import ADAPTER, METRICS
 from tfimm_lora.model.state import record_task
 from tfimm_lora.model.task_record import TaskRecord
@@ -278,6 +278,7 @@ def open_recipe_base(recipe: Mapping[str, Any], classes: int) -> BaseModel:
         weights=recipe["weights"],
         input_size=tuple(size) if size else None,
         normalisation=recipe["normalisation"],
+        dense=task_named(recipe.get("task", DEFAULT)).is_dense,
     )
 
 

@@ -14,6 +14,9 @@ from tfimm_lora.layers.conversion import supported
 _NAMES = ("head", "fc", "classifier", "predictions", "logits", "output_dense")
 
 
+#: The name of the decoder of a segmentation; see ``new_decoder.py``.
+DECODER = "decode_head"
+
 #: What computes the scores of the classes in keras_hub's models for dense prediction: class of
 #: the model -> expression for the paths of the layers.
 _OF_KERAS_HUB = {
@@ -43,12 +46,15 @@ def classifier_paths(model: Layer) -> list[str]:
     A tfimm model names them in its config, or has none. In a functional model it is the
     dense layer that computes an output, or the 1x1 convolution of a single position whose
     output is flattened (MobileNet); layers without variables after it (an activation) are
-    skipped. In keras_hub's segmenters and detectors these are the layers that compute the
+    skipped. In a model that returns scores for each pixel it is the 1x1 convolution that computes
+    them, or the decoder of ``with_decoder``. In keras_hub's segmenters and detectors these are the layers that compute the
     scores of the classes. In any other model it is the last layer with variables, if this is a
     dense layer or has the name of a head.
     """
     backend = backend_of(model)
     layers = list(backend.walk(model))
+    if any(path == DECODER for path, _ in layers):
+        return [DECODER]
     cfg = getattr(model, "cfg", None)
     if hasattr(cfg, "classifier") or _is_tfimm_config(cfg):
         names = classifier_names(model.cfg)
@@ -85,12 +91,13 @@ def _output_layers(backend: Backend, model: Layer) -> list[Layer]:
 
 def _heads_in_graph(backend: Backend, model: Layer) -> list[Layer]:
     outputs = getattr(model, "outputs", None) or []
-    return [x for x in (_head_of(backend, t) for t in outputs) if x is not None]
+    return [x for x in (_head_of(backend, model, t) for t in outputs) if x is not None]
 
 
-def _head_of(backend: Backend, tensor: Tensor) -> Layer | None:
+def _head_of(backend: Backend, model: Any, tensor: Tensor) -> Layer | None:
     """Return the classifier that computes a symbolic tensor, or None."""
     is_vector = backend.rank_of(tensor) == 2
+    is_dense = _has_size_of_input(model, tensor)
     layer, inputs = backend.made_by(tensor)
     while not _has_variables(backend, layer):
         if len(inputs) != 1:
@@ -101,7 +108,20 @@ def _head_of(backend: Backend, tensor: Tensor) -> Layer | None:
         return inner[0] if len(inner) == 1 else None
     if _is_dense(backend, layer):
         return layer
+    if is_dense and _is_1x1(backend, layer):
+        return layer
     return layer if is_vector and _is_convolution_of_a_vector(backend, layer, inputs) else None
+
+
+def _has_size_of_input(model: Any, tensor: Tensor) -> bool:
+    """Whether a tensor has the height and width of the pictures of a model."""
+    shape, full = tuple(tensor.shape), tuple(model.inputs[0].shape)
+    return len(shape) == len(full) == 4 and None not in full[1:3] and shape[1:3] == full[1:3]
+
+
+def _is_1x1(backend: Backend, layer: Any) -> bool:
+    is_convolution = isinstance(layer, backend.keras.layers.Conv2D)
+    return is_convolution and tuple(layer.kernel_size) == (1, 1) and layer.groups == 1
 
 
 def _has_variables(backend: Backend, layer: Layer) -> bool:
@@ -117,11 +137,11 @@ def _is_dense(backend: Backend, layer: Layer) -> bool:
 
 def _is_convolution_of_a_vector(backend: Backend, layer: Layer, inputs: list[Tensor]) -> bool:
     """Whether a layer is a 1x1 convolution of a single position, as good as a dense layer."""
-    if not isinstance(layer, backend.keras.layers.Conv2D) or len(inputs) != 1:
+    if not _is_1x1(backend, layer) or len(inputs) != 1:
         return False
     channels_last = layer.data_format == "channels_last"
     sides = tuple(inputs[0].shape)[1:3] if channels_last else tuple(inputs[0].shape)[2:4]
-    return sides == (1, 1) and tuple(layer.kernel_size) == (1, 1) and layer.groups == 1
+    return sides == (1, 1)
 
 
 def _has_head_name(layer: Layer) -> bool:

@@ -114,6 +114,7 @@ def lora_version_of(model_cls: type) -> type | None:
 
 def default_targets(model_cls: type) -> Targets:
     """Return the default targets of the LoRA config of a model class, or None."""
+    model_cls = _plain_class(model_cls)
     if model_cls not in _lora_classes:
         return None
     for field in dataclasses.fields(lora_config(model_cls)):
@@ -124,11 +125,18 @@ def default_targets(model_cls: type) -> Targets:
 
 def presets(model_cls: type) -> dict[str, Targets]:
     """Return the target presets of a model class; see ``LoRAConfig.presets``."""
+    model_cls = _plain_class(model_cls)
     lora_cls = model_cls if model_cls in _base_classes else _lora_classes.get(model_cls)
     cfg_cls = getattr(lora_cls, "cfg_class", None)
     if isinstance(cfg_cls, type) and issubclass(cfg_cls, LoRAConfig):
         return cfg_cls.presets()
     return LoRAConfig.presets()
+
+
+def _plain_class(model_cls: type) -> type:
+    """The architecture of a class that adds a decoder to it; see ``segmentation_classes``."""
+    plain: type = getattr(model_cls, "plain_class", model_cls)
+    return plain
 
 
 def base_config(cfg: Any, base_cls: type) -> Any:

@@ -1,0 +1,75 @@
+"""tfimm models for segmentation: their features, and a decoder instead of the classifier."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+from tfimm_lora.backend import legacy_backend
+from tfimm_lora.model.classifier import DECODER, classifier_paths
+from tfimm_lora.model.new_decoder import create_decoder, features_of, fixed_size, no_features
+from tfimm_lora.model.state import copy_base_name
+from tfimm_lora.model.transfer import transfer_weights
+
+#: The package under which the classes are registered with Keras.
+_PACKAGE = "tfimm_lora"
+
+
+class Segmenter:
+    """Mixin for a tfimm model that returns logits (batch, height, width, classes).
+
+    It has no classifier, but the decoder of ``with_decoder``. ``cfg.nb_classes`` is the number
+    of classes of the decoder.
+    """
+
+    cfg: Any
+    dummy_inputs: Any
+    decode_head: Any
+
+    def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
+        plain = dataclasses.replace(cfg, nb_classes=0)
+        super().__init__(plain, *args, **kwargs)  # type: ignore[call-arg]
+        self.cfg = dataclasses.replace(cfg, classifier=DECODER)
+        self.decode_head = None
+        self(self.dummy_inputs)  # type: ignore[operator]
+
+    def call(self, x: Any, training: bool = False) -> Any:
+        """Compute the logits. The first call creates the decoder."""
+        _, features = super().call(  # type: ignore[misc]
+            x, training=training, return_features=True
+        )
+        size = fixed_size(self, self.cfg.input_size)
+        maps = features_of(features, size)
+        if maps is None:
+            raise no_features(self, "tfimm's features of it are no maps")
+        if self.decode_head is None:
+            shapes = [tuple(x.shape)[1:] for x in maps]
+            keras = legacy_backend().keras
+            self.decode_head = create_decoder(keras, shapes, self.cfg.nb_classes, size)
+        return self.decode_head(maps if len(maps) > 1 else maps[0], training=training)
+
+
+@functools.cache
+def segmentation_class(base: type) -> type:
+    """The class of a tfimm architecture for segmentation, registered with Keras."""
+    name = f"Segmentation{base.__name__}"
+    cls = type(name, (Segmenter, base), {"__module__": __name__, "plain_class": base})
+    return legacy_backend().keras.utils.register_keras_serializable(_PACKAGE)(cls)  # type: ignore[no-any-return]
+
+
+def tfimm_segmenter(model: Any, classes: int) -> Any:
+    """Create a tfimm model for segmentation with the weights of a classifier.
+
+    Args:
+        model: A built model of tfimm.
+        classes: The number of classes.
+
+    Raises:
+        ValueError: If it has no feature maps.
+    """
+    cfg = dataclasses.replace(model.cfg, nb_classes=classes)
+    result = segmentation_class(type(model))(cfg)
+    transfer_weights(model, result, [f"^{DECODER}/", *map("^{}/".format, classifier_paths(model))])
+    copy_base_name(model, result)
+    return result
