@@ -556,7 +556,7 @@ class AdapterBank:
 
 def _require_classification(name: str, adapter: Adapter) -> None:
     task = adapter.task
-    if task is not None and task.activation != "softmax":
+    if task is not None and task.name != "classification":
         raise ValueError(
             f"Adapter {name!r} was trained for the task {task.name!r}; expected a "
             "classification. A bank computes the probabilities of classes: use the adapter in "

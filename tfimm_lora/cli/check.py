@@ -13,13 +13,19 @@ import typer
 from tfimm_lora.cli.app import FAILED, Json, app, emit, note
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.tables import show_table
-from tfimm_lora.cli.tasks import COLUMNS_HELP, TASK_HELP, parse_columns
+from tfimm_lora.cli.tasks import (
+    CLASSES_HELP,
+    COLUMNS_HELP,
+    MASKS_HELP,
+    TASK_HELP,
+    parse_columns,
+)
 from tfimm_lora.finetuning.data.check import DataCheck, check_data
 from tfimm_lora.finetuning.data.dataset import Split
 from tfimm_lora.finetuning.data.findings import count
 from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.finetuning.run import split_text
-from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named
+from tfimm_lora.finetuning.tasks.named import DEFAULT, targets_of
 
 EXAMPLES = """Examples:
 
@@ -28,6 +34,8 @@ tfimm-lora check pictures
 tfimm-lora check labels.csv --usable usable.csv
 
 tfimm-lora check tags.csv --task multilabel
+
+tfimm-lora check pictures --masks masks --task segmentation
 
 tfimm-lora check pictures --json
 """
@@ -47,6 +55,8 @@ def check_command(
     ],
     task: Annotated[str, typer.Option(help=TASK_HELP, show_default=False)] = DEFAULT,
     columns: Annotated[str | None, typer.Option(help=COLUMNS_HELP)] = None,
+    masks: Annotated[str | None, typer.Option(help=MASKS_HELP)] = None,
+    classes: Annotated[str | None, typer.Option(help=CLASSES_HELP)] = None,
     usable: Annotated[
         Path | None,
         typer.Option(
@@ -73,7 +83,7 @@ def check_command(
     bar = sys.stderr.isatty() and not as_json
     checked = check_data(
         pictures,
-        targets=task_named(task).targets(parse_columns(columns)),
+        targets=targets_of(task, parse_columns(columns), masks, classes),
         validation=validation,
         seed=seed,
         say=note,
@@ -84,7 +94,7 @@ def check_command(
             text = split_text(checked.split)
             Path(temporary).write_text(text, encoding="utf-8", errors="surrogateescape")
         note(f"written: {usable}")
-    data = _data_options(pictures, task, columns)
+    data = _data_options(pictures, task, columns, masks, classes)
     emit(_as_data(pictures, checked), as_json, lambda: _show(data, checked, show_all))
     if usable is not None and checked.split is None:
         note(f"not written: {usable}, because too few pictures can be used")
@@ -118,13 +128,15 @@ def _counts(split: Split) -> dict[str, dict[str, int]]:
     }
 
 
-def _data_options(pictures: Path, task: str, columns: str | None) -> list[str]:
+def _data_options(
+    pictures: Path, task: str, columns: str | None, masks: str | None, classes: str | None
+) -> list[str]:
     """The arguments of a command that describe the data."""
     options = [shlex.quote(str(pictures))]
     if task != DEFAULT:
         options.append(f"--task {task}")
-    if columns is not None:
-        options.append(f"--columns {shlex.quote(columns)}")
+    given = {"--columns": columns, "--masks": masks, "--classes": classes}
+    options += [f"{name} {shlex.quote(x)}" for name, x in given.items() if x is not None]
     return options
 
 
@@ -151,7 +163,8 @@ def _show_counts(split: Split, left_out: Counter[str]) -> None:
 
 def _verdict(given: list[str], checked: DataCheck) -> str:
     """What finetune does with these pictures, and how to continue."""
-    data, rest = " ".join(given), "".join(f" {option}" for option in given[1:])
+    others = [option for option in given[1:] if not option.startswith("--masks")]
+    data, rest = " ".join(given), "".join(f" {option}" for option in others)
     if not checked.errors and not checked.problems:
         return f"finetune --data {data} can use all {len(checked.split or ())} pictures"
     continuing = (

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import dataclasses
 import io
 import os
 from pathlib import Path
@@ -17,6 +18,7 @@ from tfimm_lora.cli.unfinished import warn_if_unfinished
 from tfimm_lora.finetuning.data.dataset import Picture, PictureSet, list_pictures
 from tfimm_lora.finetuning.data.findings import WARNING, raise_errors, some
 from tfimm_lora.finetuning.data.listing import UNSPLIT
+from tfimm_lora.finetuning.data.mask_targets import MaskTargets
 from tfimm_lora.finetuning.data.picture_files import natural_order
 from tfimm_lora.finetuning.data.pictures import check_pictures
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
@@ -32,6 +34,8 @@ tfimm-lora evaluate runs/flowers
 tfimm-lora evaluate runs/flowers --data more-pictures --out evaluation
 
 tfimm-lora evaluate runs/flowers --data labels.csv --json
+
+tfimm-lora evaluate runs/streets --data pictures --masks masks
 """
 
 
@@ -44,6 +48,9 @@ def evaluate_command(
             help="A folder of class folders, or a CSV file with path,label; if it is split, "
             "its test part or else its val part. Default: the validation pictures of the run."
         ),
+    ] = None,
+    masks: Annotated[
+        str | None, typer.Option(help="For segmentation: the folder of the masks of --data.")
     ] = None,
     out: Annotated[
         Path | None,
@@ -63,7 +70,13 @@ def evaluate_command(
         refuse_to_overwrite(out, overwrite)
     opened = Run.open(run)
     warn_if_unfinished(opened)
-    found = opened.split.val if data is None else labelled_pictures(data, opened.task)
+    if masks is not None and (data is None or not opened.task.is_dense):
+        raise ValueError(
+            f"Received --masks {masks}; expected it only with --data, for a segmentation."
+        )
+    found = opened.split.val
+    if data is not None:
+        found = labelled_pictures(data, opened.task, masks)
     pictures, problems = check_pictures(found)
     for problem in problems:
         note(f"skipped {readable(problem.path)}: {readable(problem.reason)}")
@@ -88,10 +101,10 @@ def evaluate_command(
     emit(result, as_json, lambda: show(task, evaluation))
 
 
-def labelled_pictures(data: Path, task: Task) -> PictureSet:
+def labelled_pictures(data: Path, task: Task, masks: str | None = None) -> PictureSet:
     """Find the pictures in a folder or CSV file that a model is evaluated on.
 
-    If the data are split, these are the pictures of test or, if there are none, of val; else
+    ``masks`` is the folder of the masks, for a segmentation. If the data are split, these are the pictures of test or, if there are none, of val; else
     all pictures.
 
     Raises:
@@ -99,10 +112,11 @@ def labelled_pictures(data: Path, task: Task) -> PictureSet:
         ValueError: if there are no pictures, or one has a label that the model does not have.
     """
     targets, labels = task.known_targets(), task.labels
+    if isinstance(targets, MaskTargets):
+        targets = dataclasses.replace(targets, masks=masks)
     if not data.exists():
         raise FileNotFoundError(
-            f"Received --data {data}, which does not exist; expected a folder of class "
-            f"folders, or a CSV file with {targets.header}."
+            f"Received --data {data}, which does not exist; expected {targets.sources}."
         )
     listing = list_pictures(data, targets)
     raise_errors(listing.findings)

@@ -20,7 +20,13 @@ from tfimm_lora.cli.parsing import (
     parse_size,
     parse_targets,
 )
-from tfimm_lora.cli.tasks import COLUMNS_HELP, TASK_HELP, parse_columns
+from tfimm_lora.cli.tasks import (
+    CLASSES_HELP,
+    COLUMNS_HELP,
+    MASKS_HELP,
+    TASK_HELP,
+    parse_columns,
+)
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import is_model_file
 from tfimm_lora.finetuning.distributed.strategy import is_chief, leave_strategy
@@ -41,6 +47,8 @@ tfimm-lora finetune --model my.keras --normalisation unit --data a.csv --out run
 tfimm-lora finetune --model MobileNetV2 --data pictures --lr auto --rank auto --out run
 
 tfimm-lora finetune --model MobileNetV2 --data angles.csv --task regression --out run
+
+tfimm-lora finetune --model MobileNetV2 --data pictures --masks masks --task segmentation --out run
 
 tfimm-lora finetune --out run --resume
 
@@ -84,6 +92,8 @@ def finetune(
     ] = None,
     task: Annotated[Text, typer.Option(help=TASK_HELP, show_default=False)] = None,
     columns: Annotated[Text, _option(help=COLUMNS_HELP, panel=_DATA)] = None,
+    masks: Annotated[Text, _option(help=MASKS_HELP, panel=_DATA)] = None,
+    classes: Annotated[Text, _option(help=CLASSES_HELP, panel=_DATA)] = None,
     pretrained: Annotated[
         Flag,
         typer.Option(
@@ -185,7 +195,8 @@ def finetune(
     monitor: Annotated[
         Text,
         _option(
-            help="val_loss, or val_accuracy (multilabel: val_pr_auc). Default: val_loss.",
+            help="val_loss, or val_accuracy (multilabel: val_pr_auc; segmentation: "
+            "val_mean_iou). Default: val_loss.",
             panel=_TRAINING,
         ),
     ] = None,

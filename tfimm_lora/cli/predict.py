@@ -11,6 +11,7 @@ import numpy as np
 import typer
 
 from tfimm_lora.cli.app import FAILED, Json, app, emit, import_tensorflow, note
+from tfimm_lora.cli.mask_files import MaskFiles
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.picture_sources import (
     STDIN,
@@ -23,10 +24,12 @@ from tfimm_lora.cli.picture_sources import (
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.cli.unfinished import warn_if_unfinished
 from tfimm_lora.finetuning.evaluation import predict_pictures
+from tfimm_lora.finetuning.mask_prediction import predict_masks
 from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.finetuning.run import Run
 from tfimm_lora.finetuning.tasks.base import Views
 from tfimm_lora.finetuning.tasks.classification_views import UNSURE
+from tfimm_lora.finetuning.tasks.segmentation import Segmentation
 
 EXAMPLES = """Examples:
 
@@ -39,6 +42,8 @@ tfimm-lora predict runs/flowers "holiday/**/*.jpg" --csv predictions.csv
 tfimm-lora predict runs/flowers https://example.com/rose.jpg --json
 
 tfimm-lora predict runs/flowers - < picture.jpg
+
+tfimm-lora predict runs/streets pictures --out masks --overlay
 """
 
 
@@ -77,6 +82,14 @@ def predict_command(
         Path | None,
         typer.Option("--csv", help="Write the predictions to this file too."),
     ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Segmentation: write a mask for each picture to this folder (PNG)."),
+    ] = None,
+    overlays: Annotated[
+        bool,
+        typer.Option("--overlay", help="Write the pictures with their masks over them, too."),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per batch.")] = 32,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -84,7 +97,9 @@ def predict_command(
     """Print the most probable labels of pictures, with their probabilities.
 
     For several labels, print those above their thresholds, which the run chose
-    on its validation pictures; for a regression, numbers with intervals.
+    on its validation pictures; for a regression, numbers with intervals; for a
+    segmentation, the share of each class. A mask has the size of its picture,
+    which is resized to the input of the model.
 
     Files that cannot be read are listed on stderr. The others are predicted
     nevertheless, and the exit code is 1. What is left out in folders (files
@@ -98,6 +113,7 @@ def predict_command(
     if csv_file is not None:
         refuse_to_overwrite(csv_file, overwrite)
     opened = Run.open(run)
+    _check_masks(opened, out, overlays)
     if files_from is not None:
         if str(files_from) == STDIN and STDIN in given:
             raise ValueError(
@@ -114,7 +130,10 @@ def predict_command(
     warn_if_unfinished(opened)
     if found.names:
         opened.task.views.check_options(top, threshold)
-        predictions, failed = _predict(opened, found.names, batch_size, top, threshold)
+        masks = None
+        if isinstance(opened.task, Segmentation):
+            masks = MaskFiles(opened.task, found.names, out, overlays, overwrite)
+        predictions, failed = _predict(opened, found.names, batch_size, top, threshold, masks)
         unreadable += failed
     if csv_file is not None:
         write(opened.task.views, predictions, csv_file, overwrite)
@@ -136,8 +155,25 @@ def predict_command(
         raise typer.Exit(FAILED)
 
 
+def _check_masks(run: Run, out: Path | None, overlays: bool) -> None:
+    if out is not None and not run.task.is_dense:
+        raise ValueError(
+            f"Received --out {out} for a {run.task.name}; expected none. It writes masks, which "
+            "only a segmentation has; --csv writes the predictions of any task."
+        )
+    if overlays and out is None:
+        raise ValueError("Received --overlay without --out; expected both.")
+    if out is not None and out.exists() and not out.is_dir():
+        raise NotADirectoryError(f"{out} is a file; expected the name of a folder.")
+
+
 def _predict(
-    run: Run, names: list[str], batch_size: int, top: int | None, threshold: float | None
+    run: Run,
+    names: list[str],
+    batch_size: int,
+    top: int | None,
+    threshold: float | None,
+    masks: MaskFiles | None,
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
     """The predictions for pictures, and the pictures that cannot be read."""
     task = run.task
@@ -151,7 +187,8 @@ def _predict(
         if not readables:
             return [], unreadable
         import_tensorflow()
-        results = predict_pictures(
+        predict = predict_pictures if masks is None else predict_masks
+        results = predict(
             run.model(),
             list(readables.values()),
             run.preprocessing,
@@ -159,7 +196,9 @@ def _predict(
             batch_size=batch_size,
         )
         for name, (_, result) in zip(readables, results):
-            if isinstance(result, np.ndarray):
+            if isinstance(result, np.ndarray) and masks is not None:
+                predictions.append(masks.answer(name, readables[name], result))
+            elif isinstance(result, np.ndarray):
                 predictions.append(task.views.answer(name, result, top, threshold))
             else:
                 unreadable.append(Problem(name, result.reason))

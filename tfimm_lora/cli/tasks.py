@@ -3,12 +3,20 @@
 from __future__ import annotations
 
 TASK_HELP = (
-    "classification (one class for each picture), multilabel (several labels) or regression "
-    "(numbers). Default: classification."
+    "classification (one class for each picture), multilabel (several labels), regression "
+    "(numbers) or segmentation (a class for each pixel). Default: classification."
 )
 COLUMNS_HELP = (
     "For multilabel and regression: the columns of the CSV file with the labels or numbers, "
     "separated by commas. Default: all except path and split."
+)
+MASKS_HELP = (
+    "For segmentation: the folder of the masks, which have the names of their pictures. "
+    "Default: masks/ beside images/ in the folder of the pictures."
+)
+CLASSES_HELP = (
+    "For segmentation: a CSV or JSON file with name and index, or name, r, g, b. Default: each "
+    "index in the masks is a class, except 255, which is ignored."
 )
 
 

@@ -102,7 +102,7 @@ class ExportPlan:
                 "compare the file with. Check its weights, or pass other check_inputs."
             )
         shapes = [y.shape for y in outputs.values()]
-        if self.labels is not None and [s[1:] for s in shapes] != [(len(self.labels),)]:
+        if self.labels is not None and [s[-1:] for s in shapes] != [(len(self.labels),)]:
             raise ValueError(
                 f"Received {len(self.labels)} labels for a model with outputs of shape "
                 f"{', '.join(str((None, *s[1:])) for s in shapes)}; expected one label for "

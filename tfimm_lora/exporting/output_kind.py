@@ -13,6 +13,9 @@ from tfimm_lora.model.state import recorded_task
 
 LOGITS, PROBABILITY, NUMBERS = "logits", "probabilities", "numbers"
 
+#: The task whose outputs are those of each pixel.
+SEGMENTATION = "segmentation"
+
 
 def kind_of(model: Any, outputs: Outputs) -> str | None:
     """The kind of the outputs of a model.
@@ -36,6 +39,9 @@ def kind_of(model: Any, outputs: Outputs) -> str | None:
     if activation in PROBABILITIES:
         return PROBABILITY
     if task is not None and task.activation == "sigmoid":
+        return LOGITS
+    is_dense = task is not None and task.name == SEGMENTATION
+    if is_dense and y.ndim == 4 and activation in (None, "linear"):
         return LOGITS
     if y.ndim != 2 or y.shape[1] < 2:
         return None
@@ -74,8 +80,9 @@ def check_probabilities(
     is_as_requested = kind == (PROBABILITY if probabilities else LOGITS)
     is_removed = probabilities is False and kind == PROBABILITY
     task = recorded_task(model)
-    is_multilabel = task is not None and task.activation == "sigmoid" and kind == LOGITS
-    if probabilities is None or is_as_requested or is_removed or is_multilabel:
+    # A sigmoid or softmax can be added, also for one output or for each pixel.
+    has_activation = task is not None and kind == LOGITS
+    if probabilities is None or is_as_requested or is_removed or has_activation:
         return
     if kind == NUMBERS:
         raise ValueError(

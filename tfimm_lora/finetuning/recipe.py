@@ -54,7 +54,7 @@ from tfimm_lora.finetuning.run import (
     open_recipe_base,
     search_summary,
 )
-from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named
+from tfimm_lora.finetuning.tasks.named import DEFAULT, targets_of, task_named
 from tfimm_lora.finetuning.tensorboard_logs import tensorboard
 from tfimm_lora.finetuning.training import Trained, finetune
 from tfimm_lora.model.inject import inject_lora
@@ -193,16 +193,7 @@ class Recipe:
 
     def targets(self) -> Targets:
         """What the pictures are labelled with."""
-        task = task_named(self.task)
-        given = {"masks": self.masks, "classes": self.classes}
-        given = {name: value for name, value in given.items() if value is not None}
-        if given and not task.is_dense:
-            (name, value), *_ = given.items()
-            raise ValueError(
-                f"Received {name}={value!r} with the task {self.task!r}; expected None, or the "
-                "task 'segmentation'."
-            )
-        return task.targets(self.columns, **given)
+        return targets_of(self.task, self.columns, self.masks, self.classes)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Recipe:

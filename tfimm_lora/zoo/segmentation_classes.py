@@ -70,6 +70,8 @@ def tfimm_segmenter(model: Any, classes: int) -> Any:
     """
     cfg = dataclasses.replace(model.cfg, nb_classes=classes)
     result = segmentation_class(type(model))(cfg)
-    transfer_weights(model, result, [f"^{DECODER}/", *map("^{}/".format, classifier_paths(model))])
+    transfer_weights(
+        model, result, [f"^{DECODER}/", *map("^{}/".format, classifier_paths(model))]
+    )
     copy_base_name(model, result)
     return result

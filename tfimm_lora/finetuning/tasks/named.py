@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from tfimm_lora.finetuning.data.targets import Targets
 from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
 from tfimm_lora.finetuning.tasks.multilabel import MultiLabel
@@ -32,6 +35,31 @@ def task_named(name: str) -> type[Task]:
     """
     check_choice(name, "task", tuple(TASKS))
     return TASKS[name]
+
+
+def targets_of(
+    name: str, columns: Sequence[str] | None, masks: str | None, classes: str | None
+) -> Targets:
+    """What the pictures of a task are labelled with.
+
+    Args:
+        name: The task.
+        columns: The columns of a CSV file; see ``Task.targets``.
+        masks, classes: The folder of the masks and the table of the classes of a segmentation.
+
+    Raises:
+        ValueError: for another name, and for arguments that the task does not have.
+    """
+    task = task_named(name)
+    given = {"masks": masks, "classes": classes}
+    given = {key: value for key, value in given.items() if value is not None}
+    if given and not task.is_dense:
+        (key, value), *_ = given.items()
+        raise ValueError(
+            f"Received {key}={value!r} with the task {name!r}; expected None, or the task "
+            "'segmentation'."
+        )
+    return task.targets(columns, **given)
 
 
 def task_of_record(record: TaskRecord) -> Task:

@@ -142,9 +142,7 @@ class Segmentation(Task):
         """The mean IoU over the classes that are there or predicted."""
         mean_iou = backend.keras.metrics.MeanIoU
         return [
-            mean_iou(
-                len(self.labels), "mean_iou", ignore_class=IGNORED, sparse_y_pred=False
-            )
+            mean_iou(len(self.labels), "mean_iou", ignore_class=IGNORED, sparse_y_pred=False)
         ]
 
     def collector(self) -> SegmentationCollector:

@@ -200,7 +200,7 @@ class SegmentationViews(Views):
     def notes(self, answers: Sequence[Mapping[str, Any]], threshold: float | None) -> list[str]:
         if any(x.get("mask") for x in answers):
             return []
-        return ["no masks were written; pass --masks FOLDER to write them"]
+        return ["no masks were written; pass --out FOLDER (with --overlay) to write them"]
 
 
 def _cells(x: RegionScores, total: int) -> list[str]:

@@ -350,8 +350,9 @@ def _open(recipe: Recipe, classes: int, pictures: PictureSet) -> tuple[Any, Prep
     backend.keras.utils.set_random_seed(recipe.seed)
     base = open_recipe_base(recipe.to_dict(), classes)
     inject_recipe_lora(backend, recipe, base.model, base.new_classifier)
-    initialize_from_pictures(recipe, base.model, pictures, base.preprocessing)
-    return base.model, base.preprocessing
+    preprocessing = task_named(recipe.task)().preprocessing(base.preprocessing)
+    initialize_from_pictures(recipe, base.model, pictures, preprocessing)
+    return base.model, preprocessing
 
 
 def _opener(

@@ -1,0 +1,136 @@
+"""``predict_masks``: the class of each pixel of picture files, at their own size."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tfimm_lora.finetuning.data.mask_classes import MaskClasses
+from tfimm_lora.finetuning.data.pictures import UnreadablePicture, read_picture
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
+from tfimm_lora.finetuning.evaluation import OutputsOf
+from tfimm_lora.finetuning.report.overlays import overlay
+from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.zoo.weights.resizing import resized
+
+
+def predict_masks(
+    model: Any,
+    paths: Sequence[str | os.PathLike[str]],
+    preprocessing: Preprocessing,
+    *,
+    task: Task,
+    batch_size: int = 32,
+) -> Iterator[tuple[str, np.ndarray | UnreadablePicture]]:
+    """Predict the class of each pixel of picture files, one after the other.
+
+    A picture is resized to the input of the model, and the logits back to the picture
+    (bilinear).
+
+    Args:
+        model: A model that returns logits for each pixel.
+        paths: The files.
+        preprocessing: The preprocessing of the model.
+        task: The segmentation.
+        batch_size: The number of pictures in a batch. Default: 32.
+
+    Yields:
+        The path of a file, with the index of the class of each pixel, int32 (h, w), or with the
+        exception if the file cannot be read. The picture is upright: the orientation in its
+        EXIF data is applied.
+    """
+    prepare, outputs_of = preprocessing.function(resize=True), OutputsOf(model, task)
+
+    def load(path: str) -> tuple[np.ndarray, tuple[int, int]] | UnreadablePicture:
+        try:
+            pixels = read_picture(path, preprocessing.in_channels)
+        except UnreadablePicture as problem:
+            return problem
+        return np.asarray(prepare(pixels), np.float32), (pixels.shape[0], pixels.shape[1])
+
+    names = [os.fspath(path) for path in paths]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        upcoming = pool.map(load, names[:batch_size])
+        for start in range(0, len(names), batch_size):
+            # The next batch is read while the model processes this one.
+            batch, end = list(upcoming), start + batch_size
+            upcoming = pool.map(load, names[end : end + batch_size])
+            inputs = [x[0] for x in batch if isinstance(x, tuple)]
+            logits = iter(outputs_of(np.stack(inputs)) if inputs else ())
+            for name, x in zip(names[start:end], batch):
+                found = x if isinstance(x, UnreadablePicture) else upsampled(next(logits), x[1])
+                yield name, found
+
+
+def upsampled(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """The class with the largest logit after resizing (bilinear), int32 (height, width).
+
+    Args:
+        logits: (h, w, classes).
+        size: The height and width of the result.
+
+    The classes are resized one after the other, so that of a large picture with many classes
+    the logits are never in memory together.
+
+    Example:
+        >>> import numpy as np
+        >>> from tfimm_lora.finetuning.mask_prediction import upsampled
+        >>> upsampled(np.array([[[1.0, 0.0], [0.0, 3.0]]]), (1, 4)).tolist()
+        [[0, 1, 1, 1]]
+    """
+    best: np.ndarray | None = None
+    found = np.zeros(size, np.int32)
+    for place in range(logits.shape[-1]):
+        plane = resized(logits[..., place : place + 1], size, "bilinear")[..., 0]
+        if best is None:
+            best = plane
+            continue
+        larger = plane > best
+        found[larger], best[larger] = place, plane[larger]
+    return found
+
+
+def shares(classes: np.ndarray, count: int) -> np.ndarray:
+    """The share of the pixels of each class, (count,)."""
+    counted: np.ndarray = np.bincount(classes.ravel(), minlength=count) / classes.size
+    return counted
+
+
+def write_mask(path: Path, found: np.ndarray, classes: MaskClasses) -> None:
+    """Write a mask as PNG, with the values that the masks of the training have.
+
+    Classes with indices up to 255 give a picture with a palette of the colours of the classes;
+    with larger ones a grey picture of 16 bits; classes with colours a picture with these.
+
+    Args:
+        path: The file.
+        found: The index of the class of each pixel, (h, w).
+        classes: The classes.
+    """
+    image_module = require("PIL.Image", extra="cli", why="Writing masks")
+    if classes.of_colours or max(classes.numbers) > 255:
+        values = classes.palette if classes.of_colours else np.array(classes.numbers, np.uint16)
+        image = image_module.fromarray(values[found])
+    else:
+        image = image_module.fromarray(np.array(classes.numbers, np.uint8)[found]).convert("P")
+        palette = np.zeros((256, 3), np.uint8)
+        palette[list(classes.numbers)] = classes.palette
+        image.putpalette(palette.ravel().tolist())
+    image.save(path, format="PNG")
+
+
+def write_overlay(path: Path, picture: str, found: np.ndarray, classes: MaskClasses) -> None:
+    """Write the picture with the colours of the classes over it as PNG.
+
+    Raises:
+        UnreadablePicture: if the picture cannot be read.
+    """
+    image_module = require("PIL.Image", extra="cli", why="Writing masks")
+    pixels = overlay(read_picture(picture), found, classes.palette)
+    image_module.fromarray(pixels).save(path, format="PNG")
