@@ -104,8 +104,8 @@ def evaluate_command(
 def labelled_pictures(data: Path, task: Task, masks: str | None = None) -> PictureSet:
     """Find the pictures in a folder or CSV file that a model is evaluated on.
 
-    ``masks`` is the folder of the masks, for a segmentation. If the data are split, these are the pictures of test or, if there are none, of val; else
-    all pictures.
+    If the data are split, these are the pictures of test or, if there are none, of val; else
+    all pictures. ``masks`` is the folder of the masks of a segmentation.
 
     Raises:
         FileNotFoundError: if ``data`` does not exist.

@@ -48,7 +48,7 @@ tfimm-lora finetune --model MobileNetV2 --data pictures --lr auto --rank auto --
 
 tfimm-lora finetune --model MobileNetV2 --data angles.csv --task regression --out run
 
-tfimm-lora finetune --model MobileNetV2 --data pictures --masks masks --task segmentation --out run
+tfimm-lora finetune --model MobileNetV2 --data streets --task segmentation --out run
 
 tfimm-lora finetune --out run --resume
 

@@ -158,8 +158,8 @@ def predict_command(
 def _check_masks(run: Run, out: Path | None, overlays: bool) -> None:
     if out is not None and not run.task.is_dense:
         raise ValueError(
-            f"Received --out {out} for a {run.task.name}; expected none. It writes masks, which "
-            "only a segmentation has; --csv writes the predictions of any task."
+            f"Received --out {out} for a {run.task.name}; expected none. It writes masks, "
+            "which only a segmentation has; --csv writes the predictions of any task."
         )
     if overlays and out is None:
         raise ValueError("Received --overlay without --out; expected both.")

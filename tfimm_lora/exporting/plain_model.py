@@ -13,6 +13,7 @@ from tfimm_lora.backend.interface import Backend
 from tfimm_lora.model.convert import _kernels_merged, convert_to_regular_model
 from tfimm_lora.model.copy import build_like, plain_copy
 from tfimm_lora.model.merge import has_lora, lora_layers
+from tfimm_lora.zoo.segmentation_classes import without_segmenter
 
 _SIXTEEN_BIT = ("float16", "bfloat16", "mixed_float16", "mixed_bfloat16")
 
@@ -41,6 +42,7 @@ def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
     try:
         copy = convert_to_regular_model(model) if adapted else plain_copy(model)
         copy = in_float32(copy) if is_16_bit else copy
+        copy = without_segmenter(copy) if always_copy else copy
         _remove_optimizers(copy)
     except ValueError:
         if is_16_bit or always_copy:

@@ -38,11 +38,13 @@ def write_keras(model: Any, inputs: Inputs, path: Path) -> tuple[str, ...]:
         ValueError: if the file would need this package, or Keras cannot load it.
     """
     model.save(path)
-    by_class = not backend_of(model).is_rebuilt_with_layers(model)
+    backend = backend_of(model)
+    models = [x for _, x in backend.walk(model) if backend.is_model(x)]
+    by_class = [x for x in models if not backend.is_rebuilt_with_layers(x)]
     problem = _loading_problem(model, path) if by_class else None
     if problem is not None and not _save_as_one_layer(model, inputs, path):
         raise ValueError(
-            f"Keras cannot load the class {type(model).__name__} from a file: {problem}. "
+            f"Keras cannot load the class {type(by_class[0]).__name__} from a file: {problem}. "
             "Export to SavedModel, TFLite or ONNX, which do not need the class."
         )
     with zipfile.ZipFile(path) as archive:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from typing import Any
 
 from tfimm_lora.backend import uses_legacy_keras
 from tfimm_lora.finetuning.base.dense import dense_base
@@ -62,7 +63,11 @@ def open_base_model(
             classes are in the saved model.
     """
     if dense:
-        options = {"weights": weights, "input_size": input_size, "normalisation": normalisation}
+        options: dict[str, Any] = {
+            "weights": weights,
+            "input_size": input_size,
+            "normalisation": normalisation,
+        }
         base = open_base_model(name, pretrained=pretrained, **options)
         return dense_base(base, classes)
     name = canonical_name(os.fspath(name))

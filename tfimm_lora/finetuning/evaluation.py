@@ -56,8 +56,8 @@ def evaluate(
         (0.667, [('dog', 'eel', 1)])
     """
     if task is None:
-        collector = _collect(model, dataset, checked_task(model, None))
-        return Evaluation.of(*collector.arrays(), labels)
+        outputs, true = _collect(model, dataset, checked_task(model, None)).arrays()
+        return Evaluation.of(outputs, true, labels)
     task = checked_task(model, task)
     if labels is not None:
         raise TypeError(
@@ -109,7 +109,9 @@ def outputs_on(
 
     The arguments and exceptions are those of ``evaluate_pictures``.
     """
-    return _collect_on(model, pictures, preprocessing, task, batch_size, None).arrays()
+    collector = _collect_on(model, pictures, preprocessing, task, batch_size, None)
+    outputs, labels = collector.arrays()
+    return outputs, labels
 
 
 def _collect_on(

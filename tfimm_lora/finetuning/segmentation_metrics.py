@@ -124,7 +124,7 @@ class SegmentationCollector:
 
     def __init__(self, labels: Sequence[str] = ()) -> None:
         self.labels = tuple(labels)
-        self._confusion: np.ndarray | None = None
+        self._confusion = np.zeros((0, 0), np.int64)
         self._predictions: list[MaskPrediction] = []
         self._worst: list[tuple[float, int]] = []
 
@@ -139,7 +139,7 @@ class SegmentationCollector:
             ValueError: if they do not fit together, or a logit is NaN or infinite.
         """
         self._check(outputs, labels)
-        if self._confusion is None:
+        if not self._confusion.size:
             self._confusion = np.zeros((outputs.shape[-1],) * 2, np.int64)
         for logits, true in zip(outputs, labels):
             self._add(logits, true)
@@ -182,7 +182,7 @@ class SegmentationCollector:
             ValueError: if there are none, or no pixel has a class.
         """
         confusion = self._confusion
-        if confusion is None or not confusion.sum():
+        if not confusion.sum():
             raise ValueError(
                 "Received no pixels with a class; expected at least one that is not ignored."
             )
@@ -205,14 +205,14 @@ class SegmentationCollector:
     def _check(self, outputs: np.ndarray, labels: np.ndarray) -> None:
         if labels.shape != outputs.shape[:-1] or not np.issubdtype(labels.dtype, np.integer):
             raise ValueError(
-                f"Received masks of shape {labels.shape} and type {labels.dtype} for outputs of "
-                f"shape {outputs.shape}; expected integers of shape {outputs.shape[:-1]}."
+                f"Received masks of shape {labels.shape} and type {labels.dtype} for outputs "
+                f"of shape {outputs.shape}; expected integers of shape {outputs.shape[:-1]}."
             )
         count = outputs.shape[-1]
         if self.labels and len(self.labels) != count:
             raise ValueError(
-                f"Received {len(self.labels)} labels for a model with {count} outputs; expected "
-                "one for each."
+                f"Received {len(self.labels)} labels for a model with {count} outputs; "
+                "expected one for each."
             )
         if labels.size and (labels.min() < IGNORED or labels.max() >= count):
             raise ValueError(

@@ -46,10 +46,10 @@ def classifier_paths(model: Layer) -> list[str]:
     A tfimm model names them in its config, or has none. In a functional model it is the
     dense layer that computes an output, or the 1x1 convolution of a single position whose
     output is flattened (MobileNet); layers without variables after it (an activation) are
-    skipped. In a model that returns scores for each pixel it is the 1x1 convolution that computes
-    them, or the decoder of ``with_decoder``. In keras_hub's segmenters and detectors these are the layers that compute the
-    scores of the classes. In any other model it is the last layer with variables, if this is a
-    dense layer or has the name of a head.
+    skipped. In a functional model that returns scores for each pixel it is the 1x1 convolution
+    that computes them, or the decoder of ``with_decoder``. In keras_hub's segmenters and
+    detectors these are the layers that compute the scores of the classes. In any other model it
+    is the last layer with variables, if this is a dense layer or has the name of a head.
     """
     backend = backend_of(model)
     layers = list(backend.walk(model))

@@ -25,7 +25,7 @@ Size = tuple[int, int]
 
 
 class Grid(NamedTuple):
-    """Where the patches are among tokens: how many are before them, and their rows and columns."""
+    """The patches among tokens: how many tokens are before them, their rows and columns."""
 
     prefix: int
     rows: int
@@ -62,8 +62,8 @@ def with_decoder(model: Any, classes: int) -> Any:
         >>> with_decoder(classifier, 5).output_shape
         (None, 16, 16, 5)
 
-    References: Xie et al., "SegFormer", arXiv:2105.15203 (a decoder of 1x1 convolutions); Howard
-    et al., "Searching for MobileNetV3", arXiv:1905.02244, section 6.4 (two maps).
+    References: Xie et al., "SegFormer", arXiv:2105.15203 (a decoder of 1x1 convolutions);
+    Howard et al., "Searching for MobileNetV3", arXiv:1905.02244, section 6.4 (two maps).
     """
     backend = backend_of(model)
     if not takes_pictures(model):
@@ -91,8 +91,8 @@ def fixed_size(model: Any, size: Sequence[int | None]) -> Size:
     height, width = size
     if height is None or width is None:
         raise ValueError(
-            f"Received model '{model.name}', which takes pictures of any size; expected a fixed "
-            "size for a segmentation. Pass --input-size (input_size)."
+            f"Received model '{model.name}', which takes pictures of any size; expected a "
+            "fixed size for a segmentation. Pass --input-size (input_size)."
         )
     return int(height), int(width)
 
@@ -210,7 +210,8 @@ def _found(backend: Backend, model: Any, size: Size, like: Any = None) -> _Found
     high, backbone, entry = None, None, None
     for tensor, layer, inputs in _walk_back(backend, model.outputs):
         shape = tuple(getattr(tensor, "shape", ()))
-        is_last = is_map(shape[1:], size) and like in (None, shape)
+        is_input = not inputs
+        is_last = not is_input and is_map(shape[1:], size) and like in (None, shape)
         is_nested = backend.is_model(layer) and takes_pictures(layer) and len(inputs) == 1
         if is_nested and tuple(inputs[0].shape)[1:3] == size:
             backbone, entry = layer, inputs[0]
@@ -242,7 +243,7 @@ def _called(backend: Backend, found: _Found) -> list[Tensor]:
 
 
 def _last_sum(backend: Backend, high: Tensor, size: Size) -> Tensor | None:
-    """The nearest sum at an eighth of the size, with its activation; or any map of this size."""
+    """The nearest sum at an eighth of the size, with its activation; else any such map."""
     first = None
     activated: dict[int, Tensor] = {}
     for tensor, layer, inputs in _walk_back(backend, [high]):

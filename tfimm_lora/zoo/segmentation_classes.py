@@ -69,9 +69,30 @@ def tfimm_segmenter(model: Any, classes: int) -> Any:
         ValueError: If it has no feature maps.
     """
     cfg = dataclasses.replace(model.cfg, nb_classes=classes)
-    result = segmentation_class(type(model))(cfg)
-    transfer_weights(
-        model, result, [f"^{DECODER}/", *map("^{}/".format, classifier_paths(model))]
-    )
+    base: Any = type(model)
+    result: Any = segmentation_class(base)(cfg)  # type: ignore[call-arg]
+    heads = [f"^{path}/" for path in classifier_paths(model)]
+    transfer_weights(model, result, [f"^{DECODER}/", *heads])
     copy_base_name(model, result)
     return result
+
+
+def without_segmenter(model: Any) -> Any:
+    """Create a functional model of tfimm's class and the decoder, which loads without us.
+
+    A model of another class is returned as it is.
+    """
+    base = getattr(type(model), "plain_class", None)
+    if base is None:
+        return model
+    cfg, keras = model.cfg, legacy_backend().keras
+    plain = base(dataclasses.replace(cfg, nb_classes=0))
+    plain(plain.dummy_inputs)
+    transfer_weights(model, plain)
+    # The Transformers of tfimm need a known batch size to be built. The model takes any.
+    inputs = keras.Input((*cfg.input_size, cfg.in_channels), batch_size=1)
+    _, features = plain(inputs, return_features=True)
+    maps = features_of(features, cfg.input_size)
+    assert maps is not None
+    outputs = model.decode_head(maps if len(maps) > 1 else maps[0])
+    return keras.Model(inputs, outputs, name=model.name)

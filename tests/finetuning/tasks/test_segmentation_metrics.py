@@ -47,11 +47,8 @@ def test_the_loss_leaves_ignored_pixels_out(weights):
 
 def test_shapes_that_do_not_fit_are_refused():
     logits, masks = example()
-    for labels, outputs in (
-        (masks[:, :5], logits),
-        (masks, logits[..., :3]),
-        (masks[0], logits),
-    ):
+    bad = ((masks[:, :5], logits), (masks, logits[..., :3]), (masks[0], logits))
+    for labels, outputs in bad:
         with pytest.raises(ValueError, match="expected masks"):
             loss_of(TASK, labels, outputs)
 

@@ -105,7 +105,7 @@ class Augmentation:
         *,
         interpolation: str = "bicubic",
         crop_pct: float = 1.0,
-    ) -> Callable[[Any, Any], Any]:
+    ) -> Callable[..., Any]:
         """Return the augmentation as a function, which can be used in ``Dataset.map``.
 
         Args:

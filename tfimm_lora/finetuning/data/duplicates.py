@@ -68,11 +68,13 @@ def identical_pictures(
     for group in (x for x in groups.values() if len(x) > 1):
         last = max((name for name, _ in group), key=_PART_ORDER.index)
         kept = next(picture for name, picture in group if name == last)
-        same = {picture.path: split.targets.identity(picture.label) for _, picture in group}
-        labels = set(same.values())
+        identities = {
+            picture.path: split.targets.identity(picture.label) for _, picture in group
+        }
+        labels = set(identities.values())
         for name, picture in group:
-            label = split.train.text(picture)
-            other = next((x for _, x in group if same[x.path] != same[picture.path]), None)
+            label, own = split.train.text(picture), identities[picture.path]
+            other = next((x for _, x in group if identities[x.path] != own), None)
             if other is not None:
                 reason = f"identical to {other.path}, whose label is {split.train.text(other)}"
                 problems.append(Problem(picture.path, label, f"{reason}."))

@@ -60,6 +60,9 @@ class MaskClasses:
         for name in ("names", "values", "ignored", "colours"):
             given = getattr(self, name)
             object.__setattr__(self, name, None if given is None else tuple(given))
+        if self.ignored is None:
+            is_free = not self.of_colours and IGNORED_INDEX not in self.values
+            object.__setattr__(self, "ignored", (IGNORED_INDEX,) if is_free else ())
         if len(self.names) < 2:
             raise ValueError(
                 f"Received {len(self.names)} class{'' if len(self.names) == 1 else 'es'} "
@@ -77,14 +80,12 @@ class MaskClasses:
     @property
     def unused(self) -> tuple[Value, ...]:
         """The values that are ignored."""
-        if self.ignored is not None:
-            return self.ignored
-        return () if self.of_colours or IGNORED_INDEX in self.values else (IGNORED_INDEX,)
+        return self.ignored or ()
 
     @property
     def of_colours(self) -> bool:
         """Whether the values are colours."""
-        return isinstance(self.values[0], str)
+        return bool(self.values) and isinstance(self.values[0], str)
 
     @property
     def numbers(self) -> tuple[int, ...]:

@@ -208,7 +208,7 @@ class MaskTargets(Targets):
         return read_mask(label, self.classes_of(names))
 
     def text(self, label: Any, names: Sequence[str]) -> str:
-        return os.path.basename(label)
+        return os.path.basename(str(label))
 
     def identity(self, label: Any) -> Any:
         return hashlib.sha256(Path(label).read_bytes()).digest()

@@ -37,7 +37,7 @@ GREY = (0.299, 0.587, 0.114)
 
 def numpy_augmentation(
     augmentation: Augmentation, size: tuple[int, int], method: str, crop_pct: float
-) -> Callable[[Any, Any], np.ndarray]:
+) -> Callable[..., Any]:
     """Return the function that ``Augmentation.function`` describes, for numpy arrays."""
 
     def augment(picture: Any, seed: Any, mask: Any = None) -> Any:
@@ -118,7 +118,9 @@ def _turned(picture: np.ndarray, angle: Any, nearest: bool = False) -> np.ndarra
     rows = _reflected(middle_y + sin * dx + cos * dy, height)
     columns = _reflected(middle_x + cos * dx - sin * dy, width)
     if nearest:
-        return picture[np.floor(rows + 0.5).astype(int), np.floor(columns + 0.5).astype(int)]
+        places = np.floor(rows + 0.5).astype(int), np.floor(columns + 0.5).astype(int)
+        closest: np.ndarray = picture[places]
+        return closest
     top, left = np.floor(rows).astype(int), np.floor(columns).astype(int)
     bottom, right = np.minimum(top + 1, height - 1), np.minimum(left + 1, width - 1)
     down, across = (rows - top)[..., None], (columns - left)[..., None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
@@ -83,7 +83,8 @@ class _Reader:
         self.channels = preprocessing.in_channels
         self.prepare = preprocessing.function(resize=augmentation is None)
         self.resize_mask = preprocessing.mask_function()
-        self.augment, self.enough = None, None
+        self.augment: Callable[..., Any] | None = None
+        self.enough = None
         if augmentation is not None:
             if not has_masks:  # masks have the full size
                 self.enough = augmentation.enough(preprocessing.input_size)

@@ -138,8 +138,8 @@ class Task(ABC):
 
     # -- predictions -----------------------------------------------------------------------
 
-    def collector(self) -> Collector:
-        """What computes an evaluation batch by batch."""
+    def collector(self) -> Any:
+        """What computes an evaluation batch by batch; see ``Collector``."""
         return Collector(self)
 
     @abstractmethod

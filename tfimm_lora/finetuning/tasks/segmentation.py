@@ -108,11 +108,12 @@ class Segmentation(Task):
 
     def check_model(self, model: Any) -> None:
         """Raise unless the model returns a score of each class for each pixel."""
-        shape = tuple(model.output_shape) if hasattr(model, "output_shape") else ()
-        if len(shape) != 4:
+        shape = getattr(model, "output_shape", None)  # not of a subclassed model
+        if shape is not None and len(shape) != 4:
             raise ValueError(
-                f"Received model '{model.name}' with outputs of shape {shape}; expected (batch, "
-                "height, width, classes). Open it with open_base_model(..., dense=True)."
+                f"Received model '{model.name}' with outputs of shape {shape}; expected "
+                "(batch, height, width, classes). Open it with open_base_model(..., "
+                "dense=True)."
             )
 
     def losses(self, backend: Backend, class_weight: Mapping[int, float] | None) -> Losses:

@@ -106,8 +106,8 @@ class SegmentationViews(Views):
         guess = most.pixels / evaluation.confusion.sum()
         intro = tag(
             "p",
-            f"Of the pixels of {pictures}, {percent(evaluation.accuracy)} have the right class. "
-            f"Always predicting {most.label} would be right for {percent(guess)}.",
+            f"Of the pixels of {pictures}, {percent(evaluation.accuracy)} have the right "
+            f"class. Always predicting {most.label} would be right for {percent(guess)}.",
         )
         numbers = [
             number("Mean IoU", f"{evaluation.mean_iou:.3f}", "mean of classes", class_="main"),
