@@ -22,6 +22,9 @@ from tfimm_lora.families.family import (
 )
 from tfimm_lora.families.templates import Name, Positions, Template
 
+#: The name of the decoder of a segmentation, which is the same in all libraries.
+DECODER = "decode_head"
+
 #: torch's names of weights.
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "variable")
 
@@ -133,6 +136,8 @@ class Naming:
 
     def to_timm(self, name: str, is_weight: bool = False) -> Name | None:
         """Return timm's name of a module or weight of this naming, or None."""
+        if _is_in_decoder(name):
+            return Name(name)
         head, found = self.family.head, None
         name = _renamed(name, self.renamed)
         if self.head and head and (name == self.head or name.startswith(f"{self.head}.")):
@@ -145,6 +150,8 @@ class Naming:
 
     def from_timm(self, name: Name, is_weight: bool = False) -> str | None:
         """Return the name of timm's module or weight in this naming, or None."""
+        if _is_in_decoder(name.name):
+            return name.name
         head = self.family.head
         if self.head and head and (name.name == head or name.name.startswith(f"{head}.")):
             return self.head + name.name[len(head) :]
@@ -173,6 +180,10 @@ class Naming:
             library += f" {self.dialect[1:]}"
         possessive = "'" if library.endswith("s") else "'s"
         return f"{library}{possessive} names of {self.family.name}{behind}"
+
+
+def _is_in_decoder(name: str) -> bool:
+    return name == DECODER or name.startswith(f"{DECODER}.")
 
 
 def _renamed(name: str, names: Mapping[str, str]) -> str:

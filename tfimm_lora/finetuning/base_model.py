@@ -63,13 +63,20 @@ def open_base_model(
             classes are in the saved model.
     """
     if dense:
-        options: dict[str, Any] = {
-            "weights": weights,
-            "input_size": input_size,
-            "normalisation": normalisation,
-        }
-        base = open_base_model(name, pretrained=pretrained, **options)
+        base = _opened(name, None, pretrained, weights, input_size, normalisation, True)
         return dense_base(base, classes)
+    return _opened(name, classes, pretrained, weights, input_size, normalisation, False)
+
+
+def _opened(
+    name: str | os.PathLike[str],
+    classes: int | None,
+    pretrained: bool,
+    weights: Any,
+    input_size: Size,
+    normalisation: str | None,
+    dense: bool,
+) -> BaseModel:
     name = canonical_name(os.fspath(name))
     if weights is not None and not os.path.exists(weights):
         raise FileNotFoundError(
@@ -85,13 +92,13 @@ def open_base_model(
                 "neither. The file contains the weights."
             )
         if folder_kind(name) in PRESETS:
-            base = open_keras3(name, classes, True, None, input_size, normalisation)
+            base = open_keras3(name, classes, True, None, input_size, normalisation, dense)
         else:
             base = open_file(name, classes, normalisation, input_size)
     elif name.startswith(APPLICATIONS):
         base = open_application(name, classes, pretrained, weights, input_size)
     elif not uses_legacy_keras() and (is_known_on_keras3(name) or is_preset(name)):
-        base = open_keras3(name, classes, pretrained, weights, input_size, normalisation)
+        base = open_keras3(name, classes, pretrained, weights, input_size, normalisation, dense)
     else:
         base = open_tfimm(name, classes, pretrained, weights, input_size)
     if normalisation is None:

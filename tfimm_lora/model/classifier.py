@@ -7,15 +7,13 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
+from tfimm_lora.families.recognize import DECODER
 from tfimm_lora.layer_paths import without_counts
 from tfimm_lora.layers.conversion import supported
 
 #: Names of classifiers, for models with neither a config nor a graph that identifies it.
 _NAMES = ("head", "fc", "classifier", "predictions", "logits", "output_dense")
 
-
-#: The name of the decoder of a segmentation; see ``new_decoder.py``.
-DECODER = "decode_head"
 
 #: What computes the scores of the classes in keras_hub's models for dense prediction: class of
 #: the model -> expression for the paths of the layers.

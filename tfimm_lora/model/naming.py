@@ -12,7 +12,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.config import Targets, with_default
 from tfimm_lora.families import FAMILIES
 from tfimm_lora.families.family import APPLICATIONS, KERAS_HUB, TIMM, Family
-from tfimm_lora.families.recognize import Naming, family_of_timm, recognize
+from tfimm_lora.families.recognize import DECODER, Naming, family_of_timm, recognize
 from tfimm_lora.families.templates import Name, Template
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import supported
@@ -83,7 +83,12 @@ def _of_keras(model: Any, names: Mapping[str, str]) -> Naming | None:
         for family in reversed(FAMILIES)
         if _is_backbone(layer, family, names)
     ]
-    adaptable = [names[p] for p, x in layers if isinstance(x, LoRALayer) or supported(x)]
+    adaptable = [
+        names[path]
+        for path, layer in layers
+        if (isinstance(layer, LoRALayer) or supported(layer))
+        and not names[path].startswith(f"{DECODER}.")
+    ]
     if backbones:  # some share a class in keras_hub, so the one that has the most layers
         found = max(backbones, key=lambda x: (_count(x, names.values()), len(x.family.needs)))
         # Of BASNet's encoder only the stem: its blocks are parts of other models.

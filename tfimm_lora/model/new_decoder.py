@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
-from tfimm_lora.model.classifier import DECODER
+from tfimm_lora.families.recognize import DECODER
 from tfimm_lora.model.new_classifier import takes_pictures
 
 #: The number of channels of the decoder.

@@ -7,7 +7,8 @@ import functools
 from typing import Any
 
 from tfimm_lora.backend import legacy_backend
-from tfimm_lora.model.classifier import DECODER, classifier_paths
+from tfimm_lora.families.recognize import DECODER
+from tfimm_lora.model.classifier import classifier_paths
 from tfimm_lora.model.new_decoder import create_decoder, features_of, fixed_size, no_features
 from tfimm_lora.model.state import copy_base_name
 from tfimm_lora.model.transfer import transfer_weights
@@ -70,7 +71,7 @@ def tfimm_segmenter(model: Any, classes: int) -> Any:
     """
     cfg = dataclasses.replace(model.cfg, nb_classes=classes)
     base: Any = type(model)
-    result: Any = segmentation_class(base)(cfg)  # type: ignore[call-arg]
+    result: Any = segmentation_class(base)(cfg)
     heads = [f"^{path}/" for path in classifier_paths(model)]
     transfer_weights(model, result, [f"^{DECODER}/", *heads])
     copy_base_name(model, result)

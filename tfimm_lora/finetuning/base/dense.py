@@ -6,8 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from tfimm_lora.backend import backend_of
+from tfimm_lora.families.recognize import DECODER
 from tfimm_lora.finetuning.base.opened import BaseModel
-from tfimm_lora.model.classifier import DECODER
 from tfimm_lora.model.logits import with_logits
 from tfimm_lora.model.naming import is_tfimm
 from tfimm_lora.model.new_decoder import with_decoder

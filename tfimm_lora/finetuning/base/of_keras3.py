@@ -29,12 +29,14 @@ def open_keras3(
     weights: Any,
     input_size: Size,
     normalisation: str | None,
+    dense: bool = False,
 ) -> BaseModel:
     """Create a model on Keras 3; see ``open_base_model``.
 
     Args:
         name: A name of tfimm or timm, or a preset: "hub/NAME", a folder or "hf://...".
         classes, pretrained, weights, input_size, normalisation: As for ``open_base_model``.
+        dense: Whether a preset of a segmenter is opened as such.
     """
     if is_known(name):
         check_tfimm(name)
@@ -46,6 +48,7 @@ def open_keras3(
             name,
             pretrained=pretrained,
             weights=weights,
+            dense=dense,
             nb_classes=classes,
             input_size=input_size,
         )

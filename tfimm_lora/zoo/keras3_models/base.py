@@ -51,7 +51,12 @@ class Base(NamedTuple):
 
 
 def create_base(
-    name: str, *, pretrained: bool = False, weights: Any = None, **arguments: Any
+    name: str,
+    *,
+    pretrained: bool = False,
+    weights: Any = None,
+    dense: bool = False,
+    **arguments: Any,
 ) -> Base:
     """Create a model on Keras 3 by its name.
 
@@ -60,6 +65,7 @@ def create_base(
             repository "hf://USER/REPOSITORY", or a preset (see ``is_preset``).
         pretrained: Whether to load the weights of the name.
         weights: A checkpoint to load instead, as ``load_timm_weights`` takes it.
+        dense: Whether a preset is opened as a segmenter, if it is one.
         **arguments: nb_classes, in_channels, input_size, mean, std, crop_pct, interpolation.
 
     Raises:
@@ -76,7 +82,7 @@ def create_base(
             raise ValueError(
                 f"Received the preset {name!r} and a checkpoint; expected only one of them."
             )
-        return _of_preset(name, pretrained or not name.startswith(HUB), given)
+        return _of_preset(name, pretrained or not name.startswith(HUB), given, dense)
     if name.startswith(("/", "./", "../", "~")):
         what = "which contains no model" if os.path.exists(name) else "which does not exist"
         raise FileNotFoundError(
@@ -161,12 +167,14 @@ def _own_settings(weights: Any) -> dict[str, Any]:
     return settings
 
 
-def _of_preset(name: str, load_weights: bool, given: dict[str, Any]) -> Base:
+def _of_preset(name: str, load_weights: bool, given: dict[str, Any], dense: bool) -> Base:
     if given.get("in_channels", 3) != 3:
         raise ValueError(
             f"Received in_channels={given['in_channels']} for the preset {name!r}; expected 3."
         )
-    preset = open_preset(name, load_weights=load_weights, input_size=given.get("input_size"))
+    preset = open_preset(
+        name, load_weights=load_weights, input_size=given.get("input_size"), dense=dense
+    )
     if not load_weights:
         compute_positions(preset.model)
     classes, backend = given.get("nb_classes"), default_backend()

@@ -41,8 +41,8 @@ class Preset(NamedTuple):
     Attributes:
         model: A functional model of images.
         converter: The ``ImageConverter`` of the preset, or None.
-        has_classifier: Whether the model returns the scores of classes. Otherwise it returns
-            the features of a backbone.
+        has_classifier: Whether the model returns the scores of classes, of a picture or of its
+            pixels. Otherwise it returns the features of a backbone.
     """
 
     model: Any
@@ -69,6 +69,7 @@ def open_preset(
     *,
     load_weights: bool = True,
     input_size: tuple[int, int] | None = None,
+    dense: bool = False,
 ) -> Preset:
     """Open a preset of keras_hub.
 
@@ -78,6 +79,7 @@ def open_preset(
             transformers or timm where keras_hub has a converter; torch is not needed.
         load_weights: Whether to load the weights. With False they are random.
         input_size: The height and width of the images. Default: those of the preset.
+        dense: Whether to open a segmenter, or else the backbone, instead of a classifier.
 
     Raises:
         RuntimeError: If this process runs legacy Keras.
@@ -96,7 +98,8 @@ def open_preset(
     arguments: dict[str, Any] = {"load_weights": load_weights}
     if input_size is not None:
         arguments["image_shape"] = (*input_size, 3)
-    task = _classifier(hub, name, source, arguments)
+    kind = hub.models.ImageSegmenter if dense else hub.models.ImageClassifier
+    task = _task(kind, name, source, arguments)
     if task is not None:
         converter = getattr(task.preprocessor, "image_converter", None)
         return Preset(task, converter, True)
@@ -109,7 +112,8 @@ def _source(hub: Any, name: str) -> str:
     if name.startswith(HUB) and not os.path.exists(name):
         short = name[len(HUB) :]
         known = list(hub.models.Backbone.presets)
-        known += [p for p in hub.models.ImageClassifier.presets if p not in known]
+        for task in (hub.models.ImageClassifier, hub.models.ImageSegmenter):
+            known += [p for p in task.presets if p not in known]
         if short not in known:
             near = ", ".join(HUB + x for x in close_names(short, known, 3))
             raise ValueError(
@@ -121,10 +125,10 @@ def _source(hub: Any, name: str) -> str:
     return _HUGGING_FACE.sub("hf://", name) if _HUGGING_FACE.match(name) else name
 
 
-def _classifier(hub: Any, name: str, source: str, arguments: dict[str, Any]) -> Any:
-    """The classifier of a preset, or None if it has only a backbone."""
+def _task(kind: Any, name: str, source: str, arguments: dict[str, Any]) -> Any:
+    """The classifier or segmenter of a preset, or None if it has only a backbone."""
     try:
-        return _loaded(name, hub.models.ImageClassifier.from_preset, source, arguments)
+        return _loaded(name, kind.from_preset, source, arguments)
     except FileNotFoundError as error:
         if "preset directory" in str(error):  # of the preprocessor of a classifier
             return None
