@@ -158,7 +158,7 @@ class SegmentationViews(Views):
             tag("div", seen),
             tag(
                 "figcaption",
-                tag("span", f"IoU {x.iou:.3f}, {percent(x.accuracy)} of the pixels right; "),
+                tag("span", f"IoU {x.iou:.3f}, {percent(x.accuracy)} of the pixels right"),
                 tag("span", shown_path(run, str(x.path)), class_="path"),
             ),
         )
