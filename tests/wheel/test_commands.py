@@ -45,6 +45,7 @@ NOT_RUN = {
     r"^docs/how-to/choose-settings.md": "they need pretrained weights from a hub",
     r"^docs/how-to/serving.md": "tests/serving run the server, which does not end by itself",
     r"^docs/how-to/several-labels-and-numbers.md": "tests/finetuning/tasks runs them",
+    r"^docs/how-to/segmentation.md": "tests/finetuning/tasks runs them",
     r"^docs/how-to/several-devices.md": "tests/finetuning/test_distributed.py runs strategies",
 }
 

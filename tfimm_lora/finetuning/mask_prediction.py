@@ -81,7 +81,7 @@ def upsampled(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     Example:
         >>> import numpy as np
         >>> from tfimm_lora.finetuning.mask_prediction import upsampled
-        >>> upsampled(np.array([[[1.0, 0.0], [0.0, 3.0]]]), (1, 4)).tolist()
+        >>> upsampled(np.array([[[1.0, 0.0], [0.0, 4.0]]]), (1, 4)).tolist()
         [[0, 1, 1, 1]]
     """
     best: np.ndarray | None = None
