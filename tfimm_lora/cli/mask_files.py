@@ -28,6 +28,7 @@ class MaskFiles:
         folder: The folder; None to write nothing.
         overlays: Whether to write overlays.
         overwrite: Whether files may be replaced.
+        tile: Whether large pictures are cut into tiles.
     """
 
     def __init__(
@@ -37,9 +38,10 @@ class MaskFiles:
         folder: Path | None,
         overlays: bool,
         overwrite: bool,
+        tile: bool,
     ) -> None:
         self.task, self.folder = task, folder
-        self.overlays, self.overwrite = overlays, overwrite
+        self.overlays, self.overwrite, self.tile = overlays, overwrite, tile
         self._stems = _stems(names)
 
     def answer(self, name: str, file: str, found: np.ndarray) -> dict[str, Any]:

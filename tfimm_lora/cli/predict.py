@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import functools
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -90,6 +92,14 @@ def predict_command(
         bool,
         typer.Option("--overlay", help="Write the pictures with their masks over them, too."),
     ] = False,
+    tile: Annotated[
+        bool,
+        typer.Option(
+            "--tile",
+            help="Segmentation: cut pictures that are larger than the input of the model into "
+            "overlapping tiles, instead of resizing them.",
+        ),
+    ] = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures per batch.")] = 32,
     overwrite: Overwrite = False,
     as_json: Json = False,
@@ -99,7 +109,7 @@ def predict_command(
     For several labels, print those above their thresholds, which the run chose
     on its validation pictures; for a regression, numbers with intervals; for a
     segmentation, the share of each class. A mask has the size of its picture,
-    which is resized to the input of the model.
+    which is resized to the input of the model, or cut into tiles (--tile).
 
     Files that cannot be read are listed on stderr. The others are predicted
     nevertheless, and the exit code is 1. What is left out in folders (files
@@ -113,7 +123,7 @@ def predict_command(
     if csv_file is not None:
         refuse_to_overwrite(csv_file, overwrite)
     opened = Run.open(run)
-    _check_masks(opened, out, overlays)
+    _check_masks(opened, out, overlays, tile)
     if files_from is not None:
         if str(files_from) == STDIN and STDIN in given:
             raise ValueError(
@@ -132,7 +142,7 @@ def predict_command(
         opened.task.views.check_options(top, threshold)
         masks = None
         if isinstance(opened.task, Segmentation):
-            masks = MaskFiles(opened.task, found.names, out, overlays, overwrite)
+            masks = MaskFiles(opened.task, found.names, out, overlays, overwrite, tile)
         predictions, failed = _predict(opened, found.names, batch_size, top, threshold, masks)
         unreadable += failed
     if csv_file is not None:
@@ -155,7 +165,11 @@ def predict_command(
         raise typer.Exit(FAILED)
 
 
-def _check_masks(run: Run, out: Path | None, overlays: bool) -> None:
+def _check_masks(run: Run, out: Path | None, overlays: bool, tile: bool) -> None:
+    if tile and not run.task.is_dense:
+        raise ValueError(
+            f"Received --tile for a {run.task.name}; expected it only for a segmentation."
+        )
     if out is not None and not run.task.is_dense:
         raise ValueError(
             f"Received --out {out} for a {run.task.name}; expected none. It writes masks, "
@@ -187,7 +201,9 @@ def _predict(
         if not readables:
             return [], unreadable
         import_tensorflow()
-        predict = predict_pictures if masks is None else predict_masks
+        predict: Callable[..., Any] = predict_pictures
+        if masks is not None:
+            predict = functools.partial(predict_masks, tile=masks.tile)
         results = predict(
             run.model(),
             list(readables.values()),

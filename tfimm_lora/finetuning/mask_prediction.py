@@ -16,6 +16,7 @@ from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import OutputsOf
 from tfimm_lora.finetuning.report.overlays import overlay
 from tfimm_lora.finetuning.tasks.base import Task
+from tfimm_lora.finetuning.tiles import tiled_classes
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.zoo.weights.resizing import resized
 
@@ -27,11 +28,12 @@ def predict_masks(
     *,
     task: Task,
     batch_size: int = 32,
+    tile: bool = False,
 ) -> Iterator[tuple[str, np.ndarray | UnreadablePicture]]:
     """Predict the class of each pixel of picture files, one after the other.
 
     A picture is resized to the input of the model, and the logits back to the picture
-    (bilinear).
+    (bilinear); or it is cut into tiles of the size of the input (``tiled_classes``).
 
     Args:
         model: A model that returns logits for each pixel.
@@ -39,6 +41,8 @@ def predict_masks(
         preprocessing: The preprocessing of the model.
         task: The segmentation.
         batch_size: The number of pictures in a batch. Default: 32.
+        tile: Whether pictures that are larger than the input are cut into tiles. Default: they
+            are resized.
 
     Yields:
         The path of a file, with the index of the class of each pixel, int32 (h, w), or with the
@@ -47,11 +51,21 @@ def predict_masks(
     """
     prepare, outputs_of = preprocessing.function(resize=True), OutputsOf(model, task)
 
-    def load(path: str) -> tuple[np.ndarray, tuple[int, int]] | UnreadablePicture:
+    prepare_tiles = preprocessing.function()
+
+    def logits_of_tiles(tiles: np.ndarray) -> np.ndarray:
+        starts = range(0, len(tiles), batch_size)
+        parts = [prepare_tiles(tiles[i : i + batch_size]) for i in starts]
+        return np.concatenate([outputs_of(np.asarray(x, np.float32)) for x in parts])
+
+    def load(path: str) -> tuple[np.ndarray, tuple[int, int]] | np.ndarray | UnreadablePicture:
         try:
             pixels = read_picture(path, preprocessing.in_channels)
         except UnreadablePicture as problem:
             return problem
+        sides = zip(pixels.shape, preprocessing.input_size)
+        if tile and any(side > limit for side, limit in sides):
+            return pixels
         return np.asarray(prepare(pixels), np.float32), (pixels.shape[0], pixels.shape[1])
 
     names = [os.fspath(path) for path in paths]
@@ -64,8 +78,12 @@ def predict_masks(
             inputs = [x[0] for x in batch if isinstance(x, tuple)]
             logits = iter(outputs_of(np.stack(inputs)) if inputs else ())
             for name, x in zip(names[start:end], batch):
-                found = x if isinstance(x, UnreadablePicture) else upsampled(next(logits), x[1])
-                yield name, found
+                if isinstance(x, tuple):
+                    yield name, upsampled(next(logits), x[1])
+                elif isinstance(x, np.ndarray):
+                    yield name, tiled_classes(x, preprocessing.input_size, logits_of_tiles)
+                else:
+                    yield name, x
 
 
 def upsampled(logits: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -23,6 +23,7 @@ from tfimm_lora.finetuning.mask_prediction import upsampled
 from tfimm_lora.finetuning.recipe import finetune_pictures
 from tfimm_lora.finetuning.run import Run
 from tfimm_lora.finetuning.run_report import evaluate_run
+from tfimm_lora.finetuning.tiles import tiled_classes
 
 
 @pytest.fixture(scope="module")
@@ -122,6 +123,50 @@ def test_logits_are_resized_before_the_classes_are_chosen():
     planes = [Image.fromarray(np.ascontiguousarray(logits[..., i])) for i in range(3)]
     large = [np.asarray(x.resize((44, 35), Image.Resampling.BILINEAR)) for x in planes]
     np.testing.assert_array_equal(upsampled(logits, (35, 44)), np.stack(large).argmax(0))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("size", [(37, 50), (16, 12), (9, 40), (33, 7)])
+def test_tiles_of_a_model_of_single_pixels_change_nothing(size):
+    """Their logits are the same in each tile, so their mean is that of one."""
+    pixels = np.random.default_rng(0).normal(size=(*size, 3)).astype("float32")
+    kernel = np.random.default_rng(1).normal(size=(3, 5)).astype("float32")
+    seen = []
+
+    def logits_of(tiles):
+        seen.append(tiles.shape[1:])
+        return tiles @ kernel
+
+    found = tiled_classes(pixels, (16, 12), logits_of)
+    np.testing.assert_array_equal(found, (pixels @ kernel).argmax(-1))
+    assert set(seen) == {(16, 12, 3)}
+
+
+@pytest.mark.once
+def test_tiles_overlap_and_count_less_at_their_borders():
+    """A model whose second class is large at the border of its tiles, which count little."""
+    logits = np.zeros((16, 16, 2), "float32")
+    logits[..., 0] = 1
+    logits[:2, :, 1] = logits[-2:, :, 1] = logits[:, :2, 1] = logits[:, -2:, 1] = 1.5
+    found = tiled_classes(
+        np.zeros((40, 40, 3)), (16, 16), lambda x: np.repeat(logits[None], len(x), axis=0)
+    )
+    inside = found[2:-2, 2:-2]
+    assert (inside == 0).all() and (found[:2] == 1).all() and (found[:, -2:] == 1).all()
+
+
+def test_large_pictures_are_cut_into_tiles(run, capsys, tmp_path):
+    first, second = (p.path for p in run.split.val.pictures[:2])
+    large = np.concatenate([np.array(Image.open(x)) for x in (first, second)], axis=1)
+    Image.fromarray(large).save(tmp_path / "large.png")
+    words = (tmp_path / "large.png", first, "--tile", "--out", tmp_path / "m", "--json")
+    out, _ = ask(capsys, "predict", run.path, *words)
+    found, small = (np.array(Image.open(x["mask"])) for x in json.loads(out)["predictions"])
+    assert found.shape == (SIDE, 2 * SIDE)
+    # At the outer border, only one tile counts much.
+    expected = logits_of(run, [first])[0].argmax(-1)
+    assert np.mean(small == expected) > 0.998  # it is not larger than the input
+    assert np.mean(found[:, :8] == expected[:, :8]) > 0.95
 
 
 @pytest.mark.long
