@@ -15,6 +15,7 @@ from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.report.formatting import byte_text, percent
+from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.model.state import RANDOM, base_name, record_base_name
 from tfimm_lora.training.plan import Plan, plan
@@ -29,6 +30,8 @@ tfimm-lora plan applications/ResNet50 --rank 4 --all
 tfimm-lora plan deit_base_patch16_224 --qkv qv --batch-size 32
 
 tfimm-lora plan my_model.keras --rank 4 --json
+
+tfimm-lora plan vit_tiny_patch16_224 --task segmentation --classes 5
 """
 
 
@@ -60,6 +63,10 @@ def plan_command(
             "train it."
         ),
     ] = None,
+    task: Annotated[
+        str,
+        typer.Option(help="The task; with segmentation, include the decoder for --classes."),
+    ] = DEFAULT,
     train_bias: Annotated[str, typer.Option(help="none, lora_only or all.")] = "none",
     train_classifier: Annotated[
         bool | None, typer.Option(help="Default: if --classes replaces the classifier.")
@@ -84,7 +91,8 @@ def plan_command(
     else:
         import_tensorflow()
     # A model file does not store the normalization. The plan does not depend on it.
-    opened = open_base_model(model, classes=classes, normalisation="unit")
+    dense = task_named(task).is_dense
+    opened = open_base_model(model, classes=classes, normalisation="unit", dense=dense)
     base, preprocessing = opened.model, opened.preprocessing
     if opened.from_scratch:
         # The files of the adapter are those of finetune, which loads pretrained weights.
