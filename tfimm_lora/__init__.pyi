@@ -20,6 +20,8 @@ from .config import LORA_WEIGHT_NAMES as LORA_WEIGHT_NAMES
 from .config import LoRAConfig as LoRAConfig
 from .create import create_model as create_model
 from .create import list_models as list_models
+from .explanations.explain import Explanation as Explanation
+from .explanations.explain import explain as explain
 from .exporting.export import export as export
 from .exporting.exported import Exported as Exported
 from .finetuning.data.augmentation import Augmentation as Augmentation
