@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -17,8 +17,10 @@ from tfimm_lora.model.output_activation import like_softmax, returning_logits
 from tfimm_lora.model.state import recorded_class_names, recorded_task
 from tfimm_lora.validation import check_integer
 
+GRAD_CAM, INTEGRATED_GRADIENTS = "grad_cam", "integrated_gradients"
+
 #: The methods, and what they are called in texts.
-METHODS = {"grad_cam": "Grad-CAM", "hires_cam": "HiResCAM"}
+METHODS = {GRAD_CAM: "Grad-CAM", INTEGRATED_GRADIENTS: "integrated gradients"}
 
 #: The task whose outputs are numbers and no evidence for labels.
 _REGRESSION = "regression"
@@ -35,15 +37,15 @@ class Explanation:
             (n, h, w). The largest value of a map is 1, of a map without any evidence 0.
         targets: The output that each map is about, (n,).
         outputs: The outputs of the model, (n, k), before a softmax or sigmoid.
-        method: "grad_cam" or "hires_cam".
+        method: "grad_cam" or "integrated_gradients".
         layer: The path of the layer whose feature map was used.
         grid: The places of that feature map, (rows, columns). The maps have no finer details.
         labels: The names of the outputs, if the model records them.
     """
 
-    maps: np.ndarray
+    maps: np.ndarray = field(repr=False)
     targets: np.ndarray
-    outputs: np.ndarray
+    outputs: np.ndarray = field(repr=False)
     method: str
     layer: str
     grid: tuple[int, int]
@@ -62,36 +64,45 @@ def explain(
     method: str = "auto",
     *,
     layer: str | None = None,
+    steps: int = 8,
     batch_size: int = 8,
 ) -> Explanation:
     """Show which places of pictures an output of a model depends on.
 
-    Let F (rows, columns, channels) be the feature map of a layer for a picture, y the output
-    before the softmax or sigmoid, and G = dy/dF. The evidence at a place p is
+    Let F (rows, columns, channels) be the feature map of a layer for a picture, y(F) the output
+    before the softmax or sigmoid, and G(F) = dy/dF. The evidence at a place p is
 
-        grad_cam:   sum_c mean_q(G[q, c]) F[p, c]
-        hires_cam:  sum_c G[p, c] F[p, c]
+        grad_cam:              sum_c mean_q(G(F)[q, c]) F[p, c]
+        integrated_gradients:  sum_c mean_k(G(a_k F)[p, c]) F[p, c]
 
-    where the mean is that over all places. Evidence against a label is set to 0. For a model
-    that was fine-tuned for a regression, whose outputs are numbers, the absolute value is
-    taken. The result is enlarged to the size of the picture with linear interpolation, and
-    divided by its maximum. So maps show where the evidence is and not how much there is; maps
-    of different pictures or labels cannot be compared.
+    with the mean over all places q, and over as many numbers a_k as steps, in the middles of
+    equal parts of [0, 1]. Integrated gradients sum up to y(F) - y(0), apart from the error of
+    the steps. Grad-CAM uses the last feature map of a convolutional network. In a transformer,
+    attention mixes the places, so the tokens of the last layers tell little of them: there the
+    first tokens are used, which are the patches of the picture.
 
-    The tokens of a transformer are a feature map, too; class tokens and registers are left out.
+    Evidence against a label is set to 0. For a model that was fine-tuned for a regression,
+    whose outputs are numbers, the absolute value is taken. The result is enlarged to the size
+    of the picture with linear interpolation, and divided by its maximum. So maps show where the
+    evidence is and not how much there is; maps of different pictures cannot be compared.
+
     The model may have LoRA, merged or not.
 
     Args:
         model: A model for pictures that returns outputs (n, k).
         pictures: Inputs of the model, preprocessed, (n, h, w, channels); or (n, channels, h, w)
             for a model with channels first.
-        target: The output to explain: its number, or its label if the model was fine-tuned by
-            this package. A list has one for each picture. Default: the largest output of each
-            picture; of a regression the first number.
-        method: "grad_cam" or "hires_cam". Default: "auto", Grad-CAM for maps of convolutional
-            networks and HiResCAM for tokens.
-        layer: The path of a layer, as in ``lora.plan(model)``. Default: the last one with a
-            feature map of more than one place on which the outputs depend.
+        target: The output to explain: its number, or its label if the model records labels, as
+            ``Run.model()`` does. A list has one for each picture. Default: the largest output
+            of each picture; of a regression the first number.
+        method: "grad_cam" or "integrated_gradients". Default: "auto", integrated gradients if
+            the last feature map consists of tokens, as in transformers, otherwise Grad-CAM.
+        layer: The path of a layer, as ``lora.explain_targets(model)`` lists them. Class tokens
+            and registers of its output are left out. Default: the last layer with a feature map
+            of more than one place; for integrated gradients the first one with tokens, if
+            there is one.
+        steps: The number of steps of integrated gradients. Each takes about as long as a
+            training step. Default: 8.
         batch_size: The number of pictures for which gradients are computed at once. Default: 8.
 
     Returns:
@@ -104,7 +115,8 @@ def explain(
 
     Warns:
         UserWarning: if the outputs look like those of a softmax that cannot be left out, whose
-            gradients are tiny where the model is sure.
+            gradients are tiny where the model is sure, or if they do not depend on the feature
+            map.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -121,38 +133,37 @@ def explain(
         >>> print(found)
         Grad-CAM on layer 'features' (8 x 8 places)
 
-    References: Selvaraju et al., "Grad-CAM", arXiv:1610.02391; Draelos and Carin, "Use HiResCAM
-    instead of Grad-CAM", arXiv:2011.08891.
+    References: Selvaraju et al., "Grad-CAM", arXiv:1610.02391; Sundararajan et al., "Axiomatic
+    Attribution for Deep Networks", arXiv:1703.01365.
     """
     if method not in ("auto", *METHODS):
         raise ValueError(
             f"Received method={method!r}; expected 'auto', {', '.join(map(repr, METHODS))}."
         )
     check_integer(batch_size, "batch_size", least=1)
+    check_integer(steps, "steps", least=1)
     pictures = _checked_pictures(pictures)
     backend, task = backend_of(model), recorded_task(model)
     labels = recorded_class_names(model) if task is None else task.labels
     is_regression = task is not None and task.name == _REGRESSION
     targets = _listed(target, len(pictures))
     with backend.eagerly(), returning_logits(model) as is_known:
-        gradients = _Gradients(backend, model)
-        found = gradients.feature_map(pictures[:1], layer)
+        found = feature_maps(model, pictures[:1])
+        if method == "auto":
+            method = INTEGRATED_GRADIENTS if found and found[-1].has_tokens else GRAD_CAM
+        chosen = _chosen(found, layer, method, model, pictures.shape)
+        gradients = _Gradients(backend, model, chosen, steps, method)
         parts = []
         for start in range(0, len(pictures), batch_size):
-            part = slice(start, start + batch_size)
-            parts.append(
-                gradients.of(found, pictures[part], targets[part], labels, is_regression)
-            )
+            batch = slice(start, start + batch_size)
+            features, outputs = gradients.features(pictures[batch])
+            values = gradients.array(outputs)
+            numbers = _numbers(targets[batch], values, labels, is_regression)
+            slopes = gradients.slopes(pictures[batch], features, numbers, values.shape[1])
+            parts.append((chosen.places(gradients.array(features)), slopes, values, numbers))
     features, slopes, outputs, numbers = (np.concatenate(x) for x in zip(*parts))
-    if not is_known and outputs.shape[1] > 1 and like_softmax(outputs):
-        warnings.warn(
-            f"Model '{model.name}' seems to return probabilities, whose gradients are tiny "
-            "where it is sure; expected logits. Leave the softmax out of the model.",
-            stacklevel=2,
-        )
-    if method == "auto":
-        method = "grad_cam" if found.others is None else "hires_cam"
-    if method == "grad_cam":
+    _warn(model, chosen, slopes, None if is_known else outputs)
+    if method == GRAD_CAM:
         slopes = slopes.mean((1, 2), keepdims=True)
     evidence = (features * slopes).sum(-1)
     evidence = np.abs(evidence) if is_regression else np.maximum(evidence, 0)
@@ -160,92 +171,26 @@ def explain(
     largest = maps.max((1, 2), keepdims=True)
     maps = np.divide(maps, largest, out=np.zeros_like(maps), where=largest > 0)
     return Explanation(
-        maps.astype(np.float32), numbers, outputs, method, found.path, found.grid, labels
+        maps.astype(np.float32), numbers, outputs, method, chosen.path, chosen.grid, labels
     )
 
 
 class _Gradients:
-    """Feature maps of a model and the gradients of its outputs with respect to them."""
+    """Feature maps of a layer, and the gradients of a model's outputs with respect to them."""
 
-    def __init__(self, backend: Backend, model: Layer) -> None:
-        self.backend, self.model = backend, model
+    def __init__(
+        self, backend: Backend, model: Layer, found: FeatureMap, steps: int, method: str
+    ) -> None:
+        self.backend, self.model, self.found = backend, model, found
+        #: The numbers that the feature maps are multiplied with.
+        self.factors = [1.0]
+        if method == INTEGRATED_GRADIENTS:
+            self.factors = [(step + 0.5) / steps for step in range(steps)]
 
-    def feature_map(self, pictures: np.ndarray, path: str | None) -> FeatureMap:
-        """The layer at a path, or the last one on whose places the outputs depend."""
-        found, outputs = feature_maps(self.model, lambda: self._run(pictures), pictures)
-        self._check(outputs, len(pictures))
-        if path is not None:
-            return self._at(path, found)
-        if not found:
-            raise ValueError(
-                f"Received model '{self.model.name}', in which no layer returns a feature map "
-                f"for pictures of shape {pictures.shape[1:]}; expected a convolutional network "
-                "or a transformer. Its answers cannot be explained with places."
-            )
-        # In any direction: a single output may not depend on a picture at all.
-        direction = np.random.default_rng(0).normal(size=tuple(outputs.shape))
-        last = found[-1]
-        for one in reversed(found):
-            if (one.others is None, one.channels) != (last.others is None, last.channels):
-                continue  # such as queries and keys, or what is between two layers of an MLP
-            if self._slopes(one, pictures, direction).any():
-                return one
-        return last
-
-    def _at(self, path: str, found: list[FeatureMap]) -> FeatureMap:
-        for one in found:
-            if one.path == path:
-                return one
-        known = any(path == other for other, _ in self.backend.walk(self.model))
-        problem = (
-            "which is called several times or returns no feature map of more than one place"
-            if known
-            else "which does not exist"
-        )
-        listed = ", ".join(x.path for x in found[-8:]) or "none"
-        raise ValueError(
-            f"Received layer={path!r} for model '{self.model.name}', {problem}; expected one "
-            f"of those with a feature map. The last of them: {listed}."
-        )
-
-    def _check(self, outputs: Any, count: int) -> None:
-        shape = tuple(getattr(outputs, "shape", ()))
-        if len(shape) != 2 or shape[0] != count:
-            received = f"outputs of shape {shape}" if shape else f"a {type(outputs).__name__}"
-            raise ValueError(
-                f"Received model '{self.model.name}', which returns {received} for {count} "
-                "pictures; expected outputs of shape (pictures, labels)."
-            )
-
-    def of(
-        self,
-        found: FeatureMap,
-        pictures: np.ndarray,
-        targets: Sequence[Target],
-        labels: Sequence[str] | None,
-        is_regression: bool,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        """Feature maps, gradients, outputs and numbers of the targets of a batch."""
-        features, outputs = self._features(found, pictures)
-        values = self._array(outputs)
-        default = np.zeros(len(values), int) if is_regression else values.argmax(1)
-        numbers = np.array(
-            [
-                int(best) if one is None else _number(one, values.shape[1], labels)
-                for one, best in zip(targets, default)
-            ]
-        )
-        direction = np.eye(values.shape[1])[numbers]
-        slopes = self._slopes(found, pictures, direction, features)
-        return found.places(self._array(features)), slopes, values, numbers
-
-    def _run(self, pictures: np.ndarray) -> Tensor:
-        return self.model(pictures, training=False)
-
-    def _array(self, tensor: Tensor) -> np.ndarray:
+    def array(self, tensor: Tensor) -> np.ndarray:
         return self.backend.to_numpy(tensor).astype(np.float64)
 
-    def _features(self, found: FeatureMap, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
+    def features(self, pictures: np.ndarray) -> tuple[Tensor, Tensor]:
         """The outputs of the layer and of the model."""
         kept = []
 
@@ -253,30 +198,86 @@ class _Gradients:
             kept.append(call(*args, **kwargs))
             return kept[-1]
 
-        with self.backend.calls_replaced([(found.layer, function)]):
-            outputs = self._run(pictures)
+        with self.backend.calls_replaced([(self.found.layer, function)]):
+            outputs = self.model(pictures, training=False)
+        shape = tuple(getattr(outputs, "shape", ()))
+        if len(shape) != 2 or shape[0] != len(pictures):
+            received = f"outputs of shape {shape}" if shape else f"a {type(outputs).__name__}"
+            raise ValueError(
+                f"Received model '{self.model.name}', which returns {received} for "
+                f"{len(pictures)} pictures; expected outputs of shape (pictures, labels)."
+            )
         return kept[0], outputs
 
-    def _slopes(
-        self,
-        found: FeatureMap,
-        pictures: np.ndarray,
-        direction: np.ndarray,
-        features: Tensor | None = None,
+    def slopes(
+        self, pictures: np.ndarray, features: Tensor, numbers: np.ndarray, count: int
     ) -> np.ndarray:
-        """The gradient of ``sum(outputs * direction)`` with respect to the feature map."""
-        if features is None:
-            features, _ = self._features(found, pictures)
+        """The gradients of these outputs, averaged over the steps: (n, rows, columns, c)."""
+        cast = self.backend.ops.cast
 
         def outputs(features: Tensor) -> Tensor:
             function = lambda call, *args, **kwargs: features  # noqa: E731
-            with self.backend.calls_replaced([(found.layer, function)]):
-                return self.backend.ops.cast(self._run(pictures), "float32")
+            with self.backend.calls_replaced([(self.found.layer, function)]):
+                return cast(self.model(pictures, training=False), "float32")
 
-        direction = self.backend.ops.cast(direction, "float32")
-        slopes = self.backend.vjp(outputs, features, direction)
-        zeros = np.zeros(tuple(features.shape))
-        return found.places(zeros if slopes is None else self._array(slopes))
+        # The gradient of the sum: no output depends on another picture.
+        direction = cast(np.eye(count)[numbers], "float32")
+        total = np.zeros(tuple(features.shape))
+        for factor in self.factors:
+            slopes = self.backend.vjp(outputs, features * factor, direction)
+            if slopes is not None:
+                total += self.array(slopes)
+        return self.found.places(total / len(self.factors))
+
+
+def _chosen(
+    found: Sequence[FeatureMap],
+    path: str | None,
+    method: str,
+    model: Layer,
+    shape: tuple[int, ...],
+) -> FeatureMap:
+    """The layer at a path, or that which suits a method."""
+    if not found:
+        raise ValueError(
+            f"Received model '{model.name}', in which no layer returns a feature map of more "
+            f"than one place for pictures of shape {shape[1:]}; expected a convolutional "
+            "network or a transformer. Its answers cannot be explained with places."
+        )
+    if path is None:
+        with_tokens = [one for one in found if one.has_tokens]
+        first = with_tokens and method == INTEGRATED_GRADIENTS
+        return with_tokens[0] if first else found[-1]
+    for one in found:
+        if one.path == path:
+            return one
+    known = any(path == other for other, _ in backend_of(model).walk(model))
+    problem = (
+        "which is called several times or returns no feature map of more than one place"
+        if known
+        else "which does not exist"
+    )
+    raise ValueError(
+        f"Received layer={path!r} for model '{model.name}', {problem}; expected one of those "
+        f"with a feature map. The last of them: {', '.join(x.path for x in found[-8:])}."
+    )
+
+
+def _warn(
+    model: Layer, found: FeatureMap, slopes: np.ndarray, unknown: np.ndarray | None
+) -> None:
+    if not slopes.any():
+        warnings.warn(
+            f"The outputs of model '{model.name}' do not depend on the feature map of layer "
+            f"'{found.path}', so the maps are 0. Pass another layer.",
+            stacklevel=3,
+        )
+    if unknown is not None and unknown.shape[1] > 1 and like_softmax(unknown):
+        warnings.warn(
+            f"Model '{model.name}' seems to return probabilities, whose gradients are tiny "
+            "where it is sure; expected logits. Leave the softmax out of the model.",
+            stacklevel=3,
+        )
 
 
 def _checked_pictures(pictures: Any) -> np.ndarray:
@@ -291,7 +292,9 @@ def _checked_pictures(pictures: Any) -> np.ndarray:
 
 def _listed(target: Any, count: int) -> list[Target]:
     """A target for each picture."""
-    if target is None or isinstance(target, (str, int, np.integer)):
+    if isinstance(target, np.integer):
+        target = int(target)
+    if target is None or isinstance(target, (str, int)):
         return [target] * count
     if not isinstance(target, (list, tuple, np.ndarray)):
         raise TypeError(
@@ -303,6 +306,19 @@ def _listed(target: Any, count: int) -> list[Target]:
             f"Received {len(target)} targets for {count} pictures; expected one for each."
         )
     return list(target)
+
+
+def _numbers(
+    targets: Sequence[Target],
+    values: np.ndarray,
+    labels: Sequence[str] | None,
+    is_regression: bool,
+) -> np.ndarray:
+    """The numbers of the outputs to explain, (n,)."""
+    default = np.zeros(len(values), int) if is_regression else values.argmax(1)
+    count = values.shape[1]
+    pairs = zip(targets, default)
+    return np.array([int(x) if t is None else _number(t, count, labels) for t, x in pairs])
 
 
 def _number(target: Any, count: int, labels: Sequence[str] | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.backend import backend_of
-from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.backend.interface import Layer
 
 #: The most tokens before those of the places: a class token, and registers.
 _MOST_OTHER_TOKENS = 17
@@ -39,6 +39,11 @@ class FeatureMap(NamedTuple):
     others: int | None = None
     channels_first: bool = False
 
+    @property
+    def has_tokens(self) -> bool:
+        """Whether the layer returns tokens, and not a map."""
+        return self.others is not None
+
     def places(self, values: np.ndarray) -> np.ndarray:
         """Values or gradients of the output of the layer as (pictures, rows, columns,
         channels)."""
@@ -53,19 +58,14 @@ def sides_of(pictures: np.ndarray) -> tuple[tuple[int, int], bool]:
     return tuple(pictures.shape[2:] if first else pictures.shape[1:3]), first
 
 
-def feature_maps(
-    model: Layer, run: Callable[[], Tensor], pictures: np.ndarray
-) -> tuple[list[FeatureMap], Tensor]:
-    """The layers that return feature maps, in the order in which they finish, and the outputs.
+def feature_maps(model: Layer, pictures: np.ndarray) -> list[FeatureMap]:
+    """The layers that return feature maps of pictures, in the order in which they finish.
 
     A layer that is called several times is left out.
-
-    Args:
-        model: The model.
-        run: Calls the model with these pictures.
-        pictures: The pictures.
     """
     backend = backend_of(model)
+    if not model.built:  # the first call may call each layer twice, or create it
+        model(pictures, training=False)
     layers = {path: layer for path, layer in backend.walk(model) if path}
     shapes: list[tuple[str, tuple[int, ...]]] = []
 
@@ -79,11 +79,11 @@ def feature_maps(
         return function
 
     with backend.calls_replaced([(layer, recorded(path)) for path, layer in layers.items()]):
-        outputs = run()
+        model(pictures, training=False)
     paths = [path for path, _ in shapes]
     once = [(path, shape) for path, shape in shapes if paths.count(path) == 1]
     found = [_feature_map(path, layers[path], shape, pictures) for path, shape in once]
-    return [x for x in found if x is not None], outputs
+    return [x for x in found if x is not None]
 
 
 def _feature_map(

@@ -22,4 +22,5 @@ def enlarged(maps: np.ndarray, sides: tuple[int, int]) -> np.ndarray:
 def _interpolation(count: int, side: int) -> np.ndarray:
     """The matrix (side, count) of the linear interpolation of one axis."""
     centres = np.clip((np.arange(side) + 0.5) * count / side - 0.5, 0, count - 1)
-    return np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(count)))
+    weights: np.ndarray = np.maximum(0, 1 - np.abs(centres[:, None] - np.arange(count)))
+    return weights
