@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora.zoo.weights.preprocessing import create_preprocessing
 
 
@@ -73,6 +75,14 @@ class Preprocessing:
         """The fields as plain lists, numbers and strings, for YAML and JSON."""
         values = dataclasses.asdict(self)
         return {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+
+    def pixels(self, inputs: np.ndarray) -> np.ndarray:
+        """The pictures (n, height, width, 3) in 8-bit RGB that inputs were made from: what the
+        model sees of them, after resizing and cropping."""
+        values = (np.asarray(inputs, np.float64) * self.std + self.mean) * 255
+        rgb = values[..., ::-1] if self.channel_order == "bgr" else values
+        rgb = np.repeat(rgb, 3, axis=-1) if self.in_channels == 1 else rgb
+        return np.rint(rgb).clip(0, 255).astype(np.uint8)
 
     def function(self, *, resize: bool = False) -> Callable[[Any], Any]:
         """The preprocessing as a function of RGB pictures; see ``create_preprocessing``."""
