@@ -44,7 +44,7 @@ def create_page(runs: DemoRuns) -> Any:
             raise gr.Error(f"The picture cannot be read: {problem.reason}") from problem
         except ValueError as problem:
             raise gr.Error(str(problem)) from problem
-        about = joined(tag("p", f"{found.method}. "), tag("p", LIMITS)) if found.method else ""
+        about = joined(tag("p", f"{found.method}."), tag("p", LIMITS)) if found.method else ""
         return _table(found), _gallery(found), about
 
     names = list(runs.names)
