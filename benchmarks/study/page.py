@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plan import (
+    KINDS_METHODS,
+    KINDS_SEEDS,
     LARGE,
     LARGE_EPOCHS,
     LARGE_SEEDS,
@@ -26,7 +28,7 @@ MINUS = "\N{MINUS SIGN}"
 
 
 class Score(NamedTuple):
-    """Test accuracies in percent by task and seed, and what the training took."""
+    """The scores on the test pictures in percent by task and seed, and what training took."""
 
     accuracy: dict[str, dict[int, float]]
     rate: float
@@ -112,6 +114,9 @@ class Study:
         return self._table(
             self.scores(plan.main, plan.other_tasks, plan.seeds), plan.other_tasks
         )
+
+    def kind_table(self, task: str) -> str:
+        return self._table(self.scores(KINDS_METHODS, (task,), KINDS_SEEDS), (task,))
 
     def model_table(self, model: str) -> str:
         plan = self.plan
@@ -239,6 +244,8 @@ class Study:
             yield model, self.model_table(model)
         yield "settings", self.settings_table()
         yield "large", self.large_table()
+        for task in self.plan.kinds:
+            yield task, self.kind_table(task)
 
 
 def write(plan: Plan, results: Results, folder: Path) -> None:

@@ -45,7 +45,7 @@ MODEL = "efficientnet_lite0"
 TASKS = ("garments", "changed digits", "stamps")
 SEEDS = (0, 1, 2, 3, 4)
 #: The height and width of the pictures. Digits have 8 x 8 pixels.
-SIZE, SIZES = 64, {"digits": 48, "changed digits": 48}
+SIZE, DIGITS = 64, 48
 
 #: Methods that are compared beyond these tasks and this model.
 MAIN = ("classifier only", "normalization", "everything", "LoRA, rank 4", REFERENCE)
@@ -54,6 +54,9 @@ OTHER_TASKS = ("digits", "textures")
 OTHER_MODELS, THEIR_TASKS = ("mobilenet_v2_100", "efficientnet_lite2"), ("garments", "stamps")
 #: LoRA of rank 8 with PEFT on timm's models; see ``with_peft.py``.
 PEFT_METHOD, PEFT_MODELS = "PEFT, rank 8", ("efficientnet_lite0", "mobilenet_v2_100")
+#: Other tasks than classifications. Their scores are the mean average precision, and R2.
+KINDS, KINDS_SEEDS = ("properties of digits", "angles of digits"), (0, 1, 2)
+KINDS_METHODS = ("classifier only", "everything", REFERENCE)
 LARGE, LARGE_SEEDS, LARGE_EPOCHS = "10,000 garments", (0, 1, 2), 3
 LARGE_METHODS = ("classifier only", "everything", REFERENCE, "LoRA, rank 64")
 LARGE_METHODS = (*LARGE_METHODS, "LoRA, all convolutions")
@@ -114,12 +117,13 @@ class Plan:
     other_tasks: tuple[str, ...] = OTHER_TASKS
     other_models: tuple[str, ...] = OTHER_MODELS
     large_methods: tuple[str, ...] = LARGE_METHODS
+    kinds: tuple[str, ...] = KINDS
     settings: tuple[dict[str, Any], ...] = SETTINGS
     size: int | None = None
     epochs: int = 10
 
     def job(self, task: str, method: str, **settings: Any) -> Job:
-        size = self.size or SIZES.get(task, SIZE)
+        size = self.size or (DIGITS if task.endswith("digits") else SIZE)
         return Job(task, method, **{"size": size, "epochs": self.epochs, **settings})
 
     def due(self, results: Results) -> list[Run]:
@@ -133,6 +137,8 @@ class Plan:
         for settings in self.settings[:FIRST_SETTINGS]:
             yield from self._at_best(REFERENCE, self.tasks, SETTINGS_SEEDS, results, **settings)
         yield from self._compared(basic[3:], results)
+        for method in KINDS_METHODS:
+            yield from self._at_best(method, self.kinds, KINDS_SEEDS, results)
         for method in self.main:
             yield from self._at_best(method, self.other_tasks, self.seeds, results)
         yield from self._compared([m for m in self.methods if m in VARIANTS], results)
@@ -224,6 +230,7 @@ QUICK = Plan(
     other_tasks=(),
     other_models=(),
     large_methods=(),
+    kinds=(),
     settings=(),
     size=32,
     epochs=1,

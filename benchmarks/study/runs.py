@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,29 @@ import numpy as np  # isort: skip
 import tensorflow as tf  # isort: skip - after tfimm_lora, which chooses legacy Keras
 from methods import METHODS
 from plan import Job
-from tasks import data, order_of
+from tasks import Data, data, order_of
 
+import tfimm_lora as lora
+from tfimm_lora.backend import backend_of
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.data.augmentation import Augmentation
 
 keras = tf.keras
+
+
+#: The tasks of tfimm_lora for pictures, and the score of each, of which 1 is the best.
+TASKS: dict[str, Callable[[Data], Any]] = {
+    "classification": lambda parts: lora.Classification(tuple(map(str, range(parts.classes)))),
+    "multilabel": lambda parts: lora.MultiLabel(tuple(map(str, range(parts.classes)))),
+    "regression": lambda parts: lora.Regression(
+        ("number",), (0.0,), (float(parts.train[1].std()),)
+    ),
+}
+SCORES: dict[str, Callable[[Any], float]] = {
+    "classification": lambda evaluation: evaluation.accuracy,
+    "multilabel": lambda evaluation: evaluation.mean_average_precision,
+    "regression": lambda evaluation: evaluation.scores[0].r2,
+}
 
 
 class Cosine(keras.optimizers.schedules.LearningRateSchedule):
@@ -45,6 +63,7 @@ class Runs:
     def __init__(self, job: Job, work: Path) -> None:
         self.job, self.work, self.method = job, work, METHODS[job.method]
         self.model: Any = None
+        self.task: Any = None
         self.starts: dict[int, list[np.ndarray]] = {}
 
     def run(self, rate: float, seed: int) -> dict[str, Any]:
@@ -104,10 +123,10 @@ class Runs:
                 global_clipnorm=job.clip_norm or None,
             )
             optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+            self.task = TASKS[parts.kind](parts)
+            self.losses = self.task.losses(backend_of(self.model), None)
             self.model.compile(
-                self.method.optimizer(self.model, optimizer),
-                keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-                steps_per_execution=5,
+                self.method.optimizer(self.model, optimizer), self.losses, steps_per_execution=5
             )
             self.optimizer = self.model.optimizer
             self.optimizer.build(self.model.trainable_variables)
@@ -135,11 +154,11 @@ class Runs:
         return indices.map(example).batch(job.batch, drop_remainder=True).prefetch(2)
 
     def _evaluate(self, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
-        """Accuracy and loss."""
+        """The score of the task (such as the accuracy), and the loss."""
         # Whole batches of one shape are traced once.
         padded = np.concatenate([x, x[: -len(x) % 100]])
         logits = np.concatenate(
             [self.forward(tf.constant(padded[i : i + 100])) for i in range(0, len(padded), 100)]
         )[: len(x)]
-        losses = keras.losses.sparse_categorical_crossentropy(y, logits, from_logits=True)
-        return float(np.mean(logits.argmax(-1) == y)), float(np.mean(losses))
+        evaluation = self.task.evaluate(logits.astype("float64"), y)
+        return SCORES[self.task.name](evaluation), float(np.mean(self.losses(y, logits)))

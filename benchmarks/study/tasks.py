@@ -38,20 +38,28 @@ PATCH = 24
 
 
 class Data(NamedTuple):
-    """Pictures (n, size, size, 3) as uint8 and labels (n,) of each part."""
+    """Pictures (n, size, size, 3) as uint8 and labels of each part.
+
+    The labels are class indices (n,), and for other tasks than a classification (n, outputs).
+    """
 
     train: tuple[np.ndarray, np.ndarray]
     val: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     classes: int
+    kind: str = "classification"
 
 
 class Task(NamedTuple):
-    """A source of pictures: ``load(downloads)`` gives those to train with and those to test."""
+    """A source of pictures: ``load(downloads)`` gives those to train with and those to test.
+
+    ``kind`` is the task of tfimm_lora.
+    """
 
     load: Callable[[Path], tuple]
     train: int = 1000
     test: int = 1000
+    kind: str = "classification"
 
 
 def data(name: str, seed: int, size: int, downloads: Path) -> Data:
@@ -64,8 +72,8 @@ def data(name: str, seed: int, size: int, downloads: Path) -> Data:
     rest = np.setdiff1d(np.arange(len(chosen)), val)
     tested = _balanced(test_y, min(task.test, len(test_y)), np.random.default_rng(0))
     parts = [(x, y, chosen[rest]), (x, y, chosen[val]), (test_x, test_y, tested)]
-    made = [(_resized(a[i], size), b[i].astype("int32")) for a, b, i in parts]
-    return Data(*made, classes=int(y.max()) + 1)
+    made = [(_resized(a[i], size), b[i]) for a, b, i in parts]
+    return Data(*made, int(y.max()) + 1 if y.ndim == 1 else y.shape[1], task.kind)
 
 
 def order_of(count: int, job: Any, seed: int) -> np.ndarray:
@@ -77,8 +85,8 @@ def order_of(count: int, job: Any, seed: int) -> np.ndarray:
 
 def _balanced(labels: np.ndarray, count: int, rng: np.random.Generator) -> np.ndarray:
     """Indices of so many pictures, of all classes in proportion, in a random order."""
-    if count >= len(labels):
-        return rng.permutation(len(labels))
+    if count >= len(labels) or labels.ndim > 1:
+        return rng.permutation(len(labels))[:count]
     shares = np.bincount(labels) * count / len(labels)
     counts = np.floor(shares).astype(int)
     counts[np.argsort(counts - shares, kind="stable")[: count - counts.sum()]] += 1
@@ -107,11 +115,10 @@ def _loaded(name: str, downloads: Path) -> tuple:
 def fashion(downloads: Path) -> tuple:
     """Photographs of garments: Fashion-MNIST."""
     source = _data.find_fashion_mnist(downloads)
-    train, test = (
-        tuple(_data.read_idx(source / name) for name in names)
-        for names in (_data.TRAIN, _data.TEST)
+    parts = (
+        [_data.read_idx(source / name) for name in names] for names in (_data.TRAIN, _data.TEST)
     )
-    return train, test
+    return tuple((pictures, labels.astype("int32")) for pictures, labels in parts)
 
 
 def digits(downloads: Path) -> tuple:
@@ -120,7 +127,27 @@ def digits(downloads: Path) -> tuple:
 
     loaded = load_digits()
     pictures = (loaded.images * 255 / 16).round().astype("uint8")
-    return _halves(pictures, loaded.target)
+    return _halves(pictures, loaded.target.astype("int32"))
+
+
+def properties(downloads: Path) -> tuple:
+    """Three labels of a digit: it is even, it is above four, it has a loop."""
+    parts = []
+    for pictures, y in digits(downloads):
+        labels = [y % 2 == 0, y > 4, np.isin(y, (0, 6, 8, 9))]
+        parts.append((pictures, np.stack(labels, 1).astype("float32")))
+    return tuple(parts)
+
+
+def angles(downloads: Path) -> tuple:
+    """By how many degrees a digit was rotated, from -45 to 45."""
+    parts = []
+    for number, (pictures, _labels) in enumerate(digits(downloads)):
+        drawn = np.random.default_rng(2000 + number).uniform(-45, 45, (len(pictures), 1))
+        large = [Image.fromarray(p).resize((32, 32), Image.BICUBIC) for p in pictures]
+        turned = [np.asarray(p.rotate(a, Image.BICUBIC)) for p, (a,) in zip(large, drawn)]
+        parts.append((np.stack(turned), drawn.astype("float32")))
+    return tuple(parts)
 
 
 def changed_digits(downloads: Path) -> tuple:
@@ -152,7 +179,7 @@ def stamps(downloads: Path) -> tuple:
             square.alpha_composite(picture, offset)
             pictures.append(np.asarray(square.convert("RGB")))
             labels.append(label)
-    return _halves(np.stack(pictures), np.array(labels))
+    return _halves(np.stack(pictures), np.array(labels, "int32"))
 
 
 def textures(downloads: Path) -> tuple:
@@ -173,7 +200,7 @@ def textures(downloads: Path) -> tuple:
                 patch = half[top : top + PATCH, left : left + PATCH]
                 patches.append(np.rot90(patch, rng.integers(4)))
                 labels.append(label)
-    return tuple((np.stack(p), np.array(y)) for p, y in parts)
+    return tuple((np.stack(p), np.array(y, "int32")) for p, y in parts)
 
 
 def _halves(pictures: np.ndarray, labels: np.ndarray) -> tuple:
@@ -207,4 +234,6 @@ TASKS = {
     "changed digits": Task(changed_digits),
     "textures": Task(textures),
     "10,000 garments": Task(fashion, train=10000),
+    "properties of digits": Task(properties, kind="multilabel"),
+    "angles of digits": Task(angles, kind="regression"),
 }

@@ -54,6 +54,7 @@ def test_rates_are_tried_outward_until_the_best_is_not_at_an_edge(study):
         main=(),
         other_models=(),
         large_methods=(),
+        kinds=(),
         settings=(),
     )
     # The best rate is above the first three of LoRA, and below those of full fine-tuning.
@@ -81,7 +82,7 @@ def test_rates_are_tried_outward_until_the_best_is_not_at_an_edge(study):
 def test_at_equal_accuracy_the_lower_loss_decides(study):
     plan = study("plan")
     small = plan.Plan(methods=(plan.REFERENCE,), main=(), other_models=(), settings=())
-    small = study("dataclasses").replace(small, large_methods=())
+    small = study("dataclasses").replace(small, large_methods=(), kinds=())
     results = carry_out(small, plan, lambda run: (0.5, abs(run.rate - 3e-3)))
     assert small.best_rate(plan.REFERENCE, results) == 3e-3
 
@@ -92,7 +93,9 @@ def test_all_methods_tasks_models_and_settings_are_run(study):
     results = carry_out(plan.Plan(), plan, lambda run: (0.5, abs(np.log10(run.rate / 3e-3))))
     jobs = {run.job for run in results}
     assert {job.method for job in jobs} == set(plan.RATES)
-    assert {job.task for job in jobs} == {*plan.TASKS, *plan.OTHER_TASKS, plan.LARGE}
+    assert {job.task for job in jobs} == {
+        *(*plan.TASKS, *plan.OTHER_TASKS, *plan.KINDS, plan.LARGE)
+    }
     assert {job.model for job in jobs} == {plan.MODEL, *plan.OTHER_MODELS}
     for settings in plan.SETTINGS:
         for task in plan.TASKS:
@@ -127,6 +130,18 @@ def test_pictures_of_a_run(study, tmp_path):
 
 
 @pytest.mark.once
+def test_pictures_of_other_tasks(study, tmp_path):
+    tasks = study("tasks")
+    labelled = tasks.data("properties of digits", 0, 16, tmp_path)
+    turned = tasks.data("angles of digits", 0, 16, tmp_path)
+    assert [part[1].shape for part in labelled[:3]] == [(720, 3), (179, 3), (898, 3)]
+    assert (labelled.kind, labelled.classes) == ("multilabel", 3)
+    assert set(np.unique(labelled.train[1])) == {0, 1} and labelled.train[0].dtype == np.uint8
+    assert (turned.kind, turned.classes, turned.train[1].shape) == ("regression", 1, (720, 1))
+    assert 20 < turned.train[1].std() < 30 and np.abs(turned.test[1]).max() <= 45
+
+
+@pytest.mark.once
 def test_the_tables_of_the_page(study, tmp_path):
     plan, page = study("plan"), study("page")
     small = plan.Plan(
@@ -138,7 +153,8 @@ def test_the_tables_of_the_page(study, tmp_path):
     jitter = {s: 0.001 * (s - 2) for s in plan.SEEDS}
 
     def accuracy(run):
-        task = 0.01 * ([*plan.TASKS, *plan.OTHER_TASKS].index(run.job.task))
+        tasks = [*plan.TASKS, *plan.OTHER_TASKS, *plan.KINDS]
+        task = 0.01 * tasks.index(run.job.task)
         # The difference between two methods depends on the seed.
         factor = 1 + (run.job.method == "everything")
         return level[run.job.method] + task + factor * jitter[run.seed], abs(run.rate - 1e-3)

@@ -323,6 +323,8 @@ def test_wrong_arguments_are_refused_and_write_nothing(folder, tmp_path, capsys,
         ("epochs: 0", "epochs=0; expected an integer"),
         ("epoch: 3", "did you mean epochs?"),
         ("lora: {lora_rnak: 2}", "did you mean lora_rank?"),
+        ("input_size: 96", "input_size=96; expected a height and a width"),
+        ("input_size: [96, 0]", "input_size=0; expected an integer of at least 1"),
     ],
 )
 def test_wrong_settings_in_a_config_are_named(setting, said, folder, tmp_path, capsys):

@@ -18,6 +18,7 @@ from tests.helpers.kerases import (
     normal,
     randomise,
     run,
+    sgd,
     values,
 )
 
@@ -348,6 +349,43 @@ def test_pictures_with_an_unknown_number_of_channels(size, form, monkeypatch):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
     model.compile("adam", "mse")
     model.fit(pictures.batch(4), verbose=0)
+
+
+@pytest.mark.parametrize("form", ["factored", "effective"])
+@pytest.mark.parametrize("kind", ["dense", "einsum", "conv", "depthwise", "embedding"])
+def test_batches_of_a_generator_train_as_arrays_do(kind, form, monkeypatch):
+    """Legacy Keras knows no size of what a generator yields, not even that of its axes."""
+    from tfimm_lora.layers import forms
+
+    monkeypatch.setattr(forms, "choose", lambda *args: forms.Form(form, "narrow"))
+    layers = keras.layers
+    entry, layer = {
+        "dense": (keras.Input((5,)), layers.Dense(6)),
+        "einsum": (keras.Input((4, 5)), layers.EinsumDense("abc,cd->abd", (4, 6))),
+        "conv": (keras.Input((6, 6, 3)), layers.Conv2D(6, 1)),
+        "depthwise": (keras.Input((6, 6, 3)), layers.DepthwiseConv2D(3)),
+        "embedding": (keras.Input((5,), dtype="int32"), layers.Embedding(7, 6)),
+    }[kind]
+    model = keras.Sequential([entry, layer, layers.Flatten(), layers.Dense(3)])
+    lora.inject_lora(model, lora_rank=2)
+    randomise(model)
+    rng = np.random.default_rng(0)
+    shape = (8, *entry.shape[1:])
+    x = rng.integers(0, 7, shape) if kind == "embedding" else rng.normal(size=shape)
+    x = x.astype("int32" if kind == "embedding" else "float32")
+    y = rng.normal(size=(8, 3)).astype("float32")
+    start, trained, results = model.get_weights(), values(model.trainable_weights), []
+    generator = ((x[i : i + 4], y[i : i + 4]) for i in (0, 4))
+    for batches in ((x, y), (generator,)):
+        model.set_weights(start)
+        model.compile(sgd(0.1), "mse")
+        model.fit(
+            *batches, batch_size=4 if len(batches) == 2 else None, shuffle=False, verbose=0
+        )
+        results.append(values(model.trainable_weights))
+    for found, expected, before in zip(*results[::-1], trained):
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+        assert np.abs(expected - before).max() > 1e-4
 
 
 class OwnFunctions(keras.Sequential):

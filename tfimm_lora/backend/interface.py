@@ -567,16 +567,17 @@ class Backend(ABC):
                     dx = self.ops.matmul(dy, self.ops.transpose(factor))
                 else:
                     dx = self.narrow_matmul(dy, factor, transposed=True)
-                return dx, self.factor_gradient(x, dy)
+                return dx, self.factor_gradient(x, dy, factor)
 
             return y, grad
 
         return self.custom_gradient(forward, x, factor)
 
-    def factor_gradient(self, x: Tensor, dy: Tensor) -> Tensor:
+    def factor_gradient(self, x: Tensor, dy: Tensor, factor: Tensor) -> Tensor:
         """The gradient of a factor from that of x @ factor: x^T dy."""
         matmul, transpose = self.ops.matmul, self.ops.transpose
-        if dy.shape[-1] < x.shape[-1]:
+        # The factor knows its sizes; those of x may be unknown, as in batches of a generator.
+        if factor.shape[-1] < factor.shape[-2]:
             # The same numbers with the long axis last: up to three times as fast.
             return transpose(matmul(transpose(dy), x))
         return matmul(transpose(x), dy)

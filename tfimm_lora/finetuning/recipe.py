@@ -181,7 +181,7 @@ class Recipe:
             if value is not None and is_path and os.path.exists(value):
                 setattr(self, name, os.path.abspath(value))
         if self.input_size is not None:
-            self.input_size = (int(self.input_size[0]), int(self.input_size[1]))
+            self.input_size = _sides(self.input_size)
 
     def targets(self) -> Targets:
         """What the pictures are labelled with."""
@@ -210,6 +210,17 @@ class Recipe:
         values = dataclasses.asdict(self)
         size = values["input_size"]
         return {**values, "input_size": list(size) if size else None}
+
+
+def _sides(size: Any) -> tuple[int, int]:
+    """A height and a width, checked."""
+    if not isinstance(size, (tuple, list)) or len(size) != 2:
+        raise TypeError(
+            f"Received input_size={size!r}; expected a height and a width, such as (224, 224)."
+        )
+    for side in size:
+        check_integer(side, "input_size", 1)
+    return int(size[0]), int(size[1])
 
 
 def finetune_pictures(

@@ -148,7 +148,7 @@ class PointwiseProduct(ConvolutionProduct):
         return self._over_channels(lambda rows: matmul(rows, flat), x, rank, channels)
 
     def down_factor_gradient(self, x: Tensor, a: Tensor, dh: Tensor) -> Tensor:
-        flat = self.backend.factor_gradient(self._rows(x, a.shape[-2]), self._rows(dh))
+        flat = self.backend.factor_gradient(self._rows(x, a.shape[-2]), self._rows(dh), a)
         return self.ops.reshape(flat, a.shape)
 
 

@@ -65,10 +65,10 @@ class MatrixProduct:
         return self.backend.narrow_matmul(dy, b, transposed=True)
 
     def up_factor_gradient(self, h: Tensor, b: Tensor, dy: Tensor) -> Tensor:
-        return self.backend.factor_gradient(h, dy)
+        return self.backend.factor_gradient(h, dy, b)
 
     def down_factor_gradient(self, x: Tensor, a: Tensor, dh: Tensor) -> Tensor:
-        return self.backend.factor_gradient(x, dh)
+        return self.backend.factor_gradient(x, dh, a)
 
 
 class DenseRows:

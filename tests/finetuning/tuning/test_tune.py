@@ -255,7 +255,7 @@ def test_a_model_of_another_rank_than_asked_for_is_refused(data):
 def test_ranks_that_were_not_tried_are_named(data):
     said = []
     tune(net, *data, minutes=60, rank=(1, 2, 4), epochs=1, trials=2, say=said.append)
-    assert "not tried: rank 2, 4; more trials or minutes would include them" in said
+    assert "not tried: rank 2, 4; more trials or minutes include other ranks" in said
 
 
 def test_a_storage_with_a_search_of_other_settings_is_refused(data, tmp_path):

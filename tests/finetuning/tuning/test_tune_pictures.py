@@ -258,6 +258,8 @@ def test_optuna_is_needed_before_anything_is_read(folder, tmp_path, monkeypatch)
 
 def test_a_search_that_fails_before_any_training_leaves_nothing(folder, tmp_path, capsys):
     out = tmp_path / "run"
-    wrong = arguments(folder, out, "--lr", "auto", "--tune-trials", "2", "--lora", "targets=no")
+    wrong = arguments(
+        folder, out, "--lr", "auto", "--tune-trials", "2", "--lora", "targets=nowhere"
+    )
     assert main(wrong) == 1
     assert "matches no layer" in capsys.readouterr().err and not out.exists()

@@ -180,9 +180,9 @@ def curve_of(rates: np.ndarray, losses: np.ndarray) -> LearningRateCurve:
     if rates[lowest] < 10 * rates[0]:
         raise FloatingPointError(
             f"The loss is lowest at the rate {rates[lowest]:.2g}, and a tenth of it is below "
-            f"the lowest rate that was tried, {rates[0]:g}: the loss hardly falls, or it is too "
-            "noisy. Use larger batches, more pictures or a lower rate to start with; or search "
-            "with lora.tune (--lr auto)."
+            f"the lowest rate that was tried, {rates[0]:g}: the loss hardly falls, or it is "
+            "too noisy. Use larger batches, more pictures or a lower rate to start with; or "
+            "search with lora.tune (--lr auto)."
         )
     return LearningRateCurve(rates, losses, smoothed, float(f"{rates[lowest] / 10:.2g}"))
 

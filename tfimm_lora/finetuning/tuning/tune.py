@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from tfimm_lora.finetuning.data.findings import count
 from tfimm_lora.finetuning.monitor import is_minimized
 from tfimm_lora.finetuning.optimizer import CLIP_NORM
 from tfimm_lora.finetuning.tasks.base import Task
@@ -305,14 +306,15 @@ def conclude(
         )
     search.say(
         f"chosen: rate {best.learning_rate:g}, rank {best.rank} ({search.monitor} "
-        f"{best.value:.4f} after {best.epochs} epochs), from {len(trials)} trainings with "
-        f"{tuned.epochs_trained} epochs in {tuned.seconds:.0f} s"
+        f"{best.value:.4f} after {count(best.epochs, 'epoch')}), from "
+        f"{count(len(trials), 'training')} with {count(tuned.epochs_trained, 'epoch')} in "
+        f"{tuned.seconds:.0f} s"
     )
     tried = {trial.rank for trial in trials}
     untried = [str(rank) for rank in space.ranks if rank not in tried]
     if untried:
         search.say(
-            f"not tried: rank {', '.join(untried)}; more trials or minutes would include them"
+            f"not tried: rank {', '.join(untried)}; more trials or minutes include other ranks"
         )
     if space.searches_rate and best.learning_rate in space.rates:
         search.say(
