@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from tfimm_lora.cli.app import app, import_tensorflow, note
+from tfimm_lora.finetuning.report.sections import count
 
 EXAMPLES = """Examples:
 
@@ -42,7 +43,7 @@ def demo_command(
     import_tensorflow()
     note(f"opening {', '.join(map(str, runs))}")
     opened = DemoRuns(runs)
-    note(f"{len(opened.names)} runs, {opened.models} base models in memory")
+    note(f"{count(len(opened.names), 'run')}, {count(opened.models, 'base model')} in memory")
     page = create_page(opened)
     address = launch(page, host, port, browser=browser, block=False)
     note(f"serving on {address}; stop with Ctrl-C")
