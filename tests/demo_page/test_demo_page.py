@@ -13,16 +13,17 @@ from tests.helpers.chromium import CHROMIUM, Browser
 from tests.helpers.finished_run import LABELS, finished_run
 from tests.helpers.kerases import randomise
 from tests.helpers.picture_folders import digit_pictures
-from tests.helpers.task_pictures import task_recipe
 from tfimm_lora.cli import main
 from tfimm_lora.demo_page.runs import DemoRuns
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.evaluation import predict_pictures
 from tfimm_lora.finetuning.explained_pictures import LIMITS
-from tfimm_lora.finetuning.recipe import finetune_pictures
 from tfimm_lora.finetuning.run import Run
+from tfimm_lora.model.task_record import TaskRecord
 
 pytestmark = pytest.mark.once
+
+NUMBERS = ("brightness", "angle", "size")
 
 needs_gradio = pytest.mark.skipif(
     importlib.util.find_spec("gradio") is None, reason="needs gradio (the extra demo)"
@@ -31,16 +32,20 @@ needs_gradio = pytest.mark.skipif(
 
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
-    """Two runs of one base, whose adapters have other layers and ranks, and a regression."""
+    """Two runs of one base, whose adapters have other layers and ranks, and one of another task
+    whose preprocessing is another."""
     folder = tmp_path_factory.mktemp("runs")
     first = finished_run(folder)
     shutil.copytree(first.path, folder / "second")
     other = lora.inject_lora(first.base(), lora_rank=3, lora_targets=["conv"])
     randomise(other)
     lora.save_adapter(other, folder / "second" / "adapter")
-    (folder / "of-numbers").mkdir()
-    numbers = task_recipe(folder / "of-numbers", "regression")
-    finetune_pictures(numbers, folder / "third", verbose="none")
+    shutil.copytree(first.path, folder / "third")
+    third = Run.open(folder / "third")
+    record = TaskRecord("regression", NUMBERS, None, (5.0, 0.0, 9.0), (2.0, 1.0, 3.0))
+    preprocessing = {**third.facts["preprocessing"], "mean": [0.5, 0.4, 0.3]}
+    third.add_facts(task=record.to_dict(), preprocessing=preprocessing)
+    (third.path / "labels.txt").write_text("\n".join(NUMBERS))
     return [folder / name for name in ("run", "second", "third")]
 
 
@@ -74,10 +79,10 @@ def test_runs_of_one_base_share_a_model_and_answer_as_alone(runs, folders, pictu
         found = runs.answer(name, picture)
         assert found.table == alone[name]
         assert found.method == "Grad-CAM on layer 'conv' (3 x 3 places)"
-        count = 2 if name == "third" else 1
+        count = 3 if name == "third" else 1
         assert len(found.pictures) == len(found.labels) == count
         assert found.pictures[0].seen.shape == (8, 8, 3)
-    assert runs.about("third").endswith("2 targets")
+    assert runs.about("third").endswith("3 targets")
     without = runs.answer("run", picture, explain=False)
     assert without.table == alone["run"] and without.pictures == [] and without.method == ""
 
@@ -162,8 +167,8 @@ def test_a_browser_shows_answers_and_asks_only_this_server(address, runs, pictur
         browser.click("#run input")  # another run, whose answer replaces the first
         browser.wait_for("document.querySelectorAll('[role=option]').length == 3")
         browser.click("[role=option][aria-label=third]")
-        browser.wait_for(f"{answer}?.includes('brightness') && {maps} == 3")
-        browser.wait_for("document.querySelector('#about').innerText.includes('2 targets')")
+        browser.wait_for(f"{answer}?.includes('brightness') && {maps} == 4")
+        browser.wait_for("document.querySelector('#about').innerText.includes('3 targets')")
         assert browser.evaluate("window.pwned") is None and browser.console == []
         assert browser.asked
         assert not [x for x in browser.asked if not x.startswith((address, "data:", "blob:"))]
