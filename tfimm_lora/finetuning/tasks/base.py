@@ -165,7 +165,7 @@ class Task(ABC):
             values: The prediction, a row of ``values``.
             threshold: As for ``Views.answer``.
         """
-        return (int(np.argmax(values)),)
+        return (int(np.argmax(values)),) if values.ndim == 1 else ()
 
     # -- records ---------------------------------------------------------------------------
 
