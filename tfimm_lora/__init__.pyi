@@ -60,6 +60,7 @@ from .layers.conversion import convert_to_lora_layer as convert_to_lora_layer
 from .layers.conversion import lora_class as lora_class
 from .layers.conversion import register_layer_classes as register_layer_classes
 from .layers.forms import use_form as use_form
+from .layers.frozen import use_compiled_layers as use_compiled_layers
 from .model.convert import convert_to_lora_model as convert_to_lora_model
 from .model.convert import convert_to_regular_model as convert_to_regular_model
 from .model.explain_targets import explain_targets as explain_targets

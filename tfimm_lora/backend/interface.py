@@ -650,8 +650,13 @@ class Backend(ABC):
         and the output's gradient. None if there is none."""
         return None
 
+    def compiled_call(self, layer: Layer, call: Any, x: Tensor) -> Tensor | None:
+        """The output for x of a frozen layer whose class has this ``call``, computed and
+        differentiated as one compiled operation. None if that does not save time."""
+        return None
+
     def has_frozen_gradient(self, cls: type) -> bool:
-        """Whether ``frozen_gradient`` may exist for layers of a class."""
+        """Whether ``frozen_gradient`` or ``compiled_call`` may exist for layers of a class."""
         return False
 
     def gains_from_freezing(self, layer: Layer) -> bool:
