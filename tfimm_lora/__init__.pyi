@@ -20,6 +20,8 @@ from .config import LORA_WEIGHT_NAMES as LORA_WEIGHT_NAMES
 from .config import LoRAConfig as LoRAConfig
 from .create import create_model as create_model
 from .create import list_models as list_models
+from .explanations.explain import Explanation as Explanation
+from .explanations.explain import explain as explain
 from .exporting.export import export as export
 from .exporting.exported import Exported as Exported
 from .finetuning.data.augmentation import Augmentation as Augmentation
@@ -59,6 +61,7 @@ from .layers.conversion import convert_to_lora_layer as convert_to_lora_layer
 from .layers.conversion import lora_class as lora_class
 from .layers.conversion import register_layer_classes as register_layer_classes
 from .layers.forms import use_form as use_form
+from .layers.frozen import use_compiled_layers as use_compiled_layers
 from .model.convert import convert_to_lora_model as convert_to_lora_model
 from .model.convert import convert_to_regular_model as convert_to_regular_model
 from .model.explain_targets import explain_targets as explain_targets

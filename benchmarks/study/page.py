@@ -130,7 +130,7 @@ class Study:
         return self._table(scores, (LARGE,))
 
     def settings_table(self) -> str:
-        """One changed setting of the training at a time."""
+        """Changed settings of the training."""
         plan = self.plan
         base = self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS)
         if base is None:
@@ -139,10 +139,10 @@ class Study:
         for settings in plan.settings:
             score = self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS, **settings)
             if score is not None:
-                ((name, value),) = settings.items()
+                changed = (f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
                 rows.append(
                     [
-                        f"{name.replace('_', ' ')} {value}",
+                        ", ".join(changed),
                         *_cells(score, plan.tasks),
                         _difference(*score.against(base)),
                     ]

@@ -61,12 +61,14 @@ LARGE, LARGE_SEEDS, LARGE_EPOCHS = "10,000 garments", (0, 1, 2), 3
 LARGE_METHODS = ("classifier only", "everything", REFERENCE, "LoRA, rank 64")
 LARGE_METHODS = (*LARGE_METHODS, "LoRA, all convolutions")
 
-#: Settings of the training with LoRA that are changed one at a time.
+#: Settings of the training with LoRA that are changed.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"augmentation": "light"},
     {"augmentation": "default"},
     {"epochs": 5},
     {"epochs": 20},
+    {"epochs": 20, "augmentation": "light"},
+    {"epochs": 20, "augmentation": "default"},
     {"clip_norm": 0.0},
     {"clip_norm": 3.0},
     {"clip_norm": 10.0},
@@ -78,7 +80,7 @@ SETTINGS: tuple[dict[str, Any], ...] = (
     {"epochs": 40},
 )
 #: So many of them are measured before the other methods.
-FIRST_SETTINGS = 4
+FIRST_SETTINGS = 6
 SETTINGS_SEEDS = (0, 1, 2)
 
 

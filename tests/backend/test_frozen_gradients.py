@@ -1,4 +1,9 @@
-"""Frozen layers give to the bit what they gave, and the gradients that TensorFlow finds."""
+"""Frozen layers give to the bit what they gave, and the gradients that TensorFlow finds.
+
+Large ones are compiled, and give the same up to rounding.
+"""
+
+import math
 
 import numpy as np
 import pytest
@@ -10,6 +15,8 @@ if not LEGACY:
     pytest.skip("layers of legacy Keras", allow_module_level=True)
 
 import tensorflow as tf
+
+from tfimm_lora.backend import compiled_layers
 
 layers = keras.layers
 
@@ -37,8 +44,27 @@ CASES = {
     "layer_norm_two_axes": (layers.LayerNormalization, dict(axis=(1, 2)), (4, 7, 8)),
     "layer_norm_subclass": (Doubled, {}, (4, 7, 8)),
     "gelu": (layers.Activation, dict(activation="gelu"), (4, 7, 8)),
+    "silu": (layers.Activation, dict(activation="swish"), (4, 7, 8)),
     "relu": (layers.Activation, dict(activation="relu"), (4, 7, 8)),
 }
+
+
+COMPILED = [n for n in CASES if n.startswith(("layer_norm", "gelu", "silu"))]
+# Two axes and subclasses are left to Keras. A layer without variables stays as it is.
+COMPILED = [n for n in COMPILED if not n.endswith(("two_axes", "subclass", "plain"))]
+
+
+@pytest.fixture
+def compiles(monkeypatch):
+    """Compiles examples of any size."""
+    monkeypatch.setattr(compiled_layers, "LEAST", 1)
+
+
+def compiled(concrete):
+    """How many functions of a traced function XLA compiles."""
+    operations = concrete.graph.get_operations()
+    names = ("PartitionedCall", "StatefulPartitionedCall")
+    return sum(op.type in names and "_XlaMustCompile" in op.node_def.attr for op in operations)
 
 
 def made(name):
@@ -87,8 +113,111 @@ def test_frozen_layer_has_the_same_outputs_and_gradients(name):
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_layer_has_the_outputs_and_gradients_of_keras(name, compiles):
+    layer, x = made(name)
+    before, (expected,), plain = gradients(layer, x)
+    frozen(layer, x.shape)
+    after, (found,), concrete = gradients(layer, x)
+    assert compiled(plain) == 0 and compiled(concrete) == 2  # forward and backward
+    np.testing.assert_allclose(after, before, **CLOSE)
+    np.testing.assert_allclose(found, expected, **CLOSE)
+
+
+@pytest.mark.parametrize("dtype, bits", [("mixed_bfloat16", 8), ("mixed_float16", 11)])
+@pytest.mark.parametrize("name", ["gelu", "silu", "layer_norm"])
+def test_compiled_layers_in_16_bits_are_rounded_once(name, dtype, bits, compiles, policy):
+    policy(dtype)
+    layer, x = made(name)
+    frozen(layer, x.shape)
+    x = tf.cast(x, layer.compute_dtype)
+    found, (gradient,), _ = gradients(layer, x)
+    x = array(x).astype("float64")
+    # The numbers in between that float64 has, by central differences for the gradient.
+    reference = {
+        "gelu": lambda x: x * (1 + np.vectorize(math.erf)(x / 2**0.5)) / 2,
+        "silu": lambda x: x / (1 + np.exp(-x)),
+        "layer_norm": lambda x: (
+            array(layer.beta)
+            + array(layer.gamma)
+            * (x - x.mean(-1, keepdims=True))
+            / np.sqrt(x.var(-1, keepdims=True) + layer.epsilon)
+        ),
+    }[name]
+    expected = reference(x)
+    assert np.abs(expected).max() > 1
+    half = 2.0**-bits  # of the last bit, relative to the number
+    np.testing.assert_allclose(found.astype("float64"), expected, rtol=1.01 * half, atol=1e-5)
+    # The gradient of the output has 16 bits, too.
+    dy = array(tf.cast(normal(*x.shape, seed=9), layer.compute_dtype)).astype("float64")
+    slopes = np.empty_like(x)
+    for i in np.ndindex(x.shape):
+        step = np.zeros_like(x)
+        step[i] = 1e-6
+        slopes[i] = np.sum(dy * (reference(x + step) - reference(x - step))) / 2e-6
+    np.testing.assert_allclose(gradient.astype("float64"), slopes, rtol=1.01 * half, atol=1e-4)
+
+
+def test_nothing_is_compiled_where_it_would_not_help(compiles):
+    layer, x = made("gelu")
+    frozen(layer, x.shape)
+    forward = tf.function(layer).get_concrete_function(tf.constant(x))
+    assert compiled(forward) == 0  # nothing is differentiated
+    with lora.use_compiled_layers(False):
+        assert compiled(gradients(layer, x)[2]) == 0
+    with (
+        pytest.raises(TypeError, match="enabled=0; expected True or False"),
+        lora.use_compiled_layers(0),
+    ):
+        pass
+
+    @tf.function(input_signature=[tf.TensorSpec((None, None, 8))])
+    def of_any_size(x):
+        with tf.GradientTape() as tape:
+            tape.watch(x)
+            y = layer(x)
+        return tape.gradient(y, x)
+
+    assert compiled(of_any_size.get_concrete_function()) == 0
+
+
+def test_small_examples_are_not_compiled():
+    layer, x = made("gelu")
+    frozen(layer, x.shape)
+    assert compiled(gradients(layer, x)[2]) == 0
+    large = normal(2, 8, compiled_layers.LEAST // 8)
+    assert compiled(gradients(layer, large)[2]) == 2
+    assert compiled(gradients(layer, large[:, 1:])[2]) == 0
+
+
+def test_without_xla_keras_computes_the_layers(compiles, monkeypatch):
+    layer, x = made("layer_norm")
+    frozen(layer, x.shape)
+    monkeypatch.setattr(compiled_layers, "_compiles_here", lambda: False)
+    assert compiled(gradients(layer, x)[2]) == 0
+
+
+def test_a_fit_with_batches_of_two_sizes_is_that_without_compiled_layers(compiles):
+    results = []
+    for enabled in (False, True):
+        keras.utils.set_random_seed(0)
+        model = plain_model()
+        lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
+        randomise(model)
+        with lora.use_compiled_layers(enabled):
+            model.compile(keras.optimizers.SGD(0.1), "mse")
+            x, y = normal(7, 6, 8), normal(7, 6, 3, seed=3)
+            model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
+        results.append([array(v) for v in model.trainable_weights])
+    for one, two in zip(*results):
+        np.testing.assert_allclose(two, one, **CLOSE)
+
+
+@pytest.mark.parametrize("form", ["kept", "compiled"])
 @pytest.mark.parametrize("name", [n for n in CASES if "norm" in n and "plain" not in n])
-def test_bias_of_a_frozen_normalisation_can_be_trained(name):
+def test_bias_of_a_frozen_normalisation_can_be_trained(name, form, request):
+    if form == "compiled":
+        request.getfixturevalue("compiles")
     layer, x = made(name)
     _, expected, _ = gradients(layer, x, [layer.beta])
     model = frozen(layer, x.shape, train_bias="all")
@@ -98,8 +227,11 @@ def test_bias_of_a_frozen_normalisation_can_be_trained(name):
         np.testing.assert_allclose(mine, theirs, **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "gelu"])
-def test_second_gradients_flow(name):
+@pytest.mark.parametrize("form", ["kept", "compiled"])
+@pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "gelu", "silu"])
+def test_second_gradients_flow(name, form, request):
+    if form == "compiled":
+        request.getfixturevalue("compiles")
     layer, x = made(name)
     found = []
     for adapted in (False, True):
@@ -117,16 +249,19 @@ def test_second_gradients_flow(name):
     np.testing.assert_allclose(found[1] / scale, found[0] / scale, **CLOSE)
 
 
+@pytest.mark.parametrize("form", ["kept", "compiled"])
 @pytest.mark.parametrize("name", ["batch_norm", "layer_norm", "gelu"])
-def test_gradients_flow_through_a_branch(name):
+def test_gradients_flow_through_a_branch(name, form, request):
     """TensorFlow lets nothing from outside into the way back through tf.cond."""
+    if form == "compiled":
+        request.getfixturevalue("compiles")
     layer, x = made(name)
-    _, (expected,), _ = gradients(layer, x)
-    frozen(layer, x.shape)
 
     def branch(x):
-        return tf.cond(tf.reduce_sum(x) > -1e9, lambda: layer(x), lambda: 0 * x)
+        return tf.cond(tf.reduce_sum(x) > -1e9, lambda: layer(1.5 * x), lambda: 0 * x)
 
+    _, (expected,), _ = gradients(branch, x)
+    frozen(layer, x.shape)
     _, (found,), _ = gradients(branch, x)
     np.testing.assert_allclose(found, expected, **CLOSE)
 

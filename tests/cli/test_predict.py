@@ -8,16 +8,19 @@ import shutil
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 from scipy.special import softmax
 
+import tfimm_lora as lora
 from tests.helpers.finished_run import finished_run
 from tests.helpers.picture_folders import digit_pictures, touch
 from tfimm_lora.cli import main, picture_sources
 from tfimm_lora.cli.picture_sources import Problem, find_pictures
+from tfimm_lora.explanations.overlay import overlay
 
 pytestmark = pytest.mark.once
 
@@ -346,3 +349,50 @@ def test_the_numbers_are_those_of_a_softmax_in_numpy(folder, run, document):
         p = softmax(model.predict(x.astype("float32"), verbose=0).astype("float64")[0])
         expected = sorted(p, reverse=True)[:3]
         np.testing.assert_allclose([y["probability"] for y in one["top"]], expected, rtol=1e-4)
+
+
+# -- explanations ---------------------------------------------------------------------------
+
+
+def test_explanations_are_written_and_named(folder, ask, document):
+    (folder / "again").mkdir()
+    shutil.copy(folder / "pics" / "0.png", folder / "again" / "0.png")
+    pictures = "pics/0.png", "pics/1.png", "again/0.png"
+    code, data = document(*pictures, "--explain", "why/here")
+    assert code == 0
+    assert data["explanation"] == {"method": "grad_cam", "layer": "conv", "grid": [3, 3]}
+    files = []
+    for prediction in data["predictions"]:
+        [found] = prediction["explanations"]
+        assert found["label"] == prediction["label"]
+        files.append(found["file"])
+        with Image.open(found["file"]) as image:
+            assert image.size == (224, 224) and image.format == "PNG"
+    assert len(set(files)) == 3  # also for the two pictures of one name
+    assert {Path(x).name for x in files} == {x.name for x in Path("why/here").iterdir()}
+
+    code, out, err = ask("pics/0.png", "--explain", "why/here")
+    assert code != 0 and "already exists" in err and "--overwrite" in err
+    code, out, err = ask(
+        "pics/0.png", "--explain", "why/here", "--overwrite", "--csv", "all.csv"
+    )
+    assert code == 0 and files[0] in out
+    assert "written: 1 explanations in why/here: Grad-CAM on layer 'conv' (3 x 3" in err
+    assert "does not show how much there is" in err.replace("\n", " ")
+    with open("all.csv", newline="", encoding="utf-8") as file:
+        [row] = csv.DictReader(file)
+    assert row["explanation"] == files[0]
+    _, data = document("pics/0.png")
+    assert data["explanation"] is None and "explanations" not in data["predictions"][0]
+
+
+def test_the_drawn_map_is_that_of_explain(folder, document, run):
+    _, data = document("pics/0.png", "--explain", "why")
+    [prediction] = data["predictions"]
+    drawn = np.asarray(Image.open(prediction["explanations"][0]["file"]))[::28, ::28]
+    prepare = run.preprocessing.function(resize=True)
+    x = np.asarray(prepare(np.asarray(Image.open("pics/0.png").convert("RGB"))))[None]
+    target = run.labels.index(prediction["label"])
+    found = lora.explain(run.model(), x, target)
+    expected = overlay(run.preprocessing.pixels(x), found.maps)[0]
+    np.testing.assert_allclose(drawn.astype(int), expected, atol=1)

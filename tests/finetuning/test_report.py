@@ -27,6 +27,7 @@ from tfimm_lora.finetuning.data.dataset import find_pictures
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import evaluate, evaluate_pictures, predict_pictures
+from tfimm_lora.finetuning.explained_pictures import LIMITS
 from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_curves, draw_mistakes
@@ -484,7 +485,10 @@ def test_the_report_is_complete_escaped_and_self_contained(run, evaluation):
     assert len(page.texts) == len([x for x in page.texts if "\x1b" not in x])
     # Every mistake is there as a picture, and the broken file is listed.
     shown = len(evaluation.worst(24))
-    assert shown and page.tags["figure"] == shown
+    explained = min(shown, 6)
+    assert shown and page.tags["figure"] == shown + explained
+    assert "Grad-CAM on layer 'conv' (3 x 3 places)" in page.text
+    assert LIMITS in page.text
     assert "<b>0 & '0'.png" in page.text and run.skipped[0][1] in page.text
     assert f"tfimm-lora export {run.path} --out model.onnx" in page.text
     assert f"finetune --config {run.path}/config.yaml" in page.text

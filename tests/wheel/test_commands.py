@@ -46,6 +46,8 @@ NOT_RUN = {
     r"^docs/how-to/serving.md": "tests/serving run the server, which does not end by itself",
     r"^docs/how-to/several-labels-and-numbers.md": "tests/finetuning/tasks runs them",
     r"^docs/how-to/segmentation.md": "tests/finetuning/tasks runs them",
+    r"^docs/how-to/explain-predictions.md": "tests/cli/test_predict.py runs predict --explain",
+    r"^docs/how-to/demo-page.md": "tests/demo_page runs the page, which does not end by itself",
     r"^docs/how-to/several-devices.md": "tests/finetuning/test_distributed.py runs strategies",
 }
 

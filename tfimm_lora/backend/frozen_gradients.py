@@ -12,6 +12,9 @@ the terms are kept in memory. With frozen weights there is less to compute:
 * GELU, y = x P(x) with P(x) = erfc(-x / sqrt 2) / 2: dx = dy (P(x) + x P'(x)), with
   P'(x) = exp(-x^2 / 2) / sqrt(2 pi); of these terms only P(x) is kept.
 
+Where XLA can compile them on the CPU, layer normalization, GELU and SiLU are compiled instead
+(``compiled_layers.py``), for large inputs.
+
 References: Ioffe and Szegedy, arXiv:1502.03167, section 3; Ba et al., arXiv:1607.06450,
 section 3; Hendrycks and Gimpel, arXiv:1606.08415, section 2.
 """
@@ -25,6 +28,7 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
+from tfimm_lora.backend import compiled_layers
 from tfimm_lora.backend.interface import Layer, Tensor
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
@@ -38,10 +42,40 @@ _ACTIVATION = tf_keras.layers.Activation.call
 CALLS = (_LAYER_NORM, _ACTIVATION)
 
 
-def is_gelu(layer: Layer) -> bool:
-    """Whether a layer is an Activation layer with GELU."""
-    known = type(layer) is tf_keras.layers.Activation
-    return known and layer.activation is tf_keras.activations.gelu
+#: The activations that are compiled.
+_COMPILED = {
+    tf_keras.activations.gelu: compiled_layers.gelu,
+    tf_keras.activations.swish: compiled_layers.silu,
+}
+
+
+def is_known_activation(layer: Layer) -> bool:
+    """Whether a layer is an Activation layer that ``compiled_call`` or ``frozen_gradient``
+    knows."""
+    return type(layer) is tf_keras.layers.Activation and layer.activation in _COMPILED
+
+
+def compiled_call(layer: Layer, call: Any, x: Tensor) -> Tensor | None:
+    """The output of a frozen layer as one compiled operation, or None if there is none."""
+    known = call in CALLS and isinstance(x, tf.Tensor)
+    if not known or x.dtype.base_dtype.name != layer.compute_dtype:
+        return None
+    if not compiled_layers.is_compiled(x):
+        return None
+    if call is _ACTIVATION:
+        function = _COMPILED.get(layer.activation)
+        return None if function is None else function(x)
+    if _axes(layer) not in ([-1], [x.shape.rank - 1]) or layer.trainable_weights:
+        return None
+    size = x.shape[-1]
+    gamma = tf.ones(size) if layer.gamma is None else tf.convert_to_tensor(layer.gamma)
+    beta = tf.zeros(size) if layer.beta is None else tf.convert_to_tensor(layer.beta)
+    return compiled_layers.layer_norm(x, gamma, beta, layer.epsilon)
+
+
+def _axes(layer: Layer) -> list[int]:
+    """The axes over which a layer normalizes, or that of the channels."""
+    return [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
 
 
 def frozen_gradient(layer: Layer, call: Any, x: Tensor) -> Gradient | None:
@@ -58,8 +92,7 @@ def frozen_gradient(layer: Layer, call: Any, x: Tensor) -> Gradient | None:
         return None
     if call is _ACTIVATION:
         return _through_gelu if layer.activation is tf_keras.activations.gelu else None
-    axes = [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
-    if axes not in ([-1], [x.shape.rank - 1]):
+    if _axes(layer) not in ([-1], [x.shape.rank - 1]):
         return None
     # Variables are read now, because the backward pass of a tf.cond branch cannot read them.
     if call is _BATCH_NORM:

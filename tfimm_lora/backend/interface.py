@@ -7,9 +7,10 @@ is implemented here.
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
 
 if TYPE_CHECKING:  # so that importing the package does not import NumPy
@@ -272,6 +273,32 @@ class Backend(ABC):
         model.__dict__.setdefault(_CALLERS, []).append(weakref.ref(caller))
 
     # -- changing a live layer ---------------------------------------------------------
+
+    @contextlib.contextmanager
+    def calls_replaced(
+        self, functions: Iterable[tuple[Layer, Callable[..., Any]]]
+    ) -> Iterator[None]:
+        """Within this block ``function(call, *args, **kwargs)`` computes what a layer returns.
+
+        ``call`` is that of the layer. Functions that were traced before do not change.
+
+        Args:
+            functions: Pairs of a layer and its function.
+        """
+        before = []
+        try:
+            for layer, function in functions:
+                own = layer.__dict__.get("call")
+                replaced = functools.partial(function, layer.call)
+                before.append((layer, own))
+                # In the instance, which Keras calls, and where nothing is tracked.
+                layer.__dict__["call"] = functools.update_wrapper(replaced, layer.call)
+            yield
+        finally:
+            for layer, own in reversed(before):
+                layer.__dict__.pop("call")
+                if own is not None:
+                    layer.__dict__["call"] = own
 
     def swap_class(self, layer: Layer, cls: type) -> None:
         """Give a live layer another class of the same family, keeping all its state."""
@@ -607,7 +634,8 @@ class Backend(ABC):
 
     @abstractmethod
     def vjp(self, function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
-        """The gradient of ``sum(function(x) * dy)`` with respect to ``x``."""
+        """The gradient of ``sum(function(x) * dy)`` with respect to ``x``, which may be None
+        instead of zeros."""
 
     def linear(
         self, function: Callable[[Tensor], Tensor], x: Tensor
@@ -622,8 +650,13 @@ class Backend(ABC):
         and the output's gradient. None if there is none."""
         return None
 
+    def compiled_call(self, layer: Layer, call: Any, x: Tensor) -> Tensor | None:
+        """The output for x of a frozen layer whose class has this ``call``, computed and
+        differentiated as one compiled operation. None if that does not save time."""
+        return None
+
     def has_frozen_gradient(self, cls: type) -> bool:
-        """Whether ``frozen_gradient`` may exist for layers of a class."""
+        """Whether ``frozen_gradient`` or ``compiled_call`` may exist for layers of a class."""
         return False
 
     def gains_from_freezing(self, layer: Layer) -> bool:

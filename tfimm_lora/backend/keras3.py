@@ -346,7 +346,10 @@ class Keras3Backend(Backend):
 
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
-            return torch.autograd.grad(function(leaf), leaf, dy)[0]
+            y = function(leaf)
+            if not y.requires_grad:  # nothing is trained, and y does not depend on x
+                return None
+            return torch.autograd.grad(y, leaf, dy, allow_unused=True)[0]
 
     def linear(
         self, function: Callable[[Any], Any], x: Tensor

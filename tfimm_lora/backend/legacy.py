@@ -15,7 +15,12 @@ from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora.backend import legacy_accumulation, tensorflow_random
-from tfimm_lora.backend.frozen_gradients import CALLS, frozen_gradient, is_gelu
+from tfimm_lora.backend.frozen_gradients import (
+    CALLS,
+    compiled_call,
+    frozen_gradient,
+    is_known_activation,
+)
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
 from tfimm_lora.backend.legacy_random import drawing_from
@@ -283,11 +288,14 @@ class LegacyBackend(Backend):
     def frozen_gradient(self, layer: Layer, call: Any, x: Tensor) -> Callable[..., Any] | None:
         return frozen_gradient(layer, call, x)
 
+    def compiled_call(self, layer: Layer, call: Any, x: Tensor) -> Tensor | None:
+        return compiled_call(layer, call, x)
+
     def has_frozen_gradient(self, cls: type) -> bool:
         return getattr(cls, "call", None) in CALLS
 
     def gains_from_freezing(self, layer: Layer) -> bool:
-        return is_gelu(layer)
+        return is_known_activation(layer)
 
     def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
         return vjp(function, x, dy)

@@ -14,6 +14,7 @@ COMMANDS = {
     "merge": "Merge the LoRA updates into the weights and write the ordinary model.",
     "export": "Export a model to a file that runs without this package.",
     "serve": "Predict pictures over HTTP: one base model in memory, and many adapters.",
+    "demo": "Show a page in the browser: drop a picture, see the answer and why.",
     "inspect": "Show the layers of an adapter, with the norm and spectrum of each update.",
     "convert": "Write an adapter with the names of another library.",
     "combine": "Combine several adapters into one, as a weighted sum of their updates.",

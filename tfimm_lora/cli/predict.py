@@ -13,6 +13,7 @@ import numpy as np
 import typer
 
 from tfimm_lora.cli.app import FAILED, Json, app, emit, import_tensorflow, note
+from tfimm_lora.cli.explained_files import ExplainedFiles
 from tfimm_lora.cli.mask_files import MaskFiles
 from tfimm_lora.cli.outputs import Overwrite, new_file, refuse_to_overwrite
 from tfimm_lora.cli.picture_sources import (
@@ -26,6 +27,7 @@ from tfimm_lora.cli.picture_sources import (
 from tfimm_lora.cli.tables import show_table
 from tfimm_lora.cli.unfinished import warn_if_unfinished
 from tfimm_lora.finetuning.evaluation import predict_pictures
+from tfimm_lora.finetuning.explained_pictures import LIMITS
 from tfimm_lora.finetuning.mask_prediction import predict_masks
 from tfimm_lora.finetuning.report.formatting import readable
 from tfimm_lora.finetuning.run import Run
@@ -40,6 +42,8 @@ tfimm-lora predict runs/flowers picture.jpg
 tfimm-lora predict runs/flowers holiday --top 3 --threshold 0.8
 
 tfimm-lora predict runs/flowers "holiday/**/*.jpg" --csv predictions.csv
+
+tfimm-lora predict runs/flowers holiday --explain explanations
 
 tfimm-lora predict runs/flowers https://example.com/rose.jpg --json
 
@@ -84,6 +88,13 @@ def predict_command(
         Path | None,
         typer.Option("--csv", help="Write the predictions to this file too."),
     ] = None,
+    explain: Annotated[
+        Path | None,
+        typer.Option(
+            help="Write a PNG file for each answer to this folder: the picture with a heat map "
+            "of the places that the answer depends on."
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Segmentation: write a mask for each picture to this folder (PNG)."),
@@ -122,8 +133,10 @@ def predict_command(
         )
     if csv_file is not None:
         refuse_to_overwrite(csv_file, overwrite)
+    if explain is not None:
+        refuse_to_overwrite(explain, overwrite)
     opened = Run.open(run)
-    _check_masks(opened, out, overlays, tile)
+    _check_masks(opened, out, overlays, tile, explain)
     if files_from is not None:
         if str(files_from) == STDIN and STDIN in given:
             raise ValueError(
@@ -137,13 +150,16 @@ def predict_command(
         _note_unreadable(problem)
     unreadable = list(found.missing)
     predictions: list[dict[str, Any]] = []
+    explained = None if explain is None else ExplainedFiles(opened, explain, threshold)
     warn_if_unfinished(opened)
     if found.names:
         opened.task.views.check_options(top, threshold)
         masks = None
         if isinstance(opened.task, Segmentation):
             masks = MaskFiles(opened.task, found.names, out, overlays, overwrite, tile)
-        predictions, failed = _predict(opened, found.names, batch_size, top, threshold, masks)
+        predictions, failed = _predict(
+            opened, found.names, batch_size, top, threshold, explained, masks
+        )
         unreadable += failed
     if csv_file is not None:
         write(opened.task.views, predictions, csv_file, overwrite)
@@ -152,6 +168,7 @@ def predict_command(
         "run": str(run),
         "unfinished": _unfinished(opened),
         "threshold": threshold,
+        "explanation": None if explained is None else explained.facts,
         "predictions": predictions,
         "unreadable": [x._asdict() for x in unreadable],
         "left_out": [x._asdict() for x in found.left_out],
@@ -159,13 +176,18 @@ def predict_command(
     emit(data, as_json, lambda: show(opened.task.views, predictions))
     for line in opened.task.views.notes(predictions, threshold):
         note(line)
+    if explained is not None and explained.written:
+        note(f"written: {explained.written} explanations in {explain}: {explained.method}")
+        note(LIMITS)
     if unreadable:
         total = len(found.names) + len(found.missing)
         note(f"{len(unreadable)} of {total} files could not be read")
         raise typer.Exit(FAILED)
 
 
-def _check_masks(run: Run, out: Path | None, overlays: bool, tile: bool) -> None:
+def _check_masks(
+    run: Run, out: Path | None, overlays: bool, tile: bool, explain: Path | None
+) -> None:
     if tile and not run.task.is_dense:
         raise ValueError(
             f"Received --tile for a {run.task.name}; expected it only for a segmentation."
@@ -174,6 +196,11 @@ def _check_masks(run: Run, out: Path | None, overlays: bool, tile: bool) -> None
         raise ValueError(
             f"Received --out {out} for a {run.task.name}; expected none. It writes masks, "
             "which only a segmentation has; --csv writes the predictions of any task."
+        )
+    if explain is not None and run.task.is_dense:
+        raise ValueError(
+            f"Received --explain {explain} for a segmentation; expected none. Its answers are "
+            "places already: --out and --overlay draw them."
         )
     if overlays and out is None:
         raise ValueError("Received --overlay without --out; expected both.")
@@ -187,6 +214,7 @@ def _predict(
     batch_size: int,
     top: int | None,
     threshold: float | None,
+    explained: ExplainedFiles | None,
     masks: MaskFiles | None,
 ) -> tuple[list[dict[str, Any]], list[Problem]]:
     """The predictions for pictures, and the pictures that cannot be read."""
@@ -201,21 +229,25 @@ def _predict(
         if not readables:
             return [], unreadable
         import_tensorflow()
+        model = run.model()
         predict: Callable[..., Any] = predict_pictures
         if masks is not None:
             predict = functools.partial(predict_masks, tile=masks.tile)
         results = predict(
-            run.model(),
+            model,
             list(readables.values()),
             run.preprocessing,
             task=task,
             batch_size=batch_size,
         )
-        for name, (_, result) in zip(readables, results):
+        for name, (file, result) in zip(readables, results):
             if isinstance(result, np.ndarray) and masks is not None:
-                predictions.append(masks.answer(name, readables[name], result))
+                predictions.append(masks.answer(name, file, result))
             elif isinstance(result, np.ndarray):
-                predictions.append(task.views.answer(name, result, top, threshold))
+                answer = task.views.answer(name, result, top, threshold)
+                if explained is not None:
+                    answer["explanations"] = explained.write(model, name, file, result)
+                predictions.append(answer)
             else:
                 unreadable.append(Problem(name, result.reason))
                 _note_unreadable(unreadable[-1])
@@ -241,7 +273,21 @@ def write(views: Views, answers: list[dict[str, Any]], path: Path, overwrite: bo
         # File names that are not UTF-8 keep their bytes.
         open(temporary, "w", newline="", encoding="utf-8", errors="surrogateescape") as file,
     ):
-        csv.writer(file, lineterminator="\n").writerows(views.answer_rows(answers))
+        csv.writer(file, lineterminator="\n").writerows(
+            _with_files(views.answer_rows(answers), answers, header=True)
+        )
+
+
+def _with_files(
+    rows: list[list[Any]], answers: list[dict[str, Any]], header: bool = False
+) -> list[list[Any]]:
+    """Rows with the files of the explanations in a last column, if there are any."""
+    if not answers or "explanations" not in answers[0]:
+        return rows
+    cells = [", ".join(one["file"] for one in x["explanations"]) for x in answers]
+    if header:
+        cells = ["explanation", *cells]
+    return [[*row, cell] for row, cell in zip(rows, cells)]
 
 
 def show(views: Views, answers: list[dict[str, Any]]) -> None:
@@ -249,5 +295,8 @@ def show(views: Views, answers: list[dict[str, Any]]) -> None:
     if not answers:
         return
     header, rows, text = views.answer_table(answers)
+    rows = _with_files(rows, answers)
+    if "explanations" in answers[0]:
+        header, text = [*header, "explanation"], (*text, "explanation")
     names = ("standard input" if x["path"] == STDIN else readable(x["path"]) for x in answers)
     show_table(["picture", *header], [[name, *row] for name, row in zip(names, rows)], text)

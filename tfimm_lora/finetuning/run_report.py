@@ -10,6 +10,7 @@ from typing import Any
 from tfimm_lora.finetuning.data.findings import count
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
 from tfimm_lora.finetuning.report import sections
+from tfimm_lora.finetuning.report.explanations import explanations
 from tfimm_lora.finetuning.report.html import Html, tag
 from tfimm_lora.finetuning.report.plots import draw_curves
 from tfimm_lora.finetuning.run import Run
@@ -53,11 +54,11 @@ def evaluate_run(run: Run, model: Any = None) -> dict[str, Any]:
     draw_curves(run.history, run.path / CURVES, best, titles=task.views.titles)
     for name, draw in task.views.drawings(evaluation).items():
         draw(run.path / name)
-    write_report(run, evaluation, evaluations.get("test"))
+    write_report(run, evaluation, evaluations.get("test"), model=model)
     return evaluations
 
 
-def write_report(run: Run, evaluation: Any, test: Any = None) -> Path:
+def write_report(run: Run, evaluation: Any, test: Any = None, *, model: Any = None) -> Path:
     """Write ``report.html`` into the folder of a run.
 
     The file has no scripts and loads nothing: it contains small versions of the pictures,
@@ -67,6 +68,7 @@ def write_report(run: Run, evaluation: Any, test: Any = None) -> Path:
         run: A run whose training is complete.
         evaluation: The evaluation of its model on the validation pictures.
         test: That on the test pictures, which no decision in the run depends on.
+        model: The model, to explain some of its predictions. Default: without explanations.
 
     Returns:
         The path of the file.
@@ -76,12 +78,16 @@ def write_report(run: Run, evaluation: Any, test: Any = None) -> Path:
         ImportError: without matplotlib or Pillow.
     """
     views = run.task.views
+    explained = None
+    if model is not None:
+        explained = explanations(run, model, views.examples(evaluation))
     parts = {
         "Result": views.result(evaluation),
         "Test pictures": sections.test_result(views.result(test, "test")) if test else None,
         "Training": sections.training(run),
         "Search for settings": search(run),
         **views.sections(run, evaluation),
+        "Explanations": explained,
         "Skipped pictures": sections.skipped(run),
         "Next steps": sections.next_steps(run),
     }

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -88,6 +89,28 @@ def without_output_activation(model: Layer) -> Layer:
         "removed; expected a functional or Sequential model that ends in a layer with "
         "activation='softmax' or in a Softmax layer. Export the probabilities."
     )
+
+
+@contextlib.contextmanager
+def returning_logits(model: Layer) -> Iterator[bool]:
+    """Within this block calls of a model return what its softmax or sigmoid is applied to.
+
+    Yields:
+        False if it is not known what the model ends in; it is then left as it is.
+    """
+    backend = backend_of(model)
+    end = _end(backend, model)
+    if end is None or end.name not in PROBABILITIES:
+        yield end is not None
+    elif callable(activation := getattr(end.layer, "activation", None)):
+        end.layer.activation = backend.keras.activations.linear
+        try:
+            yield True
+        finally:
+            end.layer.activation = activation
+    else:
+        with backend.calls_replaced([(end.layer, lambda call, x, *args, **kwargs: x)]):
+            yield True
 
 
 def with_activation(model: Layer, activation: str, symbolic_input: Callable[[], Any]) -> Layer:

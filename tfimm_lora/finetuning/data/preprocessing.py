@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from tfimm_lora.zoo.weights.preprocessing import create_mask_resizing, create_preprocessing
 
 
@@ -86,6 +88,14 @@ class Preprocessing:
     def mask_function(self) -> Callable[[Any], Any]:
         """A function that resizes and crops masks (h, w) as ``function(resize=True)`` does."""
         return create_mask_resizing(self)
+
+    def pixels(self, inputs: np.ndarray) -> np.ndarray:
+        """The pictures (n, height, width, 3) in 8-bit RGB that inputs were made from: what the
+        model sees of them, after resizing and cropping."""
+        values = (np.asarray(inputs, np.float64) * self.std + self.mean) * 255
+        rgb = values[..., ::-1] if self.channel_order == "bgr" else values
+        rgb = np.repeat(rgb, 3, axis=-1) if self.in_channels == 1 else rgb
+        return np.rint(rgb).clip(0, 255).astype(np.uint8)
 
     def function(self, *, resize: bool = False) -> Callable[[Any], Any]:
         """The preprocessing as a function of RGB pictures; see ``create_preprocessing``."""

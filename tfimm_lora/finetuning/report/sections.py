@@ -238,18 +238,25 @@ def mistakes(run: Run, evaluation: Evaluation, worst: list[Prediction]) -> Html:
 
 
 def _mistake(run: Run, mistake: Prediction) -> Html:
-    lines = [
-        tag("span", mistake.true, class_="true"),
-        tag("span", f"→\N{NO-BREAK SPACE}{mistake.predicted}", class_="predicted"),
-        tag("span", probability(mistake.probability)),
-    ]
-    return captioned(run, str(mistake.path), lines)
+    return captioned(run, str(mistake.path), prediction_lines(mistake))
 
 
-def captioned(run: Run, path: str, lines: Sequence[Html]) -> Html:
-    """A small version of a picture file, with lines and its path below it."""
+def prediction_lines(x: Prediction) -> tuple[Html, ...]:
+    """The true and the predicted class, with its probability."""
+    return (
+        tag("span", x.true, class_="true"),
+        tag("span", f"→\N{NO-BREAK SPACE}{x.predicted}", class_="predicted"),
+        tag("span", probability(x.probability)),
+    )
+
+
+def captioned(run: Run, path: str, lines: Sequence[Html], seen: Html | None = None) -> Html:
+    """A small version of a picture file, with lines and its path below it.
+
+    ``seen`` is what is shown instead of the picture.
+    """
     try:
-        seen = thumbnail(path)
+        seen = seen or thumbnail(path)
     except UnreadablePicture:
         seen = tag("span", "cannot be read now")
     return tag(

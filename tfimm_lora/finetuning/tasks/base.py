@@ -37,6 +37,15 @@ class Table(NamedTuple):
     text: tuple[str, ...] = ()
 
 
+class Example(NamedTuple):
+    """A prediction that the report explains: a file, the number of an output, and the lines
+    about it below the picture."""
+
+    path: str
+    target: int
+    lines: tuple[Html, ...]
+
+
 def check_sizes(labels: Any, outputs: Any, count: int | None = None) -> None:
     """Raise unless a batch has as many labels as outputs, which would be broadcast otherwise.
 
@@ -159,6 +168,16 @@ class Task(ABC):
     def values(self, outputs: np.ndarray) -> np.ndarray:
         """The predictions (n, k): probabilities, or numbers in the units of the targets."""
 
+    def explained(self, values: np.ndarray, threshold: float | None = None) -> tuple[int, ...]:
+        """The outputs that an explanation of a prediction is about; none if the predictions of
+        the task are places already.
+
+        Args:
+            values: The prediction, a row of ``values``.
+            threshold: As for ``Views.answer``.
+        """
+        return (int(np.argmax(values)),) if values.ndim == 1 else ()
+
     # -- records ---------------------------------------------------------------------------
 
     def record(self) -> TaskRecord:
@@ -202,9 +221,11 @@ class Views(ABC):
 
     Attributes:
         titles: The titles of metrics in the training curves.
+        explained: What a heat map is about, after "evidence for".
     """
 
     titles: ClassVar[Mapping[str, str]]
+    explained: ClassVar[str] = "the predicted class"
 
     # -- evaluations -----------------------------------------------------------------------
 
@@ -239,6 +260,10 @@ class Views(ABC):
     @abstractmethod
     def sections(self, run: Run, evaluation: Any) -> dict[str, Html]:
         """The sections of the report about an evaluation, by title."""
+
+    def examples(self, evaluation: Any) -> list[Example]:
+        """The predictions that the report explains, the worst first; none by default."""
+        return []
 
     # -- predictions -----------------------------------------------------------------------
 

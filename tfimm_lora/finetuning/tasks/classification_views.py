@@ -25,7 +25,7 @@ from tfimm_lora.finetuning.report.plots import (
     draw_mistakes,
     mistaken_files,
 )
-from tfimm_lora.finetuning.tasks.base import Table, Views
+from tfimm_lora.finetuning.tasks.base import Example, Table, Views
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.run import Run
@@ -101,6 +101,14 @@ class ClassificationViews(Views):
             "Classes": sections.classes(evaluation),
             "Mistakes": sections.mistakes(run, evaluation, mistakes),
         }
+
+    def examples(self, evaluation: Evaluation) -> list[Example]:
+        """The most confident mistakes; without any, the least confident predictions."""
+        least = sorted(evaluation.predictions, key=lambda x: (x.probability, x.path or ""))
+        return [
+            Example(str(x.path), self.labels.index(x.predicted), sections.prediction_lines(x))
+            for x in evaluation.worst() or least
+        ]
 
     # -- predictions -----------------------------------------------------------------------
 

@@ -109,6 +109,14 @@ class MultiLabel(Task):
     def values(self, outputs: np.ndarray) -> np.ndarray:
         return sigmoid(outputs)
 
+    def explained(self, values: np.ndarray, threshold: float | None = None) -> tuple[int, ...]:
+        """The chosen labels, the most probable first; without any, the most probable."""
+        limits = np.array(self.thresholds or (0.5,) * len(values))
+        if threshold is not None:
+            limits[:] = threshold
+        ranked = np.argsort(-values, kind="stable")
+        return tuple(int(i) for i in ranked if values[i] >= limits[i]) or (int(ranked[0]),)
+
     def record(self) -> TaskRecord:
         chosen = {} if self.thresholds is None else {_THRESHOLDS: self.thresholds}
         return dataclasses.replace(super().record(), chosen=chosen)

@@ -26,7 +26,7 @@ from tfimm_lora.finetuning.report.formatting import (
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag
 from tfimm_lora.finetuning.report.plots import Captioned, draw_pictures
 from tfimm_lora.finetuning.report.sections import both, captioned, count, number, table
-from tfimm_lora.finetuning.tasks.base import Table, Views
+from tfimm_lora.finetuning.tasks.base import Example, Table, Views
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.run import Run
@@ -47,6 +47,7 @@ class MultiLabelViews(Views):
         "pr_auc": "Area under precision and recall",
         "loss": "Loss (binary cross-entropy)",
     }
+    explained: ClassVar[str] = "the label"
 
     # -- evaluations -----------------------------------------------------------------------
 
@@ -147,6 +148,13 @@ class MultiLabelViews(Views):
         )
         shown = table(header, rows, numbers=(1, 2, 3, 4, 5, 6))
         return joined(tag("p", caption, class_="quiet"), tag("div", shown, class_="long"))
+
+    def examples(self, evaluation: MultiLabelEvaluation) -> list[Example]:
+        """The wrong decisions about labels, those furthest off first."""
+        return [
+            Example(str(x.path), self.labels.index(x.label), (tag("span", x.label), *_lines(x)))
+            for x in evaluation.mistakes()
+        ]
 
     # -- predictions -----------------------------------------------------------------------
 
@@ -266,12 +274,15 @@ def _mistake_section(run: Run, evaluation: MultiLabelEvaluation) -> Html:
 
 
 def _figure(run: Run, mistake: LabelMistake) -> Html:
+    return captioned(run, str(mistake.path), _lines(mistake))
+
+
+def _lines(mistake: LabelMistake) -> tuple[Html, ...]:
     verb = "missing" if mistake.missing else "wrongly chosen"
-    lines = [
+    return (
         tag("span", verb, class_="true" if mistake.missing else "predicted"),
         tag("span", probability(mistake.probability)),
-    ]
-    return captioned(run, str(mistake.path), lines)
+    )
 
 
 def _draw_mistakes(evaluation: MultiLabelEvaluation, path: Target) -> None:

@@ -15,7 +15,7 @@ from tfimm_lora.finetuning.report.formatting import decimal, percent, readable, 
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag
 from tfimm_lora.finetuning.report.plots import Captioned, draw_pictures
 from tfimm_lora.finetuning.report.sections import both, captioned, count, number, table
-from tfimm_lora.finetuning.tasks.base import Table, Views
+from tfimm_lora.finetuning.tasks.base import Example, Table, Views
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.run import Run
@@ -36,6 +36,7 @@ class RegressionViews(Views):
         "mae": "Mean absolute error (standard deviations)",
         "loss": "Loss (mean squared error, standardised)",
     }
+    explained: ClassVar[str] = "a larger or a smaller number"
 
     # -- evaluations -----------------------------------------------------------------------
 
@@ -201,14 +202,29 @@ class RegressionViews(Views):
         }
 
     def _figure(self, run: Run, x: NumberPrediction) -> Html:
-        lines = []
-        for label, true, predicted in zip(self.labels, x.true, x.predicted):
-            if len(self.labels) > 1:
-                lines.append(tag("span", label))
-            lines.append(tag("span", _text(true), class_="true"))
-            arrow = f"→\N{NO-BREAK SPACE}{_text(predicted)}"
-            lines.append(tag("span", arrow, class_="predicted"))
+        numbers = range(len(self.labels))
+        lines = [line for target in numbers for line in self._html_lines(x, target)]
         return captioned(run, str(x.path), lines)
+
+    def _html_lines(self, x: NumberPrediction, target: int) -> tuple[Html, ...]:
+        """One of the numbers of a picture, with its name if there are several."""
+        arrow = f"→\N{NO-BREAK SPACE}{_text(x.predicted[target])}"
+        lines = (
+            tag("span", _text(x.true[target]), class_="true"),
+            tag("span", arrow, class_="predicted"),
+        )
+        name = tag("span", self.labels[target])
+        return (name, *lines) if len(self.labels) > 1 else lines
+
+    def examples(self, evaluation: RegressionEvaluation) -> list[Example]:
+        """The largest errors, each with the number that is furthest off."""
+        scale = [scores.rmse or 1.0 for scores in evaluation.scores]
+        found = []
+        for x in evaluation.worst():
+            off = [abs(t - p) / s for t, p, s in zip(x.true, x.predicted, scale)]
+            target = int(np.argmax(off))
+            found.append(Example(str(x.path), target, self._html_lines(x, target)))
+        return found
 
     # -- predictions -----------------------------------------------------------------------
 

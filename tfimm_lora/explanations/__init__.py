@@ -1,0 +1,1 @@
+"""Why a model answers as it does: heat maps over its pictures."""
