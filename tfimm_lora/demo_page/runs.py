@@ -67,7 +67,7 @@ class DemoRuns:
     Raises:
         FileNotFoundError, ValueError, ImportError: as ``Run.open``, ``Run.adapter`` and
             ``Run.base``.
-        ValueError: if a run is given twice.
+        ValueError: if a run is given twice, or is of a segmentation.
     """
 
     def __init__(self, runs: Sequence[str | os.PathLike[str]]) -> None:
@@ -81,6 +81,11 @@ class DemoRuns:
         self._runs = {name: Run.open(path) for name, path in zip(names, paths)}
         for run in self._runs.values():
             _ = run.adapter  # raises if there is none yet
+            if run.task.is_dense:
+                raise ValueError(
+                    f"Received the run {run.path} of a segmentation; expected runs of other "
+                    "tasks. The page shows no masks: tfimm-lora predict --out --overlay does."
+                )
         self._lock = threading.Lock()
         self._models: dict[str, _Model] = {}
         for name, run in self._runs.items():
