@@ -12,12 +12,17 @@ import tfimm_lora as lora
 from tests.helpers.chromium import CHROMIUM, Browser
 from tests.helpers.finished_run import LABELS, finished_run
 from tests.helpers.kerases import randomise
+from tests.helpers.mask_pictures import mask_recipe
 from tests.helpers.picture_folders import digit_pictures
 from tfimm_lora.cli import main
 from tfimm_lora.demo_page.runs import DemoRuns
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.evaluation import predict_pictures
 from tfimm_lora.finetuning.explained_pictures import LIMITS
+from tfimm_lora.finetuning.mask_prediction import predict_masks
+from tfimm_lora.finetuning.recipe import finetune_pictures
+from tfimm_lora.finetuning.report.formatting import percent
+from tfimm_lora.finetuning.report.overlays import overlay
 from tfimm_lora.finetuning.run import Run
 from tfimm_lora.model.task_record import TaskRecord
 
@@ -92,6 +97,22 @@ def test_explanations_are_those_of_the_chosen_run(runs, picture):
     again = runs.answer("run", picture).pictures[0].drawn
     np.testing.assert_array_equal(one, again)
     assert (one != two).any()
+
+
+def test_a_segmentation_shows_the_mask_over_the_picture(tmp_path):
+    recipe = mask_recipe(tmp_path, epochs=8, balanced=True)
+    trained = finetune_pictures(recipe, tmp_path / "run", verbose="none")
+    picture = trained.split.val.pictures[0].path
+    runs = DemoRuns([tmp_path / "run"])
+    found = runs.answer("run", picture)
+    [(_, mask)] = predict_masks(
+        trained.model(), [picture], trained.preprocessing, task=trained.task
+    )
+    expected = overlay(np.asarray(Image.open(picture)), mask, trained.task.mask_classes.palette)
+    np.testing.assert_array_equal(found.masked, expected)
+    assert found.table.header == ["classes of the pixels"]
+    assert len(np.unique(mask)) > 1 and percent(np.mean(mask == 0)) in found.table.rows[0][0]
+    assert found.pictures == [] and found.method == "" and found.notes == []
 
 
 def test_what_cannot_be_opened_is_refused(folders, runs, tmp_path):

@@ -65,7 +65,10 @@ def create_page(runs: DemoRuns) -> Any:
             with gr.Column():
                 table = gr.HTML(label="Answer", elem_id="answer")
                 gallery = gr.Gallery(
-                    label="What the answer depends on", columns=2, format="png", elem_id="maps"
+                    label="Mask, or places that decided",
+                    columns=2,
+                    format="png",
+                    elem_id="maps",
                 )
                 method = gr.HTML(elem_id="method")
         outputs = [table, gallery, method]
@@ -90,6 +93,8 @@ def _table(answer: Answer) -> Html:
 
 
 def _gallery(answer: Answer) -> list[Any]:
+    if answer.masked is not None:
+        return [(answer.masked, "the class of each pixel")]
     if not answer.pictures:
         return []
     explained = [(x.drawn, label) for x, label in zip(answer.pictures, answer.labels)]

@@ -10,11 +10,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tfimm_lora.adapters.load import load_adapter
+from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import predict_pictures
 from tfimm_lora.finetuning.explained_pictures import ExplainedPicture, explain_pictures
+from tfimm_lora.finetuning.mask_prediction import mask_over, predict_masks, shares
 from tfimm_lora.finetuning.run import Run
 from tfimm_lora.finetuning.shared_base import SharedBase
-from tfimm_lora.finetuning.tasks.base import Table
+from tfimm_lora.finetuning.tasks.base import Table, Task
+from tfimm_lora.finetuning.tasks.segmentation import Segmentation
 from tfimm_lora.model.state import record_task
 
 
@@ -27,6 +30,7 @@ class Answer(NamedTuple):
         labels: What each explanation is about.
         pictures: The explanations.
         method: The method and the layer in words; "" without explanations.
+        masked: Of a segmentation, the picture with the colours of the classes over it.
     """
 
     table: Table
@@ -34,6 +38,7 @@ class Answer(NamedTuple):
     labels: list[str]
     pictures: list[ExplainedPicture]
     method: str
+    masked: np.ndarray | None = None
 
 
 class _Model:
@@ -67,7 +72,7 @@ class DemoRuns:
     Raises:
         FileNotFoundError, ValueError, ImportError: as ``Run.open``, ``Run.adapter`` and
             ``Run.base``.
-        ValueError: if a run is given twice, or is of a segmentation.
+        ValueError: if a run is given twice.
     """
 
     def __init__(self, runs: Sequence[str | os.PathLike[str]]) -> None:
@@ -81,11 +86,6 @@ class DemoRuns:
         self._runs = {name: Run.open(path) for name, path in zip(names, paths)}
         for run in self._runs.values():
             _ = run.adapter  # raises if there is none yet
-            if run.task.is_dense:
-                raise ValueError(
-                    f"Received the run {run.path} of a segmentation; expected runs of other "
-                    "tasks. The page shows no masks: tfimm-lora predict --out --overlay does."
-                )
         self._lock = threading.Lock()
         self._models: dict[str, _Model] = {}
         for name, run in self._runs.items():
@@ -118,7 +118,7 @@ class DemoRuns:
         Args:
             name: The name of the run.
             picture: The picture file.
-            explain: Whether to explain it.
+            explain: Whether to explain it. Masks are not explained.
 
         Raises:
             UnreadablePicture: if the file cannot be read.
@@ -128,11 +128,12 @@ class DemoRuns:
         task, preprocessing = run.task, run.preprocessing
         with self._lock:
             model = self._models[name].with_adapter(run)
+            if isinstance(task, Segmentation):
+                return _mask(model, picture, preprocessing, task)
             [(_, values)] = predict_pictures(model, [picture], preprocessing, task=task)
             if not isinstance(values, np.ndarray):
                 raise values
-            answer = task.views.answer(picture, values, None, None)
-            table, notes = task.views.answer_table([answer]), task.views.notes([answer], None)
+            table, notes = _in_words(picture, values, task)
             targets = task.explained(values) if explain else ()
             if not targets:
                 return Answer(table, notes, [], [], "")
@@ -140,3 +141,20 @@ class DemoRuns:
             pictures, found = explain_pictures(model, pairs, preprocessing)
         labels = [task.labels[target] for target in targets]
         return Answer(table, notes, labels, pictures, str(found))
+
+
+def _mask(model: Any, picture: str, preprocessing: Preprocessing, task: Segmentation) -> Answer:
+    """The shares of the classes of a segmentation, and the picture with its mask."""
+    [(_, found)] = predict_masks(model, [picture], preprocessing, task=task)
+    if not isinstance(found, np.ndarray):
+        raise found
+    # The second column, and the notes, are about files with masks.
+    (header, [row], text), _ = _in_words(picture, shares(found, len(task.labels)), task)
+    table = Table(header[:1], [row[:1]], text[:1])
+    return Answer(table, [], [], [], "", mask_over(picture, found, task.mask_classes))
+
+
+def _in_words(picture: str, values: np.ndarray, task: Task) -> tuple[Table, list[str]]:
+    """The table of an answer, and the notes to it."""
+    answer = task.views.answer(picture, values, None, None)
+    return task.views.answer_table([answer]), task.views.notes([answer], None)

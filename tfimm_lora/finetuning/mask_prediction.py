@@ -144,11 +144,15 @@ def write_mask(path: Path, found: np.ndarray, classes: MaskClasses) -> None:
 
 
 def write_overlay(path: Path, picture: str, found: np.ndarray, classes: MaskClasses) -> None:
-    """Write the picture with the colours of the classes over it as PNG.
+    """Write ``mask_over`` as PNG."""
+    image_module = require("PIL.Image", extra="cli", why="Writing masks")
+    image_module.fromarray(mask_over(picture, found, classes)).save(path, format="PNG")
+
+
+def mask_over(picture: str, found: np.ndarray, classes: MaskClasses) -> np.ndarray:
+    """A picture file with the colours of the classes over it, uint8 (h, w, 3).
 
     Raises:
         UnreadablePicture: if the picture cannot be read.
     """
-    image_module = require("PIL.Image", extra="cli", why="Writing masks")
-    pixels = overlay(read_picture(picture), found, classes.palette)
-    image_module.fromarray(pixels).save(path, format="PNG")
+    return overlay(read_picture(picture), found, classes.palette)
