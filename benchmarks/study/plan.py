@@ -64,11 +64,11 @@ LARGE_METHODS = (*LARGE_METHODS, "LoRA, all convolutions")
 #: Settings of the training with LoRA that are changed.
 SETTINGS: tuple[dict[str, Any], ...] = (
     {"augmentation": "light"},
-    {"augmentation": "default"},
+    {"augmentation": "strong"},
     {"epochs": 5},
     {"epochs": 20},
     {"epochs": 20, "augmentation": "light"},
-    {"epochs": 20, "augmentation": "default"},
+    {"epochs": 20, "augmentation": "strong"},
     {"clip_norm": 0.0},
     {"clip_norm": 3.0},
     {"clip_norm": 10.0},

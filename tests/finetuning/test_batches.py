@@ -23,7 +23,7 @@ pytestmark = pytest.mark.once
 #: Leaves pixels as they are but for a division by 255.
 PLAIN = Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0)
 
-DEFAULT = Augmentation.named("default")
+STRONG = Augmentation.named("strong")
 
 
 def numbered(folder, count, labels=3) -> PictureSet:
@@ -78,7 +78,7 @@ def test_last_batch_of_an_epoch_is_smaller_not_left_out(tmp_path):
 
 
 def test_endless_epochs_are_the_single_ones_in_turn_from_any_on(tmp_path):
-    batches = PictureBatches(numbered(tmp_path, 7), PLAIN, 3, augmentation=DEFAULT)
+    batches = PictureBatches(numbered(tmp_path, 7), PLAIN, 3, augmentation=STRONG)
     x, y, _ = collected(batches.epochs(2).take(6))
     for i, number in enumerate((2, 3)):
         single_x, single_y, _ = collected(batches.epoch(number))
@@ -118,7 +118,7 @@ def test_datasets_say_how_long_they_are_and_what_is_in_them(digits):
 
 def test_new_objects_give_the_same_bytes_for_an_epoch_and_other_epochs_differ(digits):
     def epoch(number, seed=1):
-        made = PictureBatches(digits, PLAIN, 4, augmentation=DEFAULT, seed=seed)
+        made = PictureBatches(digits, PLAIN, 4, augmentation=STRONG, seed=seed)
         return collected(made.epoch(number))[0].tobytes()
 
     assert epoch(3) == epoch(3)
@@ -127,14 +127,14 @@ def test_new_objects_give_the_same_bytes_for_an_epoch_and_other_epochs_differ(di
 
 def test_augmentation_of_a_picture_depends_on_seed_epoch_and_number_only(digits):
     def made(**options):
-        return PictureBatches(digits, PLAIN, augmentation=DEFAULT, seed=1, **options)
+        return PictureBatches(digits, PLAIN, augmentation=STRONG, seed=1, **options)
 
     x = collected(made(batch_size=4, shuffle=False).epoch(3))[0]
     np.testing.assert_array_equal(collected(made(batch_size=7, shuffle=False).epoch(3))[0], x)
     mixed = collected(made(batch_size=5).epoch(3))[0]
     assert sorted(p.tobytes() for p in mixed) == sorted(p.tobytes() for p in x)
     fewer = PictureSet(digits.pictures[:6], digits.labels)
-    start = PictureBatches(fewer, PLAIN, 4, augmentation=DEFAULT, seed=1, shuffle=False)
+    start = PictureBatches(fewer, PLAIN, 4, augmentation=STRONG, seed=1, shuffle=False)
     np.testing.assert_array_equal(collected(start.epoch(3))[0], x[:6])
 
 
@@ -145,10 +145,10 @@ if sys.argv[2] == "deterministic":
     tf.keras.utils.set_random_seed(7)
     tf.config.experimental.enable_op_determinism()
 import tfimm_lora
-from tests.finetuning.test_batches import PLAIN, DEFAULT, PictureBatches, collected
+from tests.finetuning.test_batches import PLAIN, STRONG, PictureBatches, collected
 from tests.finetuning.test_batches import find_pictures
 train = find_pictures(sys.argv[1]).train
-batches = PictureBatches(train, PLAIN, 4, augmentation=DEFAULT, seed=1)
+batches = PictureBatches(train, PLAIN, 4, augmentation=STRONG, seed=1)
 x, y, _ = collected(batches.epochs(3).take(batches.steps_per_epoch))
 print(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest())
 """
@@ -158,7 +158,7 @@ print(hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest())
 @pytest.mark.parametrize("how", ["plain", "deterministic"])
 def test_a_process_that_starts_with_an_epoch_gives_the_same_bytes(tmp_path, how):
     folder = write_digits(tmp_path, size=(23, 17))
-    made = PictureBatches(find_pictures(folder).train, PLAIN, 4, augmentation=DEFAULT, seed=1)
+    made = PictureBatches(find_pictures(folder).train, PLAIN, 4, augmentation=STRONG, seed=1)
     x, y, _ = collected(made.epoch(3))
     printed = in_new_process(PROGRAM, str(folder), how)
     assert printed == hashlib.sha256(x.tobytes() + y.tobytes()).hexdigest()
@@ -181,8 +181,8 @@ import sys
 import numpy as np, tensorflow as tf
 cpu = tf.config.list_physical_devices("CPU")[0]
 tf.config.set_logical_device_configuration(cpu, [tf.config.LogicalDeviceConfiguration()] * 2)
-from tests.finetuning.test_batches import PLAIN, DEFAULT, PictureBatches, numbered
-batches = PictureBatches(numbered(sys.argv[1], 11), PLAIN, 4, augmentation=DEFAULT)
+from tests.finetuning.test_batches import PLAIN, STRONG, PictureBatches, numbered
+batches = PictureBatches(numbered(sys.argv[1], 11), PLAIN, 4, augmentation=STRONG)
 strategy = tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"])
 distributed = iter(strategy.experimental_distribute_dataset(batches.epochs(2)))
 sizes = []
@@ -286,7 +286,7 @@ def test_large_jpegs_are_read_smaller_without_showing(tmp_path):
 
     def epoch(name):
         made = PictureSet((Picture(str(tmp_path / name), 0),), ("a",))
-        return collected(PictureBatches(made, PLAIN, 1, augmentation=DEFAULT).epoch(0))[0]
+        return collected(PictureBatches(made, PLAIN, 1, augmentation=STRONG).epoch(0))[0]
 
     assert np.abs(epoch("x.jpg") - epoch("x.png")).max() < 0.06
 
@@ -339,7 +339,7 @@ def test_augmentation_out_of_bounds_is_refused(given, words):
 
 
 def test_unknown_preset_lists_those_there_are():
-    with pytest.raises(ValueError, match="'heavy'; expected one of none, light, default"):
+    with pytest.raises(ValueError, match="'heavy'; expected one of none, light, strong"):
         Augmentation.named("heavy")
 
 

@@ -72,7 +72,7 @@ def test_resizing_names_an_interpolation_that_needs_tensorflow():
 
 AUGMENTATIONS = {
     "none": Augmentation(),
-    "default": Augmentation.named("default"),
+    "strong": Augmentation.named("strong"),
     "light": Augmentation.named("light"),
     "turned": Augmentation(scale=(0.5, 1.0), rotate=40, flip=True),
 }
@@ -124,7 +124,7 @@ def collected(batches):
 @pytest.mark.parametrize("shuffle", [True, False])
 def test_batches_are_those_of_tensorflow(digits, shuffle, without_tensorflow):
     prepare = Preprocessing((8, 8), (0.4,) * 3, (0.2,) * 3)
-    options = {"augmentation": Augmentation.named("default"), "seed": 5, "shuffle": shuffle}
+    options = {"augmentation": Augmentation.named("strong"), "seed": 5, "shuffle": shuffle}
     made = PictureBatches(digits, prepare, 4, **options)
     expected = [collected(made.epoch(2)), collected(made.in_order())]
     several = collected(made.epochs(2).take(2 * made.steps_per_epoch))

@@ -301,7 +301,7 @@ def test_weights_that_nobody_could_make_again_are_kept_in_the_run(folder, tmp_pa
         (["--targets", "nothing_like_it"], "nothing_like_it"),
         (["--epochs", "0"], "epochs=0"),
         (["--lr", "0"], "learning_rate"),
-        (["--augmentation", "strong"], "strong"),
+        (["--augmentation", "heavy"], "heavy"),
         (["--input-size", "big"], "224"),
         (["--normalisation", "mine"], "imagenet"),
         (["--mixed-precision", "float8"], "float8"),

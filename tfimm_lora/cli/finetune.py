@@ -154,13 +154,13 @@ def finetune(
         Text, _option(help="Unreadable pictures: skip or refuse. Default: skip.", panel=_DATA)
     ] = None,
     augmentation: Annotated[
-        Text, _option(help="none, light or default. Default: default.", panel=_DATA)
+        Text, _option(help="none, light or strong. Default: light.", panel=_DATA)
     ] = None,
     balanced: Annotated[
         Flag,
         _option(help="Give rare classes or labels a larger weight in the loss.", panel=_DATA),
     ] = None,
-    epochs: Annotated[Whole, _option(help="Default: 10.", panel=_TRAINING)] = None,
+    epochs: Annotated[Whole, _option(help="Default: 20.", panel=_TRAINING)] = None,
     batch_size: Annotated[Whole, _option(help="Default: 32.", panel=_TRAINING)] = None,
     accumulate: Annotated[
         Whole,

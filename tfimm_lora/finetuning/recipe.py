@@ -56,7 +56,7 @@ from tfimm_lora.finetuning.run import (
 )
 from tfimm_lora.finetuning.tasks.named import DEFAULT, targets_of, task_named
 from tfimm_lora.finetuning.tensorboard_logs import tensorboard
-from tfimm_lora.finetuning.training import Trained, finetune
+from tfimm_lora.finetuning.training import EPOCHS, Trained, finetune
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.model.state import record_task
 from tfimm_lora.training.eva import initialize_eva
@@ -96,7 +96,7 @@ class Recipe:
         validation: The share of each class for validation, if the data are not split already.
             Default: 0.2.
         on_error: What to do with pictures that cannot be read: "skip" (default) or "refuse".
-        augmentation: "none", "light" or "default".
+        augmentation: "none", "light" or "strong". Default: "light".
         lora: Fields of ``LoRAConfig``, with the prefix "lora_". Default: rank 8, and the other
             defaults of ``LoRAConfig``.
         epochs, learning_rate, weight_decay, warmup, clip_norm, monitor, patience: As for
@@ -129,9 +129,9 @@ class Recipe:
     normalisation: str | None = None
     validation: float = 0.2
     on_error: str = "skip"
-    augmentation: str = "default"
+    augmentation: str = "light"
     lora: dict[str, Any] = field(default_factory=dict)
-    epochs: int = 10
+    epochs: int = EPOCHS
     batch_size: int = 32
     accumulate: int = 1
     learning_rate: float = LEARNING_RATE
@@ -385,7 +385,10 @@ def _existing(folder: Path, recipe: Recipe, resume: bool) -> Run | None:
 
 def settings_of(run: Run) -> dict[str, Any]:
     """The settings of a run, also if an earlier version that had fewer of them started it."""
-    return {**_ADDED, **run.recipe}
+    settings = {**_ADDED, **run.recipe}
+    if settings["augmentation"] == "default":
+        settings["augmentation"] = "strong"  # its name in earlier versions
+    return settings
 
 
 def _pictures(recipe: Recipe, say: Callable[[str], None]) -> tuple[Split, Sequence[Problem]]:

@@ -31,6 +31,9 @@ from tfimm_lora.finetuning.tasks.of_model import record_trained_task, task_to_tr
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.validation import check_integer
 
+#: The epochs of a training; see docs/explanation/study.md.
+EPOCHS = 20
+
 #: The folders and the file in the output folder of ``finetune``.
 STATE, ADAPTER, METRICS = "state", "adapter", "metrics.csv"
 
@@ -68,7 +71,7 @@ def finetune(
     train: Any,
     validation: Any = None,
     *,
-    epochs: int = 10,
+    epochs: int = EPOCHS,
     learning_rate: float = LEARNING_RATE,
     weight_decay: float = 0.01,
     warmup: float = 0.1,
@@ -108,7 +111,7 @@ def finetune(
             first order.
         validation: A dataset for validation after each epoch, or ``PictureBatches``, which are
             read in order. Default: none. The weights of the last epoch are then kept.
-        epochs: The number of epochs. Default: 10.
+        epochs: The number of epochs. Default: 20.
         learning_rate, weight_decay, warmup: As for ``create_optimizer``. Default: 3e-3, 0.01
             and a tenth of the steps.
         clip_norm: The largest norm of the gradient, over all trained weights together.

@@ -18,7 +18,6 @@ from tests.finetuning.tasks.test_task_runs import ask, pixels
 from tests.helpers.kerases import LEGACY, array, keras
 from tests.helpers.mask_pictures import CLASSES, SIDE, mask_recipe, write_masks, write_table
 from tests.helpers.recipes import assert_same_run
-from tfimm_lora.demo_page.runs import DemoRuns
 from tfimm_lora.finetuning.data.mask_classes import default_palette
 from tfimm_lora.finetuning.mask_prediction import upsampled
 from tfimm_lora.finetuning.recipe import finetune_pictures
@@ -104,11 +103,6 @@ def test_evaluate_and_predict_say_what_the_model_says(run, capsys, tmp_path):
     ):
         _, err = ask(capsys, "predict", run.path, paths[0], *words, expect=1)
         assert message in err
-
-
-def test_the_demo_page_refuses_a_segmentation(run):
-    with pytest.raises(ValueError, match="of a segmentation"):
-        DemoRuns([run.path])
 
 
 def test_a_mask_has_the_size_of_its_picture(run, capsys, tmp_path):
@@ -222,7 +216,7 @@ def test_every_format_has_the_same_outputs(run, format, tmp_path):
 
 @pytest.mark.long
 def test_a_killed_run_is_resumed_to_identical_weights(tmp_path):
-    asked = mask_recipe(tmp_path, augmentation="default", balanced=True)
+    asked = mask_recipe(tmp_path, augmentation="strong", balanced=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.to_dict()))
 
     def start(out):

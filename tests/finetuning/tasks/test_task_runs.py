@@ -277,13 +277,14 @@ def test_runs_of_earlier_versions_are_classifications(tmp_path):
     from tests.helpers.recipes import make_folder, recipe
 
     make_folder(tmp_path)
-    asked = recipe(tmp_path, epochs=1)
+    asked = recipe(tmp_path, epochs=1, augmentation="strong")
     run = finetune_pictures(asked, tmp_path / "run", verbose="none")
     config = yaml.safe_load(run.config_path.read_text())
     for name in ("task", "columns", "accumulate", "clip_norm"):
         del config["recipe"][name]
     for name in ("task", "pictures"):
         del config["facts"][name]
+    config["recipe"]["augmentation"] = "default"  # the former name
     run.config_path.write_text(yaml.safe_dump(config))
     old = Run.open(run.path)
     assert old.task.name == "classification" and old.task.labels == ("0", "1", "2")

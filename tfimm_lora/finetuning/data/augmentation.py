@@ -90,8 +90,8 @@ class Augmentation:
     def named(cls, name: str) -> Augmentation:
         """Return a preset.
 
-        "none", "light" (large crops and flips) for pictures where little may change, or
-        "default" (smaller crops, flips and slight colour changes) for ordinary photographs.
+        "none", "light" (large crops and flips), or "strong" (smaller crops, flips and slight
+        colour changes), which needs many epochs.
 
         Raises:
             ValueError: for another name.
@@ -240,7 +240,7 @@ def _turned(tf: Any, picture: Any, angle: Any, nearest: bool = False) -> Any:
 PRESETS = {
     "none": Augmentation(),
     "light": Augmentation(scale=(0.7, 1.0), flip=True),
-    "default": Augmentation(
+    "strong": Augmentation(
         scale=(0.35, 1.0), flip=True, brightness=0.2, contrast=0.2, saturation=0.2
     ),
 }
