@@ -70,6 +70,7 @@ from .model.inject import remove_lora as remove_lora
 from .model.merge import merge_lora_weights as merge_lora_weights
 from .model.merge import merge_weights as merge_weights
 from .model.merge import unmerge_lora_weights as unmerge_lora_weights
+from .model.new_decoder import with_decoder as with_decoder
 from .model.registry import lora_architecture as lora_architecture
 from .model.registry import lora_base_architecture as lora_base_architecture
 from .model.registry import lora_config as lora_config

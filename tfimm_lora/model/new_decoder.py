@@ -55,11 +55,11 @@ def with_decoder(model: Any, classes: int) -> Any:
 
     Example:
         >>> import tensorflow as tf
-        >>> from tfimm_lora.model.new_decoder import with_decoder
+        >>> import tfimm_lora as lora
         >>> classifier = tf.keras.Sequential([
         ...     tf.keras.Input((16, 16, 3)), tf.keras.layers.Conv2D(4, 3, strides=2),
         ...     tf.keras.layers.GlobalAveragePooling2D(), tf.keras.layers.Dense(10)])
-        >>> with_decoder(classifier, 5).output_shape
+        >>> lora.with_decoder(classifier, 5).output_shape
         (None, 16, 16, 5)
 
     References: Xie et al., "SegFormer", arXiv:2105.15203 (a decoder of 1x1 convolutions);
