@@ -77,7 +77,8 @@ def _in_class_folders(listing: Listing, folder: Path) -> list[FoundPicture]:
     if not labels:
         listing.error(
             f"{folder} has no class folders{', only pictures' if beside else ''}; expected a "
-            "folder of pictures for each class, with the name of the class.",
+            "folder of pictures for each class, with the name of the class."
+            f"{csv_inside(folder)}",
             [str(folder / name) for name in beside],
         )
         return []
@@ -159,6 +160,17 @@ def folders_in(folder: Path) -> list[str]:
 def _pictures(folder: Path) -> list[str]:
     files = [entry for entry in _entries(folder) if not _is_folder(entry)]
     return sorted(entry.name for entry in files if is_picture(entry.path))
+
+
+def csv_inside(folder: Path) -> str:
+    """A sentence about CSV files in a folder, which may be meant; "" if there are none."""
+    names = sorted(name for entry in _entries(folder) if (name := entry.name).endswith(".csv"))
+    if not names:
+        return ""
+    pass_it = (
+        "If it lists the pictures, pass it" if len(names) == 1 else "Pass the one you mean"
+    )
+    return f" The folder contains {some(names)}. {pass_it} instead of the folder."
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:

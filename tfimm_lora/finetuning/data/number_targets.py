@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import numpy as np
 
 from tfimm_lora.finetuning.data.findings import ERROR
+from tfimm_lora.finetuning.data.folders import csv_inside
 from tfimm_lora.finetuning.data.listing import FoundPicture, Listing
 from tfimm_lora.finetuning.data.targets import (
     PATH,
@@ -73,7 +74,7 @@ class NumberTargets(Targets):
         listing.findings = []
         listing.error(
             f"Received the folder {path} for a regression; expected a CSV file with "
-            f"{self.header}. A folder has no numbers."
+            f"{self.header}. A folder has no numbers.{csv_inside(path)}"
         )
 
     def names(self, listing: Listing, path: str) -> tuple[str, ...]:
