@@ -246,7 +246,7 @@ def test_folders_that_cannot_be_used_say_why_and_what_to_do(tmp_path):
     touch(tmp_path, "unsorted/train/1.jpg", "unsorted/val/2.jpg")
     refused(tmp_path / "unsorted", "train has no class folders")
     (tmp_path / "unsorted" / "train" / "labels.csv").write_text("path,label\n")
-    refused(tmp_path / "unsorted", r"contains labels\.csv\. If it lists the pictures, pass it")
+    refused(tmp_path / "unsorted", "contains labels.csv. If it lists the pictures, pass it")
     touch(tmp_path, "notes.xlsx")
     refused(tmp_path / "notes.xlsx", "does not end in .csv")
     for share in (0, 1, -0.1, 1.5):
