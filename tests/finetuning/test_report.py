@@ -57,6 +57,18 @@ def softmax(logits):
 # -- numbers --------------------------------------------------------------------------------
 
 
+def test_a_model_with_one_answer_for_all_pictures_is_reported():
+    views = lora.Classification().views
+    logits, true = outputs(classes=3)
+    assert views.advice(Evaluation.of(logits, true, ("a", "b", "c"))) is None
+    logits[:, 1] = 99.0
+    one = Evaluation.of(logits, true, ("a", "b", "c"))
+    assert views.advice(one).startswith("all pictures are classified as b.")
+    # Which is right if there is nothing else.
+    only = Evaluation.of(logits[true == 1], true[true == 1], ("a", "b", "c"))
+    assert views.advice(only) is None
+
+
 @pytest.mark.parametrize("classes, missing", [(8, ()), (8, (2, 7)), (2, ()), (5, ())])
 def test_numbers_are_those_of_scikit_learn(classes, missing):
     logits, true = outputs(classes=classes, missing=missing)

@@ -302,6 +302,9 @@ def finetune(
         print(f"adapter: {run.adapter}\nreport:  {result['report']}")
 
     emit(result, as_json, show)
+    advice = views.advice(evaluation)
+    if advice is not None:
+        note(f"note: {advice}")
 
 
 def _check_origin(recipe: Recipe, pretrained: bool) -> None:

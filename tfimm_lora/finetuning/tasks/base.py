@@ -233,6 +233,10 @@ class Views(ABC):
     def headline(self, evaluation: Any, kind: str) -> str:
         """The result in a line. ``kind`` is what the pictures are: "validation" or "test"."""
 
+    def advice(self, evaluation: Any) -> str | None:
+        """What users should know about a training with this evaluation."""
+        return None
+
     @abstractmethod
     def scores(self, evaluation: Any) -> dict[str, float]:
         """The most important numbers, with the loss, for JSON."""

@@ -51,6 +51,16 @@ class ClassificationViews(Views):
         pictures = f"{len(evaluation.predictions)} {kind} pictures"
         return f"accuracy {percent(evaluation.accuracy)} on {pictures}"
 
+    def advice(self, evaluation: Evaluation) -> str | None:
+        found = {x.predicted for x in evaluation.predictions}
+        if len(found) > 1 or len({x.true for x in evaluation.predictions}) < 2:
+            return None
+        return (
+            f"all pictures are classified as {readable(*found)}. The model has learned nothing, as "
+            "with weights that are not pretrained, or a rate that is too high: pass a third of "
+            "it (--lr), or --lr auto"
+        )
+
     def scores(self, evaluation: Evaluation) -> dict[str, float]:
         return {"accuracy": evaluation.accuracy, "loss": evaluation.loss}
 
