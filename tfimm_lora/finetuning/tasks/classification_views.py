@@ -56,9 +56,9 @@ class ClassificationViews(Views):
         if len(found) > 1 or len({x.true for x in evaluation.predictions}) < 2:
             return None
         return (
-            f"all pictures are classified as {readable(*found)}. The model has learned nothing. "
-            "The cause may be weights that are not pretrained, or a rate that is too high: pass "
-            "a third of it (--lr), or --lr auto"
+            f"all pictures are classified as {readable(*found)}. The model has learned "
+            "nothing: its weights are not pretrained, or the rate is too high. Pass a third "
+            "of it (--lr), or --lr auto"
         )
 
     def scores(self, evaluation: Evaluation) -> dict[str, float]:
