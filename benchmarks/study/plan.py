@@ -45,7 +45,7 @@ MODEL = "efficientnet_lite0"
 TASKS = ("garments", "changed digits", "stamps")
 SEEDS = (0, 1, 2, 3, 4)
 #: The height and width of the pictures. Digits have 8 x 8 pixels.
-SIZE, DIGITS = 64, 48
+SIZE, DIGITS, PHOTOGRAPHS = 64, 48, 96
 
 #: Methods that are compared beyond these tasks and this model.
 MAIN = ("classifier only", "normalization", "everything", "LoRA, rank 4", REFERENCE)
@@ -54,8 +54,10 @@ OTHER_TASKS = ("digits", "textures")
 OTHER_MODELS, THEIR_TASKS = ("mobilenet_v2_100", "efficientnet_lite2"), ("garments", "stamps")
 #: LoRA of rank 8 with PEFT on timm's models; see ``with_peft.py``.
 PEFT_METHOD, PEFT_MODELS = "PEFT, rank 8", ("efficientnet_lite0", "mobilenet_v2_100")
-#: Other tasks than classifications. Their scores are the mean average precision, and R2.
-KINDS, KINDS_SEEDS = ("properties of digits", "angles of digits"), (0, 1, 2)
+#: Other tasks than classifications. Their scores are the mean average precision, R2 and the
+#: mean IoU.
+KINDS = ("properties of digits", "angles of digits", "digits on photographs")
+KINDS_SEEDS = (0, 1, 2)
 KINDS_METHODS = ("classifier only", "everything", REFERENCE)
 LARGE, LARGE_SEEDS, LARGE_EPOCHS = "10,000 garments", (0, 1, 2), 3
 LARGE_METHODS = ("classifier only", "everything", REFERENCE, "LoRA, rank 64")
@@ -125,7 +127,8 @@ class Plan:
     epochs: int = 10
 
     def job(self, task: str, method: str, **settings: Any) -> Job:
-        size = self.size or (DIGITS if task.endswith("digits") else SIZE)
+        usual = DIGITS if task.endswith("digits") else SIZE
+        size = self.size or (PHOTOGRAPHS if task.endswith("photographs") else usual)
         return Job(task, method, **{"size": size, "epochs": self.epochs, **settings})
 
     def due(self, results: Results) -> list[Run]:

@@ -41,9 +41,11 @@ def named_layers(model: Any) -> dict[str, Any]:
 
 
 def train_only(model: Any, select: Callable[[str], bool]) -> None:
-    """Freeze all variables but the classifier's and those whose name ``select`` chooses."""
+    """Freeze all variables but the classifier's (or decoder's) and those whose name ``select``
+    chooses."""
     for path, layer in named_layers(model).items():
-        for variable in list(layer._trainable_weights) if path != "classifier" else ():
+        is_head = path.split(".")[0] in ("classifier", "decode_head")
+        for variable in () if is_head else list(layer._trainable_weights):
             if not select(variable.name.split("/")[-1]):
                 layer._trainable_weights.remove(variable)
                 layer._non_trainable_weights.append(variable)

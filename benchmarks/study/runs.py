@@ -22,19 +22,22 @@ from tfimm_lora.finetuning.data.augmentation import Augmentation
 keras = tf.keras
 
 
-#: The tasks of tfimm_lora for pictures, and the score of each, of which 1 is the best.
-TASKS: dict[str, Callable[[Data], Any]] = {
-    "classification": lambda parts: lora.Classification(tuple(map(str, range(parts.classes)))),
-    "multilabel": lambda parts: lora.MultiLabel(tuple(map(str, range(parts.classes)))),
-    "regression": lambda parts: lora.Regression(
-        ("number",), (0.0,), (float(parts.train[1].std()),)
-    ),
-}
+#: The score of each task, of which 1 is the best.
 SCORES: dict[str, Callable[[Any], float]] = {
     "classification": lambda evaluation: evaluation.accuracy,
     "multilabel": lambda evaluation: evaluation.mean_average_precision,
     "regression": lambda evaluation: evaluation.scores[0].r2,
+    "segmentation": lambda evaluation: evaluation.mean_iou,
 }
+
+
+def task_of(parts: Data) -> Any:
+    """The task of tfimm_lora for the pictures."""
+    names = tuple(map(str, range(parts.classes)))
+    if parts.kind == "regression":
+        return lora.Regression(names, (0.0,), (float(parts.train[1].std()),))
+    kinds = {"multilabel": lora.MultiLabel, "segmentation": lora.Segmentation}
+    return kinds.get(parts.kind, lora.Classification)(names)
 
 
 class Cosine(keras.optimizers.schedules.LearningRateSchedule):
@@ -102,6 +105,7 @@ class Runs:
             classes=parts.classes,
             weights=self.work / "checkpoints" / job.model,
             input_size=(job.size, job.size),
+            dense=parts.kind == "segmentation",
         )
         mean, std = (np.float32(v) for v in (base.preprocessing.mean, base.preprocessing.std))
 
@@ -123,7 +127,7 @@ class Runs:
                 global_clipnorm=job.clip_norm or None,
             )
             optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
-            self.task = TASKS[parts.kind](parts)
+            self.task = task_of(parts)
             self.losses = self.task.losses(backend_of(self.model), None)
             self.model.compile(
                 self.method.optimizer(self.model, optimizer), self.losses, steps_per_execution=5

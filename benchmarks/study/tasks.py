@@ -35,12 +35,15 @@ TEXTURES = (
     *("cell", "immunohistochemistry"),
 )
 PATCH = 24
+#: The height and width of photographs with a digit.
+PASTED = 96
 
 
 class Data(NamedTuple):
     """Pictures (n, size, size, 3) as uint8 and labels of each part.
 
-    The labels are class indices (n,), and for other tasks than a classification (n, outputs).
+    The labels are class indices (n,), those of all pixels (n, size, size), and for other tasks
+    (n, outputs).
     """
 
     train: tuple[np.ndarray, np.ndarray]
@@ -73,7 +76,10 @@ def data(name: str, seed: int, size: int, downloads: Path) -> Data:
     tested = _balanced(test_y, min(task.test, len(test_y)), np.random.default_rng(0))
     parts = [(x, y, chosen[rest]), (x, y, chosen[val]), (test_x, test_y, tested)]
     made = [(_resized(a[i], size), b[i]) for a, b, i in parts]
-    return Data(*made, int(y.max()) + 1 if y.ndim == 1 else y.shape[1], task.kind)
+    if task.kind == "segmentation":  # masks have the size of the pictures already
+        assert y.shape[1:] == (size, size), f"{name}: masks of {y.shape[1:]}, not of {size}"
+    outputs = y.shape[1] if task.kind in ("multilabel", "regression") else int(y.max()) + 1
+    return Data(*made, outputs, task.kind)
 
 
 def order_of(count: int, job: Any, seed: int) -> np.ndarray:
@@ -165,6 +171,29 @@ def changed_digits(downloads: Path) -> tuple:
     return tuple(parts)
 
 
+def pasted_digits(downloads: Path) -> tuple:
+    """Where is a digit on a photograph, and is it even? 0 is the photograph."""
+    from skimage import data as pictures_of
+
+    photographs = [pictures_of.astronaut(), pictures_of.chelsea(), pictures_of.coffee()]
+    parts = []
+    for number, (pictures, y) in enumerate(digits(downloads)):
+        rng, made, masks = np.random.default_rng(3000 + number), [], []
+        for picture, digit in zip(pictures, y):
+            photograph = photographs[rng.integers(len(photographs))]
+            top, left = (rng.integers(n - PASTED) for n in photograph.shape[:2])
+            made.append(photograph[top : top + PASTED, left : left + PASTED].copy())
+            side = int(rng.integers(24, 49))
+            large = np.asarray(Image.fromarray(picture).resize((side, side), Image.BICUBIC))
+            ink = large > 96
+            top, left = rng.integers(PASTED - side, size=2)
+            made[-1][top : top + side, left : left + side][ink] = rng.integers(256, size=3)
+            masks.append(np.zeros((PASTED, PASTED), "int32"))
+            masks[-1][top : top + side, left : left + side][ink] = 1 + digit % 2
+        parts.append((np.stack(made), np.stack(masks)))
+    return tuple(parts)
+
+
 def stamps(downloads: Path) -> tuple:
     """Photographs and drawings of things in eleven categories: the stamps of Tux Paint."""
     folder = find_stamps(downloads)
@@ -236,4 +265,5 @@ TASKS = {
     "10,000 garments": Task(fashion, train=10000),
     "properties of digits": Task(properties, kind="multilabel"),
     "angles of digits": Task(angles, kind="regression"),
+    "digits on photographs": Task(pasted_digits, test=300, kind="segmentation"),
 }

@@ -100,7 +100,7 @@ def test_all_methods_tasks_models_and_settings_are_run(study):
     for settings in plan.SETTINGS:
         for task in plan.TASKS:
             assert plan.Plan().job(task, plan.REFERENCE, **settings) in jobs
-    assert {job.size for job in jobs if "digits" in job.task} == {48}
+    assert {job.size for job in jobs if job.task.endswith("digits")} == {48}
 
 
 @pytest.mark.once
@@ -138,6 +138,16 @@ def test_pictures_of_other_tasks(study, tmp_path):
     assert (labelled.kind, labelled.classes) == ("multilabel", 3)
     assert set(np.unique(labelled.train[1])) == {0, 1} and labelled.train[0].dtype == np.uint8
     assert (turned.kind, turned.classes, turned.train[1].shape) == ("regression", 1, (720, 1))
+    (x, y), _, (test_x, test_y), classes, kind = tasks.data(
+        "digits on photographs", 0, tasks.PASTED, tmp_path
+    )
+    assert (classes, kind, x.shape, y.shape) == (
+        *(3, "segmentation", (720, 96, 96, 3), (720, 96, 96)),
+    )
+    assert len(test_x) == len(test_y) == 300 and set(np.unique(y)) == {0, 1, 2}
+    # All pixels of a digit have one colour and one class.
+    for picture, mask in zip(x[:5], y[:5]):
+        assert len(np.unique(mask)) == 2 and len(np.unique(picture[mask > 0], axis=0)) == 1
     assert 20 < turned.train[1].std() < 30 and np.abs(turned.test[1]).max() <= 45
 
 
