@@ -44,7 +44,7 @@ def train_only(model: Any, select: Callable[[str], bool]) -> None:
     """Freeze all variables but the classifier's (or decoder's) and those whose name ``select``
     chooses."""
     for path, layer in named_layers(model).items():
-        is_head = path.split(".")[0] in ("classifier", "decode_head")
+        is_head = path.split(".")[0] in ("classifier", "pixel_head")
         for variable in () if is_head else list(layer._trainable_weights):
             if not select(variable.name.split("/")[-1]):
                 layer._trainable_weights.remove(variable)

@@ -53,8 +53,8 @@ def test_the_decoder_is_what_its_documentation_says(tmp_path):
     classifier = keras.models.load_model(tmp_path / "model.keras", compile=False)
     model = with_decoder(classifier, 4)
     assert model.output_shape == (None, SIDE, SIDE, 4)
-    assert classifier_paths(model) == ["decode_head"]
-    decoder = model.get_layer("decode_head")
+    assert classifier_paths(model) == ["pixel_head"]
+    decoder = model.get_layer("pixel_head")
     for seed, weight in enumerate(decoder.weights):
         weight.assign(0.3 * normal(*weight.shape, seed=seed) + 0.1)
     x = np.abs(normal(2, SIDE, SIDE, 3))
@@ -87,7 +87,7 @@ def test_tokens_become_a_map(tmp_path):
     x = layers.Dense(3)(layers.GlobalAveragePooling1D()(x))
     model = with_decoder(keras.Model(inputs, x), 2)
     assert model.output_shape == (None, 24, 16, 2)
-    decoder = model.get_layer("decode_head")
+    decoder = model.get_layer("pixel_head")
     tokens = normal(1, 7, 6)
     whole = decoder.get_layer("map").output
     found = array(keras.Model(decoder.inputs[0], whole)(tokens))
@@ -99,7 +99,7 @@ def test_tokens_become_a_map(tmp_path):
 def test_models_of_keras_applications(name):
     model = open_base_model(name, classes=3, input_size=(64, 64), dense=True).model
     assert model.output_shape == (None, 64, 64, 3)
-    decoder = model.get_layer("decode_head")
+    decoder = model.get_layer("pixel_head")
     assert [tuple(x.shape)[1:3] for x in decoder.inputs] == [(2, 2), (8, 8)]
 
 
@@ -181,7 +181,7 @@ def test_models_of_keras_hub_keep_the_names_of_their_layers(kind, tmp_path):
     naming = ModuleNames(base.model).naming
     assert naming is not None and naming.library == "keras_hub"
     head = classifier_paths(base.model)
-    assert (head == ["decode_head"]) == (kind not in ("segformer", "deeplab"))
+    assert (head == ["pixel_head"]) == (kind not in ("segformer", "deeplab"))
     lora.inject_lora(base.model, lora_rank=2, lora_train_classifier=True)
     lora.save_adapter(base.model, tmp_path / "adapter")
     x = np.abs(normal(1, *made.input_shape[1:3], 3))

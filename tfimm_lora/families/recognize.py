@@ -22,8 +22,9 @@ from tfimm_lora.families.family import (
 )
 from tfimm_lora.families.templates import Name, Positions, Template
 
-#: The name of the decoder of a segmentation, which is the same in all libraries.
-DECODER = "decode_head"
+#: The name of the decoder of a segmentation, the same on every Keras. No library has a module
+#: of this name: SegFormer has a decode_head.
+DECODER = "pixel_head"
 
 #: torch's names of weights.
 _LEAVES = ("weight", "bias", "running_mean", "running_var", "variable")

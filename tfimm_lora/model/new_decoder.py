@@ -48,7 +48,7 @@ def with_decoder(model: Any, classes: int) -> Any:
 
     Returns:
         A functional model that returns logits, (batch, height, width, classes). The decoder is
-        a model in it with the name "decode_head".
+        a model in it with the name "pixel_head".
 
     Raises:
         ValueError: If the model has no feature map.

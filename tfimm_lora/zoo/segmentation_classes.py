@@ -26,13 +26,13 @@ class Segmenter:
 
     cfg: Any
     dummy_inputs: Any
-    decode_head: Any
+    pixel_head: Any
 
     def __init__(self, cfg: Any, *args: Any, **kwargs: Any) -> None:
         plain = dataclasses.replace(cfg, nb_classes=0)
         super().__init__(plain, *args, **kwargs)  # type: ignore[call-arg]
         self.cfg = dataclasses.replace(cfg, classifier=DECODER)
-        self.decode_head = None
+        self.pixel_head = None
         self(self.dummy_inputs)  # type: ignore[operator]
 
     def call(self, x: Any, training: bool = False) -> Any:
@@ -44,11 +44,11 @@ class Segmenter:
         maps = features_of(features, size)
         if maps is None:
             raise no_features(self, "tfimm's features of it are no maps")
-        if self.decode_head is None:
+        if self.pixel_head is None:
             shapes = [tuple(x.shape)[1:] for x in maps]
             keras = legacy_backend().keras
-            self.decode_head = create_decoder(keras, shapes, self.cfg.nb_classes, size)
-        return self.decode_head(maps if len(maps) > 1 else maps[0], training=training)
+            self.pixel_head = create_decoder(keras, shapes, self.cfg.nb_classes, size)
+        return self.pixel_head(maps if len(maps) > 1 else maps[0], training=training)
 
 
 @functools.cache
@@ -95,5 +95,5 @@ def without_segmenter(model: Any) -> Any:
     _, features = plain(inputs, return_features=True)
     maps = features_of(features, cfg.input_size)
     assert maps is not None
-    outputs = model.decode_head(maps if len(maps) > 1 else maps[0])
+    outputs = model.pixel_head(maps if len(maps) > 1 else maps[0])
     return keras.Model(inputs, outputs, name=model.name)

@@ -44,7 +44,7 @@ def test_a_run_records_its_task_and_its_model_has_learned_it(run):
     adapter = lora.Adapter.load(opened.adapter)
     assert adapter.task.to_dict() == opened.facts["task"] == opened.task.record().to_dict()
     assert adapter.task.masks == {"values": [0, 1, 2], "ignored": [255]}
-    assert adapter.modules == ("decode_head",) and lora.adapter_of(opened.model()) == adapter
+    assert adapter.modules == ("pixel_head",) and lora.adapter_of(opened.model()) == adapter
     assert opened.preprocessing.crop_mode == "squash"
     evaluation = evaluate_run(opened)["val"]
     best = opened.history[opened.facts["best_epoch"] - 1]
