@@ -259,15 +259,15 @@ class Search:
         return trial
 
     def _suggested(self, at_random: bool) -> Any:
-        # A sampler for each trial, so that a continued search does not repeat the first random
-        # numbers.
-        seed = self.seed + len(self.study.get_trials(deepcopy=False))
+        trial = self.study.ask()
+        # A sampler for each trial, so that neither a continued search nor another process that
+        # asks at the same time repeats its random numbers.
+        seed = self.seed + trial.number
         self.study.sampler = (
             self.optuna.samplers.RandomSampler(seed=seed)
             if at_random
             else self._proposing_sampler(seed)
         )
-        trial = self.study.ask()
         rate = self.space.rates[0]
         if self.space.searches_rate:
             rate = trial.suggest_float("learning_rate", *self.space.rates, log=True)
