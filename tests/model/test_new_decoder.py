@@ -132,6 +132,13 @@ def test_models_without_feature_maps_say_so():
     vector = keras.Sequential([keras.Input((8,)), layers.Dense(3)])
     with pytest.raises(ValueError, match="no functional or Sequential model of pictures"):
         with_decoder(vector, 2)
+    picture = keras.Input((16, 16, 3))
+    good = keras.Model(picture, keras.layers.Conv2D(4, 3, strides=2)(picture))
+    for classes, error in ((0, ValueError), ("3", TypeError), (None, TypeError)):
+        with pytest.raises(error, match="expected an integer of at least 1"):
+            with_decoder(good, classes)
+    with pytest.raises(ValueError, match="which has a decoder"):
+        with_decoder(with_decoder(good, 3), 5)
 
 
 @pytest.mark.skipif(not LEGACY, reason="of tfimm")

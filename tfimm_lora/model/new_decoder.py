@@ -11,6 +11,7 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.families.recognize import DECODER
 from tfimm_lora.model.new_classifier import takes_pictures
+from tfimm_lora.validation import check_integer
 
 #: The number of channels of the decoder.
 WIDTH = 128
@@ -51,7 +52,8 @@ def with_decoder(model: Any, classes: int) -> Any:
         a model in it with the name "pixel_head".
 
     Raises:
-        ValueError: If the model has no feature map.
+        TypeError, ValueError: If ``classes`` is not a positive integer.
+        ValueError: If the model has no feature map, or has a decoder already.
 
     Example:
         >>> import tensorflow as tf
@@ -66,6 +68,12 @@ def with_decoder(model: Any, classes: int) -> Any:
     Howard et al., "Searching for MobileNetV3", arXiv:1905.02244, section 6.4 (two maps).
     """
     backend = backend_of(model)
+    check_integer(classes, "classes", 1)
+    if any(layer.name == DECODER for layer in getattr(model, "layers", ())):
+        raise ValueError(
+            f"Received model '{model.name}', which has a decoder; expected a classifier or a "
+            "backbone. Create another model from that."
+        )
     if not takes_pictures(model):
         raise no_features(model, "it is no functional or Sequential model of pictures")
     size = fixed_size(model, tuple(model.inputs[0].shape)[1:3])

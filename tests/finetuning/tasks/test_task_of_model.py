@@ -119,3 +119,16 @@ def test_a_training_is_resumed_with_the_same_task_and_parts(changed, tmp_path):
     name = next(iter(changed))
     with pytest.raises(ValueError, match=f"other settings: {name}="):
         train(model(3), batches(y), out=tmp_path, resume=True, epochs=2, **changed)
+
+
+@pytest.mark.parametrize("task", [lora.Classification, lora.MultiLabel, lora.Segmentation])
+def test_one_string_is_not_several_labels(task):
+    with pytest.raises(TypeError, match="labels='cat'; expected names"):
+        task("cat")
+
+
+def test_a_model_without_pixels_cannot_learn_a_segmentation():
+    model = keras.Sequential([keras.Input((4,)), keras.layers.Dense(3, name="head")])
+    lora.inject_lora(model, lora_rank=2, lora_targets=["head"])
+    with pytest.raises(ValueError, match=r"outputs of shape \(None, 3\)"):
+        lora.finetune(model, None, task=lora.Segmentation(("a", "b", "c")), verbose="none")

@@ -99,6 +99,12 @@ class Task(ABC):
     balances: ClassVar[bool] = True
     is_dense: ClassVar[bool] = False
 
+    def __post_init__(self) -> None:
+        if isinstance(self.labels, str):
+            raise TypeError(
+                f"Received labels={self.labels!r}; expected names, as in ('cat', 'dog')."
+            )
+
     # -- targets ---------------------------------------------------------------------------
 
     @classmethod

@@ -42,6 +42,7 @@ def task_to_train(model: Any, task: Task | None, loss: Any) -> Task:
     Raises:
         TypeError, ValueError: as ``checked_task``; if a softmax or sigmoid changes the outputs
             that are to be learned. (A classification is trained with one, too, though worse.)
+            Also if a segmentation is to be learned by a model without outputs for each pixel.
     """
     if loss is not None:
         return Classification() if task is None else checked_task(model, task)
@@ -52,6 +53,8 @@ def task_to_train(model: Any, task: Task | None, loss: Any) -> Task:
             f"{task.name!r}; expected one without. Remove it, or open the model with "
             "open_base_model, which removes it."
         )
+    if task.is_dense:
+        task.check_model(model)
     return task
 
 
