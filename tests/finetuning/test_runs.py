@@ -1,15 +1,18 @@
 """Whole runs on both Kerases: from the command line, killed and resumed, of a tfimm model."""
 
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import pytest
 
+from tests.helpers.commands import assert_resumes_after_kill
 from tests.helpers.kerases import LEGACY
-from tests.helpers.recipes import arguments, assert_same_run, make_folder, recipe
+from tests.helpers.recipes import (
+    arguments,
+    assert_same_run,
+    make_folder,
+    recipe,
+    settings_of,
+)
 from tfimm_lora.cli import main
 from tfimm_lora.finetuning.recipe import finetune_pictures
 from tfimm_lora.finetuning.run import Run
@@ -44,32 +47,7 @@ def test_the_command_line_does_it_all(folder, tmp_path, capsys):
 
 @pytest.mark.long
 def test_a_killed_run_is_resumed_to_identical_weights(folder, tmp_path):
-    def command(out):
-        return [sys.executable, "-m", "tfimm_lora", *arguments(folder, out, "--resume")]
-
-    def start(out):
-        return subprocess.Popen(
-            command(out),
-            cwd=tmp_path,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    whole = start(tmp_path / "whole")
-    said, _ = whole.communicate()
-    assert whole.returncode == 0 and "accuracy" in said
-    child = start(tmp_path / "run")
-    for line in child.stderr:
-        if line.startswith("epoch 1/3"):
-            os.kill(child.pid, signal.SIGKILL)
-            break
-    child.wait()
-    assert child.returncode == -signal.SIGKILL
-    again = start(tmp_path / "run")
-    _, errors = again.communicate()
-    assert again.returncode == 0 and "resuming the run" in errors, errors[-2000:]
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    assert "accuracy" in assert_resumes_after_kill(tmp_path, settings_of(folder))
 
 
 @pytest.mark.long

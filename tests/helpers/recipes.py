@@ -47,13 +47,17 @@ def recipe(folder, **options):
     return Recipe.from_dict({**settings, **options})
 
 
-def arguments(folder, out, *more):
+def settings_of(folder):
     return [
         "finetune",
         *("--model", str(folder / "model.keras"), "--data", str(folder / "digits")),
         *("--normalisation", "unit", "--epochs", "3", "--batch-size", "8", "--lr", "0.01"),
-        *("--rank", "2", "--lora", "dropout=0.1", "--out", str(out), *more),
+        *("--rank", "2", "--lora", "dropout=0.1"),
     ]
+
+
+def arguments(folder, out, *more):
+    return [*settings_of(folder), "--out", str(out), *more]
 
 
 def adapter_values(run):

@@ -119,6 +119,7 @@ def labelled_pictures(data: Path, task: Task, masks: str | None = None) -> Pictu
             f"Received --data {data}, which does not exist; expected {targets.sources}."
         )
     listing = list_pictures(data, targets)
+    targets = targets.resolved(listing)
     raise_errors(listing.findings)
     for finding in listing.findings:
         if finding.level == WARNING:

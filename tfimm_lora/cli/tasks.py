@@ -11,12 +11,12 @@ COLUMNS_HELP = (
     "separated by commas. Default: all except path and split."
 )
 MASKS_HELP = (
-    "For segmentation: the folder of the masks, which have the names of their pictures. "
-    "Default: masks/ beside images/ in the folder of the pictures."
+    "For segmentation: the folder of the masks, which have the names of their pictures, or a "
+    "file of COCO (.json). Default: masks/ beside images/ in the folder of the pictures."
 )
 CLASSES_HELP = (
     "For segmentation: a CSV or JSON file with name and index, or name, r, g, b. Default: each "
-    "index in the masks is a class, except 255, which is ignored."
+    "index in the masks is a class, except 255, which is ignored; or the categories of COCO."
 )
 
 

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,10 +10,10 @@ from PIL import Image
 from scipy.special import softmax
 
 import tfimm_lora as lora
-from tests.finetuning.tasks.test_task_runs import ask, pixels
+from tests.finetuning.tasks.test_task_runs import pixels
+from tests.helpers.commands import ask, assert_resumes_after_kill
 from tests.helpers.kerases import LEGACY, array, keras
 from tests.helpers.mask_pictures import CLASSES, SIDE, mask_recipe, write_masks, write_table
-from tests.helpers.recipes import assert_same_run
 from tfimm_lora.finetuning.data.mask_classes import default_palette
 from tfimm_lora.finetuning.mask_prediction import upsampled
 from tfimm_lora.finetuning.recipe import finetune_pictures
@@ -218,30 +214,8 @@ def test_every_format_has_the_same_outputs(run, format, tmp_path):
 def test_a_killed_run_is_resumed_to_identical_weights(tmp_path):
     asked = mask_recipe(tmp_path, augmentation="strong", balanced=True)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.to_dict()))
-
-    def start(out):
-        words = ("--config", tmp_path / "recipe.yaml", "--out", tmp_path / out, "--resume")
-        return subprocess.Popen(
-            [sys.executable, "-m", "tfimm_lora", "finetune", *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    whole = start("whole")
-    said, errors = whole.communicate()
-    assert whole.returncode == 0 and "mean IoU" in said, errors[-2000:]
-    child = start("run")
-    for line in child.stderr:
-        if line.startswith("epoch 1/3"):
-            os.kill(child.pid, signal.SIGKILL)
-            break
-    child.wait()
-    assert child.returncode == -signal.SIGKILL
-    again = start("run")
-    _, errors = again.communicate()
-    assert again.returncode == 0 and "resuming the run" in errors, errors[-2000:]
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    words = ("finetune", "--config", tmp_path / "recipe.yaml")
+    assert "mean IoU" in assert_resumes_after_kill(tmp_path, words)
 
 
 @pytest.mark.long

@@ -2,10 +2,6 @@
 
 import dataclasses
 import json
-import os
-import signal
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -14,10 +10,9 @@ from PIL import Image
 from scipy.special import expit
 
 import tfimm_lora as lora
+from tests.helpers.commands import ask, assert_resumes_after_kill
 from tests.helpers.kerases import LEGACY, array, keras
-from tests.helpers.recipes import assert_same_run
 from tests.helpers.task_pictures import COLOURS, NUMBERS, save_model, task_recipe
-from tfimm_lora.cli import main
 from tfimm_lora.cli.finetune import _default_settings
 from tfimm_lora.finetuning.recipe import finetune_pictures
 from tfimm_lora.finetuning.run import Run
@@ -44,14 +39,6 @@ def runs(tmp_path_factory):
 def pixels(paths):
     """By Pillow: pictures of the input's size are only divided by 255."""
     return np.stack([np.array(Image.open(path)) for path in paths]).astype("float32") / 255
-
-
-def ask(capsys, *words, expect=0):
-    capsys.readouterr()
-    code = main([str(word) for word in words])
-    out, err = capsys.readouterr()
-    assert code == expect, err
-    return out, err
 
 
 def predictions(run, paths):
@@ -202,30 +189,8 @@ def test_every_format_has_the_same_outputs(runs, task, format, tmp_path):
 def test_a_killed_run_is_resumed_to_identical_weights(task, tmp_path):
     asked = task_recipe(tmp_path, task)
     (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(asked.to_dict()))
-
-    def start(out):
-        words = ("--config", tmp_path / "recipe.yaml", "--out", tmp_path / out, "--resume")
-        return subprocess.Popen(
-            [sys.executable, "-m", "tfimm_lora", "finetune", *map(str, words)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-
-    whole = start("whole")
-    said, errors = whole.communicate()
-    assert whole.returncode == 0 and "validation pictures" in said, errors[-2000:]
-    child = start("run")
-    for line in child.stderr:
-        if line.startswith("epoch 1/3"):
-            os.kill(child.pid, signal.SIGKILL)
-            break
-    child.wait()
-    assert child.returncode == -signal.SIGKILL
-    again = start("run")
-    _, errors = again.communicate()
-    assert again.returncode == 0 and "resuming the run" in errors, errors[-2000:]
-    assert_same_run(tmp_path / "run", tmp_path / "whole")
+    words = ("finetune", "--config", tmp_path / "recipe.yaml")
+    assert "validation pictures" in assert_resumes_after_kill(tmp_path, words)
     one, two = (Run.open(tmp_path / name).facts["task"] for name in ("run", "whole"))
     assert one == two and one["chosen"]
 

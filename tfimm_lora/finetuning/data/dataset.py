@@ -183,6 +183,7 @@ def list_split(
     listing = list_pictures(data, targets)
     path = os.path.abspath(data)
     parts = listing.parts
+    targets = targets.resolved(listing)
     _drop_repeated(listing, targets)
     labels = targets.names(listing, path)
     if not labels:

@@ -7,6 +7,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
 
+from tfimm_lora.finetuning.data.coco_folders import annotation_files, files_beside, list_coco
 from tfimm_lora.finetuning.data.findings import count, some
 from tfimm_lora.finetuning.data.folders import folders_in, pictures_below
 from tfimm_lora.finetuning.data.listing import PARTS, UNSPLIT, FoundPicture, Listing
@@ -31,12 +32,24 @@ def list_masks(data: Path, masks: Path | None) -> Listing:
     Args:
         data: The folder of pictures; without ``masks``, one with folders for both, such as
             ``images`` and ``masks``.
-        masks: The folder of masks.
+        masks: The folder of masks, or a file of COCO or a folder of such; see ``list_coco``.
 
     Both may have folders for the parts: ``train``, ``val`` and ``test``, above or below.
     """
+    annotations = annotation_files(data, masks)
+    if annotations:
+        return list_coco(data, annotations)
     listing = Listing()
-    pairs = _pairs(listing, data, masks)
+    pairs = _pairs(data) if masks is None else _pair(listing, data, masks)
+    beside = {} if pairs or masks is not None else files_beside(data)
+    if beside:
+        return list_coco(data, beside)
+    if masks is None and not pairs:
+        listing.error(
+            f"{data} has no folders of pictures and of masks; expected images/ and masks/ in "
+            "it, or in its train/ and val/, or the folder of the masks or a file of COCO: "
+            "--masks (masks=)."
+        )
     for part, (pictures, answers) in pairs.items():
         found = _paired(listing, pictures, answers)
         in_parts = defaultdict(list)
@@ -56,29 +69,26 @@ def list_masks(data: Path, masks: Path | None) -> Listing:
     return listing
 
 
-def _pairs(listing: Listing, data: Path, masks: Path | None) -> dict[str, _Pair]:
-    """The folders of pictures and masks of each part."""
-    if masks is not None:
-        if masks.is_dir():
-            return {UNSPLIT: (data, masks)}
-        listing.error(
-            f"Received masks={str(masks)!r}, which is no folder; expected the folder of the "
-            "masks of the pictures.",
-            cause=ValueError if masks.exists() else FileNotFoundError,
-        )
-        return {}
+def _pair(listing: Listing, data: Path, masks: Path) -> dict[str, _Pair]:
+    """The given folders of pictures and masks."""
+    if masks.is_dir():
+        return {UNSPLIT: (data, masks)}
+    listing.error(
+        f"Received masks={str(masks)!r}, which is no folder; expected the folder of the masks "
+        "of the pictures, or a file of COCO (.json).",
+        cause=ValueError if masks.exists() else FileNotFoundError,
+    )
+    return {}
+
+
+def _pairs(data: Path) -> dict[str, _Pair]:
+    """The folders of pictures and masks of each part in a folder; none without train."""
     inside = _both(data)
     if inside is not None:
         return {UNSPLIT: inside}
     found = {PARTS[x.lower()]: _both(data / x) for x in folders_in(data) if x.lower() in PARTS}
     pairs = {part: pair for part, pair in found.items() if pair is not None}
-    if "train" in pairs:
-        return pairs
-    listing.error(
-        f"{data} has no folders of pictures and of masks; expected images/ and masks/ in it, "
-        "or in its train/ and val/, or the folder of the masks: --masks (masks=).",
-    )
-    return {}
+    return pairs if "train" in pairs else {}
 
 
 def _both(folder: Path) -> _Pair | None:

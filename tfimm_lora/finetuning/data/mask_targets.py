@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import os
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
@@ -14,6 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
+from tfimm_lora.finetuning.data.coco_file import (
+    CocoFile,
+    coco_classes,
+    read_coco,
+    split_reference,
+)
 from tfimm_lora.finetuning.data.findings import ERROR, WARNING, Finding, Problem, count, some
 from tfimm_lora.finetuning.data.listing import FoundPicture, Listing
 from tfimm_lora.finetuning.data.mask_classes import (
@@ -23,7 +28,13 @@ from tfimm_lora.finetuning.data.mask_classes import (
     read_classes,
 )
 from tfimm_lora.finetuning.data.mask_folders import list_masks
-from tfimm_lora.finetuning.data.masks import MaskContent, mask_content, read_mask
+from tfimm_lora.finetuning.data.masks import (
+    MaskContent,
+    mask_content,
+    mask_file,
+    mask_identity,
+    read_mask,
+)
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.data.targets import Row, Targets, hash_order, validation_count
 
@@ -42,9 +53,10 @@ class MaskTargets(Targets):
     """A mask for each picture. ``Picture.label`` is its file.
 
     Args:
-        masks: The folder of the masks. Default: inside that of the pictures.
+        masks: The folder of the masks, or a file of COCO. Default: inside the folder of the
+            pictures.
         classes: The classes, or the file of a table; see ``read_classes``. Default: each index
-            that occurs is a class, except 255.
+            that occurs is a class, except 255; or the categories of the file of COCO.
     """
 
     masks: str | None = None
@@ -62,8 +74,8 @@ class MaskTargets(Targets):
     @property
     def sources(self) -> str:
         return (
-            "a folder of pictures with the folder of their masks (--masks), a folder with "
-            "images/ and masks/, or a CSV file with path,mask"
+            "a folder of pictures with the folder of their masks or a file of COCO (--masks), "
+            "a folder with images/ and masks/, or a CSV file with path,mask"
         )
 
     # -- reading -------------------------------------------------------------------------
@@ -79,7 +91,7 @@ class MaskTargets(Targets):
         for row in rows:
             cell = row.cells[_MASK].strip()
             file = os.path.normpath(path.parent / cell.replace("\\", "/"))
-            found.append(file if cell and os.path.isfile(file) else None)
+            found.append(file if cell and os.path.isfile(mask_file(file)) else None)
             if found[-1] is None:
                 missing.append(f"{cell or '(empty)'} in line {row.line}")
         if missing:
@@ -94,6 +106,36 @@ class MaskTargets(Targets):
     def listed(self, path: Path) -> Listing:
         masks = None if self.masks is None else Path(os.path.abspath(self.masks))
         return list_masks(path, masks)
+
+    def resolved(self, listing: Listing) -> MaskTargets:
+        """With the classes of the files of COCO, unless the classes are given.
+
+        Records classes that do not fit the categories, and categories without objects.
+        """
+        found = [x.label for part in listing.parts.values() for x in part]
+        references = [reference for x in found if (reference := split_reference(x)) is not None]
+        try:
+            files = [read_coco(x) for x in dict.fromkeys(file for file, _ in references)]
+            if not files:
+                return self
+            classes = self.classes_of(()) if self.classes is not None else coco_classes(files)
+        except (ValueError, OSError) as error:
+            listing.error(str(error), cause=type(error))
+            return self
+        _check_categories(listing, files, classes)
+        unused = {
+            name
+            for file in files
+            for index, name in file.categories.items()
+            if index not in classes.values
+        }
+        if unused and self.classes is None:
+            listing.warning(
+                f"{some([x.path for x in files])} {'has' if len(files) == 1 else 'have'} no "
+                f"objects of these categories: {some(sorted(unused))}. They are no classes of "
+                "the model."
+            )
+        return MaskTargets(self.masks, classes)
 
     def of_folder(self, listing: Listing, path: Path) -> None:
         """The files are the targets."""
@@ -211,7 +253,7 @@ class MaskTargets(Targets):
         return os.path.basename(str(label))
 
     def identity(self, label: Any) -> Any:
-        return hashlib.sha256(Path(label).read_bytes()).digest()
+        return mask_identity(label)
 
     def counts(self, pictures: PictureSet) -> dict[str, int]:
         """The number of pictures with each class."""
@@ -253,6 +295,25 @@ class MaskTargets(Targets):
             row.append(f"{100 * pixels[row[0]] / total:.2g} %")
         rows[-1].append("")
         return [*header, "of the pixels"], rows
+
+
+def _check_categories(
+    listing: Listing, files: Sequence[CocoFile], classes: MaskClasses
+) -> None:
+    """Record an error if a file of COCO has other names for the indices of classes."""
+    expected = dict(zip(classes.values, classes.names))
+    for file in files:
+        others = [
+            f"{index} is {name} (expected {expected[index]})"
+            for index, name in sorted(file.categories.items())
+            if index in file.used and expected.get(index, name) != name
+        ]
+        if others or classes.of_colours:
+            listing.error(
+                f"The categories of {file.path} are not those of the classes: "
+                f"{some(others) or 'the classes have colours'}; expected the ids as indices, "
+                "with the same names."
+            )
 
 
 @functools.lru_cache(maxsize=16)

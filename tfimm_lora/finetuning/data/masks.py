@@ -1,13 +1,18 @@
-"""``read_mask`` reads a mask as classes; ``mask_values`` counts what is in one."""
+"""``read_mask`` reads a mask as classes; ``mask_content`` counts what is in one.
+
+A mask is a picture file, or a picture in a file of COCO: ``coco_reference``.
+"""
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Mapping
 
 import numpy as np
 
+from tfimm_lora.finetuning.data.coco_file import coco_mask, split_reference
 from tfimm_lora.finetuning.data.mask_classes import MaskClasses
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture, open_pixels
 
@@ -51,10 +56,24 @@ def mask_content(path: str, of_colours: bool) -> MaskContent:
         UnreadablePicture: if it cannot be read, or has colours instead of indices.
     """
     try:
-        state = os.stat(path)
+        state = os.stat(mask_file(path))
     except OSError as error:
         raise UnreadablePicture(path, str(error)) from error
     return _content(path, of_colours, state.st_mtime_ns, state.st_size)
+
+
+def mask_file(path: str) -> str:
+    """The file in which a mask is."""
+    reference = split_reference(path)
+    return path if reference is None else reference[0]
+
+
+def mask_identity(path: str) -> bytes:
+    """What two masks have in common if they are the same."""
+    if split_reference(path) is None:
+        with open(path, "rb") as file:
+            return hashlib.sha256(file.read()).digest()
+    return hashlib.sha256(_pixels(path, False).tobytes()).digest()
 
 
 @functools.cache
@@ -64,6 +83,9 @@ def _content(path: str, of_colours: bool, time: int, size: int) -> MaskContent:
 
 def _pixels(path: str, of_colours: bool) -> np.ndarray:
     """The indices of a mask, or its colours as 0xrrggbb: integers (h, w)."""
+    reference = split_reference(path)
+    if reference is not None:
+        return coco_mask(*reference)
     with open_pixels(path) as image:
         if of_colours:
             rgb = np.asarray(image.convert("RGB")).astype(np.int32)

@@ -95,6 +95,10 @@ class Targets(ABC):
     def names(self, listing: Listing, path: str) -> tuple[str, ...]:
         """What the outputs stand for, in their order; none after recording why not."""
 
+    def resolved(self, listing: Listing) -> Targets:
+        """These targets, with what the listed pictures say of them."""
+        return self
+
     # -- parts ---------------------------------------------------------------------------
 
     @abstractmethod
