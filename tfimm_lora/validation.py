@@ -239,3 +239,20 @@ def check_choice(value: Any, field: str, choices: Iterable[Any]) -> None:
             f"Received {field}={value!r}; expected one of {', '.join(names)}"
             f"{did_you_mean(value, names) or '.'}"
         )
+
+
+def check_batches(value: Any, name: str) -> None:
+    """Raise unless a value may be batches: an array, or a collection of arrays, is none.
+
+    Raises:
+        TypeError: For a NumPy array, or a tuple, list or dict of arrays or tensors.
+    """
+    inside = [value]
+    if isinstance(value, (tuple, list, dict)):
+        inside = list(value.values() if isinstance(value, dict) else value)
+    if any(hasattr(x, "shape") for x in inside):
+        raise TypeError(
+            f"Received {name} as arrays ({type(value).__name__}); expected batches, such as a "
+            "tf.data.Dataset, a keras.utils.PyDataset or PictureBatches. For arrays: "
+            "tf.data.Dataset.from_tensor_slices((x, y)).shuffle(len(x)).batch(32)."
+        )

@@ -14,7 +14,7 @@ import tensorflow as tf
 from safetensors.numpy import load_file
 
 import tfimm_lora as lora
-from tests.helpers.kerases import LEGACY, array, keras, values
+from tests.helpers.kerases import LEGACY, array, keras, run, values
 from tests.helpers.selection import NIGHTLY_ON_LEGACY
 from tfimm_lora.finetuning.checkpoint import Progress, TrainingCheckpoints
 from tfimm_lora.finetuning.optimizer import create_optimizer
@@ -78,6 +78,27 @@ def trained(model, out=None, epochs=4, **options):
     data = Batches()
     options = {"verbose": "none", "validation": data.plain(), "learning_rate": 0.01, **options}
     return finetune(model, data, epochs=epochs, out=out, **options)
+
+
+@pytest.mark.backends
+def test_a_trained_functional_model_becomes_a_regular_one(tmp_path):
+    """Its loss is a function, with which Keras 3 cannot compile a copy; nor that inside it."""
+    inputs = keras.Input((8, 8, 1))
+    features = keras.layers.Flatten()(inputs)
+    inner = keras.Model(inputs, keras.layers.Dense(8, name="fc")(features), name="inner")
+    inner.compile(optimizer="sgd", loss=lambda y, z: (y - z) ** 2)
+    outputs = keras.layers.Dense(3, name="head")(inner(inputs))
+    model = keras.Model(inputs, outputs)
+    lora.inject_lora(model, lora_rank=2, lora_train_classifier=True)
+    trained(model, epochs=1)
+    x = Batches().x[:4]
+    expected = run(model, x)
+    for regular in (lora.convert_to_regular_model(model), model):
+        np.testing.assert_allclose(run(regular, x), expected, rtol=1e-5, atol=1e-6)
+    lora.export(model, tmp_path / "model.keras")
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    np.testing.assert_allclose(run(loaded, x), expected, rtol=1e-5, atol=1e-6)
+    model.evaluate(Batches().plain(), verbose=0)  # it is still compiled
 
 
 def assert_same_files(one, two):
@@ -379,6 +400,12 @@ def test_models_and_data_that_cannot_be_trained_on(tmp_path):
     plain = keras.Sequential([keras.Input((8, 8, 1)), keras.layers.Flatten()])
     with pytest.raises(ValueError, match="no LoRA"):
         trained(plain)
+    x, y = np.zeros((4, 8, 8, 1), "float32"), np.zeros(4, "int32")
+    for arrays in ((x, y), [x, y], {"x": x, "y": y}, x):
+        with pytest.raises(TypeError, match="expected batches.*from_tensor_slices"):
+            finetune(net(), arrays, epochs=1, steps_per_epoch=2, verbose="none")
+        with pytest.raises(TypeError, match="dataset as arrays.*expected batches"):
+            lora.evaluate(net(), arrays)
     merged = lora.merge_lora_weights(net())
     with pytest.raises(ValueError, match="unmerge"):
         trained(merged)

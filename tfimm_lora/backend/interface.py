@@ -251,8 +251,20 @@ class Backend(ABC):
         """
 
     @abstractmethod
-    def mark_uncompiled(self, model: Layer) -> None:
-        """Make ``fit`` ask for ``compile``, because the optimizer has other variables."""
+    def mark_compiled(self, model: Layer, compiled: bool) -> None:
+        """Record whether ``compile`` was called. ``fit`` asks for it if it was not."""
+
+    @contextlib.contextmanager
+    def uncompiled(self, model: Layer) -> Iterator[None]:
+        """Within the block no model inside a model is compiled, so that copies are not."""
+        inside = [x for _, x in self.walk(model) if self.is_model(x) and self.is_compiled(x)]
+        for x in inside:
+            self.mark_compiled(x, False)
+        try:
+            yield
+        finally:
+            for x in inside:
+                self.mark_compiled(x, True)
 
     def reset_functions(self, model: Layer) -> None:
         """Trace the functions of fit, evaluate and predict again, on every model inside a

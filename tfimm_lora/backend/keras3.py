@@ -289,8 +289,8 @@ class Keras3Backend(Backend):
         if build is not None and not is_own and keras.backend.backend() == "tensorflow":
             build(data_batch=batch)
 
-    def mark_uncompiled(self, model: Layer) -> None:
-        model.compiled = False
+    def mark_compiled(self, model: Layer, compiled: bool) -> None:
+        model.compiled = compiled
 
     def custom_gradient(
         self, function: Callable[..., Any], *args: Any, tangent: Any = None

@@ -272,8 +272,8 @@ class LegacyBackend(Backend):
         model.compiled_loss.build(outputs)
         model.compiled_metrics.build(outputs, tf.convert_to_tensor(y))
 
-    def mark_uncompiled(self, model: Layer) -> None:
-        model._is_compiled = False
+    def mark_compiled(self, model: Layer, compiled: bool) -> None:
+        model._is_compiled = compiled
 
     def custom_gradient(
         self, function: Callable[..., Any], *args: Any, tangent: Any = None

@@ -43,7 +43,6 @@ def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
         copy = convert_to_regular_model(model) if adapted else plain_copy(model)
         copy = in_float32(copy) if is_16_bit else copy
         copy = without_segmenter(copy) if always_copy else copy
-        _remove_optimizers(copy)
     except ValueError:
         if is_16_bit or always_copy:
             raise
@@ -52,15 +51,6 @@ def ordinary_model(model: Any, always_copy: bool) -> Iterator[Any]:
         return
     with _kernels_merged(model):
         yield model
-
-
-def _remove_optimizers(model: Any) -> None:
-    """Remove the optimizers, which Keras 3 copies too, so that no file contains their state."""
-    backend = backend_of(model)
-    for _, layer in backend.walk(model):
-        if backend.is_model(layer) and backend.is_compiled(layer):
-            backend.mark_uncompiled(layer)
-            layer.optimizer = None
 
 
 def sixteen_bit_type(model: Any) -> str | None:

@@ -100,7 +100,7 @@ def _opened(
     elif not uses_legacy_keras() and (is_known_on_keras3(name) or is_preset(name)):
         base = open_keras3(name, classes, pretrained, weights, input_size, normalisation, dense)
     else:
-        base = open_tfimm(name, classes, pretrained, weights, input_size)
+        base = open_tfimm(name, classes, pretrained, weights, input_size, dense)
     if normalisation is None:
         return base
     mean, std = NORMALISATIONS[normalisation]

@@ -18,6 +18,7 @@ from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
 from tfimm_lora.finetuning.tasks.of_model import checked_task
 from tfimm_lora.model.output_activation import PROBABILITIES, output_activation
+from tfimm_lora.validation import check_batches
 
 
 def evaluate(
@@ -40,7 +41,7 @@ def evaluate(
         An ``Evaluation``, or that of the task.
 
     Raises:
-        TypeError: if ``task`` is no task, or ``labels`` are given, too.
+        TypeError: if ``dataset`` are arrays, ``task`` is no task, or ``labels`` are given, too.
         ValueError: if there are no pictures, the dataset is infinite, a label is not a class of
             the model, the model was fine-tuned for another task than a classification and no
             task is given, or it returns probabilities, NaN or infinity.
@@ -55,6 +56,7 @@ def evaluate(
         >>> round(value.accuracy, 3), value.confused()
         (0.667, [('dog', 'eel', 1)])
     """
+    check_batches(dataset, "dataset")
     if task is None:
         outputs, true = _collect(model, dataset, checked_task(model, None)).arrays()
         return Evaluation.of(outputs, true, labels)

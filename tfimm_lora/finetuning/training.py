@@ -29,7 +29,7 @@ from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tasks.classification import Classification
 from tfimm_lora.finetuning.tasks.of_model import record_trained_task, task_to_train
 from tfimm_lora.model.merge import lora_layers
-from tfimm_lora.validation import check_integer
+from tfimm_lora.validation import check_batches, check_integer
 
 #: The epochs of a training; see docs/explanation/study.md.
 EPOCHS = 20
@@ -284,6 +284,7 @@ def _check_accumulate(model: Any, accumulate: int) -> None:
 
 def count_steps(train: Any, steps_per_epoch: int | None) -> int:
     """The number of batches in an epoch."""
+    check_batches(train, "train")
     if steps_per_epoch is not None:
         check_integer(steps_per_epoch, "steps_per_epoch", 1)
         return steps_per_epoch

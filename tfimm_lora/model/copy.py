@@ -43,7 +43,12 @@ def _recreate(backend: Backend, model: Layer) -> Any:
     classes = {type(layer).__name__: type(layer) for _, layer in backend.walk(model)}
     cls = _plain_class_of(model)
     try:
-        with copying_plain_layers(), backend.keras.utils.custom_object_scope(classes):
+        # Keras 3 would compile the copy again, which fails for losses that are functions.
+        with (
+            copying_plain_layers(),
+            backend.uncompiled(model),
+            backend.keras.utils.custom_object_scope(classes),
+        ):
             if backend.is_rebuilt_with_layers(model):
                 return backend.keras.models.clone_model(model)
             copy = cls.from_config(model.get_config())  # type: ignore[attr-defined]

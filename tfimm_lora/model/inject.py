@@ -272,7 +272,7 @@ def drop_compiled(model: Layer, what: str) -> None:
         if backend.is_model(x) and backend.is_compiled(x) and backend.has_built_optimizer(x)
     ]
     for inside in compiled:
-        backend.mark_uncompiled(inside)
+        backend.mark_compiled(inside, False)  # its optimizer has other variables
     if compiled:
         warnings.warn(
             f"{what} model '{model.name}' after it was trained. Compile it again before "

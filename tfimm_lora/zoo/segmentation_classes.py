@@ -9,6 +9,7 @@ from typing import Any
 from tfimm_lora.backend import legacy_backend
 from tfimm_lora.families.recognize import DECODER
 from tfimm_lora.model.classifier import classifier_paths
+from tfimm_lora.model.naming import is_tfimm
 from tfimm_lora.model.new_decoder import create_decoder, features_of, fixed_size, no_features
 from tfimm_lora.model.state import copy_base_name
 from tfimm_lora.model.transfer import transfer_weights
@@ -62,6 +63,8 @@ def segmentation_class(base: type) -> type:
 def tfimm_segmenter(model: Any, classes: int) -> Any:
     """Create a tfimm model for segmentation with the weights of a classifier.
 
+    Segment Anything keeps its own decoder; see ``anything_segmenter``.
+
     Args:
         model: A built model of tfimm.
         classes: The number of classes.
@@ -69,6 +72,10 @@ def tfimm_segmenter(model: Any, classes: int) -> Any:
     Raises:
         ValueError: If it has no feature maps.
     """
+    if _is_segment_anything(model):
+        from tfimm_lora.zoo.segment_anything_classes import anything_segmenter
+
+        return anything_segmenter(model, classes)
     cfg = dataclasses.replace(model.cfg, nb_classes=classes)
     base: Any = type(model)
     result: Any = segmentation_class(base)(cfg)
@@ -78,14 +85,28 @@ def tfimm_segmenter(model: Any, classes: int) -> Any:
     return result
 
 
+def _is_segment_anything(model: Any) -> bool:
+    names = {cls.__name__ for cls in type(model).__mro__}
+    return is_tfimm(model) and "SegmentAnythingModel" in names
+
+
 def without_segmenter(model: Any) -> Any:
     """Create a functional model of tfimm's class and the decoder, which loads without us.
 
     A model of another class is returned as it is.
+
+    Raises:
+        ValueError: For Segment Anything, whose decoder is a class of this package.
     """
     base = getattr(type(model), "plain_class", None)
     if base is None:
         return model
+    if _is_segment_anything(model):
+        raise ValueError(
+            f"Received model '{model.name}', whose decoder without prompts is a class of "
+            "tfimm_lora that Keras cannot load without it; expected another format than "
+            ".keras, such as SavedModel or ONNX."
+        )
     cfg, keras = model.cfg, legacy_backend().keras
     plain = base(dataclasses.replace(cfg, nb_classes=0))
     plain(plain.dummy_inputs)

@@ -12,6 +12,10 @@ from tfimm_lora.model.logits import with_logits
 from tfimm_lora.model.naming import is_tfimm
 from tfimm_lora.model.new_decoder import with_decoder
 from tfimm_lora.model.state import copy_base_name
+from tfimm_lora.zoo.keras3_models.segment_anything import (
+    anything_segmenter,
+    is_segment_anything,
+)
 from tfimm_lora.zoo.segmentation_classes import tfimm_segmenter
 
 
@@ -19,7 +23,8 @@ def dense_base(base: BaseModel, classes: int | None) -> BaseModel:
     """The model of an opened classifier or backbone for segmentation.
 
     A model that returns scores for each pixel already gets a new last layer, if the number of
-    classes is another. Any other gets the decoder of ``with_decoder``.
+    classes is another. Segment Anything keeps its decoder, without prompts. Any other gets the
+    decoder of ``with_decoder``.
 
     Raises:
         ValueError: if it has no feature map, or it would get a decoder and the number of
@@ -39,6 +44,9 @@ def dense_base(base: BaseModel, classes: int | None) -> BaseModel:
         )
     if is_tfimm(model):
         result = tfimm_segmenter(model, classes)
+    elif is_segment_anything(model):
+        result = anything_segmenter(model, classes)
+        copy_base_name(model, result)
     else:
         result = with_decoder(model, classes)
         copy_base_name(model, result)

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from tfimm_lora.backend import default_backend
 from tfimm_lora.finetuning.base.downloads import downloading
 from tfimm_lora.finetuning.base.early import check_preset, check_tfimm
 from tfimm_lora.finetuning.base.of_file import picture_size
 from tfimm_lora.finetuning.base.opened import NORMALISATIONS, BaseModel, Size
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.model.state import base_name, record_base_name
-from tfimm_lora.zoo.keras3_models.base import create_base
+from tfimm_lora.zoo.keras3_models.base import create_base, picture_shape
 from tfimm_lora.zoo.keras3_models.known import is_known
 from tfimm_lora.zoo.keras3_models.presets import HUB
 
@@ -84,7 +83,6 @@ def _preprocessing(
             f"expected one of {', '.join(NORMALISATIONS)}. Pass the one that the model was "
             "trained with."
         )
-    shape = default_backend().input_shapes(model) or model.input_shape
-    size, channels = picture_size(name, shape, input_size, converter)
+    size, channels = picture_size(name, picture_shape(model), input_size, converter)
     mean, std = NORMALISATIONS[normalisation]
     return Preprocessing(size, mean, std, in_channels=channels, crop_pct=1.0)

@@ -30,13 +30,19 @@ _CACHE = (
 
 
 def open_tfimm(
-    name: str, classes: int | None, pretrained: bool, weights: Any, input_size: Size
+    name: str,
+    classes: int | None,
+    pretrained: bool,
+    weights: Any,
+    input_size: Size,
+    dense: bool = False,
 ) -> BaseModel:
     """Create a model of tfimm; see ``open_base_model``.
 
     Args:
         name: A tfimm name, or "timm/ARCHITECTURE.TAG" for another checkpoint of timm.
         classes, pretrained, weights, input_size: As for ``open_base_model``.
+        dense: Whether a model without a classifier (Segment Anything) is opened, too.
     """
     if is_known(name):
         check_tfimm(name)
@@ -48,14 +54,15 @@ def open_tfimm(
         name = str(tfimm_architecture(tag[len(TIMM) :].partition(".")[0]))
     if not tfimm.models.is_model(name):
         raise unknown_model(name)
-    if not hasattr(tfimm.models.model_config(name), "nb_classes"):
+    default = _classes_of(tfimm.models.model_config(name))
+    if default is None and not dense:
         raise ValueError(
             f"Received model {name!r}, which has no classifier; expected a classification "
-            "model. Use lora.create_model to train it on its own task."
+            "model. Use it for --task segmentation, or lora.create_model to train it on its "
+            "own task."
         )
     requested: dict[str, Any] = {"nb_classes": classes, "input_size": input_size}
     requested = {key: value for key, value in requested.items() if value is not None}
-    default = tfimm.models.model_config(name).nb_classes
     if weights is not None:
         model, default = _from_checkpoint(tfimm, name, _local(name, weights), requested)
         text = f"weights of {os.path.basename(os.path.abspath(weights))}"
@@ -76,10 +83,15 @@ def open_tfimm(
     return BaseModel(
         model,
         Preprocessing.of(model.cfg),
-        new_classifier=model.cfg.nb_classes != default,
+        new_classifier=_classes_of(model.cfg) != default,
         from_scratch=weights is None and not pretrained,
         weights=text,
     )
+
+
+def _classes_of(cfg: Any) -> int | None:
+    """The number of classes in a config of tfimm; None without a classifier."""
+    return getattr(cfg, "nb_classes", None)
 
 
 def _pretrained(tfimm: Any, name: str, requested: dict[str, Any]) -> Any:
@@ -104,7 +116,7 @@ def _local(name: str, weights: Any) -> Checkpoint:
 
 def _from_checkpoint(
     tfimm: Any, name: str, checkpoint: Checkpoint, requested: dict[str, Any]
-) -> tuple[Any, int]:
+) -> tuple[Any, int | None]:
     """Create a tfimm model with the weights of a checkpoint.
 
     Returns:
@@ -112,10 +124,11 @@ def _from_checkpoint(
     """
     own = _own_settings(checkpoint)
     model = create_from_file(tfimm, name, checkpoint.source, **own)
-    classes: int = model.cfg.nb_classes
+    classes = _classes_of(model.cfg)
     if all(getattr(model.cfg, key) == value for key, value in requested.items()):
         return model, classes
-    kept = {n: getattr(model.cfg, n) for n in ("mean", "std", "crop_pct", "interpolation")}
+    names = ("mean", "std", "crop_pct", "interpolation")
+    kept = {n: getattr(model.cfg, n) for n in names if hasattr(model.cfg, n)}
     changed = tfimm.create_model(name, **{**own, **kept, **requested})
     transfer_weights(model, changed)
     return changed, classes

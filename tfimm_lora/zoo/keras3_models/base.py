@@ -28,6 +28,7 @@ from tfimm_lora.zoo.keras3_models.presets import (
     is_preset,
     open_preset,
 )
+from tfimm_lora.zoo.keras3_models.segment_anything import encoder_of, is_segment_anything
 from tfimm_lora.zoo.keras3_models.sources import find_source
 from tfimm_lora.zoo.weights.load import PREPROCESSING_FIELDS, load_timm_weights
 from tfimm_lora.zoo.weights.positions import compute_positions
@@ -178,7 +179,9 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any], dense: bool
     if not load_weights:
         compute_positions(preset.model)
     classes, backend = given.get("nb_classes"), default_backend()
-    if preset.has_classifier:
+    if dense and is_segment_anything(preset.model):
+        model, is_new = preset.model, False  # it gets a new decoder for the classes
+    elif preset.has_classifier:
         model, is_new = with_logits(backend, preset.model, classes)
     elif classes is not None:
         model, is_new = with_classifier(preset.model, classes), True
@@ -186,8 +189,8 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any], dense: bool
         model, is_new = with_pooling(preset.model), False
     plain = os.path.basename(os.path.abspath(name)) if os.path.exists(name) else name
     record_base_name(model, plain if load_weights else random_weights(plain))
-    shape = tuple(backend.input_shapes(model) or model.input_shape)
-    config = _preset_config(plain, preset.converter, shape, model.output_shape[-1])
+    outputs = 0 if is_segment_anything(model) else model.output_shape[-1]
+    config = _preset_config(plain, preset.converter, picture_shape(model), outputs)
     if config is not None:
         fields = {k: given[k] for k in PREPROCESSING_FIELDS if k in given}
         heads = map(canonical_path, classifier_paths(model))
@@ -196,11 +199,18 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any], dense: bool
     return Base(model, is_new, preset.converter)
 
 
+def picture_shape(model: Any) -> tuple[Any, ...]:
+    """The shape of the pictures that a model takes, with the batch."""
+    if is_segment_anything(model):
+        model = encoder_of(model)
+    return tuple(default_backend().input_shapes(model) or model.input_shape)
+
+
 def _forget_compilation(model: Any) -> None:
     """Undo the compilation of the tasks of keras_hub, whose loss may be for probabilities."""
     backend = default_backend()
     if backend.is_compiled(model):
-        backend.mark_uncompiled(model)
+        backend.mark_compiled(model, False)
 
 
 def _preset_config(
