@@ -101,6 +101,20 @@ def test_a_trained_functional_model_becomes_a_regular_one(tmp_path):
     model.evaluate(Batches().plain(), verbose=0)  # it is still compiled
 
 
+@pytest.mark.backends
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_the_file_of_a_trained_model_is_loaded(accumulate, tmp_path):
+    """With compile=True, the default: the loss is a function, which Keras cannot find again."""
+    model = net()
+    trained(model, epochs=1, accumulate=accumulate)
+    model.save(tmp_path / "model.keras")
+    x = Batches().x[:4]
+    loaded = keras.models.load_model(tmp_path / "model.keras")
+    assert type(loaded.layers[-1]) is type(model.layers[-1])
+    np.testing.assert_allclose(run(loaded, x), run(model, x), rtol=1e-5, atol=1e-6)
+    model.evaluate(Batches().plain(), verbose=0)  # it is still compiled
+
+
 def assert_same_files(one, two):
     """The same numbers and the same adapter, bit for bit."""
     assert (one / "metrics.csv").read_bytes() == (two / "metrics.csv").read_bytes()

@@ -138,7 +138,13 @@ def test_a_run_of_a_preset(tmp_path):
     base, _ = make()
     base.preprocessor = keras_hub.models.SAMImageSegmenterPreprocessor(converter)
     base.save_to_preset(str(tmp_path / "preset"))
-    check_run(tmp_path, model=str(tmp_path / "preset"))
+    preset = str(tmp_path / "preset")
+    with pytest.raises(ValueError, match=r"input_size=\(64, 64\).*expected \(32, 32\)"):
+        open_base_model(preset, classes=3, dense=True, input_size=(64, 64))
+    with pytest.raises(ValueError, match="--task segmentation") as caught:
+        open_base_model(preset, classes=3)
+    assert len(str(caught.value)) < 500
+    check_run(tmp_path, model=preset)
 
 
 def check_run(folder, **options):

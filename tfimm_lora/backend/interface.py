@@ -254,6 +254,14 @@ class Backend(ABC):
     def mark_compiled(self, model: Layer, compiled: bool) -> None:
         """Record whether ``compile`` was called. ``fit`` asks for it if it was not."""
 
+    def forget_compile_arguments(self, model: Layer) -> None:
+        """Leave the arguments of ``compile`` out of the files of a model.
+
+        Keras would not find those that are functions again, and could not load the file.
+        """
+        if hasattr(model, "_compile_config"):
+            del model._compile_config
+
     @contextlib.contextmanager
     def uncompiled(self, model: Layer) -> Iterator[None]:
         """Within the block no model inside a model is compiled, so that copies are not."""

@@ -97,6 +97,9 @@ def finetune(
     (AdamW with warm-up and cosine decay, early stopping, the best weights) and checkpoints from
     which an interrupted training can be resumed.
 
+    A file of the trained model (``model.save``) contains its layers and weights, but not this
+    loss and optimizer. To train it further with Keras, compile it.
+
     A model that was created in the scope of a ``tf.distribute.Strategy``, or under a
     ``keras.distribution``, is trained on the devices of it; see docs/how-to/several-devices.md.
 
@@ -224,6 +227,8 @@ def finetune(
             metrics=task.metrics(backend) if metrics is None else list(metrics),
             weighted_metrics=[],
         )
+        if loss is None or accumulate > 1:
+            backend.forget_compile_arguments(model)
         model.optimizer.build(model.trainable_variables)
         first = recorder.restore()
         if is_given:

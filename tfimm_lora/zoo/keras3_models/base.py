@@ -181,6 +181,12 @@ def _of_preset(name: str, load_weights: bool, given: dict[str, Any], dense: bool
     classes, backend = given.get("nb_classes"), default_backend()
     if dense and is_segment_anything(preset.model):
         model, is_new = preset.model, False  # it gets a new decoder for the classes
+        own, size = picture_shape(model)[1:3], given.get("input_size")
+        if size is not None and tuple(size) != tuple(own):
+            raise ValueError(
+                f"Received input_size={tuple(size)} for {name!r}, Segment Anything of "
+                f"keras_hub; expected {tuple(own)}, the size of its pictures."
+            )
     elif preset.has_classifier:
         model, is_new = with_logits(backend, preset.model, classes)
     elif classes is not None:

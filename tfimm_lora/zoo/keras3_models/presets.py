@@ -147,8 +147,13 @@ def _loaded(name: str, load: Callable[..., Any], source: str, arguments: dict[st
     try:
         return load(source, **arguments)
     except ValueError as error:
+        # The next paragraph lists all layers whose weights are missing.
+        reason = str(error).strip().partition("\n\n")[0]
+        advice = ""
+        if "built=False" in str(error) or "could not be loaded" in reason:
+            advice = " A segmenter is opened for --task segmentation (dense=True) only."
         raise ValueError(
-            f"Received {name!r}, which keras_hub cannot open: {str(error).strip()}"
+            f"Received {name!r}, which keras_hub cannot open: {reason}{advice}"
         ) from error
 
 
