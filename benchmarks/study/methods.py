@@ -64,10 +64,9 @@ def eva(model: Any, data: Any, preprocess: Any) -> None:
 
 def lora_and_normalization(model: Any, data: Any, preprocess: Any) -> None:
     """LoRA, with batch normalization trained as usual: gamma, beta and the statistics."""
-    with_lora()(model, data, preprocess)
-    for layer in model._flatten_layers():
-        if isinstance(layer, prototypes.keras.layers.BatchNormalization):
-            layer.trainable = True
+    kind = prototypes.keras.layers.BatchNormalization
+    names = {x.name.rpartition("/")[2] for x in model._flatten_layers() if isinstance(x, kind)}
+    with_lora(lora_train_modules=tuple(sorted(names)))(model, data, preprocess)
 
 
 def loraplus(model: Any, optimizer: Any) -> Any:

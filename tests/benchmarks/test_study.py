@@ -223,6 +223,27 @@ def test_names_of_torchvision_become_those_of_timm(study):
         assert name(theirs) == timm
 
 
+@pytest.mark.skipif(not LEGACY, reason="of a tfimm model")
+@pytest.mark.parametrize("method", ["everything", "LoRA, rank 8"])
+def test_statistics_of_batch_normalization_change_where_the_method_says_so(study, method):
+    from tests.helpers.tiny_architectures import ARCHITECTURES
+
+    methods = study("methods").METHODS
+    x = np.random.default_rng(0).normal(size=(8, 32, 32, 3)).astype("float32")
+    trained = {}
+    for name in (method, f"{method.partition(',')[0]}, statistics too"):
+        model = ARCHITECTURES["resnet"].make()
+        methods[name].prepare(model, (x, np.zeros(8, "int32")), lambda x: x)
+        before = {w.name: w.numpy() for w in model.weights}
+        model(x, training=True)
+        changed = {w.name for w in model.weights if (w.numpy() != before[w.name]).any()}
+        assert bool(changed) == name.endswith("too")
+        assert all("moving_" in key for key in changed)
+        trained[name] = len(model.trainable_weights)
+    one, other = trained.values()
+    assert (one < other) == (method != "everything")
+
+
 @pytest.mark.nightly
 @pytest.mark.skipif(not LEGACY, reason="of a tfimm model")
 def test_a_short_study_is_continued(tmp_path):
