@@ -33,6 +33,7 @@ from .finetuning.data.dataset import find_pictures as find_pictures
 from .finetuning.data.pictures import check_pictures as check_pictures
 from .finetuning.data.preprocessing import Preprocessing as Preprocessing
 from .finetuning.evaluation import evaluate as evaluate
+from .finetuning.mask_prediction import predict_masks as predict_masks
 from .finetuning.metrics import Evaluation as Evaluation
 from .finetuning.recipe import Recipe as Recipe
 from .finetuning.recipe import finetune_pictures as finetune_pictures

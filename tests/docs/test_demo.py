@@ -1,8 +1,9 @@
-"""The demo of `make demo` in a short run, its parts, and the notebook with its weights."""
+"""The demo of `make demo` in a short run, its parts, and the notebooks with its weights."""
 
 import gzip
 import importlib
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.docs.test_examples import NEEDS_PHOTOGRAPHS, notebook_code
+from tests.docs.test_examples import NEEDS_PHOTOGRAPHS, NEEDS_WEIGHTS, notebook_code
 from tests.helpers.kerases import LEGACY
 
 ROOT = Path(__file__).parents[2]
@@ -101,15 +102,31 @@ def test_pictures_and_weights_that_are_missing_name_what_to_do(demo, tmp_path, m
         weights.file_of("there-is-no-such-package")
 
 
-@pytest.mark.nightly
-@pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
-def test_notebook_from_photographs_to_tflite(demo, tmp_path):
-    """With small drawn pictures in place of the photographs."""
-    weights = demo("_weights")
+@pytest.fixture
+def checkpoint(demo, tmp_path):
+    """The ImageNet weights of EfficientNet-Lite0."""
     try:
-        checkpoint = weights.write_checkpoint(tmp_path / "lite0")
+        return demo("_weights").write_checkpoint(tmp_path / "lite0")
     except FileNotFoundError as error:
         pytest.skip(str(error))
+
+
+def run_notebook(name, folder, **variables):
+    done = subprocess.run(
+        [sys.executable, "-c", notebook_code(ROOT / "notebooks" / f"{name}.ipynb")],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "MPLBACKEND": "Agg", **variables},
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
+def test_notebook_from_photographs_to_tflite(demo, checkpoint, tmp_path):
+    """With small drawn pictures in place of the photographs."""
     random = np.random.default_rng(0)
     folders = ("animals/birds", "plants/flowers", "food/fruit", "animals/mammals")
     for number, folder in enumerate((*folders, "food/vegetables")):
@@ -120,18 +137,18 @@ def test_notebook_from_photographs_to_tflite(demo, tmp_path):
             pixels[..., 3] = 255
             picture = demo("_data").Image.fromarray(pixels)
             picture.save(tmp_path / "stamps" / folder / f"{i}.png")
-    code = notebook_code(ROOT / "notebooks" / f"{NEEDS_PHOTOGRAPHS}.ipynb")
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        env={
-            **os.environ,
-            "MPLBACKEND": "Agg",
-            "TUXPAINT_STAMPS": str(tmp_path / "stamps"),
-            "EFFICIENTNET_LITE0": str(checkpoint),
-        },
+    said = run_notebook(
+        NEEDS_PHOTOGRAPHS,
+        tmp_path,
+        TUXPAINT_STAMPS=str(tmp_path / "stamps"),
+        EFFICIENTNET_LITE0=str(checkpoint),
     )
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert "Both predict the same class" in done.stdout
+    assert "Both predict the same class" in said
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
+def test_notebook_from_outlines_to_masks(checkpoint, tmp_path):
+    said = run_notebook(NEEDS_WEIGHTS, tmp_path, EFFICIENTNET_LITE0=str(checkpoint))
+    right = re.search(r"([\d.]+)% of the pixels as outlined", said)
+    assert right is not None and float(right[1]) > 90, said

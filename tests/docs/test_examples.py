@@ -120,13 +120,14 @@ def notebook_code(path):
 
 #: With torch and PEFT; run by tests/interop.
 NEEDS_TORCH = "adapters_between_keras_and_pytorch"
-#: With weights and pictures of other packages; run by test_demo.py.
+#: With weights, and pictures, of other packages; run by test_demo.py.
 NEEDS_PHOTOGRAPHS = "photographs_to_int8_tflite"
+NEEDS_WEIGHTS = "microscope_picture_to_masks"
 
 
 def notebooks():
     for path in sorted((ROOT / "notebooks").glob("*.ipynb")):
-        if path.stem not in (NEEDS_TORCH, NEEDS_PHOTOGRAPHS):
+        if path.stem not in (NEEDS_TORCH, NEEDS_PHOTOGRAPHS, NEEDS_WEIGHTS):
             yield pytest.param(path, id=path.stem, marks=pytest.mark.nightly)
 
 

@@ -48,6 +48,19 @@ def predict_masks(
         The path of a file, with the index of the class of each pixel, int32 (h, w), or with the
         exception if the file cannot be read. The picture is upright: the orientation in its
         EXIF data is applied.
+
+    Example:
+        >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
+        >>> from PIL import Image
+        >>> Image.fromarray(np.zeros((4, 6, 3), "uint8")).save("black.png")
+        >>> model = tf.keras.Sequential([
+        ...     tf.keras.Input((2, 2, 3)), tf.keras.layers.Conv2D(2, 1)])
+        >>> model.layers[-1].set_weights([np.zeros((1, 1, 3, 2)), np.array([0.0, 1.0])])
+        >>> plain = lora.Preprocessing((2, 2), (0.0,) * 3, (1.0,) * 3)
+        >>> task = lora.Segmentation(("white", "black"))
+        >>> for path, classes in lora.predict_masks(model, ["black.png"], plain, task=task):
+        ...     print(classes.shape, classes.max())
+        (4, 6) 1
     """
     prepare, outputs_of = preprocessing.function(resize=True), OutputsOf(model, task)
 

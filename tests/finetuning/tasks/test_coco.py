@@ -172,6 +172,17 @@ def test_parts_as_of_roboflow_and_as_of_coco(tmp_path):
 # -- faults ---------------------------------------------------------------------------------
 
 
+def test_names_may_have_folders_also_of_windows(tmp_path):
+    folder = write_coco(tmp_path / "data", n=4, parts=("train", "valid"))
+    for part in ("train", "valid"):
+        (folder / part / "more").mkdir()
+        shutil.move(folder / part / f"{part}0.png", folder / part / "more" / "0.png")
+        changed(folder / part, lambda x: x["images"][0].update(file_name="more\\0.png"))
+    split = find_pictures(folder, targets=MaskTargets())
+    assert [len(x) for x in split.parts().values()] == [4, 4]
+    assert split.train.pictures[0].path == str(folder / "train" / "more" / "0.png")
+
+
 def test_every_fault_of_a_picture_is_one_finding(tmp_path):
     folder = write_coco(tmp_path / "data", n=12)
 

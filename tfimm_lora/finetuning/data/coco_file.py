@@ -234,4 +234,5 @@ def _by_id(
 
 
 def _picture(entry: Mapping[str, Any]) -> CocoPicture:
-    return CocoPicture(str(entry["file_name"]), int(entry["height"]), int(entry["width"]))
+    name = str(entry["file_name"]).replace("\\", "/")  # of Windows
+    return CocoPicture(name, int(entry["height"]), int(entry["width"]))
