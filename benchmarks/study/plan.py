@@ -141,9 +141,9 @@ class Plan:
         yield from self._compared(basic[:3], results)
         for settings in self.settings[:FIRST_SETTINGS]:
             yield from self._at_best(REFERENCE, self.tasks, SETTINGS_SEEDS, results, **settings)
-        yield from self._compared(basic[3:], results)
         for method in KINDS_METHODS:
             yield from self._at_best(method, self.kinds, KINDS_SEEDS, results)
+        yield from self._compared(basic[3:], results)
         for method in self.main:
             yield from self._at_best(method, self.other_tasks, self.seeds, results)
         yield from self._compared([m for m in self.methods if m in VARIANTS], results)
