@@ -52,6 +52,7 @@ test-nightly: $(VENV)/.made-interop $(FOUR)/.made $(VENV)/.made-ray  ## Run more
 	$(LEGACY) -m "nightly and not once"
 	$(KERAS3) -m nightly
 	KERAS_BACKEND=jax JAX_DISABLE_MOST_OPTIMIZATIONS=0 $(KERAS3) -m "backends and not long"
+	KERAS_BACKEND=jax $(KERAS3) -m "long and not nightly" tests/finetuning/tasks/test_task_devices.py
 	KERAS_BACKEND=torch $(KERAS3) -m "backends and nightly"
 	$(call INTEROP,nightly)
 

@@ -21,13 +21,14 @@ from tests.helpers.recipes import (
     save_model,
 )
 from tfimm_lora.cli import main
+from tfimm_lora.cli.parsing import parse_lora_fields
 from tfimm_lora.finetuning import recipe as recipe_module
 from tfimm_lora.finetuning.base.of_applications import applications
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.checkpoint import TrainingCheckpoints
 from tfimm_lora.finetuning.data.batches import PictureBatches
 from tfimm_lora.finetuning.recipe import finetune_pictures
-from tfimm_lora.finetuning.run import Run, one_writer
+from tfimm_lora.finetuning.run import Run, one_writer, read_yaml
 
 #: The same on both Kerases; test_runs.py has whole runs on both.
 pytestmark = pytest.mark.once
@@ -319,7 +320,7 @@ def test_wrong_arguments_are_refused_and_write_nothing(folder, tmp_path, capsys,
     "setting, said",
     [
         ("epochs: '3'", "epochs='3'; expected an integer"),
-        ("learning_rate: 1e-3", "learning_rate='1e-3'; expected a number"),  # a string in YAML
+        ("learning_rate: '1e-3'", "learning_rate='1e-3'; expected a number"),
         ("epochs: 0", "epochs=0; expected an integer"),
         ("epoch: 3", "did you mean epochs?"),
         ("lora: {lora_rnak: 2}", "did you mean lora_rank?"),
@@ -336,6 +337,15 @@ def test_wrong_settings_in_a_config_are_named(setting, said, folder, tmp_path, c
     captured = capsys.readouterr()
     assert said in captured.err and "Traceback" not in captured.err and not captured.out
     assert not (tmp_path / "run").exists()
+
+
+def test_numbers_without_a_point_are_numbers_in_yaml(tmp_path):
+    """PyYAML, which follows YAML 1.1, takes 1e-3 for a string."""
+    config = tmp_path / "config.yaml"
+    config.write_text("a: 1e-3\nb: [-2E5, 1e3x, '1e3', 1.5e-3, 12]\n1e1: 3\n")
+    read = {"a": 0.001, "b": [-2e5, "1e3x", "1e3", 0.0015, 12], 10.0: 3}
+    assert read_yaml(config) == read
+    assert parse_lora_fields(["alpha=1e1", "dropout=0.1"]) == {"alpha": 10.0, "dropout": 0.1}
 
 
 def test_usage_errors_are_those_of_a_shell(tmp_path, capsys):

@@ -9,6 +9,7 @@ from typing import Any
 from tfimm_lora.config import LoRAConfig, Targets
 from tfimm_lora.utils.optional_imports import require
 from tfimm_lora.utils.suggestions import did_you_mean
+from tfimm_lora.utils.yaml_text import read_yaml_text
 
 
 def parse_targets(text: str | None) -> Targets:
@@ -128,7 +129,7 @@ def parse_lora_fields(texts: Iterable[str]) -> dict[str, Any]:
         if not equals:
             raise ValueError(f"Received --lora {text}; expected NAME=VALUE.")
         try:
-            fields[name.strip().removeprefix("lora_")] = yaml.safe_load(value)
+            fields[name.strip().removeprefix("lora_")] = read_yaml_text(value, "--lora")
         except yaml.YAMLError as error:
             raise ValueError(
                 f"Received --lora {text}, whose value is not valid YAML; expected NAME=VALUE, "

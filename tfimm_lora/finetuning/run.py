@@ -32,6 +32,7 @@ from tfimm_lora.model.state import record_task
 from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.utils.atomic_files import write_file
 from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.utils.yaml_text import read_yaml_text
 
 CONFIG, LABELS, SPLIT, SKIPPED = "config.yaml", "labels.txt", "split.csv", "skipped.csv"
 LOCK = ".lock"
@@ -320,7 +321,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """Read a YAML file that contains a mapping."""
     yaml = require("yaml", extra="cli", why="A config in YAML")
     try:
-        read = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        read = read_yaml_text(Path(path).read_text(encoding="utf-8"), "A config in YAML")
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path} cannot be read as YAML: {error}") from error
     if not isinstance(read, dict):
