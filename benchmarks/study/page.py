@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from plan import (
+    DEFAULTS,
     KINDS_METHODS,
     KINDS_SEEDS,
     LARGE,
@@ -66,10 +67,16 @@ class Study:
         self.plan, self.results = plan, results
 
     def score(
-        self, method: str, tasks: Sequence[str], seeds: Iterable[int], **settings: Any
+        self,
+        method: str,
+        tasks: Sequence[str],
+        seeds: Iterable[int],
+        rate: float | None = None,
+        **settings: Any,
     ) -> Score | None:
-        """The score of a method at its best rate; None if a run is missing."""
-        rate = self.plan.best_rate(method, self.results)
+        """The score of a method at a rate, or at its best; None if a run is missing."""
+        if rate is None:
+            rate = self.plan.best_rate(method, self.results)
         if rate is None:
             return None
         seeds = tuple(seeds)
@@ -132,22 +139,20 @@ class Study:
     def settings_table(self) -> str:
         """Changed settings of the training."""
         plan = self.plan
-        base = self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS)
-        if base is None:
-            return ""
-        rows = [["as everywhere", *_cells(base, plan.tasks), ""]]
+        scores = {"as everywhere": self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS)}
         for settings in plan.settings:
-            score = self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS, **settings)
-            if score is not None:
-                changed = (f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
-                rows.append(
-                    [
-                        ", ".join(changed),
-                        *_cells(score, plan.tasks),
-                        _difference(*score.against(base)),
-                    ]
-                )
-        return _markdown(["", *plan.tasks, "mean", "difference"], rows)
+            changed = ", ".join(f"{k.replace('_', ' ')} {v}" for k, v in settings.items())
+            scores[changed] = self.score(REFERENCE, plan.tasks, SETTINGS_SEEDS, **settings)
+        return _against_first(scores, plan.tasks)
+
+    def defaults_table(self) -> str:
+        """The defaults of ``finetune``, before and since."""
+        tasks = self.plan.other_tasks
+        scores = {
+            name: self.score(method, tasks, SETTINGS_SEEDS, rate, **settings)
+            for name, (method, rate, settings) in DEFAULTS.items()
+        }
+        return _against_first(scores, tasks)
 
     def _table(
         self,
@@ -243,6 +248,7 @@ class Study:
         for model in self.plan.other_models:
             yield model, self.model_table(model)
         yield "settings", self.settings_table()
+        yield "defaults", self.defaults_table()
         yield "large", self.large_table()
         for task in self.plan.kinds:
             yield task, self.kind_table(task)
@@ -259,6 +265,19 @@ def write(plan: Plan, results: Results, folder: Path) -> None:
         text = f"{before}{start}\n{table or 'Not measured yet.'}\n{end}{rest.split(end)[1]}"
     page.write_text(text, encoding="utf-8")
     study.draw(folder / "images")
+
+
+def _against_first(scores: dict[str, Score | None], tasks: Sequence[str]) -> str:
+    """A table with the differences from the first score; "" without it."""
+    first, *_ = scores.values()
+    if first is None:
+        return ""
+    rows = []
+    for name, score in scores.items():
+        if score is not None:
+            difference = "" if score is first else _difference(*score.against(first))
+            rows.append([name, *_cells(score, tasks), difference])
+    return _markdown(["", *tasks, "mean", "difference"], rows)
 
 
 def _cells(score: Score, tasks: Sequence[str]) -> list[str]:

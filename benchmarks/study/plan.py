@@ -83,6 +83,11 @@ SETTINGS: tuple[dict[str, Any], ...] = (
 )
 #: So many of them are measured before the other methods.
 FIRST_SETTINGS = 6
+#: The defaults of ``finetune``, before the study and since: the method, its rate, settings.
+DEFAULTS: dict[str, tuple[str, float, dict[str, Any]]] = {
+    "before": ("LoRA, rank 4", 1e-3, {"augmentation": "strong", "clip_norm": 0.0}),
+    "since": (REFERENCE, 3e-3, {"augmentation": "light", "epochs": 20}),
+}
 SETTINGS_SEEDS = (0, 1, 2)
 
 
@@ -143,6 +148,10 @@ class Plan:
             yield from self._at_best(REFERENCE, self.tasks, SETTINGS_SEEDS, results, **settings)
         for method in KINDS_METHODS:
             yield from self._at_best(method, self.kinds, KINDS_SEEDS, results)
+        for method, rate, settings in DEFAULTS.values():
+            for task in self.other_tasks:
+                for seed in SETTINGS_SEEDS:
+                    yield Run(self.job(task, method, **settings), rate, seed)
         yield from self._compared(basic[3:], results)
         for method in self.main:
             yield from self._at_best(method, self.other_tasks, self.seeds, results)

@@ -52,6 +52,7 @@ def test_rates_are_tried_outward_until_the_best_is_not_at_an_edge(study):
     small = plan.Plan(
         methods=("everything", plan.REFERENCE),
         main=(),
+        other_tasks=(),
         other_models=(),
         large_methods=(),
         kinds=(),
@@ -160,6 +161,7 @@ def test_the_tables_of_the_page(study, tmp_path):
         large_methods=(),
     )
     level = {"everything": 0.8, plan.REFERENCE: 0.9, "LoRA, rank 1": 0.5}
+    level["LoRA, rank 4"] = 0.5  # of the former defaults
     jitter = {s: 0.001 * (s - 2) for s in plan.SEEDS}
 
     def accuracy(run):
@@ -179,6 +181,9 @@ def test_the_tables_of_the_page(study, tmp_path):
     assert f"\N{MINUS SIGN}10.0 ± {error:.1f}" in everything
     assert everything.split(" | ")[1:5] == ["80.0", "81.0", "82.0", "**81.0**"]
     assert study_page.settings_table().count("\n") == 1 + 1 + len(plan.SETTINGS)
+    before, since = study_page.defaults_table().splitlines()[2:]
+    assert before.startswith("| before |") and before.endswith("|  |")
+    assert since.startswith("| since |") and "+40.0 ± 0.0" in since
     markers = [f"<!-- {n} -->\nold\n<!-- end of {n} -->" for n, _ in study_page.parts()]
     (tmp_path / "explanation").mkdir()
     target = tmp_path / "explanation" / "study.md"
