@@ -244,6 +244,13 @@ def test_a_file_that_is_none_of_coco(tmp_path):
         find_pictures(folder, targets=MaskTargets())
 
 
+def test_a_damaged_file_of_a_part_is_one_error(tmp_path):
+    folder = write_coco(tmp_path / "data", n=4, parts=("train", "valid"))
+    (folder / "train" / "_annotations.coco.json").write_text("[]")
+    errors, warnings, _ = messages(folder)
+    assert len(errors) == 1 and "is not a file of COCO" in errors[0] and not warnings
+
+
 def test_files_with_other_categories_are_refused(tmp_path):
     folder = write_coco(tmp_path / "data", n=4, parts=("train", "valid"))
 

@@ -17,7 +17,6 @@ from tfimm_lora.utils.optional_imports import require
 #: The word in the names of the files of COCO with objects. Others have points or texts.
 _INSTANCES = "instances"
 
-
 #: The files of COCO of each part. Several for one part are an error.
 CocoFiles = dict[str, list[Path]]
 
@@ -81,6 +80,9 @@ def list_coco(data: Path, files: CocoFiles) -> Listing:
         folder = _folder_of(file, [path.parent, *_folders(data)])
         folders.add(folder)
         listing.parts[part] = _found(listing, file, folder)
+    if len(listing.parts) < len(files):
+        listing.parts = {}  # an error says why
+        return listing
     _warn_of_others(listing, folders)
     if "train" in listing.parts and "val" not in listing.parts:
         listing.warning(f"{data} has no val; pictures of train are used for validation.")
