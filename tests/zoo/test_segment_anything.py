@@ -130,6 +130,7 @@ def test_a_run_of_a_tfimm_model(tmp_path):
     check_run(tmp_path, model="sam_vit_b", pretrained=False, input_size=[SIZE, SIZE])
 
 
+@pytest.mark.long
 @pytest.mark.skipif(LEGACY or BACKEND != "tensorflow", reason="exports of keras_hub")
 def test_a_run_of_a_preset(tmp_path):
     import keras_hub
