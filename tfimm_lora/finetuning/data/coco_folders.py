@@ -84,12 +84,7 @@ def list_coco(data: Path, files: CocoFiles) -> Listing:
         listing.parts = {}  # an error says why
         return listing
     _warn_of_others(listing, folders)
-    if "train" in listing.parts and "val" not in listing.parts:
-        listing.warning(f"{data} has no val; pictures of train are used for validation.")
-        listing.parts[UNSPLIT] = listing.parts.pop("train")
-    elif listing.parts and UNSPLIT not in listing.parts and "train" not in listing.parts:
-        listing.error(f"{data} has {' and '.join(listing.parts)} but no train; expected train.")
-        listing.parts = {}
+    listing.require_train(data)
     return listing
 
 

@@ -51,3 +51,16 @@ class Listing:
     def warning(self, message: str, files: Iterable[str] = ()) -> None:
         """Record a warning."""
         self.findings.append(Finding(WARNING, message, tuple(files)))
+
+    def require_train(self, data: object) -> None:
+        """Divide train if there is no val. Record an error for parts without train.
+
+        Args:
+            data: The folder or file, for the messages.
+        """
+        if "train" in self.parts and "val" not in self.parts:
+            self.warning(f"{data} has no val; pictures of train are used for validation.")
+            self.parts[UNSPLIT] = self.parts.pop("train")
+        elif self.parts and UNSPLIT not in self.parts and "train" not in self.parts:
+            self.error(f"{data} has {' and '.join(self.parts)} but no train; expected train.")
+            self.parts = {}

@@ -60,12 +60,7 @@ def list_masks(data: Path, masks: Path | None) -> Listing:
             listing.parts.update(in_parts)
         else:
             listing.parts[part] = found
-    if "train" in listing.parts and "val" not in listing.parts:
-        listing.warning(f"{data} has no val; pictures of train are used for validation.")
-        listing.parts[UNSPLIT] = listing.parts.pop("train")
-    if pairs and UNSPLIT not in listing.parts and "train" not in listing.parts:
-        listing.error(f"{data} has {' and '.join(listing.parts)} but no train; expected train.")
-        listing.parts = {}
+    listing.require_train(data)
     return listing
 
 
