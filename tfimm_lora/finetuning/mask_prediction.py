@@ -18,6 +18,7 @@ from tfimm_lora.finetuning.report.overlays import overlay
 from tfimm_lora.finetuning.tasks.base import Task
 from tfimm_lora.finetuning.tiles import tiled_classes
 from tfimm_lora.utils.optional_imports import require
+from tfimm_lora.validation import check_integer
 from tfimm_lora.zoo.weights.resizing import resized
 
 
@@ -49,6 +50,11 @@ def predict_masks(
         exception if the file cannot be read. The picture is upright: the orientation in its
         EXIF data is applied.
 
+    Raises:
+        TypeError: if ``paths`` is one path, or ``batch_size`` no integer.
+        ValueError: if the task is no segmentation, ``batch_size`` is not positive, or the model
+            does not return a logit of each class for each pixel.
+
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
         >>> from PIL import Image
@@ -62,7 +68,33 @@ def predict_masks(
         ...     print(classes.shape, classes.max())
         (4, 6) 1
     """
-    prepare, outputs_of = preprocessing.function(resize=True), OutputsOf(model, task)
+    check_integer(batch_size, "batch_size", 1)
+    if isinstance(paths, (str, os.PathLike)):
+        raise TypeError(f"Received paths={os.fspath(paths)!r}; expected a list of paths.")
+    if not task.is_dense:
+        raise ValueError(f"Received the task {task.name!r}; expected a segmentation.")
+    return _predicted(model, paths, preprocessing, task, batch_size, tile)
+
+
+def _predicted(
+    model: Any,
+    paths: Sequence[str | os.PathLike[str]],
+    preprocessing: Preprocessing,
+    task: Task,
+    batch_size: int,
+    tile: bool,
+) -> Iterator[tuple[str, np.ndarray | UnreadablePicture]]:
+    """What ``predict_masks`` yields."""
+    prepare, logits_of_model = preprocessing.function(resize=True), OutputsOf(model, task)
+
+    def outputs_of(batch: np.ndarray) -> np.ndarray:
+        logits: np.ndarray = logits_of_model(batch)
+        if logits.shape[-1] != len(task.labels):
+            raise ValueError(
+                f"The model '{model.name}' returns {logits.shape[-1]} logits for each pixel; "
+                f"expected one for each of the {len(task.labels)} classes of the task."
+            )
+        return logits
 
     prepare_tiles = preprocessing.function()
 

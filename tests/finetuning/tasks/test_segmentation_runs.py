@@ -276,3 +276,29 @@ def test_functions_do_what_the_commands_do(run):
     np.testing.assert_allclose(value.mean_iou, evaluate_run(run)["val"].mean_iou)
     with pytest.raises(ValueError, match=r"shape \(4, 32, 32, 3\).*\(pictures, classes\)"):
         lora.evaluate(run.model(), batches.in_order(), task=lora.Classification(CLASSES))
+
+
+@pytest.mark.once
+def test_wrong_arguments_of_predict_masks_are_named():
+    model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Conv2D(3, 1)])
+    plain = lora.Preprocessing((4, 4), (0.0,) * 3, (1.0,) * 3)
+    task = lora.Segmentation(("a", "b"))
+    with pytest.raises(TypeError, match="paths='a.png'; expected a list"):
+        lora.predict_masks(model, "a.png", plain, task=task)
+    with pytest.raises(ValueError, match="batch_size=0"):
+        lora.predict_masks(model, ["a.png"], plain, task=task, batch_size=0)
+    with pytest.raises(ValueError, match="'classification'; expected a segmentation"):
+        lora.predict_masks(model, ["a.png"], plain, task=lora.Classification(("a", "b")))
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("tile", [False, True])
+def test_a_model_of_other_classes_is_refused(tile, tmp_path):
+    model = keras.Sequential([keras.Input((4, 4, 3)), keras.layers.Conv2D(3, 1)])
+    plain = lora.Preprocessing((4, 4), (0.0,) * 3, (1.0,) * 3)
+    Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
+    found = lora.predict_masks(
+        model, [tmp_path / "a.png"], plain, task=lora.Segmentation(("a", "b")), tile=tile
+    )
+    with pytest.raises(ValueError, match="returns 3 logits .* each of the 2 classes"):
+        list(found)
