@@ -15,9 +15,13 @@ from plan import (
     LARGE,
     LARGE_EPOCHS,
     LARGE_SEEDS,
+    LONGER_EPOCHS,
+    PEFT_METHOD,
+    PEFT_MODELS,
     REFERENCE,
     SETTINGS_SEEDS,
     THEIR_TASKS,
+    VARIANTS,
     Plan,
     Results,
     Run,
@@ -41,13 +45,19 @@ class Score(NamedTuple):
     def mean(self) -> float:
         return statistics.mean(self.of_task(task) for task in self.accuracy)
 
+    @property
+    def spread(self) -> float:
+        """The standard deviation over the seeds."""
+        seeds = zip(*(by_seed.values() for by_seed in self.accuracy.values()), strict=True)
+        return statistics.stdev(statistics.mean(scores) for scores in seeds)
+
     def of_task(self, task: str) -> float:
         return statistics.mean(self.accuracy[task].values())
 
-    def against(self, other: Score) -> tuple[float, float]:
+    def against(self, other: Score) -> tuple[float, float | None]:
         """Mean and 95 % interval (plus or minus) of the difference on the same seeds.
 
-        The difference of a seed is that of the mean over the tasks.
+        The difference of a seed is that of the mean over the tasks. One seed has no interval.
         """
         seeds = sorted(set.intersection(*(set(a) for a in self.accuracy.values())))
         differences = [
@@ -55,7 +65,7 @@ class Score(NamedTuple):
             for s in seeds
         ]
         if len(differences) < 2:
-            return differences[0], math.nan
+            return differences[0], None
         error = statistics.stdev(differences) / math.sqrt(len(differences))
         return statistics.mean(differences), T95[len(differences) - 1] * error
 
@@ -115,6 +125,40 @@ class Study:
         plan = self.plan
         scores = self.scores(plan.methods, plan.tasks, plan.seeds)
         return self._table(scores, plan.tasks, costs=True)
+
+    def variants_table(self) -> str:
+        """The variants with the first seed, at the best rate of each."""
+        plan = self.plan
+        methods = (REFERENCE, *(m for m in plan.methods if m in VARIANTS))
+        return self._table(
+            self.scores(methods, plan.tasks, plan.seeds[:1]), plan.tasks, costs=True
+        )
+
+    def longer_table(self) -> str:
+        plan = self.plan
+        scores = self.scores(plan.longer_methods, plan.tasks, plan.seeds, epochs=LONGER_EPOCHS)
+        return self._table(scores, plan.tasks, costs=True)
+
+    def peft_table(self) -> str:
+        """PEFT and this library, LoRA of rank 8 at the same rate."""
+        plan = self.plan
+        rate = plan.best_rate(REFERENCE, self.results)
+        rows = []
+        for model in PEFT_MODELS:
+            for task in THEIR_TASKS:
+                found = [
+                    self.score(method, (task,), plan.seeds, rate, model=model)
+                    for method in (REFERENCE, PEFT_METHOD)
+                ]
+                if None in found:
+                    continue
+                ours, theirs = found
+                cells = [f"{score.mean:.1f} ({score.spread:.1f})" for score in found]
+                difference = _difference(*ours.against(theirs))
+                time = f"{ours.seconds / theirs.seconds:.2f}"
+                rows.append([f"{model}, {task}", *cells, difference, time])
+        names = ["", REFERENCE, PEFT_METHOD, "difference", "time"]
+        return _markdown(names, rows) if rows else ""
 
     def tasks_table(self) -> str:
         plan = self.plan
@@ -244,6 +288,9 @@ class Study:
     def parts(self) -> Iterator[tuple[str, str]]:
         """The names of the generated parts of the page, and their text."""
         yield "methods", self.methods_table()
+        yield "variants", self.variants_table()
+        yield "longer", self.longer_table()
+        yield "peft", self.peft_table()
         yield "tasks", self.tasks_table()
         for model in self.plan.other_models:
             yield model, self.model_table(model)
@@ -285,8 +332,9 @@ def _cells(score: Score, tasks: Sequence[str]) -> list[str]:
     return cells if len(tasks) == 1 else [*cells, f"**{score.mean:.1f}**"]
 
 
-def _difference(mean: float, interval: float) -> str:
-    return f"{mean:+.1f} ± {interval:.1f}".replace("-", MINUS)
+def _difference(mean: float, interval: float | None) -> str:
+    plus_or_minus = "" if interval is None else f" ± {interval:.1f}"
+    return f"{mean:+.1f}{plus_or_minus}".replace("-", MINUS)
 
 
 def _markdown(names: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
