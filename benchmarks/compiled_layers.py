@@ -1,6 +1,8 @@
-"""Training steps of tfimm's models with LoRA, with and without compiled frozen layers.
+"""Training steps with LoRA on TensorFlow, with and without compiled frozen layers.
 
     TF_USE_LEGACY_KERAS=1 python benchmarks/compiled_layers.py [--quick] [--rounds 12]
+
+With TF_USE_LEGACY_KERAS=0 the models are those of Keras 3 instead of tfimm's.
 
 Prints the processor, and a JSON object for each model: the median time of a step in ms with
 compiled layers (``lora.use_compiled_layers``) and without, the median of the ratios within a
@@ -20,26 +22,41 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 import tfimm_lora as lora  # isort: skip - chooses the Keras
 import tensorflow as tf
-import tf_keras
 
-#: The pictures in a batch.
-MODELS = {
+LEGACY = os.environ["TF_USE_LEGACY_KERAS"] == "1"
+if LEGACY:
+    import tf_keras as keras
+else:
+    import keras
+
+#: The pictures in a batch, of tfimm's models and of those of Keras 3.
+TFIMM = {
     "vit_tiny_patch16_224": 8,
     "convnext_tiny": 4,
     "swin_tiny_patch4_window7_224": 4,
     "efficientnet_b0": 8,
     "vit_base_patch16_224": 4,
 }
-QUICK = ("vit_tiny_patch16_224",)
+KERAS3 = {"vit_tiny": 8, "ConvNeXtTiny": 4, "EfficientNetB0": 8, "vit_base": 4}
+QUICK = ("vit_tiny_patch16_224", "vit_tiny")
+
+
+def lora_model(name):
+    if LEGACY:
+        return lora.create_model(name, lora_rank=4)
+    import keras_models
+
+    model, targets = keras_models.build(name, small=False)
+    return lora.inject_lora(model, lora_rank=4, lora_targets=targets)
 
 
 def training_step(name, batch, enabled):
     """A training step of a new model, and the seconds that its first call took."""
-    tf.keras.utils.set_random_seed(0)
-    model = lora.create_model(name, lora_rank=4)
+    keras.utils.set_random_seed(0)
+    model = lora_model(name)
     images, labels = tf.random.normal((batch, 224, 224, 3)), tf.zeros((batch,), tf.int32)
-    loss = tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-    optimizer = tf_keras.optimizers.AdamW(1e-3)
+    loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    optimizer = keras.optimizers.AdamW(1e-3)
 
     @tf.function
     def step():
@@ -91,9 +108,10 @@ def main():
     parser.add_argument("--policy", default="float32")
     args = parser.parse_args()
     tf.config.threading.set_intra_op_parallelism_threads(args.threads)
-    tf_keras.mixed_precision.set_global_policy(args.policy)
-    print(json.dumps({"processor": processor(), "policy": args.policy}))
-    for name, batch in MODELS.items():
+    keras.mixed_precision.set_global_policy(args.policy)
+    version = f"Keras {keras.__version__}"
+    print(json.dumps({"processor": processor(), "policy": args.policy, "keras": version}))
+    for name, batch in (TFIMM if LEGACY else KERAS3).items():
         if not args.quick or name in QUICK:
             batch, rounds = (2, 2) if args.quick else (batch, args.rounds)
             print(json.dumps(compared(name, batch, rounds)), flush=True)

@@ -58,11 +58,11 @@ from .layers import LoRADepthwiseConv2D as LoRADepthwiseConv2D
 from .layers import LoRAEinsumDense as LoRAEinsumDense
 from .layers import LoRAEmbedding as LoRAEmbedding
 from .layers.base import LoRALayer as LoRALayer
+from .layers.compiled import use_compiled_layers as use_compiled_layers
 from .layers.conversion import convert_to_lora_layer as convert_to_lora_layer
 from .layers.conversion import lora_class as lora_class
 from .layers.conversion import register_layer_classes as register_layer_classes
 from .layers.forms import use_form as use_form
-from .layers.frozen import use_compiled_layers as use_compiled_layers
 from .model.convert import convert_to_lora_model as convert_to_lora_model
 from .model.convert import convert_to_regular_model as convert_to_regular_model
 from .model.explain_targets import explain_targets as explain_targets

@@ -9,16 +9,17 @@ import numpy as np
 import pytest
 
 import tfimm_lora as lora
-from tests.helpers.kerases import LEGACY, array, keras, normal, randomise, run
+from tests.helpers.kerases import BACKEND, LEGACY, array, keras, normal, randomise, run
 
-if not LEGACY:
-    pytest.skip("layers of legacy Keras", allow_module_level=True)
+if BACKEND != "tensorflow":
+    pytest.skip("gradients and compiled layers of TensorFlow", allow_module_level=True)
 
 import tensorflow as tf
 
 from tfimm_lora.backend import compiled_layers
 
 layers = keras.layers
+on_legacy = pytest.mark.skipif(not LEGACY, reason="a gradient for legacy Keras")
 
 # Means over some ten numbers, in two orders.
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -89,6 +90,8 @@ def frozen(layer, shape, train_bias="none"):
 def gradients(layer, x, sources=()):
     """Outputs, and the gradients by the input and by some variables, traced."""
     weights = tf.constant(normal(*layer(x).shape, seed=9))
+    # A variable of Keras 3 holds one of TensorFlow.
+    sources = [v if isinstance(v, tf.Variable) else v.value for v in sources]
 
     @tf.function
     def step(x):
@@ -190,6 +193,39 @@ def test_small_examples_are_not_compiled():
     assert compiled(gradients(layer, large[:, 1:])[2]) == 0
 
 
+@pytest.mark.parametrize("activation", ["gelu", "swish"])
+def test_activation_of_an_adapted_dense_layer_is_compiled(activation, compiles):
+    x = normal(4, 7, 8)
+    layer = layers.Dense(6, activation=activation)
+    entry = keras.Input((7, 8))
+    model = keras.Model(entry, layer(entry))
+    lora.inject_lora(model, lora_rank=2, lora_targets=[layer.name])
+    randomise(model)
+    factors = [layer.kernel_lora_a, layer.kernel_lora_b]
+    with lora.use_compiled_layers(False):
+        before, expected, plain = gradients(layer, x, factors)
+    after, found, concrete = gradients(layer, x, factors)
+    assert compiled(plain) == 0 and compiled(concrete) == 2
+    np.testing.assert_allclose(after, before, **CLOSE)
+    for mine, theirs in zip(found, expected):
+        assert np.abs(theirs).max() > 0.1
+        np.testing.assert_allclose(mine, theirs, **CLOSE)
+    forward = tf.function(layer).get_concrete_function(tf.constant(x))
+    assert compiled(forward) == 0
+
+
+@pytest.mark.skipif(LEGACY, reason="an argument of Keras 3")
+@pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`:UserWarning")
+def test_layer_normalization_without_the_mean_is_left_to_keras(compiles):
+    layer, x = layers.LayerNormalization(rms_scaling=True), 2 * normal(4, 7, 8) + 0.5
+    before, (expected,), _ = gradients(layer, x)
+    frozen(layer, x.shape)
+    after, (found,), concrete = gradients(layer, x)
+    assert compiled(concrete) == 0
+    np.testing.assert_array_equal(after, before)
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_without_xla_keras_computes_the_layers(compiles, monkeypatch):
     layer, x = made("layer_norm")
     frozen(layer, x.shape)
@@ -197,7 +233,8 @@ def test_without_xla_keras_computes_the_layers(compiles, monkeypatch):
     assert compiled(gradients(layer, x)[2]) == 0
 
 
-def test_a_fit_with_batches_of_two_sizes_is_that_without_compiled_layers(compiles):
+@pytest.mark.parametrize("jit_compile", [False, True])
+def test_a_fit_with_batches_of_two_sizes_is_that_without_compiled_layers(jit_compile, compiles):
     results = []
     for enabled in (False, True):
         keras.utils.set_random_seed(0)
@@ -205,7 +242,7 @@ def test_a_fit_with_batches_of_two_sizes_is_that_without_compiled_layers(compile
         lora.inject_lora(model, lora_rank=2, lora_targets=["fc"])
         randomise(model)
         with lora.use_compiled_layers(enabled):
-            model.compile(keras.optimizers.SGD(0.1), "mse")
+            model.compile(keras.optimizers.SGD(0.1), "mse", jit_compile=jit_compile)
             x, y = normal(7, 6, 8), normal(7, 6, 3, seed=3)
             model.fit(x, y, batch_size=4, epochs=2, shuffle=False, verbose=0)
         results.append([array(v) for v in model.trainable_weights])
@@ -266,6 +303,7 @@ def test_gradients_flow_through_a_branch(name, form, request):
     np.testing.assert_allclose(found, expected, **CLOSE)
 
 
+@on_legacy
 def test_batch_norm_does_not_keep_its_input():
     layer, x = made("batch_norm")
     types = [op.type for op in gradients(layer, x)[2].graph.get_operations()]
@@ -345,6 +383,7 @@ def tiny_vit():
     return ARCHITECTURES["vit"].make(), normal(2, 16, 16, 3)
 
 
+@on_legacy
 def test_attention_of_vit_gives_the_same_with_a_cheaper_gradient():
     model, x = tiny_vit()
     before, (expected,), concrete = gradients(model, x)
@@ -362,6 +401,7 @@ def test_attention_of_vit_gives_the_same_with_a_cheaper_gradient():
     assert slices(concrete) == 3 * 2 and slices(cheaper) == 0
 
 
+@on_legacy
 def test_attention_of_vit_gives_its_features():
     model, x = tiny_vit()
     before = model(x, return_features=True)[1]

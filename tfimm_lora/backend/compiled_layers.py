@@ -1,4 +1,4 @@
-"""GELU, SiLU and layer normalization of frozen layers, each compiled as one operation.
+"""GELU, SiLU and layer normalization, each compiled as one operation of TensorFlow.
 
 On a CPU TensorFlow computes them term by term, and each term reads and writes memory: GELU
 takes longer than the matrix product before it. XLA computes all terms in one pass, forward and
@@ -20,13 +20,13 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import tensorflow as tf
 from tensorflow.python.eager import record
 
-from tfimm_lora.backend.interface import Tensor
+from tfimm_lora.backend.interface import Layer, Tensor
 
 #: How many numbers an example has at least. There is little to save for smaller ones, and each
 #: shape has to be compiled once.
@@ -73,6 +73,57 @@ def layer_norm(x: Tensor, gamma: Tensor, beta: Tensor, epsilon: float) -> Tensor
     """Layer normalization over the last axis as one operation, with the gradient of x."""
     epsilon = tf.constant(epsilon, tf.float32)
     return _with_gradient(_layer_norm, _layer_norm_gradient, x, gamma, beta, epsilon)
+
+
+class CompiledLayers:
+    """Which frozen layers and activations of a Keras are compiled, and their outputs."""
+
+    def __init__(self, keras: Any) -> None:
+        layers, activations = keras.layers, keras.activations
+        self._activation = layers.Activation
+        self._functions = {activations.gelu: gelu, activations.swish: silu}
+        #: The ``call`` of the classes whose layers can be compiled.
+        self.calls = (layers.LayerNormalization.call, layers.Activation.call)
+
+    def has_known_activation(self, layer: Layer) -> bool:
+        """Whether a layer is an Activation layer that can be compiled."""
+        return type(layer) is self._activation and layer.activation in self._functions
+
+    def activated(self, activation: Any, x: Tensor) -> Tensor | None:
+        """The activation of x, or None if it is not compiled."""
+        function = self._functions.get(activation)
+        if function is None or not isinstance(x, tf.Tensor) or not is_compiled(x):
+            return None
+        return function(x)
+
+    def outputs(self, layer: Layer, call: Any, x: Tensor) -> Tensor | None:
+        """The output of a frozen layer with this ``call``, or None if it is not compiled."""
+        known = call in self.calls and isinstance(x, tf.Tensor)
+        if not known or x.dtype.base_dtype.name != layer.compute_dtype:
+            return None
+        if call is self._activation.call:
+            return self.activated(layer.activation, x)
+        if not is_compiled(x) or not _is_plain_layer_norm(layer, x.shape.rank):
+            return None
+        size = x.shape[-1]
+        gamma = tf.ones(size) if layer.gamma is None else tf.convert_to_tensor(layer.gamma)
+        beta = tf.zeros(size) if layer.beta is None else tf.convert_to_tensor(layer.beta)
+        return layer_norm(x, gamma, beta, layer.epsilon)
+
+
+def _is_plain_layer_norm(layer: Layer, rank: int) -> bool:
+    """Whether a layer normalizes over the last axis, with nothing that is trained."""
+    # Keras 3 has a variant without the mean.
+    return (
+        axes_of(layer) in ([-1], [rank - 1])
+        and not layer.trainable_weights
+        and not getattr(layer, "rms_scaling", False)
+    )
+
+
+def axes_of(layer: Layer) -> Sequence[int]:
+    """The axes over which a layer normalizes, or that of the channels."""
+    return [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
 
 
 def _with_gradient(

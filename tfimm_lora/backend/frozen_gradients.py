@@ -28,54 +28,17 @@ from typing import Any
 import tensorflow as tf
 import tf_keras
 
-from tfimm_lora.backend import compiled_layers
+from tfimm_lora.backend.compiled_layers import CompiledLayers, axes_of
 from tfimm_lora.backend.interface import Layer, Tensor
 
 Gradient = Callable[[Tensor, Tensor], Tensor]
 
 _BATCH_NORM = tf_keras.layers.BatchNormalization.call
-_LAYER_NORM = tf_keras.layers.LayerNormalization.call
 _ACTIVATION = tf_keras.layers.Activation.call
 
-#: The ``call`` of the classes whose layers have such a gradient. Batch normalization is not
-#: among them, since it must also be in inference mode.
-CALLS = (_LAYER_NORM, _ACTIVATION)
-
-
-#: The activations that are compiled.
-_COMPILED = {
-    tf_keras.activations.gelu: compiled_layers.gelu,
-    tf_keras.activations.swish: compiled_layers.silu,
-}
-
-
-def is_known_activation(layer: Layer) -> bool:
-    """Whether a layer is an Activation layer that ``compiled_call`` or ``frozen_gradient``
-    knows."""
-    return type(layer) is tf_keras.layers.Activation and layer.activation in _COMPILED
-
-
-def compiled_call(layer: Layer, call: Any, x: Tensor) -> Tensor | None:
-    """The output of a frozen layer as one compiled operation, or None if there is none."""
-    known = call in CALLS and isinstance(x, tf.Tensor)
-    if not known or x.dtype.base_dtype.name != layer.compute_dtype:
-        return None
-    if not compiled_layers.is_compiled(x):
-        return None
-    if call is _ACTIVATION:
-        function = _COMPILED.get(layer.activation)
-        return None if function is None else function(x)
-    if _axes(layer) not in ([-1], [x.shape.rank - 1]) or layer.trainable_weights:
-        return None
-    size = x.shape[-1]
-    gamma = tf.ones(size) if layer.gamma is None else tf.convert_to_tensor(layer.gamma)
-    beta = tf.zeros(size) if layer.beta is None else tf.convert_to_tensor(layer.beta)
-    return compiled_layers.layer_norm(x, gamma, beta, layer.epsilon)
-
-
-def _axes(layer: Layer) -> list[int]:
-    """The axes over which a layer normalizes, or that of the channels."""
-    return [layer.axis] if isinstance(layer.axis, int) else list(layer.axis)
+#: The layers that are compiled. They and batch normalization, if it is in inference mode, have
+#: such gradients.
+COMPILED = CompiledLayers(tf_keras)
 
 
 def frozen_gradient(layer: Layer, call: Any, x: Tensor) -> Gradient | None:
@@ -86,13 +49,15 @@ def frozen_gradient(layer: Layer, call: Any, x: Tensor) -> Gradient | None:
     computes the gradient.
     """
     known = (
-        call in (*CALLS, _BATCH_NORM) and isinstance(x, tf.Tensor) and x.shape.rank is not None
+        call in (*COMPILED.calls, _BATCH_NORM)
+        and isinstance(x, tf.Tensor)
+        and x.shape.rank is not None
     )
     if not known or not x.dtype.base_dtype.name == layer.compute_dtype == "float32":
         return None
     if call is _ACTIVATION:
         return _through_gelu if layer.activation is tf_keras.activations.gelu else None
-    if _axes(layer) not in ([-1], [x.shape.rank - 1]):
+    if axes_of(layer) not in ([-1], [x.shape.rank - 1]):
         return None
     # Variables are read now, because the backward pass of a tf.cond branch cannot read them.
     if call is _BATCH_NORM:

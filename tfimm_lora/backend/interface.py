@@ -675,6 +675,11 @@ class Backend(ABC):
         differentiated as one compiled operation. None if that does not save time."""
         return None
 
+    def compiled_activation(self, activation: Any, x: Tensor) -> Tensor | None:
+        """The activation of x, computed and differentiated as one compiled operation. None if
+        that does not save time."""
+        return None
+
     def has_frozen_gradient(self, cls: type) -> bool:
         """Whether ``frozen_gradient`` or ``compiled_call`` may exist for layers of a class."""
         return False

@@ -317,6 +317,10 @@ class Keras3Backend(Backend):
         return keras.ops.custom_gradient(keras_function)(*args)
 
     def prefers_plain_gradients(self) -> bool:
+        if keras.backend.backend() == "tensorflow":
+            from tfimm_lora.backend.tensorflow_functions import is_recording
+
+            return not is_recording() and not self.is_called_in_training()
         if keras.backend.backend() != "torch":
             return False
         import torch
@@ -324,6 +328,22 @@ class Keras3Backend(Backend):
         # The functions of torch.func, and forward-mode derivatives.
         transforms = torch._C._are_functorch_transforms_active()
         return bool(transforms or torch.autograd.forward_ad._current_level >= 0)
+
+    def compiled_call(self, layer: Layer, call: Any, x: Tensor) -> Tensor | None:
+        compiled = _compiled_layers()
+        return None if compiled is None else compiled.outputs(layer, call, x)
+
+    def compiled_activation(self, activation: Any, x: Tensor) -> Tensor | None:
+        compiled = _compiled_layers()
+        return None if compiled is None else compiled.activated(activation, x)
+
+    def has_frozen_gradient(self, cls: type) -> bool:
+        compiled = _compiled_layers()
+        return compiled is not None and getattr(cls, "call", None) in compiled.calls
+
+    def gains_from_freezing(self, layer: Layer) -> bool:
+        compiled = _compiled_layers()
+        return compiled is not None and compiled.has_known_activation(layer)
 
     def recomputed(self, function: Callable[..., Any], *args: Any) -> Any:
         if keras.backend.backend() != "jax":
@@ -489,6 +509,17 @@ class Keras3Backend(Backend):
         """Return the nested shapes of the inputs that a model was built for, or None."""
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         return next(iter(shapes.values())) if len(shapes) == 1 else None
+
+
+@functools.cache
+def _compiled_layers() -> Any:
+    """The layers that are compiled; None on JAX, which compiles everything, and on torch, which
+    has such operations."""
+    if keras.backend.backend() != "tensorflow":
+        return None
+    from tfimm_lora.backend.compiled_layers import CompiledLayers
+
+    return CompiledLayers(keras)
 
 
 def _layout_map() -> Any:

@@ -10,21 +10,19 @@ from typing import Any, ClassVar
 import numpy as np
 import tensorflow as tf
 import tf_keras
-from tensorflow.python.eager import record
 from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora.backend import legacy_accumulation, tensorflow_random
-from tfimm_lora.backend.frozen_gradients import (
-    CALLS,
-    compiled_call,
-    frozen_gradient,
-    is_known_activation,
-)
+from tfimm_lora.backend.frozen_gradients import COMPILED, frozen_gradient
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
 from tfimm_lora.backend.legacy_random import drawing_from
-from tfimm_lora.backend.tensorflow_functions import compiled_for_any_batch, write_rows
+from tfimm_lora.backend.tensorflow_functions import (
+    compiled_for_any_batch,
+    is_recording,
+    write_rows,
+)
 from tfimm_lora.backend.tensorflow_vjp import vjp
 
 _OPS: Any = types.SimpleNamespace(
@@ -281,21 +279,22 @@ class LegacyBackend(Backend):
         return tf.custom_gradient(function)(*args)
 
     def prefers_plain_gradients(self) -> bool:
-        # In predict, evaluate and exports no tape records. Without custom gradients the graphs
-        # have half of the operations.
-        return not record.could_possibly_record() and not self.is_called_in_training()
+        return not is_recording() and not self.is_called_in_training()
 
     def frozen_gradient(self, layer: Layer, call: Any, x: Tensor) -> Callable[..., Any] | None:
         return frozen_gradient(layer, call, x)
 
     def compiled_call(self, layer: Layer, call: Any, x: Tensor) -> Tensor | None:
-        return compiled_call(layer, call, x)
+        return COMPILED.outputs(layer, call, x)
+
+    def compiled_activation(self, activation: Any, x: Tensor) -> Tensor | None:
+        return COMPILED.activated(activation, x)
 
     def has_frozen_gradient(self, cls: type) -> bool:
-        return getattr(cls, "call", None) in CALLS
+        return getattr(cls, "call", None) in COMPILED.calls
 
     def gains_from_freezing(self, layer: Layer) -> bool:
-        return is_known_activation(layer)
+        return COMPILED.has_known_activation(layer)
 
     def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
         return vjp(function, x, dy)

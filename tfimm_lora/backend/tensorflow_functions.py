@@ -7,6 +7,17 @@ from typing import Any
 
 import numpy as np
 import tensorflow as tf
+from tensorflow.python.eager import record
+
+
+def is_recording() -> bool:
+    """Whether a tape or a ForwardAccumulator records.
+
+    None does in ``predict``, ``evaluate`` and exports. Without custom gradients their graphs
+    have half of the operations.
+    """
+    result: bool = record.could_possibly_record()
+    return result
 
 
 def compiled_for_any_batch(

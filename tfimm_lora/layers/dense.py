@@ -12,6 +12,7 @@ from tfimm_lora.backend.interface import Backend, Layer, Tensor
 from tfimm_lora.config import LayerSettings
 from tfimm_lora.layers import forms, mixed_batch, qkv
 from tfimm_lora.layers.base import LoRALayer, has_keras_call
+from tfimm_lora.layers.compiled import activated
 from tfimm_lora.layers.forward import Factors
 from tfimm_lora.layers.input_rows import InputRows, split_rows
 from tfimm_lora.layers.mixed_product import by_example
@@ -144,7 +145,7 @@ class DenseUpdate(LoRALayer):
             outputs = self._with_adapters(rows, places, values, self._with_bias)
         if rank != 2:
             outputs = ops.reshape(outputs, (*leading_shape(backend, x), outputs.shape[-1]))
-        return outputs if self.activation is None else self.activation(outputs)
+        return activated(backend, self.activation, outputs)
 
     def _with_bias(self, rows: Tensor) -> Tensor:
         if self.bias is None:

@@ -18,6 +18,7 @@ from typing import Any
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer, OriginalLayer, Tensor, Variable
 from tfimm_lora.layers.call_signature import check_super_calls, with_signature_of
+from tfimm_lora.layers.compiled import compiled_call
 from tfimm_lora.layers.depthwise import depthwise_mixins
 from tfimm_lora.layers.normalization import folded, is_normalization, with_bias_of_example
 from tfimm_lora.layers.state import (
@@ -29,12 +30,9 @@ from tfimm_lora.layers.state import (
     state_of,
 )
 from tfimm_lora.layers.statistics import for_inference, has_known_statistics, has_statistics
-from tfimm_lora.validation import check_bool
 
 #: The ids of the layers whose running call is in inference mode.
 _in_inference: ContextVar[frozenset[int]] = ContextVar("in_inference", default=frozenset())
-
-_uses_compiled_layers: ContextVar[bool] = ContextVar("compiled", default=True)
 
 _copying_plain_layers: ContextVar[bool] = ContextVar("copying", default=False)
 
@@ -198,8 +196,8 @@ def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwar
     if backend.prefers_plain_gradients():
         return call(x, *args, **kwargs)
     own_call = getattr(call, "__func__", None)
-    if _uses_compiled_layers.get() and not args and not kwargs:
-        compiled = backend.compiled_call(layer, own_call, x)
+    if not args and not kwargs:
+        compiled = compiled_call(backend, layer, own_call, x)
         if compiled is not None:
             return compiled
     gradient = backend.frozen_gradient(layer, own_call, x)
@@ -208,37 +206,6 @@ def _with_frozen_gradient(layer: Layer, call: Any, x: Tensor, *args: Any, **kwar
     # The gradient of a trained bias still flows through y.
     y = call(backend.ops.stop_gradient(x), *args, **kwargs)
     return backend.custom_gradient(lambda x, y: (y, lambda dy: (gradient(x, dy), dy)), x, y)
-
-
-@contextlib.contextmanager
-def use_compiled_layers(enabled: bool) -> Iterator[None]:
-    """Choose whether frozen layers are compiled within this block.
-
-    On legacy Keras and CPUs, training computes frozen GELU, SiLU and layer normalization as one
-    operation each, forward and backward, which XLA compiles for each shape of at least 4,096
-    numbers per example. They are computed in float32 and agree with those of Keras up to
-    rounding. ``predict``, ``evaluate`` and exports use the operations of Keras. A function that
-    was traced before stays as it is: compile the model again within the block.
-
-    It changes nothing on Keras 3, whose ``fit`` compiles the whole step with XLA or torch.
-
-    Args:
-        enabled: Whether to compile them. Default outside of such a block: True.
-
-    Raises:
-        TypeError: if ``enabled`` is not a bool.
-
-    Example:
-        >>> import tfimm_lora as lora
-        >>> with lora.use_compiled_layers(False):
-        ...     pass  # model.compile(...), model.fit(...)
-    """
-    check_bool(enabled, "enabled")
-    token = _uses_compiled_layers.set(enabled)
-    try:
-        yield
-    finally:
-        _uses_compiled_layers.reset(token)
 
 
 #: Keras' layers around the modules of other frameworks, which may have statistics.
