@@ -63,6 +63,12 @@ from .layers.conversion import convert_to_lora_layer as convert_to_lora_layer
 from .layers.conversion import lora_class as lora_class
 from .layers.conversion import register_layer_classes as register_layer_classes
 from .layers.forms import use_form as use_form
+from .model.checkpointing import (
+    disable_gradient_checkpointing as disable_gradient_checkpointing,
+)
+from .model.checkpointing import (
+    enable_gradient_checkpointing as enable_gradient_checkpointing,
+)
 from .model.convert import convert_to_lora_model as convert_to_lora_model
 from .model.convert import convert_to_regular_model as convert_to_regular_model
 from .model.explain_targets import explain_targets as explain_targets

@@ -653,6 +653,14 @@ class Backend(ABC):
         return function(*args)
 
     @abstractmethod
+    def recomputed_call(
+        self, layer: Layer, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        """``call(*args, **kwargs)`` of a layer. The backward pass computes it again, with the
+        same random numbers, from the tensors in the arguments, instead of keeping what it
+        computed."""
+
+    @abstractmethod
     def vjp(self, function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
         """The gradient of ``sum(function(x) * dy)`` with respect to ``x``, which may be None
         instead of zeros."""

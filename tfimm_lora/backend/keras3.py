@@ -16,7 +16,7 @@ from keras.src.backend.common.variables import AutocastScope
 from keras.src.distribution import distribution_lib
 from keras.src.layers.convolutional.base_conv import BaseConv
 
-from tfimm_lora.backend import keras3_accumulation
+from tfimm_lora.backend import keras3_accumulation, keras3_recompute
 from tfimm_lora.backend.interface import Backend, Layer, MeshAxes, Tensor, Variable
 from tfimm_lora.backend.learning_rates import Keras3VariableRates
 
@@ -351,6 +351,19 @@ class Keras3Backend(Backend):
         import jax
 
         return jax.checkpoint(function)(*args)
+
+    def recomputed_call(
+        self, layer: Layer, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        framework = keras.backend.backend()
+        plain = self.prefers_plain_gradients()
+        if framework == "torch":
+            import torch
+
+            plain = plain or not torch.is_grad_enabled()
+        if plain:
+            return call(*args, **kwargs)
+        return keras3_recompute.recomputed_call(layer, call, args, kwargs)
 
     def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
         framework = self.framework()

@@ -13,11 +13,11 @@ import tf_keras
 from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
-from tfimm_lora.backend import legacy_accumulation, tensorflow_random
+from tfimm_lora.backend import legacy_accumulation, legacy_recompute, tensorflow_random
 from tfimm_lora.backend.frozen_gradients import COMPILED, frozen_gradient
 from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
-from tfimm_lora.backend.legacy_random import drawing_from
+from tfimm_lora.backend.legacy_random import drawing_from, from_generator
 from tfimm_lora.backend.tensorflow_functions import (
     compiled_for_any_batch,
     is_recording,
@@ -197,7 +197,7 @@ class LegacyBackend(Backend):
             generator.reset_from_key_counter(key, (0, epoch))
             tensorflow_random.restart((model.train_function, model.test_function), seed)
 
-        with drawing_from(generator, [layer for _, layer in self.walk(model)]):
+        with drawing_from(from_generator(generator), [layer for _, layer in self.walk(model)]):
             yield restart
 
     def accumulate_gradients(self, optimizer: Any, steps: int) -> None:
@@ -280,6 +280,14 @@ class LegacyBackend(Backend):
 
     def prefers_plain_gradients(self) -> bool:
         return not is_recording() and not self.is_called_in_training()
+
+    def recomputed_call(
+        self, layer: Layer, call: Callable[..., Any], args: Any, kwargs: Any
+    ) -> Any:
+        if self.prefers_plain_gradients():
+            return call(*args, **kwargs)
+        inside = [x for _, x in self.walk(layer)]
+        return legacy_recompute.recomputed_call(layer, inside, call, args, kwargs)
 
     def frozen_gradient(self, layer: Layer, call: Any, x: Tensor) -> Callable[..., Any] | None:
         return frozen_gradient(layer, call, x)

@@ -1,0 +1,159 @@
+"""Gradient checkpointing: blocks are computed again in the backward pass."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from tfimm_lora.backend import backend_of
+from tfimm_lora.backend.interface import Backend, Layer
+from tfimm_lora.layers.frozen import keeps_statistics
+from tfimm_lora.layers.state import original_class
+from tfimm_lora.layers.statistics import has_statistics
+
+#: What ``enable_gradient_checkpointing`` sets in the instance of a block.
+_MARK = "_lora_recomputed"
+
+
+def enable_gradient_checkpointing(
+    model: Layer, blocks: Sequence[str] | None = None
+) -> tuple[str, ...]:
+    """Compute the blocks of a model again in the backward pass, which takes less memory.
+
+    Training then keeps the input of each block instead of everything that is computed inside,
+    and one block at a time is computed again for its gradients. The results are the same, also
+    with dropout: the second pass draws the same random numbers. ``predict`` and ``evaluate`` do
+    not change. Nothing of this is saved with a model, and copies do not have it.
+
+    Args:
+        model: A built model.
+        blocks: The paths of the layers to compute again, as in ``layer_paths`` of
+            ``explain_targets``. Default: the layers of which a model has several of the same
+            class, with layers inside, such as the blocks of a transformer or the residual
+            blocks of a ConvNeXt.
+
+    Returns:
+        The paths of the blocks.
+
+    Raises:
+        ValueError: if the model has no such layers, as functional models made of single layers
+            such as those of ``keras.applications``, or a path is unknown or inside another.
+            In training, if a block draws random numbers that cannot be repeated, or trains
+            batch normalization, which would update its statistics twice.
+
+    Example:
+        >>> import tfimm_lora as lora
+        >>> model = lora.create_model("vit_tiny_patch16_224", lora_rank=2)
+        >>> lora.enable_gradient_checkpointing(model)[:2]
+        ('blocks/0', 'blocks/1')
+        >>> lora.disable_gradient_checkpointing(model)
+
+    Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
+    """
+    backend = backend_of(model)
+    layers = dict(backend.walk(model))
+    if blocks is None:
+        paths = _repeated_blocks(backend, model)
+        if not paths:
+            raise ValueError(
+                f"Received model '{model.name}', which has no layers of one class with layers "
+                "inside, such as the blocks of a transformer; expected such a model, or the "
+                "paths of the layers to compute again as blocks."
+            )
+    else:
+        paths = list(blocks)
+        _check_paths(model, layers, paths)
+    disable_gradient_checkpointing(model)
+    for path in paths:
+        layer = layers[path]
+        layer.__dict__.update({"call": _recomputed_call(layer), _MARK: True})
+    backend.reset_functions(model)
+    return tuple(paths)
+
+
+def disable_gradient_checkpointing(model: Layer) -> None:
+    """Undo ``enable_gradient_checkpointing``; nothing happens if it was not called.
+
+    Args:
+        model: The model.
+    """
+    backend = backend_of(model)
+    found = [layer for _, layer in backend.walk(model) if layer.__dict__.pop(_MARK, False)]
+    for layer in found:
+        layer.__dict__.pop("call")
+    if found:
+        backend.reset_functions(model)
+
+
+def _recomputed_call(layer: Layer) -> Callable[..., Any]:
+    """The ``call`` of a block."""
+    backend = backend_of(layer)
+
+    def recomputed(*args: Any, **kwargs: Any) -> Any:
+        if backend.is_called_in_training():
+            _check_statistics(backend, layer)
+        call = functools.partial(type(layer).call, layer)
+        return backend.recomputed_call(layer, call, args, kwargs)
+
+    # Keras looks at the arguments of a call, and so does its SavedModel format.
+    recomputed.__signature__ = inspect.signature(layer.call)  # type: ignore[attr-defined]
+    return recomputed
+
+
+def _check_statistics(backend: Backend, block: Layer) -> None:
+    for path, layer in backend.walk(block):
+        if has_statistics(layer) and layer.trainable and not keeps_statistics(layer):
+            raise ValueError(
+                f"Block '{block.name}' contains '{path}' ({type(layer).__name__}), whose "
+                "statistics would be updated twice in each step; expected frozen ones, or "
+                "layers without statistics. Disable gradient checkpointing, or leave the "
+                "block out."
+            )
+
+
+def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
+    """The paths of the outermost layers with layers inside, of which there are several, unless
+    they contain several such layers themselves, as stages do."""
+    layers = dict(backend.walk(model))
+    inside = {path: _composite(backend, layer) for path, layer in layers.items()}
+    paths = {id(layer): path for path, layer in layers.items()}
+    counts = Counter(original_class(type(x)) for found in inside.values() for x in found)
+    blocks: list[str] = []
+
+    def visit(layer: Layer) -> None:
+        children = inside[paths[id(layer)]]
+        for child in children:
+            classes = Counter(map(type, inside[paths[id(child)]]))
+            is_stage = any(count > 1 for count in classes.values())
+            if counts[original_class(type(child))] > 1 and not is_stage:
+                blocks.append(paths[id(child)])
+            else:
+                visit(child)
+
+    visit(model)
+    return blocks
+
+
+def _composite(backend: Backend, layer: Layer) -> list[Layer]:
+    """The layers directly inside a layer that have layers inside."""
+    return [x for x in backend.sublayers(layer) if backend.sublayers(x)]
+
+
+def _check_paths(model: Layer, layers: dict[str, Layer], paths: list[str]) -> None:
+    unknown = [path for path in paths if path not in layers or not path]
+    if unknown or not paths:
+        raise ValueError(
+            f"Received blocks={paths!r} for model '{model.name}'; expected paths of its "
+            f"layers, such as {next(path for path in layers if path)!r}."
+        )
+    for path in paths:
+        around = [other for other in paths if path.startswith(f"{other}/")]
+        if around or paths.count(path) > 1:
+            other = around[0] if around else path
+            raise ValueError(
+                f"Received blocks with {path!r} and {other!r}; expected each layer once, and "
+                "none inside another."
+            )
