@@ -41,10 +41,15 @@ def recomputed(
             with tf.GradientTape(watch_accessed_variables=False) as tape:
                 tape.watch([x for x in inputs if x.dtype.is_floating])
                 tape.watch(wanted)
-                again = function(*inputs)
+                with tf.control_dependencies(gradients):  # also what the tensors do not enter
+                    again = function(*inputs)
+            outputs = tf.nest.flatten(again)
             *found, by_variable = tape.gradient(
-                tf.nest.flatten(again), [*inputs, wanted], output_gradients=list(gradients)
+                outputs, [*inputs, wanted], output_gradients=list(gradients)
             )
+            # No variable is assigned to before it was read again.
+            with tf.control_dependencies(outputs):
+                by_variable = [None if g is None else tf.identity(g) for g in by_variable]
             of = {id(v.handle): g for v, g in zip(wanted, by_variable)}
             return found, [of.get(id(v.handle)) for v in variables]
 
@@ -67,11 +72,7 @@ def _after(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     first = tf.reshape(gradient, (-1,))[:1]
     # It is NaN or zero, which nothing but running the graph shows.
     zero = tf.reduce_sum(tf.where(tf.math.is_nan(first), first, tf.zeros_like(first)))
-    with tf.control_dependencies([gradient]):
-        return [
-            x + tf.cast(zero, x.dtype) if x.dtype.is_floating else tf.identity(x)
-            for x in tensors
-        ]
+    return [x + tf.cast(zero, x.dtype) if x.dtype.is_floating else x for x in tensors]
 
 
 @contextlib.contextmanager

@@ -10,9 +10,11 @@ from typing import Any
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer
+from tfimm_lora.layer_paths import nearest
 from tfimm_lora.layers.frozen import keeps_statistics
 from tfimm_lora.layers.state import original_class
 from tfimm_lora.layers.statistics import has_statistics
+from tfimm_lora.validation import check_names
 
 #: What ``enable_gradient_checkpointing`` sets in the instance of a block.
 _MARK = "_lora_recomputed"
@@ -64,6 +66,7 @@ def enable_gradient_checkpointing(
                 "paths of the layers to compute again as blocks."
             )
     else:
+        check_names(blocks, "blocks")
         paths = list(blocks)
         _check_paths(model, layers, paths)
     disable_gradient_checkpointing(model)
@@ -145,9 +148,10 @@ def _composite(backend: Backend, layer: Layer) -> list[Layer]:
 def _check_paths(model: Layer, layers: dict[str, Layer], paths: list[str]) -> None:
     unknown = [path for path in paths if path not in layers or not path]
     if unknown or not paths:
+        candidates = [path for path in layers if path]
         raise ValueError(
             f"Received blocks={paths!r} for model '{model.name}'; expected paths of its "
-            f"layers, such as {next(path for path in layers if path)!r}."
+            f"layers. Nearest first: {', '.join(nearest(map(str, paths), candidates, 3))}."
         )
     for path in paths:
         around = [other for other in paths if path.startswith(f"{other}/")]

@@ -1,0 +1,287 @@
+"""Gradient checkpointing: the same training, with less kept for the backward pass."""
+
+import numpy as np
+import pytest
+
+import tfimm_lora as lora
+from tests.helpers.kerases import (
+    BACKEND,
+    LEGACY,
+    array,
+    keras,
+    normal,
+    randomise,
+    run,
+    sgd,
+    weights_file,
+)
+
+layers = keras.layers
+CLOSE = dict(rtol=1e-5, atol=1e-6)
+
+
+@keras.utils.register_keras_serializable("test_checkpointing")
+class Block(layers.Layer):
+    """A residual block with dropout."""
+
+    def __init__(self, rate=0.0, norm="layer", **kwargs):
+        super().__init__(**kwargs)
+        self.rate = rate
+        norms = {"layer": layers.LayerNormalization, "batch": layers.BatchNormalization}
+        self.norm = norms[norm](name="norm")
+        self.fc1 = layers.Dense(16, activation="gelu", name="fc1")
+        self.drop = layers.Dropout(rate, seed=None if LEGACY else 7, name="drop")
+        self.fc2 = layers.Dense(8, name="fc2")
+        self.mlp = keras.Sequential([self.fc1, self.drop, self.fc2], name="mlp")
+
+    def build(self, shape):
+        self.norm.build(shape)
+        self.mlp.build(shape)
+        super().build(shape)
+
+    def call(self, x, training=None, twice=False):
+        # The name is known to AutoGraph and to those who read the arguments of the call.
+        y = x + self.mlp(self.norm(x), training=training)
+        return 2 * y if twice else y
+
+    def get_config(self):
+        return {**super().get_config(), "rate": self.rate}
+
+
+class Random(Block):
+    """Draws random numbers that TensorFlow cannot repeat."""
+
+    def call(self, x, training=None):
+        import tensorflow as tf
+
+        return super().call(x, training=training) + tf.random.uniform(tf.shape(x))
+
+
+@keras.utils.register_keras_serializable("test_checkpointing")
+class Stage(layers.Layer):
+    """Two blocks."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.blocks = [Block(name="block0"), Block(name="block1")]
+
+    def build(self, shape):
+        for block in self.blocks:
+            block.build(shape)
+        super().build(shape)
+
+    def call(self, x):
+        return self.blocks[1](self.blocks[0](x))
+
+
+def model_of(make, count=3, **inject):
+    entry = x = keras.Input((5, 8))
+    for i in range(count):
+        x = make(name=f"block{i}")(x)
+    model = keras.Model(entry, layers.Dense(3, name="head")(x))
+    lora.inject_lora(model, **{"lora_rank": 2, "lora_targets": "all", **inject})
+    randomise(model)
+    return model
+
+
+DATA = normal(6, 5, 8), normal(6, 5, 3, seed=3)
+
+
+def trained(model, **compiled):
+    """The losses of a training, and the weights after it."""
+    model.compile(sgd(0.05), "mse", **compiled)
+    keras.utils.set_random_seed(3)
+    history = model.fit(*DATA, batch_size=3, epochs=2, shuffle=False, verbose=0)
+    return history.history["loss"], [array(v) for v in model.trainable_weights]
+
+
+# On legacy Keras the numbers of dropout are others than without, see the next test.
+@pytest.mark.parametrize("rate", [0.0] if LEGACY else [0.0, 0.5])
+def test_training_is_the_same(rate):
+    results = []
+    for enabled in (False, True):
+        keras.utils.set_random_seed(1)
+        model = model_of(lambda name: Block(rate, name=name))
+        if enabled:
+            assert lora.enable_gradient_checkpointing(model) == ("block0", "block1", "block2")
+        results.append(trained(model))
+    np.testing.assert_allclose(results[1][0], results[0][0], **CLOSE)
+    for one, two in zip(results[0][1], results[1][1]):
+        np.testing.assert_allclose(two, one, **CLOSE)
+
+
+def test_second_pass_draws_the_same_numbers():
+    """The gradient is that of the loss with the same dropout, by central differences."""
+    model = model_of(lambda name: Block(0.5, name=name))
+    lora.enable_gradient_checkpointing(model)
+    model.compile(sgd(1.0), "mse")
+    states = [v for v in model.non_trainable_variables if "seed" in v.name]
+    before = [array(v).copy() for v in states]
+
+    def loss_at(values, rate):
+        for variable, value in zip(model.trainable_variables, values):
+            variable.assign(value)
+        for variable, value in zip(states, before):
+            variable.assign(value)
+        model.optimizer.learning_rate = rate
+        keras.utils.set_random_seed(5)
+        return float(model.train_on_batch(*DATA))
+
+    start = [array(v).copy() for v in model.trainable_variables]
+    first = loss_at(start, 1.0)
+    gradient = [a - array(v) for a, v in zip(start, model.trainable_variables)]
+    assert loss_at(start, 0.0) == pytest.approx(first, rel=1e-6)
+    length = np.sqrt(sum(np.sum(g**2) for g in gradient))
+    assert length > 0.1
+    ahead, behind = (
+        loss_at([a + sign * 1e-2 / length * g for a, g in zip(start, gradient)], 0.0)
+        for sign in (1, -1)
+    )
+    # The third derivative adds some 1e-4, and rounding 1e-7 / 1e-2.
+    assert (ahead - behind) / 2e-2 == pytest.approx(length, rel=1e-3)
+
+
+def kept(model):
+    """The bytes that a training step keeps for its backward pass."""
+    if BACKEND == "torch":
+        import torch
+
+        sizes = {}
+
+        def pack(tensor):
+            sizes[tensor.data_ptr()] = tensor.nbytes
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model(keras.ops.convert_to_tensor(DATA[0]), training=True)
+        return sum(sizes.values())
+    if BACKEND == "jax":
+        return kept_by_jax(model)
+    from tfimm_lora.finetuning.activation_memory import activation_bytes
+
+    return activation_bytes(model, (5, 8), 6)
+
+
+def kept_by_jax(model):
+    import jax
+
+    frozen = [v.value for v in model.non_trainable_variables]
+
+    def loss(trained):
+        return model.stateless_call(trained, frozen, DATA[0], training=True)[0].sum()
+
+    _, backward = jax.vjp(loss, [v.value for v in model.trainable_variables])
+    residuals = jax.tree_util.tree_leaves(backward)
+    return sum(x.nbytes for x in residuals if x.ndim > 2)  # not the weights
+
+
+def test_less_is_kept_for_the_backward_pass():
+    model = model_of(Block)
+    plain = kept(model)
+    lora.enable_gradient_checkpointing(model)
+    # The input of each block instead of that, what the norm and GELU keep, and three products.
+    assert 0 < kept(model) < 0.6 * plain
+    lora.disable_gradient_checkpointing(model)
+    assert kept(model) == plain
+
+
+def test_predictions_and_files_do_not_change(tmp_path):
+    model = model_of(Block)
+    before = run(model, DATA[0])
+    lora.enable_gradient_checkpointing(model)
+    np.testing.assert_array_equal(run(model, DATA[0]), before)
+    model.save_weights(weights_file(tmp_path))
+    other = model_of(Block)
+    randomise(other, seed=1)
+    other.load_weights(weights_file(tmp_path))
+    np.testing.assert_allclose(run(other, DATA[0]), before, **CLOSE)
+    lora.disable_gradient_checkpointing(model)
+    lora.disable_gradient_checkpointing(model)
+    assert "call" not in vars(model.get_layer("block0"))
+    merged = lora.convert_to_regular_model(model)
+    np.testing.assert_allclose(run(merged, DATA[0]), before, rtol=1e-4, atol=1e-5)
+
+
+def test_other_arguments_of_a_block_arrive():
+    model = model_of(Block)
+    block, x = model.get_layer("block0"), DATA[0]
+    expected = run(block, x, training=True, twice=True)
+    lora.enable_gradient_checkpointing(model)
+    np.testing.assert_allclose(run(block, x, training=True, twice=True), expected, **CLOSE)
+
+
+def test_mixed_precision(policy):
+    policy("mixed_bfloat16")
+    results = []
+    for enabled in (False, True):
+        keras.utils.set_random_seed(1)
+        model = model_of(Block)
+        if enabled:
+            lora.enable_gradient_checkpointing(model)
+        results.append(trained(model))
+    # Rounding to 8 bits, in another order where a framework fuses operations.
+    np.testing.assert_allclose(results[1][0], results[0][0], rtol=2**-7)
+
+
+def test_stages_are_divided_into_blocks():
+    model = model_of(Stage, count=2)
+    blocks = lora.enable_gradient_checkpointing(model)
+    assert blocks == ("block0/block0", "block0/block1", "block1/block0", "block1/block1")
+    chosen = lora.enable_gradient_checkpointing(model, blocks=["block1"])
+    assert chosen == ("block1",)
+    marked = [path for path in ("block0", "block1") if "call" in vars(model.get_layer(path))]
+    assert marked == ["block1"]
+
+
+@pytest.mark.skipif(not LEGACY, reason="tfimm needs legacy Keras")
+@pytest.mark.parametrize(
+    "name, first, count",
+    [
+        ("vit_tiny_patch16_224", "blocks/0", 12),
+        ("convnext_tiny", "stages/0/blocks/0", 18),
+    ],
+)
+def test_blocks_of_tfimm(name, first, count):
+    model = lora.create_model(name, lora_rank=1)
+    blocks = lora.enable_gradient_checkpointing(model)
+    assert blocks[0] == first and len(blocks) == count
+
+
+def test_models_without_blocks_and_wrong_paths_are_refused():
+    entry = keras.Input((8,))
+    plain = keras.Model(entry, layers.Dense(3, name="head")(layers.Dense(4)(entry)))
+    with pytest.raises(ValueError, match="has no layers of one class with layers inside"):
+        lora.enable_gradient_checkpointing(plain)
+    model = model_of(Stage, count=2)
+    for blocks, message in {
+        ("nothing",): r"Received blocks=\['nothing'\].*Nearest first: ",
+        (): r"Received blocks=\[\]",
+        ("block0", "block0/block1"): "expected each layer once, and none inside another",
+        ("block0", "block0"): "expected each layer once",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            lora.enable_gradient_checkpointing(model, blocks=blocks)
+    with pytest.raises(TypeError, match="blocks='block0'; expected a list"):
+        lora.enable_gradient_checkpointing(model, blocks="block0")
+    assert "call" not in vars(model.get_layer("block0"))
+
+
+def test_statistics_that_are_trained_are_refused():
+    def make(name):
+        return Block(norm="batch", name=name)
+
+    model = model_of(make)
+    lora.enable_gradient_checkpointing(model)
+    trained(model)  # they are frozen
+    model = model_of(make, lora_train_modules=["block0/norm"])
+    lora.enable_gradient_checkpointing(model)
+    with pytest.raises(ValueError, match="'block0' contains 'norm'.*updated twice"):
+        trained(model)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="random operations of TensorFlow")
+def test_random_numbers_that_cannot_be_repeated_are_refused():
+    model = model_of(Random)
+    lora.enable_gradient_checkpointing(model)
+    with pytest.raises(ValueError, match="'block0' draws random numbers with"):
+        trained(model)
