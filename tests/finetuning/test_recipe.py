@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import yaml
 
-from tests.helpers.kerases import array, keras, values
+from tests.helpers.kerases import LEGACY, array, keras, values
 from tests.helpers.picture_folders import break_picture, write_digits, write_split
 from tests.helpers.recipes import (
     adapter_values,
@@ -20,6 +20,7 @@ from tests.helpers.recipes import (
     recipe,
     save_model,
 )
+from tfimm_lora.backend import backend_of
 from tfimm_lora.cli import main
 from tfimm_lora.cli.parsing import parse_lora_fields
 from tfimm_lora.finetuning import recipe as recipe_module
@@ -56,6 +57,60 @@ def test_a_run_can_be_opened_and_gives_the_model_of_its_best_epoch(folder, tmp_p
         total -= normalised[np.arange(len(y)), np.asarray(y)].sum()
         count += len(y)
     np.testing.assert_allclose(total / count, min(losses), rtol=1e-4)
+
+
+def save_model_of_blocks(path):
+    keras.utils.set_random_seed(3)
+    layers = keras.layers
+
+    def block(name, x):
+        entry = keras.Input(x.shape[1:])
+        y = layers.Dense(12, activation="gelu", name="fc1")(entry)
+        y = layers.Dense(8, name="fc2")(layers.Dropout(0.3, name="drop")(y))
+        return keras.Model(entry, layers.add([entry, y]), name=name)(x)
+
+    pictures = keras.Input((16, 16, 3))
+    x = layers.Reshape((16, 48))(pictures)
+    x = block("block1", block("block0", layers.Dense(8, name="embed")(x)))
+    x = layers.GlobalAveragePooling1D()(x)
+    keras.Model(pictures, layers.Dense(7, name="head")(x)).save(path)
+
+
+def test_gradient_checkpointing_trains_the_same(folder, tmp_path, capsys, monkeypatch):
+    save_model_of_blocks(tmp_path / "blocks.keras")
+    used = []
+
+    def noted(model, *args, **options):
+        used.append(
+            [name for name in ("block0", "block1") if "call" in vars(layer(model, name))]
+        )
+        return train(model, *args, **options)
+
+    def layer(model, name):
+        return next(x for _, x in backend_of(model).walk(model) if x.name == name)
+
+    train = recipe_module.finetune
+    monkeypatch.setattr(recipe_module, "finetune", noted)
+    words = ("--model", str(tmp_path / "blocks.keras"), "--epochs", "2")
+    assert main(arguments(folder, tmp_path / "plain", *words)) == 0
+    again = (*words, "--gradient-checkpointing")
+    assert main(arguments(folder, tmp_path / "less", *again)) == 0
+    assert used == [[], ["block0", "block1"]]
+    one, two = adapter_values(tmp_path / "plain"), adapter_values(tmp_path / "less")
+    for name, value in one.items():
+        if not LEGACY:  # where dropout draws other numbers
+            np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=1e-4)
+    model = Run.open(tmp_path / "less").model()
+    assert "call" not in vars(layer(model, "block0"))
+    # More epochs of the run use it, too.
+    more = ("finetune", "--out", str(tmp_path / "less"), "--resume", "--epochs", "3")
+    assert main(more) == 0
+    assert used[2] == ["block0", "block1"]
+    # A model without blocks is refused before anything is written.
+    out = tmp_path / "refused"
+    assert main(arguments(folder, out, "--gradient-checkpointing")) == 1
+    assert "has no layers of one class with layers inside" in capsys.readouterr().err
+    assert not out.exists()
 
 
 def test_all_settings_of_a_recipe_reach_the_training(folder, tmp_path, monkeypatch):

@@ -223,8 +223,9 @@ def test_mixed_precision(policy):
     np.testing.assert_allclose(results[1][0], results[0][0], rtol=2**-7)
 
 
-def test_stages_are_divided_into_blocks():
-    model = model_of(Stage, count=2)
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_stages_are_divided_into_blocks(dropout):
+    model = model_of(Stage, count=2, lora_dropout=dropout)
     blocks = lora.enable_gradient_checkpointing(model)
     assert blocks == ("block0/block0", "block0/block1", "block1/block0", "block1/block1")
     chosen = lora.enable_gradient_checkpointing(model, blocks=["block1"])

@@ -169,6 +169,13 @@ def finetune(
             panel=_TRAINING,
         ),
     ] = None,
+    gradient_checkpointing: Annotated[
+        Flag,
+        _option(
+            help="Compute blocks again in the backward pass: less memory, more time.",
+            panel=_TRAINING,
+        ),
+    ] = None,
     learning_rate: Annotated[
         Text,
         _option(

@@ -10,7 +10,7 @@ import platform
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -57,16 +57,26 @@ from tfimm_lora.finetuning.run import (
 from tfimm_lora.finetuning.tasks.named import DEFAULT, targets_of, task_named
 from tfimm_lora.finetuning.tensorboard_logs import tensorboard
 from tfimm_lora.finetuning.training import EPOCHS, Trained, finetune
+from tfimm_lora.model.checkpointing import (
+    disable_gradient_checkpointing,
+    enable_gradient_checkpointing,
+)
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.model.state import record_task
 from tfimm_lora.training.eva import initialize_eva
-from tfimm_lora.validation import check_choice, check_integer, check_keywords, check_number
+from tfimm_lora.validation import (
+    check_bool,
+    check_choice,
+    check_integer,
+    check_keywords,
+    check_number,
+)
 from tfimm_lora.version import __version__
 
 #: Settings that runs of earlier versions do not have, with what these did.
 _ADDED = {
     **{"task": DEFAULT, "columns": None, "accumulate": 1, "clip_norm": 0},
-    **{"masks": None, "classes": None},
+    **{"masks": None, "classes": None, "gradient_checkpointing": False},
 }
 
 #: The default rank; see docs/explanation/study.md for the choice of this and of the rate.
@@ -103,6 +113,8 @@ class Recipe:
             ``finetune``.
         batch_size: The number of pictures in a step, over all devices. Default: 32.
         accumulate: The number of parts in which a batch is computed, as for ``finetune``.
+        gradient_checkpointing: Whether the blocks of the model are computed again in the
+            backward pass, which takes less memory; see ``enable_gradient_checkpointing``.
         balanced: Whether all classes have the same weight in the loss, however many pictures
             they have; for several labels, whether the pictures with and without a label do.
         mixed_precision: "mixed_float16", "mixed_bfloat16" or None (default) for float32.
@@ -134,6 +146,7 @@ class Recipe:
     epochs: int = EPOCHS
     batch_size: int = 32
     accumulate: int = 1
+    gradient_checkpointing: bool = False
     learning_rate: float = LEARNING_RATE
     weight_decay: float = 0.01
     warmup: float = 0.1
@@ -157,6 +170,7 @@ class Recipe:
             )
         check_integer(self.epochs, "epochs", 1)
         check_integer(self.batch_size, "batch_size", 1)
+        check_bool(self.gradient_checkpointing, "gradient_checkpointing")
         check_integer(self.accumulate, "accumulate", 1)
         if self.batch_size % self.accumulate:
             raise ValueError(
@@ -496,6 +510,8 @@ def _open(
     if kept is not None:
         base.model.save_weights(kept)
     inject_recipe_lora(backend, recipe, base.model, base.new_classifier)
+    with _checkpointing(recipe, base.model):
+        pass  # raises an error before the run begins if the model has no blocks
     facts.update(_sizes(base.model))
     return base.model, facts, kept
 
@@ -552,27 +568,41 @@ def _train(
     batches = training_batches(recipe, split.train, preprocessing)
     validation = PictureBatches(split.val, preprocessing, recipe.batch_size)
     started = time.monotonic()
-    trained = finetune(
-        model,
-        batches,
-        validation,
-        epochs=recipe.epochs,
-        learning_rate=recipe.learning_rate,
-        weight_decay=recipe.weight_decay,
-        warmup=recipe.warmup,
-        clip_norm=recipe.clip_norm,
-        task=task,
-        class_weight=task.balanced_weights(split.train) if recipe.balanced else None,
-        accumulate=recipe.accumulate,
-        monitor=recipe.monitor,
-        patience=recipe.patience,
-        callbacks=tensorboard(model, run.path / "logs") if devices.is_chief else [],
-        out=run.path,
-        resume=True,
-        seed=recipe.seed,
-        verbose=verbose,
-    )
+    with _checkpointing(recipe, model):
+        trained = finetune(
+            model,
+            batches,
+            validation,
+            epochs=recipe.epochs,
+            learning_rate=recipe.learning_rate,
+            weight_decay=recipe.weight_decay,
+            warmup=recipe.warmup,
+            clip_norm=recipe.clip_norm,
+            task=task,
+            class_weight=task.balanced_weights(split.train) if recipe.balanced else None,
+            accumulate=recipe.accumulate,
+            monitor=recipe.monitor,
+            patience=recipe.patience,
+            callbacks=tensorboard(model, run.path / "logs") if devices.is_chief else [],
+            out=run.path,
+            resume=True,
+            seed=recipe.seed,
+            verbose=verbose,
+        )
     return trained, time.monotonic() - started
+
+
+@contextlib.contextmanager
+def _checkpointing(recipe: Recipe, model: Any) -> Iterator[None]:
+    """Gradient checkpointing within this block, if the recipe says so."""
+    if not recipe.gradient_checkpointing:
+        yield
+        return
+    enable_gradient_checkpointing(model)
+    try:
+        yield
+    finally:
+        disable_gradient_checkpointing(model)
 
 
 def training_batches(

@@ -11,6 +11,7 @@ from typing import Any
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer
 from tfimm_lora.layer_paths import nearest
+from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.frozen import keeps_statistics
 from tfimm_lora.layers.state import original_class
 from tfimm_lora.layers.statistics import has_statistics
@@ -141,8 +142,12 @@ def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
 
 
 def _composite(backend: Backend, layer: Layer) -> list[Layer]:
-    """The layers directly inside a layer that have layers inside."""
-    return [x for x in backend.sublayers(layer) if backend.sublayers(x)]
+    """The layers directly inside a layer that have layers inside.
+
+    That of the dropout of an adapted layer does not count.
+    """
+    inside = backend.sublayers(layer)
+    return [x for x in inside if backend.sublayers(x) and not isinstance(x, LoRALayer)]
 
 
 def _check_paths(model: Layer, layers: dict[str, Layer], paths: list[str]) -> None:

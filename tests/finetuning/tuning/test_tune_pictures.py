@@ -240,6 +240,7 @@ def test_a_rate_is_found_in_one_pass(folder, tmp_path, capsys):
         (("--lr", "auto", "--tune-minutes", "-1"), "minutes=-1"),
         (("--rank", "auto", "--strategy", "mirrored"), "Received strategy='mirrored'"),
         (("--rank", "auto", "--accumulate", "2"), "Received accumulate=2"),
+        (("--rank", "auto", "--gradient-checkpointing"), "gradient_checkpointing=True"),
     ],
 )
 def test_wrong_words_say_what_was_expected(folder, tmp_path, capsys, words, message):

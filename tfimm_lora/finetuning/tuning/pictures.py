@@ -292,6 +292,11 @@ def _check_recipe(recipe: Recipe, what: str) -> None:
             f"Received accumulate={recipe.accumulate}; expected 1. {what} computes whole "
             "batches. Leave it out, and train with it and what was found."
         )
+    if recipe.gradient_checkpointing:
+        raise ValueError(
+            f"Received gradient_checkpointing=True; expected False. {what} keeps what it "
+            "computes. Leave it out, and train with it and what was found."
+        )
     check_model(recipe.model, pretrained=recipe.pretrained, weights=recipe.weights)
 
 
