@@ -31,12 +31,15 @@ with strategy.scope():
     model = keras.Model(entry, keras.layers.Dense(3, name="head")(x))
 # LoRA is put in outside the scope: it must find the strategy by itself.
 variant = json.loads(sys.argv[2])
+blocks = variant.pop("blocks", None)
 lora.inject_lora(model, lora_rank=2, lora_train_classifier=True, **variant)
 for variable in model.weights:
     if variant and "lora" in variable.name:
         continue
     # Positive, for the variances among them.
     variable.assign(np.abs(rng.normal(size=tuple(variable.shape))).astype("float32") * 0.2)
+if blocks:
+    lora.enable_gradient_checkpointing(model, blocks)
 with strategy.scope():
     loss = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
     model.compile(keras.optimizers.Adam(0.01), loss)
@@ -79,3 +82,11 @@ def test_mirrored_strategy_trains_to_the_same_losses(variant):
     one, two = losses_of("one", **variant), losses_of("mirrored", **variant)
     assert one[-1] < one[0]
     np.testing.assert_allclose(two, one, rtol=1e-4)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="of TensorFlow")
+@pytest.mark.long
+def test_mirrored_strategy_with_gradient_checkpointing():
+    expected = losses_of("one")
+    found = losses_of("mirrored", blocks=["conv", "fc"])
+    np.testing.assert_allclose(found, expected, rtol=1e-4)

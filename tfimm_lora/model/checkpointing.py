@@ -33,10 +33,9 @@ def enable_gradient_checkpointing(
 
     Args:
         model: A built model.
-        blocks: The paths of the layers to compute again, as in ``layer_paths`` of
-            ``explain_targets``. Default: the layers of which a model has several of the same
-            class, with layers inside, such as the blocks of a transformer or the residual
-            blocks of a ConvNeXt.
+        blocks: The paths of the layers to compute again, such as "blocks/0". Default: the
+            layers of which the model has several of one class, with layers inside, such as the
+            blocks of a transformer or of a ConvNeXt. Stages are divided into theirs.
 
     Returns:
         The paths of the blocks.
