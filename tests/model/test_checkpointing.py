@@ -280,6 +280,26 @@ def test_statistics_that_are_trained_are_refused():
         trained(model)
 
 
+class Regularized(Block):
+    """Adds a loss, by the activity of a layer."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.penalty = layers.ActivityRegularization(l2=0.1)
+
+    def call(self, x, training=None):
+        return self.penalty(super().call(x, training=training))
+
+
+def test_losses_in_blocks_are_refused():
+    model = model_of(Regularized)
+    lora.enable_gradient_checkpointing(model)
+    with pytest.raises(ValueError, match="'block0' adds a loss in its call"):
+        trained(model)
+    lora.disable_gradient_checkpointing(model)
+    trained(model)
+
+
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="random operations of TensorFlow")
 def test_random_numbers_that_cannot_be_repeated_are_refused():
     model = model_of(Random)

@@ -697,5 +697,14 @@ class Backend(ABC):
         return False
 
 
+def added_loss_error(name: str) -> ValueError:
+    """A block that is computed again adds a loss, which would have no gradient."""
+    return ValueError(
+        f"Block '{name}' adds a loss in its call (add_loss or an activity regularizer), which "
+        "would have no gradient with gradient checkpointing; expected a block without. Disable "
+        "gradient checkpointing, or leave the block out."
+    )
+
+
 def _is_shape(value: Any) -> bool:
     return all(size is None or isinstance(size, int) for size in value)

@@ -11,7 +11,7 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
-from tfimm_lora.backend.interface import Layer, Tensor
+from tfimm_lora.backend.interface import Layer, Tensor, added_loss_error
 
 _CALL_CONTEXT = "current_call_ctx"
 
@@ -33,9 +33,11 @@ def recomputed_call(layer: Layer, call: Callable[..., Any], args: Any, kwargs: A
         for place, tensor in zip(places, tensors):
             leaves[place] = tensor
         args, kwargs = keras.tree.pack_sequence_as(structure, leaves)
-        with keras.StatelessScope() as scope, restored():
+        with keras.StatelessScope(collect_losses=True) as scope, restored():
             scope.state_mapping.update(values)
             outputs = call(*args, **kwargs)
+        if scope.losses:
+            raise added_loss_error(layer.name)
         assigned = {k: v for k, v in scope.state_mapping.items() if v is not values.get(k)}
         return outputs, assigned
 

@@ -10,7 +10,7 @@ from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora.backend import legacy_random, tensorflow_recompute
-from tfimm_lora.backend.interface import Layer
+from tfimm_lora.backend.interface import Layer, added_loss_error
 
 
 def recomputed_call(
@@ -35,10 +35,19 @@ def recomputed_call(
             autocast_variable.enable_auto_cast_variables(layer._compute_dtype_object),
             legacy_random.drawing_from(numbers, inside),
         ):
-            return call(*args, **kwargs)
+            before = _count_losses(inside)
+            outputs = call(*args, **kwargs)
+            if _count_losses(inside) > before:
+                raise added_loss_error(layer.name)
+            return outputs
 
     args_, kwargs_ = args, kwargs
     tensors = [flat[place] for place in places]
     return tensorflow_recompute.recomputed(
         function, tensors, layer.trainable_weights, layer.name
     )
+
+
+def _count_losses(layers: Sequence[Layer]) -> int:
+    """How many losses the calls of layers have added, as tensors of a tf.function or eagerly."""
+    return sum(len(layer._losses) + len(layer._eager_losses) for layer in layers)

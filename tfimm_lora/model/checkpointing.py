@@ -43,8 +43,8 @@ def enable_gradient_checkpointing(
     Raises:
         ValueError: if the model has no such layers, as functional models made of single layers
             such as those of ``keras.applications``, or a path is unknown or inside another.
-            In training, if a block draws random numbers that cannot be repeated, or trains
-            batch normalization, which would update its statistics twice.
+            In training, if a block draws random numbers that cannot be repeated, adds a loss,
+            or trains batch normalization, which would update its statistics twice.
 
     Example:
         >>> import tfimm_lora as lora
