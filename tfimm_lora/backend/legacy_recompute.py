@@ -49,5 +49,5 @@ def recomputed_call(
 
 
 def _count_losses(layers: Sequence[Layer]) -> int:
-    """How many losses the calls of layers have added, as tensors of a tf.function or eagerly."""
+    """How many losses the calls of layers have added, in a graph or eagerly."""
     return sum(len(layer._losses) + len(layer._eager_losses) for layer in layers)
