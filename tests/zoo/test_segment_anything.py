@@ -99,8 +99,11 @@ def test_the_encoder_is_adapted_and_the_decoder_trained(tmp_path):
     lora.finetune(model, data, data, epochs=3, task=task, learning_rate=0.01, verbose="none")
     for old, new in zip(frozen, values(model.non_trainable_weights)):
         np.testing.assert_array_equal(old, new)
-    moved = [np.abs(a - b).max() > 0 for a, b in zip(before, values(model.trainable_weights))]
-    assert all(moved)
+    after = values(model.trainable_weights)
+    for variable, old, new in zip(model.trainable_weights, before, after):
+        # The softmax ignores the bias of the keys, whose gradient is rounding noise, if any.
+        name = variable.path if hasattr(variable, "path") else variable.name
+        assert "k_proj/bias" in name or np.abs(new - old).max() > 0, name
     out = run(model, x)
     again = segmenter(base, 4)
     lora.save_adapter(model, tmp_path / "adapter")
