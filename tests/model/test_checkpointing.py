@@ -15,6 +15,7 @@ from tests.helpers.kerases import (
     sgd,
     weights_file,
 )
+from tfimm_lora.backend import backend_of
 
 layers = keras.layers
 CLOSE = dict(rtol=1e-5, atol=1e-6)
@@ -278,6 +279,72 @@ def test_statistics_that_are_trained_are_refused():
     lora.enable_gradient_checkpointing(model)
     with pytest.raises(ValueError, match="'block0' contains 'norm'.*updated twice"):
         trained(model)
+
+
+class Several(layers.Layer):
+    """A block of several inputs, an integer among them, and nested outputs."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.one = keras.Sequential([layers.Dense(8, name="fc1")], name="one")
+        self.two = keras.Sequential([layers.Dense(8, name="fc2")], name="two")
+
+    def build(self, shape=None):
+        self.one.build((None, 5, 8))
+        self.two.build((None, 5, 8))
+        self.built = True
+
+    def call(self, x, other=None, factor=None):
+        y = self.one(x)
+        if other is not None:
+            y = y + self.two(other)
+        if factor is not None:
+            y = y * backend_of(self).ops.cast(factor, y.dtype)[:, None, None]
+        return {"x": y, "sums": (x + y, 2 * y)}
+
+
+class OfSeveral(keras.Model):
+    """Calls the second of its blocks twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.block0, self.block1 = Several(name="block0"), Several(name="block1")
+        self.head = layers.Dense(3, name="head")
+
+    def call(self, inputs):
+        x, factor = inputs["x"], inputs["factor"]
+        first = self.block0(x, other=2 * x, factor=factor)
+        second = self.block1(first["x"], other=first["sums"][0])
+        third = self.block1(second["x"] + second["sums"][1], factor=factor)
+        return self.head(third["x"] + third["sums"][0])
+
+
+@pytest.mark.parametrize("mode", ["run_eagerly", "jit_compile"])
+def test_blocks_may_have_several_inputs_and_nested_outputs_and_be_called_twice(mode):
+    if BACKEND != "tensorflow" and mode == "jit_compile":
+        pytest.skip("as without on JAX, and torch.compile needs a compiler")
+    factor = np.array([1, 2, 1, 1, 0, 2], "int32")
+    inputs = {"x": 0.1 * DATA[0], "factor": factor}
+    results = []
+    for enabled in (False, True):
+        keras.utils.set_random_seed(1)
+        model = OfSeveral()
+        tensors = inputs if LEGACY else keras.tree.map_structure(to_tensor, inputs)
+        model(tensors)
+        lora.inject_lora(model, lora_rank=2, lora_targets="all")
+        randomise(model, size=0.05)
+        if enabled:
+            # Two Sequential make no stage.
+            assert lora.enable_gradient_checkpointing(model) == ("block0", "block1")
+        model.compile(sgd(0.001), "mse", **{mode: True})
+        model.fit(inputs, DATA[1], batch_size=3, epochs=3, shuffle=False, verbose=0)
+        results.append([array(v) for v in model.trainable_weights])
+    for one, two in zip(*results):
+        np.testing.assert_allclose(two, one, **CLOSE)
+
+
+def to_tensor(x):
+    return keras.ops.convert_to_tensor(x)
 
 
 class Regularized(Block):

@@ -118,8 +118,8 @@ def _check_statistics(backend: Backend, block: Layer) -> None:
 
 
 def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
-    """The paths of the outermost layers with layers inside, of which there are several, unless
-    they contain several such layers themselves, as stages do."""
+    """The paths of the outermost layers with layers inside, of which there are several of one
+    class, unless they contain several of one class themselves, as stages do."""
     layers = dict(backend.walk(model))
     inside = {path: _composite(backend, layer) for path, layer in layers.items()}
     paths = {id(layer): path for path, layer in layers.items()}
@@ -129,8 +129,10 @@ def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
     def visit(layer: Layer) -> None:
         children = inside[paths[id(layer)]]
         for child in children:
-            classes = Counter(map(type, inside[paths[id(child)]]))
-            is_stage = any(count > 1 for count in classes.values())
+            # Two attention layers of Keras, or two Sequential, make no stage.
+            own = [original_class(type(x)) for x in inside[paths[id(child)]]]
+            within = Counter(cls for cls in own if not backend.is_keras_class(cls))
+            is_stage = any(count > 1 for count in within.values())
             if counts[original_class(type(child))] > 1 and not is_stage:
                 blocks.append(paths[id(child)])
             else:
