@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -119,7 +120,7 @@ def _check_statistics(backend: Backend, block: Layer) -> None:
 
 def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
     """The paths of the outermost layers with layers inside, of which there are several of one
-    class, unless they contain several of one class themselves, as stages do."""
+    class. Those that contain several blocks are stages, and are divided into them."""
     layers = dict(backend.walk(model))
     inside = {path: _composite(backend, layer) for path, layer in layers.items()}
     paths = {id(layer): path for path, layer in layers.items()}
@@ -129,10 +130,7 @@ def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
     def visit(layer: Layer) -> None:
         children = inside[paths[id(layer)]]
         for child in children:
-            # Two attention layers of Keras, or two Sequential, make no stage.
-            own = [original_class(type(x)) for x in inside[paths[id(child)]]]
-            within = Counter(cls for cls in own if not backend.is_keras_class(cls))
-            is_stage = any(count > 1 for count in within.values())
+            is_stage = _is_stage(backend, inside[paths[id(child)]])
             if counts[original_class(type(child))] > 1 and not is_stage:
                 blocks.append(paths[id(child)])
             else:
@@ -142,13 +140,28 @@ def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
     return blocks
 
 
-def _composite(backend: Backend, layer: Layer) -> list[Layer]:
-    """The layers directly inside a layer that have layers inside.
+def _is_stage(backend: Backend, children: list[Layer]) -> bool:
+    """Whether some of these layers are the blocks of a stage.
 
-    That of the dropout of an adapted layer does not count.
+    They are of one class and differ in a number of their names, as the MLPs of a block that are
+    named by what they do do not. Attention layers of Keras and Sequential do not count.
     """
+    classes = {id(x): original_class(type(x)) for x in children}
+    own = [x for x in children if not backend.is_keras_class(classes[id(x)])]
+    alike = Counter((classes[id(x)], re.sub(r"\d+", "", x.name)) for x in own)
+    return any(count > 1 for count in alike.values())
+
+
+def _composite(backend: Backend, layer: Layer) -> list[Layer]:
+    """The layers directly inside a layer with several layers inside that have weights."""
+
+    def count(child: Layer) -> int:
+        return sum(
+            bool(backend.own_variables(x)) for _, x in backend.walk(child) if x is not child
+        )
+
     inside = backend.sublayers(layer)
-    return [x for x in inside if backend.sublayers(x) and not isinstance(x, LoRALayer)]
+    return [x for x in inside if not isinstance(x, LoRALayer) and count(x) > 1]
 
 
 def _check_paths(model: Layer, layers: dict[str, Layer], paths: list[str]) -> None:
