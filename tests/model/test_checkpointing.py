@@ -362,6 +362,42 @@ class Regularized(Block):
         return self.penalty(super().call(x, training=training))
 
 
+@pytest.mark.parametrize("precision", ["float32", "mixed_bfloat16"])
+def test_layers_that_are_fully_trained_are_trained(precision, policy):
+    policy(precision)
+    moved = []
+    for enabled in (False, True):
+        keras.utils.set_random_seed(1)
+        model = model_of(Block, lora_train_modules=["block0/fc2", "block1/fc2"])
+        before = [array(v).copy() for v in model.trainable_weights]
+        if enabled:
+            lora.enable_gradient_checkpointing(model)
+        moved.append([a - b for a, b in zip(trained(model)[1], before)])
+    for one, two in zip(*moved):
+        assert np.abs(one).max() > 0
+        # Rounding to 8 bits, in another order.
+        np.testing.assert_allclose(two, one, rtol=0.1, atol=0.05 * np.abs(one).max())
+
+
+def test_masks_are_refused():
+    entry = keras.Input((5, 8))
+    x = layers.Masking()(entry)
+    model = keras.Model(entry, Masked(name="block1")(Masked(name="block0")(x)))
+    lora.inject_lora(model, lora_rank=2, lora_targets="all")
+    lora.enable_gradient_checkpointing(model)
+    model.compile(sgd(), "mse")
+    with pytest.raises(ValueError, match="'block0' receives a mask"):
+        model.fit(DATA[0], DATA[0], verbose=0)
+
+
+class Masked(Block):
+    """Passes masks on."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.supports_masking = True
+
+
 def test_losses_in_blocks_are_refused():
     model = model_of(Regularized)
     lora.enable_gradient_checkpointing(model)

@@ -87,11 +87,14 @@ class CompiledLayers:
 
     def has_known_activation(self, layer: Layer) -> bool:
         """Whether a layer is an Activation layer that can be compiled."""
-        return type(layer) is self._activation and layer.activation in self._functions
+        return type(layer) is self._activation and any(
+            layer.activation is known for known in self._functions
+        )
 
     def activated(self, activation: Any, x: Tensor) -> Tensor | None:
         """The activation of x, or None if it is not compiled."""
-        function = self._functions.get(activation)
+        # A callable of the user may have no hash.
+        function = next((f for a, f in self._functions.items() if a is activation), None)
         if function is None or not isinstance(x, tf.Tensor) or not is_compiled(x):
             return None
         return function(x)

@@ -706,5 +706,14 @@ def added_loss_error(name: str) -> ValueError:
     )
 
 
+def masked_input_error(name: str) -> ValueError:
+    """A block that is computed again receives a mask, which the second pass would not have."""
+    return ValueError(
+        f"Block '{name}' receives a mask with its inputs (Masking, or an embedding with "
+        "mask_zero), which gradient checkpointing does not support; expected inputs without. "
+        "Disable gradient checkpointing, or leave the block out."
+    )
+
+
 def _is_shape(value: Any) -> bool:
     return all(size is None or isinstance(size, int) for size in value)

@@ -11,7 +11,12 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
-from tfimm_lora.backend.interface import Layer, Tensor, added_loss_error
+from tfimm_lora.backend.interface import (
+    Layer,
+    Tensor,
+    added_loss_error,
+    masked_input_error,
+)
 
 _CALL_CONTEXT = "current_call_ctx"
 
@@ -24,6 +29,8 @@ def recomputed_call(layer: Layer, call: Callable[..., Any], args: Any, kwargs: A
     """
     flat = keras.tree.flatten([args, kwargs])
     places = [i for i, x in enumerate(flat) if keras.ops.is_tensor(x)]
+    if any(_mask_of(flat[place]) is not None for place in places):
+        raise masked_input_error(layer.name)
     structure = [args, kwargs]
     values = _current_values(layer)
     restored = _call_state()
@@ -98,5 +105,15 @@ def _with_gradient(
         from tfimm_lora.backend import torch_recompute as recompute
     else:
         from tfimm_lora.backend import tensorflow_recompute as recompute  # type: ignore
-    trained = [v.value for v in layer.trainable_variables]
+    with AutocastScope(None):  # which would return another tensor than that of the variable
+        trained = [v.value for v in layer.trainable_variables]
     return recompute.recomputed(outputs_of, tensors, trained, layer.name), first[0]
+
+
+def _mask_of(x: Tensor) -> Tensor | None:
+    """The mask that Keras attached to a tensor, as an attribute or, on JAX, in a table."""
+    try:
+        from keras.src.backend.common.masking import get_keras_mask
+    except ImportError:  # older versions have the attribute only
+        return getattr(x, "_keras_mask", None)
+    return get_keras_mask(x)

@@ -10,7 +10,7 @@ from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
 from tfimm_lora.backend import legacy_random, tensorflow_recompute
-from tfimm_lora.backend.interface import Layer, added_loss_error
+from tfimm_lora.backend.interface import Layer, added_loss_error, masked_input_error
 
 
 def recomputed_call(
@@ -19,6 +19,8 @@ def recomputed_call(
     """``call(*args, **kwargs)`` of a layer with these layers inside; see ``Backend``."""
     flat = tf.nest.flatten([args, kwargs])
     places = [i for i, x in enumerate(flat) if tf.is_tensor(x)]
+    if any(getattr(flat[place], "_keras_mask", None) is not None for place in places):
+        raise masked_input_error(layer.name)
     context = base_layer_utils.call_context()
     state = context._state
     seed = legacy_random.draw_seed()

@@ -39,7 +39,7 @@ def recomputed(
             wanted = [v for v in variables if id(v.handle) in handles]
             inputs = _after(gradients[0], tensors)
             with tf.GradientTape(watch_accessed_variables=False) as tape:
-                tape.watch([x for x in inputs if x.dtype.is_floating])
+                tape.watch([x for x in inputs if _has_gradient(x)])
                 tape.watch(wanted)
                 with tf.control_dependencies(gradients):  # also what the tensors do not enter
                     again = function(*inputs)
@@ -69,10 +69,14 @@ def _after(gradient: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
     """
     if tf.executing_eagerly():
         return [tf.identity(x) for x in tensors]
-    first = tf.reshape(gradient, (-1,))[:1]
+    first = tf.math.real(tf.reshape(gradient, (-1,))[:1])
     # It is NaN or zero, which nothing but running the graph shows.
     zero = tf.reduce_sum(tf.where(tf.math.is_nan(first), first, tf.zeros_like(first)))
-    return [x + tf.cast(zero, x.dtype) if x.dtype.is_floating else x for x in tensors]
+    return [x + tf.cast(zero, x.dtype) if _has_gradient(x) else x for x in tensors]
+
+
+def _has_gradient(x: Tensor) -> bool:
+    return bool(x.dtype.is_floating or x.dtype.is_complex)
 
 
 @contextlib.contextmanager

@@ -46,7 +46,11 @@ def recomputed(
             ]
             with torch.enable_grad(), _with_random_states(ctx.random):
                 again = keras.tree.flatten(function(*inputs))
-            pairs = [(y, dy) for y, dy in zip(again, gradients) if y.requires_grad]
+            pairs = [
+                (y, dy)
+                for y, dy in zip(again, gradients)
+                if torch.is_tensor(y) and y.requires_grad
+            ]
             needed = [x for x in (*inputs, *trained) if x.requires_grad]
             outputs, upstream = zip(*pairs)
             found = iter(torch.autograd.grad(outputs, needed, upstream, allow_unused=True))

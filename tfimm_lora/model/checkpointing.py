@@ -30,7 +30,9 @@ def enable_gradient_checkpointing(
     Training then keeps the input of each block instead of everything that is computed inside,
     and one block at a time is computed again for its gradients. The results are the same, also
     with dropout: the second pass draws the same random numbers. ``predict`` and ``evaluate`` do
-    not change. Nothing of this is saved with a model, and copies do not have it.
+    not change. Nothing of this is saved with a model, and copies do not have it. Disable it
+    before you save a SavedModel. A block must own the weights that it uses: others in it get no
+    gradient, about which Keras warns.
 
     Args:
         model: A built model.
@@ -45,7 +47,8 @@ def enable_gradient_checkpointing(
         ValueError: if the model has no such layers, as functional models made of single layers
             such as those of ``keras.applications``, or a path is unknown or inside another.
             In training, if a block draws random numbers that cannot be repeated, adds a loss,
-            or trains batch normalization, which would update its statistics twice.
+            receives a mask, or trains batch normalization, which would update its statistics
+            twice.
 
     Example:
         >>> import tfimm_lora as lora
