@@ -214,6 +214,24 @@ def test_activation_of_an_adapted_dense_layer_is_compiled(activation, compiles):
     assert compiled(forward) == 0
 
 
+class Doubling:
+    """An activation that has no hash."""
+
+    def __call__(self, x):
+        return 2 * x
+
+    def __eq__(self, other):
+        return isinstance(other, Doubling)
+
+
+def test_activations_need_no_hash(compiles):
+    entry = keras.Input((7, 8))
+    layer = layers.Dense(6, activation=Doubling())
+    lora.inject_lora(keras.Model(entry, layer(entry)), lora_rank=2, lora_targets=[layer.name])
+    y, _, _ = gradients(layer, normal(4, 7, 8))
+    np.testing.assert_allclose(y, 2 * (normal(4, 7, 8) @ array(layer.kernel)), **CLOSE)
+
+
 @pytest.mark.skipif(LEGACY, reason="an argument of Keras 3")
 @pytest.mark.filterwarnings("ignore:You passed `rms_scaling=True`:UserWarning")
 def test_layer_normalization_without_the_mean_is_left_to_keras(compiles):

@@ -78,12 +78,13 @@ def save_model_of_blocks(path):
 
 def test_gradient_checkpointing_trains_the_same(folder, tmp_path, capsys, monkeypatch):
     save_model_of_blocks(tmp_path / "blocks.keras")
-    used = []
+    used, models = [], []
 
     def noted(model, *args, **options):
         used.append(
             [name for name in ("block0", "block1") if "call" in vars(layer(model, name))]
         )
+        models.append(model)
         return train(model, *args, **options)
 
     def layer(model, name):
@@ -100,8 +101,7 @@ def test_gradient_checkpointing_trains_the_same(folder, tmp_path, capsys, monkey
     for name, value in one.items():
         if not LEGACY:  # where dropout draws other numbers
             np.testing.assert_allclose(two[name], value, rtol=1e-3, atol=1e-4)
-    model = Run.open(tmp_path / "less").model()
-    assert "call" not in vars(layer(model, "block0"))
+    assert not any("call" in vars(layer(model, "block0")) for model in models)
     # More epochs of the run use it, too.
     more = ("finetune", "--out", str(tmp_path / "less"), "--resume", "--epochs", "3")
     assert main(more) == 0

@@ -654,11 +654,16 @@ class Backend(ABC):
 
     @abstractmethod
     def recomputed_call(
-        self, layer: Layer, call: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        layer: Layer,
+        trained: Sequence[Variable],
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
         """``call(*args, **kwargs)`` of a layer. The backward pass computes it again, with the
         same random numbers, from the tensors in the arguments, instead of keeping what it
-        computed."""
+        computed. ``trained`` are the variables that may have a gradient."""
 
     @abstractmethod
     def vjp(self, function: Callable[[Tensor], Tensor], x: Tensor, dy: Tensor) -> Tensor:
@@ -695,24 +700,6 @@ class Backend(ABC):
     def gains_from_freezing(self, layer: Layer) -> bool:
         """Whether a layer without variables has such a gradient."""
         return False
-
-
-def added_loss_error(name: str) -> ValueError:
-    """A block that is computed again adds a loss, which would have no gradient."""
-    return ValueError(
-        f"Block '{name}' adds a loss in its call (add_loss or an activity regularizer), which "
-        "would have no gradient with gradient checkpointing; expected a block without. Disable "
-        "gradient checkpointing, or leave the block out."
-    )
-
-
-def masked_input_error(name: str) -> ValueError:
-    """A block that is computed again receives a mask, which the second pass would not have."""
-    return ValueError(
-        f"Block '{name}' receives a mask with its inputs (Masking, or an embedding with "
-        "mask_zero), which gradient checkpointing does not support; expected inputs without. "
-        "Disable gradient checkpointing, or leave the block out."
-    )
 
 
 def _is_shape(value: Any) -> bool:

@@ -353,17 +353,16 @@ class Keras3Backend(Backend):
         return jax.checkpoint(function)(*args)
 
     def recomputed_call(
-        self, layer: Layer, call: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        layer: Layer,
+        trained: Sequence[Variable],
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
-        framework = keras.backend.backend()
-        plain = self.prefers_plain_gradients()
-        if framework == "torch":
-            import torch
-
-            plain = plain or not torch.is_grad_enabled()
-        if plain:
+        if self.prefers_plain_gradients() or not _can_have_gradients():
             return call(*args, **kwargs)
-        return keras3_recompute.recomputed_call(layer, call, args, kwargs)
+        return keras3_recompute.recomputed_call(layer, trained, call, args, kwargs)
 
     def vjp(self, function: Callable[[Any], Any], x: Tensor, dy: Tensor) -> Any:
         framework = self.framework()
@@ -522,6 +521,16 @@ class Keras3Backend(Backend):
         """Return the nested shapes of the inputs that a model was built for, or None."""
         shapes = getattr(model, "_build_shapes_dict", None) or {}
         return next(iter(shapes.values())) if len(shapes) == 1 else None
+
+
+def _can_have_gradients() -> bool:
+    """Whether what is computed now may be differentiated; on torch, not within no_grad."""
+    if keras.backend.backend() != "torch":
+        return True
+    import torch
+
+    enabled: bool = torch.is_grad_enabled()
+    return enabled
 
 
 @functools.cache

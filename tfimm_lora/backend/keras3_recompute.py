@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -11,52 +11,69 @@ from keras.src.backend.common import global_state
 from keras.src.backend.common.stateless_scope import get_stateless_scope
 from keras.src.backend.common.variables import AutocastScope, get_autocast_scope
 
-from tfimm_lora.backend.interface import (
-    Layer,
-    Tensor,
-    added_loss_error,
-    masked_input_error,
-)
+from tfimm_lora.backend import recompute
+from tfimm_lora.backend.interface import Layer, Tensor, Variable
 
 _CALL_CONTEXT = "current_call_ctx"
 
+#: The id of a variable -> its value.
+Values = dict[int, Tensor]
 
-def recomputed_call(layer: Layer, call: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+
+def recomputed_call(
+    layer: Layer,
+    trained: Sequence[Variable],
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
+) -> Any:
     """``call(*args, **kwargs)`` of a layer; see ``Backend``.
 
     Random layers and others that assign to variables do so in a ``StatelessScope``, whose
     values are assigned once, after the forward pass. So the second pass draws the same numbers.
     """
-    flat = keras.tree.flatten([args, kwargs])
-    places = [i for i, x in enumerate(flat) if keras.ops.is_tensor(x)]
-    if any(_mask_of(flat[place]) is not None for place in places):
-        raise masked_input_error(layer.name)
-    structure = [args, kwargs]
+    given = recompute.Leaves(keras.tree, [args, kwargs], keras.ops.is_tensor)
+    if any(_mask_of(x) is not None for x in given.tensors):
+        raise recompute.masked_input(layer.name)
+    around = get_stateless_scope()
     values = _current_values(layer)
-    restored = _call_state()
+    # Within a StatelessScope these are tensors that the scope has instead of variables.
+    scoped = [id(v) for v in trained if id(v) in values]
+    count, restored = len(given.tensors), _call_state()
+    first: list[recompute.Leaves] = []
 
-    def function(*tensors: Tensor) -> tuple[Any, dict[int, Tensor]]:
-        leaves = list(flat)
-        for place, tensor in zip(places, tensors):
-            leaves[place] = tensor
-        args, kwargs = keras.tree.pack_sequence_as(structure, leaves)
+    def function(*tensors: Tensor) -> tuple[list[Tensor], Values]:
+        args, kwargs = given.with_tensors(tensors[:count])
+        before = {**values, **dict(zip(scoped, tensors[count:]))}
         with keras.StatelessScope(collect_losses=True) as scope, restored():
-            scope.state_mapping.update(values)
-            outputs = call(*args, **kwargs)
+            scope.state_mapping.update(before)
+            nested = call(*args, **kwargs)
         if scope.losses:
-            raise added_loss_error(layer.name)
-        assigned = {k: v for k, v in scope.state_mapping.items() if v is not values.get(k)}
-        return outputs, assigned
+            raise recompute.added_loss(layer.name)
+        outputs = recompute.Leaves(keras.tree, nested, keras.ops.is_tensor)
+        if not first:
+            first.append(outputs)
+        mapping = scope.state_mapping.items()
+        return outputs.tensors, {k: v for k, v in mapping if v is not before.get(k)}
 
-    tensors = [flat[place] for place in places]
-    outputs, assigned = _with_gradient(layer, function, tensors)
+    tensors = [*given.tensors, *(values[key] for key in scoped)]
+    found, assigned = _with_gradient(layer, function, tensors, trained)
     variables = {id(v): v for v in layer.variables}
     for key, value in assigned.items():
-        variables[key].assign(value)
-    return outputs
+        if key in variables:
+            # The second pass begins with the value from before, too.
+            values.setdefault(key, variables[key].value * 1)
+            variables[key].assign(value)
+        elif around is not None and key in around.state_mapping:
+            around.state_mapping[key] = value
+        else:
+            raise recompute.changed_state(
+                layer.name, "a variable of another layer or a seed generator of its own"
+            )
+    return first[0].with_tensors(found)
 
 
-def _current_values(layer: Layer) -> dict[int, Tensor]:
+def _current_values(layer: Layer) -> Values:
     """The values that the scope around has, and those of the states of random layers."""
     scope = get_stateless_scope()
     values = dict(scope.state_mapping) if scope is not None else {}
@@ -86,28 +103,38 @@ def _call_state() -> Callable[[], contextlib.AbstractContextManager[None]]:
 
 
 def _with_gradient(
-    layer: Layer, function: Callable[..., tuple[Any, Any]], tensors: list[Tensor]
-) -> tuple[Any, dict[int, Tensor]]:
+    layer: Layer,
+    function: Callable[..., tuple[list[Tensor], Values]],
+    tensors: list[Tensor],
+    trained: Sequence[Variable],
+) -> tuple[list[Tensor], Values]:
     """The function of tensors, which is computed again for its gradient."""
     framework = keras.backend.backend()
     if framework == "jax":
         import jax
 
         return jax.checkpoint(function)(*tensors)  # type: ignore[no-any-return]
-    first: list[Any] = []
+    first: list[Values] = []
 
-    def outputs_of(*tensors: Tensor) -> Any:
+    def outputs_of(*tensors: Tensor) -> list[Tensor]:
         outputs, assigned = function(*tensors)
         first.append(assigned)
         return outputs
 
-    if framework == "torch":
-        from tfimm_lora.backend import torch_recompute as recompute
-    else:
-        from tfimm_lora.backend import tensorflow_recompute as recompute  # type: ignore
+    scope = get_stateless_scope()
     with AutocastScope(None):  # which would return another tensor than that of the variable
-        trained = [v.value for v in layer.trainable_variables]
-    return recompute.recomputed(outputs_of, tensors, trained, layer.name), first[0]
+        own = [v.value for v in trained if scope is None or id(v) not in scope.state_mapping]
+    if framework == "torch":
+        from tfimm_lora.backend import torch_recompute
+
+        outputs = torch_recompute.recomputed(outputs_of, tensors, own)
+    else:
+        from tfimm_lora.backend import tensorflow_recompute
+
+        context = global_state.get_global_attribute(_CALL_CONTEXT)
+        training = getattr(context, "training", None) is True
+        outputs = tensorflow_recompute.recomputed(layer, outputs_of, tensors, own, training)
+    return outputs, first[0]
 
 
 def _mask_of(x: Tensor) -> Tensor | None:

@@ -282,12 +282,17 @@ class LegacyBackend(Backend):
         return not is_recording() and not self.is_called_in_training()
 
     def recomputed_call(
-        self, layer: Layer, call: Callable[..., Any], args: Any, kwargs: Any
+        self,
+        layer: Layer,
+        trained: Sequence[Variable],
+        call: Callable[..., Any],
+        args: Any,
+        kwargs: Any,
     ) -> Any:
         if self.prefers_plain_gradients():
             return call(*args, **kwargs)
         inside = [x for _, x in self.walk(layer)]
-        return legacy_recompute.recomputed_call(layer, inside, call, args, kwargs)
+        return legacy_recompute.recomputed_call(layer, inside, trained, call, args, kwargs)
 
     def frozen_gradient(self, layer: Layer, call: Any, x: Tensor) -> Callable[..., Any] | None:
         return frozen_gradient(layer, call, x)

@@ -9,27 +9,29 @@ import tensorflow as tf
 from tf_keras.src.engine import base_layer_utils
 from tf_keras.src.mixed_precision import autocast_variable
 
-from tfimm_lora.backend import legacy_random, tensorflow_recompute
-from tfimm_lora.backend.interface import Layer, added_loss_error, masked_input_error
+from tfimm_lora.backend import legacy_random, recompute, tensorflow_recompute
+from tfimm_lora.backend.interface import Layer, Tensor, Variable
 
 
 def recomputed_call(
-    layer: Layer, inside: Sequence[Layer], call: Callable[..., Any], args: Any, kwargs: Any
+    layer: Layer,
+    inside: Sequence[Layer],
+    trained: Sequence[Variable],
+    call: Callable[..., Any],
+    args: Any,
+    kwargs: Any,
 ) -> Any:
     """``call(*args, **kwargs)`` of a layer with these layers inside; see ``Backend``."""
-    flat = tf.nest.flatten([args, kwargs])
-    places = [i for i, x in enumerate(flat) if tf.is_tensor(x)]
-    if any(getattr(flat[place], "_keras_mask", None) is not None for place in places):
-        raise masked_input_error(layer.name)
+    given = recompute.Leaves(tf.nest, [args, kwargs], tf.is_tensor)
+    if any(getattr(x, "_keras_mask", None) is not None for x in given.tensors):
+        raise recompute.masked_input(layer.name)
     context = base_layer_utils.call_context()
     state = context._state
     seed = legacy_random.draw_seed()
+    first: list[recompute.Leaves] = []
 
-    def function(*tensors: Any) -> Any:
-        values = list(flat)
-        for place, tensor in zip(places, tensors):
-            values[place] = tensor
-        args, kwargs = tf.nest.pack_sequence_as([args_, kwargs_], values)
+    def function(*tensors: Tensor) -> list[Tensor]:
+        args, kwargs = given.with_tensors(tensors)
         numbers = legacy_random.RepeatableNumbers(seed)
         with (
             # As they are when Keras calls the layer, which it does not in the backward pass.
@@ -38,16 +40,17 @@ def recomputed_call(
             legacy_random.drawing_from(numbers, inside),
         ):
             before = _count_losses(inside)
-            outputs = call(*args, **kwargs)
+            outputs = recompute.Leaves(tf.nest, call(*args, **kwargs), tf.is_tensor)
             if _count_losses(inside) > before:
-                raise added_loss_error(layer.name)
-            return outputs
+                raise recompute.added_loss(layer.name)
+        if not first:
+            first.append(outputs)
+        return outputs.tensors
 
-    args_, kwargs_ = args, kwargs
-    tensors = [flat[place] for place in places]
-    return tensorflow_recompute.recomputed(
-        function, tensors, layer.trainable_weights, layer.name
+    tensors = tensorflow_recompute.recomputed(
+        layer, function, given.tensors, trained, context.training is True
     )
+    return first[0].with_tensors(tensors)
 
 
 def _count_losses(layers: Sequence[Layer]) -> int:

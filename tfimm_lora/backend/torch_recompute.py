@@ -6,15 +6,14 @@ import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import keras
 import torch
 
 from tfimm_lora.backend.interface import Tensor
 
 
 def recomputed(
-    function: Callable[..., Any], tensors: Sequence[Tensor], trained: Sequence[Any], name: str
-) -> Any:
+    function: Callable[..., list[Tensor]], tensors: Sequence[Tensor], trained: Sequence[Any]
+) -> list[Tensor]:
     """``function(*tensors)``. Its gradient calls it again instead of keeping what it computed.
 
     ``torch.utils.checkpoint`` keeps what the gradients of ``keras.ops.custom_gradient`` hold,
@@ -23,19 +22,15 @@ def recomputed(
     Args:
         function: It is called twice, and computes the same both times.
         tensors: The tensors that may have a gradient.
-        trained: The parameters that have one.
-        name: The name of the layer; not used here.
+        trained: The parameters that may have one.
     """
-    structure: list[Any] = []
 
     class Recomputed(torch.autograd.Function):  # type: ignore[misc]
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             ctx.save_for_backward(*inputs)
             ctx.random = _random_states()
-            outputs = function(*inputs[: len(tensors)])
-            structure[:] = [outputs]
-            return tuple(keras.tree.flatten(outputs))
+            return tuple(function(*inputs[: len(tensors)]))
 
         @staticmethod
         @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
@@ -45,19 +40,16 @@ def recomputed(
                 x.detach().requires_grad_(need) for x, need in zip(given, ctx.needs_input_grad)
             ]
             with torch.enable_grad(), _with_random_states(ctx.random):
-                again = keras.tree.flatten(function(*inputs))
-            pairs = [
-                (y, dy)
-                for y, dy in zip(again, gradients)
-                if torch.is_tensor(y) and y.requires_grad
-            ]
+                again = function(*inputs)
+            pairs = [(y, dy) for y, dy in zip(again, gradients) if y.requires_grad]
             needed = [x for x in (*inputs, *trained) if x.requires_grad]
+            if not pairs:
+                return (None,) * (len(inputs) + len(trained))
             outputs, upstream = zip(*pairs)
             found = iter(torch.autograd.grad(outputs, needed, upstream, allow_unused=True))
             return tuple(next(found) if x.requires_grad else None for x in (*inputs, *trained))
 
-    flat = Recomputed.apply(*tensors, *trained)
-    return keras.tree.pack_sequence_as(structure[0], list(flat))
+    return list(Recomputed.apply(*tensors, *trained))
 
 
 def _random_states() -> tuple[Tensor, list[Tensor]]:

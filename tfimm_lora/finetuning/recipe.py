@@ -60,6 +60,7 @@ from tfimm_lora.finetuning.training import EPOCHS, Trained, finetune
 from tfimm_lora.model.checkpointing import (
     disable_gradient_checkpointing,
     enable_gradient_checkpointing,
+    repeated_blocks,
 )
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.model.state import record_task
@@ -510,8 +511,8 @@ def _open(
     if kept is not None:
         base.model.save_weights(kept)
     inject_recipe_lora(backend, recipe, base.model, base.new_classifier)
-    with _checkpointing(recipe, base.model):
-        pass  # raises an error before the run begins if the model has no blocks
+    if recipe.gradient_checkpointing:
+        repeated_blocks(base.model)  # an error before the run begins if there are none
     facts.update(_sizes(base.model))
     return base.model, facts, kept
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import re
+import types
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -13,9 +14,8 @@ from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Backend, Layer
 from tfimm_lora.layer_paths import nearest
 from tfimm_lora.layers.base import LoRALayer
-from tfimm_lora.layers.frozen import keeps_statistics
 from tfimm_lora.layers.state import original_class
-from tfimm_lora.layers.statistics import has_statistics
+from tfimm_lora.model.targeting import require_built
 from tfimm_lora.validation import check_names
 
 #: What ``enable_gradient_checkpointing`` sets in the instance of a block.
@@ -30,9 +30,8 @@ def enable_gradient_checkpointing(
     Training then keeps the input of each block instead of everything that is computed inside,
     and one block at a time is computed again for its gradients. The results are the same, also
     with dropout: the second pass draws the same random numbers. ``predict`` and ``evaluate`` do
-    not change. Nothing of this is saved with a model, and copies do not have it. Disable it
-    before you save a SavedModel. A block must own the weights that it uses: others in it get no
-    gradient, about which Keras warns.
+    not change. Nothing of this is saved with a model, and copies of it do not have it.
+    Derivatives in forward mode need it to be disabled.
 
     Args:
         model: A built model.
@@ -44,11 +43,13 @@ def enable_gradient_checkpointing(
         The paths of the blocks.
 
     Raises:
-        ValueError: if the model has no such layers, as functional models made of single layers
-            such as those of ``keras.applications``, or a path is unknown or inside another.
-            In training, if a block draws random numbers that cannot be repeated, adds a loss,
-            receives a mask, or trains batch normalization, which would update its statistics
-            twice.
+        ValueError: if the model is not built or has no such layers, as functional models made
+            of single layers such as those of ``keras.applications``, or a path is unknown or
+            inside another, or a layer has a ``call`` that was set in the instance.
+            Also in training, if a block receives a mask, adds a loss, or draws random numbers
+            other than those of Keras' layers; on TensorFlow also if it is called in a
+            ``tf.cond`` or a loop, and on legacy Keras if it changes variables, as batch
+            normalization that is trained does.
 
     Example:
         >>> import tfimm_lora as lora
@@ -59,24 +60,26 @@ def enable_gradient_checkpointing(
 
     Reference: Chen et al., "Training Deep Nets with Sublinear Memory Cost", arXiv:1604.06174.
     """
+    require_built(model)
     backend = backend_of(model)
     layers = dict(backend.walk(model))
     if blocks is None:
-        paths = _repeated_blocks(backend, model)
-        if not paths:
-            raise ValueError(
-                f"Received model '{model.name}', which has no layers of one class with layers "
-                "inside, such as the blocks of a transformer; expected such a model, or the "
-                "paths of the layers to compute again as blocks."
-            )
+        paths = repeated_blocks(model)
     else:
         check_names(blocks, "blocks")
         paths = list(blocks)
         _check_paths(model, layers, paths)
+    for path in paths:
+        own = layers[path].__dict__
+        if "call" in own and _MARK not in own:
+            raise ValueError(
+                f"Received model '{model.name}', whose layer '{path}' has a call that was set "
+                "in the instance; expected that of its class. Subclass the layer instead."
+            )
     disable_gradient_checkpointing(model)
     for path in paths:
-        layer = layers[path]
-        layer.__dict__.update({"call": _recomputed_call(layer), _MARK: True})
+        call = _recomputed_call(model, layers[path])
+        layers[path].__dict__.update({"call": call, _MARK: True})
     backend.reset_functions(model)
     return tuple(paths)
 
@@ -95,35 +98,30 @@ def disable_gradient_checkpointing(model: Layer) -> None:
         backend.reset_functions(model)
 
 
-def _recomputed_call(layer: Layer) -> Callable[..., Any]:
-    """The ``call`` of a block."""
+def _recomputed_call(model: Layer, layer: Layer) -> Callable[..., Any]:
+    """The ``call`` of a block of a model."""
     backend = backend_of(layer)
 
-    def recomputed(*args: Any, **kwargs: Any) -> Any:
-        if backend.is_called_in_training():
-            _check_statistics(backend, layer)
-        call = functools.partial(type(layer).call, layer)
-        return backend.recomputed_call(layer, call, args, kwargs)
+    def recomputed(self: Layer, *args: Any, **kwargs: Any) -> Any:
+        # A block may use weights that it does not own. A copy has others than the model.
+        trained = {id(v): v for v in (*model.trainable_weights, *self.trainable_weights)}
+        call = functools.partial(type(self).call, self)
+        return backend.recomputed_call(self, list(trained.values()), call, args, kwargs)
 
     # Keras looks at the arguments of a call, and so does its SavedModel format.
-    recomputed.__signature__ = inspect.signature(layer.call)  # type: ignore[attr-defined]
-    return recomputed
+    signature = inspect.signature(type(layer).call)
+    recomputed.__signature__ = signature  # type: ignore[attr-defined]
+    return types.MethodType(recomputed, layer)
 
 
-def _check_statistics(backend: Backend, block: Layer) -> None:
-    for path, layer in backend.walk(block):
-        if has_statistics(layer) and layer.trainable and not keeps_statistics(layer):
-            raise ValueError(
-                f"Block '{block.name}' contains '{path}' ({type(layer).__name__}), whose "
-                "statistics would be updated twice in each step; expected frozen ones, or "
-                "layers without statistics. Disable gradient checkpointing, or leave the "
-                "block out."
-            )
-
-
-def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
+def repeated_blocks(model: Layer) -> list[str]:
     """The paths of the outermost layers with layers inside, of which there are several of one
-    class. Those that contain several blocks are stages, and are divided into them."""
+    class. Those that contain several blocks are stages, and are divided into them.
+
+    Raises:
+        ValueError: if there are none.
+    """
+    backend = backend_of(model)
     layers = dict(backend.walk(model))
     inside = {path: _composite(backend, layer) for path, layer in layers.items()}
     paths = {id(layer): path for path, layer in layers.items()}
@@ -140,6 +138,12 @@ def _repeated_blocks(backend: Backend, model: Layer) -> list[str]:
                 visit(child)
 
     visit(model)
+    if not blocks:
+        raise ValueError(
+            f"Received model '{model.name}', which has no layers of one class with layers "
+            "inside, such as the blocks of a transformer; expected such a model, or the paths "
+            "of the layers to compute again as blocks."
+        )
     return blocks
 
 
