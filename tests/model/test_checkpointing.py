@@ -51,6 +51,24 @@ class Block(layers.Layer):
         return {**super().get_config(), "rate": self.rate}
 
 
+class Implicit(Block):
+    """Leaves it to Keras to tell the layers inside about training."""
+
+    def call(self, x):
+        return x + self.mlp(self.norm(x))
+
+
+class Scaled(Block):
+    """Has a weight of its own, which Keras casts in mixed precision."""
+
+    def build(self, shape):
+        super().build(shape)
+        self.scale = self.add_weight(name="scale", shape=(8,), initializer="ones")
+
+    def call(self, x, training=None):
+        return self.scale * super().call(x, training=training)
+
+
 @keras.utils.register_keras_serializable("test_checkpointing")
 class Stage(layers.Layer):
     """Two blocks."""
@@ -104,9 +122,10 @@ def test_training_is_the_same(rate):
         np.testing.assert_allclose(two, one, **CLOSE)
 
 
-def test_second_pass_draws_the_same_numbers():
+@pytest.mark.parametrize("cls", [Block, Implicit])
+def test_second_pass_draws_the_same_numbers(cls):
     """The gradient is that of the loss with the same dropout, by central differences."""
-    model = model_of(lambda name: Block(0.5, name=name))
+    model = model_of(lambda name: cls(0.5, name=name))
     lora.enable_gradient_checkpointing(model)
     model.compile(sgd(1.0), "mse")
     states = [v for v in model.non_trainable_variables if "seed" in v.name]
@@ -233,12 +252,13 @@ def test_other_arguments_of_a_block_arrive():
     np.testing.assert_allclose(run(block, x, training=True, twice=True), expected, **CLOSE)
 
 
-def test_mixed_precision(policy):
+@pytest.mark.parametrize("cls", [Block, Scaled])
+def test_mixed_precision(cls, policy):
     policy("mixed_bfloat16")
     results = []
     for enabled in (False, True):
         keras.utils.set_random_seed(1)
-        model = model_of(Block)
+        model = model_of(cls)
         if enabled:
             lora.enable_gradient_checkpointing(model)
         results.append(trained(model))
