@@ -66,6 +66,7 @@ class Scaled(Block):
         self.scale = self.add_weight(name="scale", shape=(8,), initializer="ones")
 
     def call(self, x, training=None):
+        assert self.compute_dtype in str(self.scale.dtype)
         return self.scale * super().call(x, training=training)
 
 
