@@ -103,6 +103,8 @@ def source_of(module):
 
 @pytest.mark.parametrize("name", list(modules()))
 def test_examples_in_docstrings(name):
+    if name.rpartition(".")[2].startswith("torch_"):
+        pytest.importorskip("torch")  # which `make test` does not install
     module = importlib.import_module(name)
     finder, runner = doctest.DocTestFinder(), doctest.DocTestRunner(verbose=False)
     for test in finder.find(module, name):

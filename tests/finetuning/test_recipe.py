@@ -76,6 +76,7 @@ def save_model_of_blocks(path):
     keras.Model(pictures, layers.Dense(7, name="head")(x)).save(path)
 
 
+@pytest.mark.long
 def test_gradient_checkpointing_trains_the_same(folder, tmp_path, capsys, monkeypatch):
     save_model_of_blocks(tmp_path / "blocks.keras")
     used, models = [], []
