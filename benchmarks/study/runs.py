@@ -74,8 +74,11 @@ class Runs:
         started = time.process_time()
         job = self.job
         parts = data(job.task, seed, job.size, self.work / "downloads")
-        if seed not in self.starts:
-            self.starts[seed] = self._start(parts, seed)
+        if seed not in self.starts or not self._fits(self.starts[seed]):
+            model = self._prepared(parts, seed)
+            self.starts[seed] = model.get_weights()
+            if not self._fits(self.starts[seed]):
+                self._compile(model, parts)
         self.model.set_weights(self.starts[seed])
         for variable in self.optimizer.variables:
             variable.assign(tf.zeros_like(variable))
@@ -96,8 +99,15 @@ class Runs:
         result["seconds"] = round(time.process_time() - started, 2)
         return result
 
-    def _start(self, parts: Any, seed: int) -> list[np.ndarray]:
-        """The weights that the training of a seed starts with; compiles the first model."""
+    def _fits(self, start: list[np.ndarray]) -> bool:
+        """Whether the compiled model can have these weights. The ranks of EVA depend on the
+        pictures, and these on the seed."""
+        if self.model is None:
+            return False
+        return [v.shape for v in start] == [tuple(v.shape) for v in self.model.weights]
+
+    def _prepared(self, parts: Any, seed: int) -> Any:
+        """The model that the training of a seed starts with."""
         job = self.job
         keras.utils.set_random_seed(seed)
         base = open_base_model(
@@ -117,25 +127,25 @@ class Runs:
         after = base.model(preprocess(parts.test[0][:8]), training=False)
         difference = float(tf.reduce_max(tf.abs(before - after)))
         assert difference < 1e-3, f"starts {difference:g} away from the pretrained model"
-        if self.model is None:
-            self.model, self.preprocess = base.model, preprocess
-            self.steps = len(parts.train[0]) // job.batch * job.epochs
-            self.schedule = Cosine(self.steps, job.warmup)
-            optimizer = keras.optimizers.AdamW(
-                self.schedule,
-                weight_decay=job.weight_decay,
-                global_clipnorm=job.clip_norm or None,
-            )
-            optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
-            self.task = task_of(parts)
-            self.losses = self.task.losses(backend_of(self.model), None)
-            self.model.compile(
-                self.method.optimizer(self.model, optimizer), self.losses, steps_per_execution=5
-            )
-            self.optimizer = self.model.optimizer
-            self.optimizer.build(self.model.trainable_variables)
-            self.forward = tf.function(lambda x: self.model(preprocess(x), training=False))
-        return base.model.get_weights()
+        self.preprocess = preprocess  # the same for all seeds
+        return base.model
+
+    def _compile(self, model: Any, parts: Any) -> None:
+        job = self.job
+        self.steps = len(parts.train[0]) // job.batch * job.epochs
+        self.schedule = Cosine(self.steps, job.warmup)
+        optimizer = keras.optimizers.AdamW(
+            self.schedule, weight_decay=job.weight_decay, global_clipnorm=job.clip_norm or None
+        )
+        optimizer.exclude_from_weight_decay(var_names=["bias", "beta", "gamma"])
+        self.task = task_of(parts)
+        self.losses = self.task.losses(backend_of(model), None)
+        model.compile(
+            self.method.optimizer(model, optimizer), self.losses, steps_per_execution=5
+        )
+        self.model, self.optimizer = model, model.optimizer
+        self.optimizer.build(model.trainable_variables)
+        self.forward = tf.function(lambda x: model(self.preprocess(x), training=False))
 
     def _batches(self, part: tuple[np.ndarray, np.ndarray], seed: int) -> tf.data.Dataset:
         """Batches of pictures in an order that depends only on the seed."""

@@ -157,7 +157,7 @@ def test_second_pass_draws_the_same_numbers(cls):
 
 
 def kept(model):
-    """The bytes that a training step keeps for its backward pass."""
+    """The bytes that a training step keeps for its backward pass; on TensorFlow with others."""
     if BACKEND == "torch":
         import torch
 
@@ -172,9 +172,9 @@ def kept(model):
         return sum(sizes.values())
     if BACKEND == "jax":
         return kept_by_jax(model)
-    from tfimm_lora.finetuning.activation_memory import activation_bytes
+    from tfimm_lora.finetuning.step_memory import step_bytes
 
-    return activation_bytes(model, (5, 8), 6)
+    return step_bytes(model, (5, 8), 6)
 
 
 def kept_by_jax(model):
@@ -195,7 +195,8 @@ def test_less_is_kept_for_the_backward_pass():
     plain = kept(model)
     lora.enable_gradient_checkpointing(model)
     # The input of each block instead of that, what the norm and GELU keep, and three products.
-    assert 0 < kept(model) < 0.6 * plain
+    # TensorFlow's figure is that of the whole step, with one block computed again.
+    assert 0 < kept(model) < (0.7 if BACKEND == "tensorflow" else 0.6) * plain
     lora.disable_gradient_checkpointing(model)
     assert kept(model) == plain
 

@@ -9,7 +9,7 @@ import tfimm_lora as lora
 from tests.helpers.kerases import BACKEND, LEGACY, array, ids, keras, run, values
 from tests.helpers.tiny_models import IDS, MODELS, functional, nested, sequential, subclassed
 from tfimm_lora.backend import backend_of
-from tfimm_lora.finetuning.activation_memory import activation_bytes
+from tfimm_lora.finetuning.step_memory import step_bytes
 from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.training.plan import OPTIMIZER_SLOTS, plan
 
@@ -203,33 +203,44 @@ def test_a_trained_model_is_refused_and_a_compiled_lora_model_described():
     assert plan(adapted).trainable == size(adapted.trainable_weights)
 
 
-def two_layers():
-    return keras.Sequential(
-        [
-            keras.Input((6,)),
-            keras.layers.Dense(10, "relu", name="fc1"),
-            keras.layers.Dense(20, "relu", name="fc2"),
-            keras.layers.Dense(4, name="head"),
-        ]
+def chain(layers, trained=True):
+    model = keras.Sequential(
+        [keras.Input((64,)), *(keras.layers.Dense(64, "relu") for _ in range(layers))]
     )
+    model.trainable = trained
+    return model
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="counted in graphs of TensorFlow")
-def test_activations_are_those_that_gradients_need():
-    """By hand: relu and the kernel after it need the output of relu, inputs are there."""
-    batch, model = 5, two_layers()
-    assert activation_bytes(model, (6,), batch) == 4 * batch * (10 + 20)
-    # Only the head: its gradient needs its input alone.
-    lora.inject_lora(model, lora_targets=["head"], lora_rank=2)
-    whole = activation_bytes(model, (6,), batch)
-    assert 4 * batch * 20 <= whole <= 4 * batch * (20 + 2)
-    assert activation_bytes(model, (6,), 4 * batch) == 4 * whole
+@pytest.mark.parametrize("layers", [2, 7])
+def test_memory_of_a_step_is_that_of_outputs_and_two_gradients(layers):
+    """By hand: ReLU's gradient and the next kernel's need its output; at the highest there are
+    also the gradients of the output and input of one layer. Inputs are there before."""
+    batch = 4096
+    output, gradients = 4 * batch * 64, layers * 4 * (64 * 64 + 64)
+    found = step_bytes(chain(layers), (64,), batch)
+    assert layers + 1 <= found / output <= layers + 2 + gradients / output + 0.01
+    assert step_bytes(chain(layers), (64,), 2 * batch) == pytest.approx(2 * found, rel=0.05)
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="counted in graphs of TensorFlow")
+def test_gradients_of_kernels_count_to_the_end():
+    gradients = 7 * 4 * (64 * 64 + 64)
+    assert gradients <= step_bytes(chain(7), (64,), 1) <= 1.2 * gradients
+
+
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="counted in graphs of TensorFlow")
+def test_nothing_is_kept_of_layers_that_are_not_trained():
+    model = keras.Sequential([chain(7, trained=False), keras.layers.Dense(64)])
+    model.build((None, 64))
+    # The output of the last but one layer, three tensors of a layer, a gradient.
+    assert step_bytes(model, (64,), 4096) <= 5 * 4 * 4096 * 64
     with pytest.raises(ValueError, match="batch_size=0"):
-        activation_bytes(model, (6,), 0)
+        step_bytes(model, (64,), 0)
 
 
 @pytest.mark.skipif(BACKEND != "tensorflow", reason="counted in graphs of TensorFlow")
-def test_freezing_the_bottom_saves_activations():
-    full = activation_bytes(functional(), (8, 8, 3), 4)
+def test_freezing_the_bottom_saves_memory():
+    full = step_bytes(functional(), (8, 8, 3), 64)
     top = lora.inject_lora(functional(), lora_targets=["hidden"])
-    assert activation_bytes(top, (8, 8, 3), 4) < full / 10
+    assert step_bytes(top, (8, 8, 3), 64) < 0.55 * full

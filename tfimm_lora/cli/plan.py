@@ -10,12 +10,13 @@ from tfimm_lora.backend import how_to_use_tensorflow
 from tfimm_lora.cli.app import Json, app, emit, import_keras_to_count, import_tensorflow, note
 from tfimm_lora.cli.parsing import parse_targets
 from tfimm_lora.cli.tables import show_facts, show_table
-from tfimm_lora.finetuning.activation_memory import activation_bytes
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name
 from tfimm_lora.finetuning.base_model import open_base_model
 from tfimm_lora.finetuning.report.formatting import byte_text, percent
+from tfimm_lora.finetuning.step_memory import program_bytes, step_bytes
 from tfimm_lora.finetuning.tasks.named import DEFAULT, task_named
+from tfimm_lora.model.checkpointing import enable_gradient_checkpointing
 from tfimm_lora.model.inject import inject_lora
 from tfimm_lora.model.state import RANDOM, base_name, record_base_name
 from tfimm_lora.training.plan import Plan, plan
@@ -73,8 +74,16 @@ def plan_command(
     ] = None,
     optimizer: Annotated[str, typer.Option(help="adamw, adam, lion, rmsprop, sgd.")] = "adamw",
     batch_size: Annotated[
-        int | None, typer.Option(help="Include activations for this batch size.", min=1)
+        int | None,
+        typer.Option(help="Predict the memory of finetune with this batch size.", min=1),
     ] = None,
+    gradient_checkpointing: Annotated[
+        bool,
+        typer.Option(
+            "--gradient-checkpointing",
+            help="Predict LoRA's memory with this option of finetune.",
+        ),
+    ] = False,
     show_all: Annotated[
         bool, typer.Option("--all", help="List every layer that is not adapted.")
     ] = False,
@@ -83,8 +92,15 @@ def plan_command(
     """Show what LoRA would train in a model, and its memory, before any training.
 
     Nothing is trained and no weights are downloaded. The size of the adapter is
-    the size of its files. Memory is given for float32.
+    the size of its files. Memory is given for float32. With --batch-size it is
+    that of the whole process on a CPU, within about 15 % of a training; without, that of the
+    weights, their gradients and the optimizer.
     """
+    if gradient_checkpointing and batch_size is None:
+        raise typer.BadParameter(
+            "Received --gradient-checkpointing without --batch-size; expected both, since it "
+            "only changes the memory of activations."
+        )
     check_model(model)
     if canonical_name(model).startswith(APPLICATIONS) and batch_size is None:
         import_keras_to_count()
@@ -111,34 +127,44 @@ def plan_command(
     memory = result.memory(optimizer)
     if batch_size is not None:
         shape = (*preprocessing.input_size, preprocessing.in_channels)
-        _add_activations(memory, base, arguments, shape, batch_size)
+        counts = _step_bytes(base, arguments, shape, batch_size, gradient_checkpointing)
+        if counts is None:
+            note(f"activations are counted on TensorFlow only. {how_to_use_tensorflow()}.")
+        else:
+            memory = {way: _of_process(memory[way], count) for way, count in counts.items()}
     data = {
         "model": canonical_name(model),
         **result.to_dict(),
         "optimizer": optimizer,
         "batch_size": batch_size,
+        "gradient_checkpointing": gradient_checkpointing,
         "memory": memory,
     }
     emit(data, as_json, lambda: show(result, data, show_all))
 
 
-def _add_activations(
-    memory: dict[str, dict[str, int]],
+def _step_bytes(
     base: Any,
     arguments: dict[str, Any],
     shape: tuple[int, ...],
     batch_size: int,
-) -> None:
-    """Add the activations of LoRA and of full fine-tuning. Injects LoRA into the model."""
-    counts = {"full": activation_bytes(base, shape, batch_size)}
+    gradient_checkpointing: bool,
+) -> dict[str, int] | None:
+    """The memory of a step with LoRA and of full fine-tuning, which is never checkpointed.
+    Injects LoRA into the model."""
+    full = step_bytes(base, shape, batch_size)
     inject_lora(base, **arguments)
-    counts["lora"] = activation_bytes(base, shape, batch_size)
-    for method, count in counts.items():
-        if count is None:
-            note(f"activations are counted on TensorFlow only. {how_to_use_tensorflow()}.")
-            return
-        memory[method]["activations"] = count
-        memory[method]["together"] += count
+    if gradient_checkpointing:
+        enable_gradient_checkpointing(base)
+    lora = step_bytes(base, shape, batch_size)
+    return None if full is None or lora is None else {"lora": lora, "full": full}
+
+
+def _of_process(memory: dict[str, int], step: int) -> dict[str, int]:
+    """The memory of a whole training, of which a step takes so many bytes."""
+    parts = {name: memory[name] for name in ("weights", "optimizer")}
+    parts |= {"step": step, "program": program_bytes(step)}
+    return {**parts, "together": sum(parts.values())}
 
 
 def show(result: Plan, data: dict[str, Any], show_all: bool) -> None:
@@ -210,7 +236,8 @@ def _show_memory(data: dict[str, Any]) -> None:
         "weights": "weights",
         "gradients": "gradients",
         "optimizer": f"optimizer ({data['optimizer']})",
-        "activations": f"activations, approximately (batch of {data['batch_size']})",
+        "step": f"activations and gradients (batch of {data['batch_size']})",
+        "program": "TensorFlow and other parts of the program",
         "together": "total",
     }
     lora, full = data["memory"]["lora"], data["memory"]["full"]

@@ -26,6 +26,10 @@ LIMITS = (
 #: Smaller pictures are enlarged, so that they can be seen.
 _LEAST_SIDE = 224
 
+#: Gradients of so many pictures are computed at once, outside of a graph, where all activations
+#: are kept. More of them would take more memory than the training that the report is about.
+_AT_ONCE = 2
+
 
 @dataclass(frozen=True)
 class ExplainedPicture:
@@ -71,7 +75,9 @@ def explain_pictures(
         return np.asarray(prepare(picture), np.float32)
 
     x = np.stack([inputs(picture) for picture, _ in pictures])
-    found = explain(model, x, [target for _, target in pictures], layer=layer)
+    found = explain(
+        model, x, [target for _, target in pictures], layer=layer, batch_size=_AT_ONCE
+    )
     seen = preprocessing.pixels(x)
     drawn = overlay(seen, found.maps)
     return [ExplainedPicture(*pair) for pair in zip(seen, drawn)], found
