@@ -98,6 +98,7 @@ METHODS = {
     "LoRA+": Method(with_lora(), optimizer=loraplus),
     "AdaLoRA": Method(with_lora(lora_rank=12), callback=allocator),
     "LoHa": Method(prototypes.with_hadamard(8)),
+    "LoHa, rank 4": Method(prototypes.with_hadamard(4)),
     "LoKr": Method(prototypes.with_kronecker(8)),
     "CoLoRA": Method(prototypes.with_shared_rank(8)),
     "LoRA-GA": Method(prototypes.gradient_start(8)),

@@ -38,6 +38,7 @@ VARIANTS = {
     "AdaLoRA": LORA,
     "LoKr": LORA,
     "LoHa": LORA,
+    "LoHa, rank 4": LORA,
 }
 RATES = {**BASIC, **VARIANTS}
 REFERENCE = "LoRA, rank 8"
@@ -55,7 +56,7 @@ SIZE, DIGITS, PHOTOGRAPHS = 64, 48, 96
 
 #: Methods that are compared beyond these tasks and this model.
 MAIN = ("classifier only", "normalization", "everything", "LoRA, rank 4", REFERENCE)
-MAIN = (*MAIN, "LoRA, all convolutions")
+MAIN = (*MAIN, "LoRA, all convolutions", "EVA")
 OTHER_TASKS = ("digits", "textures")
 OTHER_MODELS, THEIR_TASKS = ("mobilenet_v2_100", "efficientnet_lite2"), ("garments", "stamps")
 #: LoRA of rank 8 with PEFT on timm's models; see ``with_peft.py``.
