@@ -14,7 +14,7 @@ from tests.helpers.kerases import LEGACY
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "benchmarks" / "study"
-MODULES = ("plan", "results", "tasks", "page", "checkpoints", "_data", "_weights")
+MODULES = ("plan", "results", "runs", "tasks", "page", "checkpoints", "_data", "_weights")
 
 
 @pytest.fixture
@@ -247,6 +247,41 @@ def test_statistics_of_batch_normalization_change_where_the_method_says_so(study
         trained[name] = len(model.trainable_weights)
     one, other = trained.values()
     assert (one < other) == (method != "everything")
+
+
+@pytest.mark.skipif(not LEGACY, reason="of a tfimm model")
+def test_a_seed_may_have_weights_of_other_shapes(study, monkeypatch, tmp_path):
+    """As with EVA, whose ranks depend on the pictures."""
+    import tensorflow as tf
+
+    plan, runs, tasks = study("plan"), study("runs"), study("tasks")
+    widths, made = {0: 3, 1: 5, 2: 3}, []
+
+    def prepared(self, parts, seed):
+        made.append(seed)
+        self.preprocess = lambda x: tf.cast(x, "float32") / 255
+        layers = tf.keras.layers
+        model = tf.keras.Sequential(
+            [
+                tf.keras.Input((4, 4, 3)),
+                layers.Flatten(),
+                layers.Dense(widths[seed], kernel_initializer="ones"),
+                layers.Dense(2),
+            ]
+        )
+        model.layers[1].bias.assign_add(tf.fill((widths[seed],), float(seed)))
+        return model
+
+    x, y = np.zeros((100, 4, 4, 3), "uint8"), np.zeros(100, "int32")
+    parts = tasks.Data((x, y), (x, y), (x, y), 2)
+    monkeypatch.setattr(runs.Runs, "_prepared", prepared)
+    monkeypatch.setattr(runs, "data", lambda *args: parts)
+    trainer = runs.Runs(plan.Job("digits", "everything", size=4, epochs=5, batch=20), tmp_path)
+    for seed in (0, 1, 2, 0):
+        trainer.run(0.0, seed)  # with a rate of 0 the weights stay
+        bias = trainer.model.layers[1].bias.numpy()
+        assert bias.shape == (widths[seed],) and (bias == seed).all()
+    assert made == [0, 1, 2]  # the last has the shapes of the first, too
 
 
 @pytest.mark.nightly

@@ -349,6 +349,36 @@ def test_plan_counts_activations_for_a_batch(model_file, document):
         assert one[way]["program"] > 1e9
 
 
+@pytest.mark.skipif(BACKEND != "tensorflow", reason="counted in graphs of TensorFlow")
+def test_plan_with_gradient_checkpointing(model_file, call, document, tmp_path):
+    layers, path = keras.layers, tmp_path / "blocks.keras"
+
+    def block(x, name):
+        entry = keras.Input(x.shape[1:])
+        y = layers.Dense(64, activation="gelu", name="fc1")(entry)
+        y = layers.add([entry, layers.Dense(8, name="fc2")(y)])
+        return keras.Model(entry, y, name=name)(x)
+
+    pictures = keras.Input((16, 16, 3))
+    x = layers.Dense(8, name="embed")(layers.Reshape((16, 48))(pictures))
+    for number in range(6):
+        x = block(x, f"block{number}")
+    outputs = layers.Dense(3, name="head")(layers.GlobalAveragePooling1D()(x))
+    keras.Model(pictures, outputs).save(path)
+
+    words = ("plan", path, "--batch-size", 64)
+    kept = document(*words)["memory"]
+    found = document(*words, "--gradient-checkpointing")
+    assert found["gradient_checkpointing"] is True
+    assert found["memory"]["lora"]["step"] < 0.6 * kept["lora"]["step"]
+    assert found["memory"]["full"] == kept["full"]  # never checkpointed
+    _, errors = call("plan", path, "--gradient-checkpointing", expect=2)
+    assert "without --batch-size" in errors
+    without_blocks = ("plan", model_file, "--batch-size", 4, "--gradient-checkpointing")
+    _, errors = call(*without_blocks, expect=1)
+    assert "no layers of one class with layers inside" in errors and "Traceback" not in errors
+
+
 def test_plan_of_a_model_with_a_name(call, document):
     found = document("plan", SMALL, "--classes", 5, "--rank", 4)
     assert found["total"] < tfimm_models()["resnet18"].parameters

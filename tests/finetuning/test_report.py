@@ -27,7 +27,7 @@ from tfimm_lora.finetuning.data.dataset import find_pictures
 from tfimm_lora.finetuning.data.pictures import UnreadablePicture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
 from tfimm_lora.finetuning.evaluation import evaluate, evaluate_pictures, predict_pictures
-from tfimm_lora.finetuning.explained_pictures import LIMITS
+from tfimm_lora.finetuning.explained_pictures import LIMITS, explain_pictures
 from tfimm_lora.finetuning.metrics import Evaluation
 from tfimm_lora.finetuning.report.formatting import percent
 from tfimm_lora.finetuning.report.plots import draw_confusion, draw_curves, draw_mistakes
@@ -537,6 +537,26 @@ def test_pictures_that_are_gone_and_names_that_are_no_text_do_not_matter(copy):
     wrong = Evaluation.of(logits, np.array([1, 2]), LABELS, gone)
     page = Page(write_report(copy, wrong).read_text(encoding="utf-8"))
     assert page.text.count("cannot be read now") == 2 and "b\\udcff" in page.text
+
+
+def test_few_pictures_are_explained_at_once_and_all_of_them():
+    """Gradients keep all activations of the pictures of a batch."""
+    layers, rng = keras.layers, np.random.default_rng(0)
+    model = keras.Sequential(
+        [keras.Input((8, 8, 3)), layers.Conv2D(4, 3), layers.GlobalAveragePooling2D()]
+    )
+    model.build((None, 8, 8, 3))
+    pictures = rng.integers(0, 255, (5, 8, 8, 3), dtype="uint8")
+    plain, sizes = Preprocessing((8, 8), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0), []
+    convolution = model.layers[0]
+    original = convolution.call
+    convolution.call = lambda x: sizes.append(len(x)) or original(x)
+    explained, found = explain_pictures(model, [(x, 1) for x in pictures], plain)
+    assert max(sizes) == 2 and len(explained) == len(found.maps) == 5
+    convolution.call = original
+    for picture, one in zip(pictures, found.maps):
+        alone = explain_pictures(model, [(picture, 1)], plain)[1].maps[0]
+        np.testing.assert_allclose(one, alone, atol=1e-5)
 
 
 def test_a_report_is_the_same_every_time_and_left_alone_after_an_error(run, copy, evaluation):

@@ -92,9 +92,9 @@ def plan_command(
     """Show what LoRA would train in a model, and its memory, before any training.
 
     Nothing is trained and no weights are downloaded. The size of the adapter is
-    the size of its files. Memory is given for float32. With --batch-size it is
-    that of the whole process on a CPU, within about 15 % of a training; without, that of the
-    weights, their gradients and the optimizer.
+    the size of its files. Memory is given for float32: that of the weights,
+    gradients and optimizer, or with --batch-size an estimate for the whole
+    process of finetune on a CPU.
     """
     if gradient_checkpointing and batch_size is None:
         raise typer.BadParameter(

@@ -83,7 +83,7 @@ def _highest(graph: Any, results: list[Any]) -> int:
     """The most bytes that the tensors of a graph take at once, if ``results`` are kept."""
     needed = _needed_for([*(tensor.op for tensor in results), *graph.control_outputs])
     operations = [op for op in graph.get_operations() if op.name in needed]
-    last_use = {}
+    last_use: dict[str, int] = {}
     for number, op in enumerate(operations):
         for tensor in op.inputs:
             last_use[_source(tensor).name] = number
@@ -92,7 +92,7 @@ def _highest(graph: Any, results: list[Any]) -> int:
     freed: dict[int, int] = {}
     live = highest = 0
     for number, op in enumerate(operations):
-        if op.type not in _FREE | _ALIASES:
+        if op.type not in _FREE and op.type not in _ALIASES:
             for tensor in op.outputs:
                 live += _bytes(tensor)
                 end = last_use.get(tensor.name, number)
