@@ -80,15 +80,14 @@ def program_bytes(step: int) -> int:
 
 
 def _highest(graph: Any, results: list[Any]) -> int:
-    """The most bytes that the tensors of a graph take at once, if ``results`` are kept."""
+    """The most bytes that the tensors of a function's graph take at once. Its last operations
+    take the results, which are therefore there until the end."""
     needed = _needed_for([*(tensor.op for tensor in results), *graph.control_outputs])
     operations = [op for op in graph.get_operations() if op.name in needed]
     last_use: dict[str, int] = {}
     for number, op in enumerate(operations):
         for tensor in op.inputs:
             last_use[_source(tensor).name] = number
-    for tensor in results:
-        last_use[_source(tensor).name] = len(operations)
     freed: dict[int, int] = {}
     live = highest = 0
     for number, op in enumerate(operations):
