@@ -193,6 +193,8 @@ for x, y in batches.epochs(2).take(6):
     np.testing.assert_array_equal(np.concatenate(ys), y)
     sizes.append([len(part) for part in ys])
 print(sizes)
+# Python hangs at its end if an iterator is left that still calls Python to read pictures.
+del distributed
 """
 
 
