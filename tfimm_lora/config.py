@@ -39,11 +39,15 @@ from tfimm_lora.validation import (
 #: Names of the variables that LoRA adds to a layer; patterns for ``transfer_weights``.
 LORA_WEIGHT_NAMES = ["kernel_lora_a", "kernel_lora_b"]
 
+#: The second pair of factors of LoHa.
+LOHA_WEIGHT_NAMES = ["kernel_lora_a2", "kernel_lora_b2"]
+
 #: These, and what only some layers have: the DoRA magnitude (as its difference from the norm
 #: of the frozen kernel), the bias of the branch, and the initial A and B if their product is
 #: subtracted.
 LORA_VARIABLE_NAMES = (
     *LORA_WEIGHT_NAMES,
+    *LOHA_WEIGHT_NAMES,
     "kernel_lora_magnitude",
     "kernel_lora_shift",
     "kernel_lora_a0",
@@ -96,6 +100,14 @@ class SharedSettings:
         check_bool,
         """Whether the norm of each column of W + s A B is a variable m of its own (DoRA). The
         kernel is m (W + s A B) / |W + s A B|; m is initialized to |W|.""",
+    )
+    lora_use_loha: bool = setting(
+        False,
+        check_bool,
+        """Whether the update is the elementwise product of two low-rank ones, s (A B) * (A2 B2)
+        (LoHa), of a rank up to lora_rank^2 with the parameters of LoRA of rank 2 lora_rank.
+        A and A2 are initialized from N(0, 1), B2 from N(0, 0.1^2), B with zeros. Not for
+        embeddings.""",
     )
     lora_bias: bool = setting(
         False, check_bool, "Whether the branch has a bias c, which is added as s c."
@@ -153,11 +165,28 @@ class SharedSettings:
                 "place for a bias of the branch. lora_train_bias='lora_only' trains the "
                 "layer's own bias."
             )
+        self._check_loha()
         if self.lora_init != "default" and self.lora_initializer is not None:
             raise ValueError(
                 f"Received lora_init={self.lora_init!r} and "
                 f"lora_initializer={self.lora_initializer!r}; expected one of them: both say "
                 "how A is initialized."
+            )
+
+    def _check_loha(self) -> None:
+        """Raise if LoHa is combined with what is defined for the factors A and B of LoRA."""
+        names = ("use_dora", "bias", "dropout", "init", "initializer", "freeze_a")
+        defaults = {each.name: each.default for each in dataclasses.fields(SharedSettings)}
+        given = [
+            f"{name}={getattr(self, name)!r}"
+            for name in (f"lora_{name}" for name in names)
+            if getattr(self, name) != defaults[name]
+        ]
+        if self.lora_use_loha and given:
+            raise ValueError(
+                f"Received lora_use_loha=True and {', '.join(given)}; expected LoHa without "
+                "these: its update has two pairs of factors with a start of their own, and no "
+                "branch."
             )
 
     @property
@@ -314,7 +343,8 @@ class LoRAConfig(SharedSettings):
     "LoRA-FA: Memory-efficient Low-rank Adaptation for Large Language Models Fine-tuning",
     arXiv:2308.03303; Liu et al., "DoRA", arXiv:2402.09353, section 4; Meng et al., "PiSSA",
     arXiv:2404.02948; Buyukakyuz, "OLoRA", arXiv:2406.01775; Paischer et al., "One
-    Initialization to Rule them All" (EVA), arXiv:2410.07170.
+    Initialization to Rule them All" (EVA), arXiv:2410.07170; Hyeon-Woo et al., "FedPara" (the
+    product of LoHa), arXiv:2108.06098.
     """
 
     lora_rank_pattern: dict[str, int] = field(default_factory=dict)

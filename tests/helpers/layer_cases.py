@@ -75,7 +75,12 @@ class Case:
         a = values["kernel_lora_a"] if a is None else a
         b = values["kernel_lora_b"] if b is None else b
         kernel = values["kernel"]
-        adapted = kernel + self.scaled_update(a, b, kernel.shape)
+        update = self.scaled_update(a, b, kernel.shape)
+        if "kernel_lora_a2" in values:
+            second = values["kernel_lora_a2"], values["kernel_lora_b2"]
+            update = update * self.scaled_update(*second, kernel.shape)
+            update = update * self.rank / self.alpha
+        adapted = kernel + update
         if "kernel_lora_a0" in values:
             start = values["kernel_lora_a0"], values["kernel_lora_b0"]
             adapted = adapted - self.scaled_update(*start, kernel.shape)

@@ -29,7 +29,10 @@ VARIANTS = {
     "pissa": dict(lora_init="pissa"),
     "olora": dict(lora_init="olora"),
     "dora_pissa": dict(lora_use_dora=True, lora_init="pissa_niter_2"),
+    "loha": dict(lora_use_loha=True),
 }
+#: The cases that LoHa refuses.
+WITHOUT_LOHA = ("embedding", "einsum_axis_in_all")
 
 
 def in_variant(case, variant):
@@ -41,6 +44,7 @@ PAIRS = [
     for case in CASES
     for variant in VARIANTS
     if not (variant == "bias" and (not case.has_bias or not case.drops))
+    if not (variant == "loha" and case.name.startswith(WITHOUT_LOHA))
 ]
 EVERY = pytest.mark.parametrize("case", PAIRS)
 
@@ -56,7 +60,7 @@ SOME = pytest.mark.parametrize(
         p
         for p in PAIRS
         if p.id.rpartition("-")[0] in KINDS and not p.id.endswith(("olora", "dora_pissa"))
-        if not LEGACY or p.id.endswith("dora")
+        if not LEGACY or p.id.endswith(("dora", "loha"))
     ],
 )
 

@@ -12,9 +12,14 @@ import numpy as np
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, MeshAxes, OriginalLayer, Tensor, Variable
-from tfimm_lora.config import LORA_VARIABLE_NAMES, LORA_WEIGHT_NAMES, LayerSettings
+from tfimm_lora.config import (
+    LOHA_WEIGHT_NAMES,
+    LORA_VARIABLE_NAMES,
+    LORA_WEIGHT_NAMES,
+    LayerSettings,
+)
 from tfimm_lora.initializers import from_kernel
-from tfimm_lora.layers import dora, kernel_hook, mixed_batch
+from tfimm_lora.layers import dora, kernel_hook, loha, mixed_batch
 from tfimm_lora.layers.call_signature import check_super_calls
 from tfimm_lora.layers.depthwise import DepthwiseRoutine
 from tfimm_lora.layers.forward import LoRAForward
@@ -54,8 +59,8 @@ class LoRALayer(LoRAForward, Converted):
     """Mixin that adapts a Keras layer: y = x (W + s A B), W frozen, s = alpha / rank.
 
     The variables are named ``kernel_lora_a`` and ``kernel_lora_b`` and are float32. B is
-    initialized to zero, so that the layer computes what its base computes. DoRA, a bias of the
-    branch and some initializations add others (``config.LORA_VARIABLE_NAMES``). Everything
+    initialized to zero, so that the layer computes what its base computes. DoRA, LoHa, a bias of
+    the branch and some initializations add others (``config.LORA_VARIABLE_NAMES``). Everything
     else (strides, padding, groups, data format, activation, constraints) is the base layer's.
 
     Args:
@@ -111,8 +116,6 @@ class LoRALayer(LoRAForward, Converted):
             return
         backend, settings = backend_of(self), self.lora
         kernel = self._kernel_variable
-        zeros = backend.keras.initializers.Zeros()
-        initializer_of_a = settings.lora_initializer or self._default_initializer()
         mesh_axes = backend.mesh_axes(kernel)
         placed = self._variable_axes(mesh_axes) if mesh_axes is not None else {}
         with backend.variable_scope(kernel):
@@ -124,9 +127,9 @@ class LoRALayer(LoRAForward, Converted):
                     name,
                     shape,
                     beside=kernel,
-                    initializer=initializer_of_a if name == "kernel_lora_a" else zeros,
+                    initializer=self._initializer_of(name),
                     regularizer=settings.lora_regularizer
-                    if name in LORA_WEIGHT_NAMES
+                    if name in (*LORA_WEIGHT_NAMES, *LOHA_WEIGHT_NAMES)
                     else None,
                 )
         self._sync_trainability()
@@ -163,6 +166,8 @@ class LoRALayer(LoRAForward, Converted):
         settings, kernel_shape = self.lora, tuple(self._kernel_variable.shape)
         a, b = self._factor_shapes(kernel_shape, settings.lora_rank)
         shapes = {"kernel_lora_a": a, "kernel_lora_b": b}
+        if settings.lora_use_loha:
+            shapes.update(kernel_lora_a2=a, kernel_lora_b2=b)
         if settings.lora_use_dora:
             shapes["kernel_lora_magnitude"] = dora.shape(kernel_shape, self._summed_axes())
         if settings.lora_bias:
@@ -177,7 +182,7 @@ class LoRALayer(LoRAForward, Converted):
         summed = self._summed_axes()
         outputs = tuple(x for i, x in enumerate(kernel_axes) if i not in summed)
         axes = {"kernel_lora_a": a, "kernel_lora_b": b, "kernel_lora_magnitude": outputs}
-        axes.update(kernel_lora_a0=a, kernel_lora_b0=b)
+        axes.update(kernel_lora_a0=a, kernel_lora_b0=b, kernel_lora_a2=a, kernel_lora_b2=b)
         bias = backend_of(self).mesh_axes(self.bias) if self.lora.lora_bias else None
         return axes if bias is None else {**axes, "kernel_lora_shift": bias}
 
@@ -199,6 +204,15 @@ class LoRALayer(LoRAForward, Converted):
                 "layer, name it in lora_train_modules when you inject LoRA.",
                 stacklevel=3,
             )
+
+    def _initializer_of(self, name: str) -> Any:
+        """The initializer of one of the layer's LoRA variables."""
+        settings, initializers = self.lora, backend_of(self).keras.initializers
+        if settings.lora_use_loha and name in loha.DEVIATIONS:
+            return initializers.RandomNormal(stddev=loha.DEVIATIONS[name])
+        if name == "kernel_lora_a":
+            return settings.lora_initializer or self._default_initializer()
+        return initializers.Zeros()
 
     def _default_initializer(self) -> Any:
         return backend_of(self).default_initializer()
@@ -241,6 +255,10 @@ class LoRALayer(LoRAForward, Converted):
             reason = cls._bias_refusal(layer)
             if reason:
                 reason += "; pass lora_bias=False"
+        if reason is None and settings.lora_use_loha:
+            reason = cls._loha_refusal(layer)
+            if reason:
+                reason += "; pass lora_use_loha=False"
         if reason:
             raise NotAdaptable(
                 f"Layer '{layer.name}' ({type(layer).__name__}) cannot be adapted: {reason}, "
@@ -262,6 +280,11 @@ class LoRALayer(LoRAForward, Converted):
         if getattr(layer, "use_bias", False):
             return None
         return "it has no bias into which that of the branch could be merged"
+
+    @classmethod
+    def _loha_refusal(cls, layer: Layer) -> str | None:
+        """Why the update of a layer cannot be that of LoHa, or None."""
+        return None
 
     def shift_refusal(self) -> str | None:
         """Why no bias can be added to the outputs of the layer, or None."""

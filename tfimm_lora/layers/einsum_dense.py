@@ -291,6 +291,12 @@ class EinsumDenseUpdate(LoRALayer):
             )
         return None
 
+    @classmethod
+    def _loha_refusal(cls, layer: Layer) -> str | None:
+        if EinsumProduct(np, layer.equation).shared:
+            return "its kernel has an axis in common with its input and output"
+        return None
+
     # -- the order of axes in torch ----------------------------------------------------
     #
     # The axes that are summed over are "in", those that the kernel adds "out". With shared axes

@@ -100,5 +100,9 @@ class EmbeddingUpdate(LoRALayer):
         )
 
     @classmethod
+    def _loha_refusal(cls, layer: Layer) -> str | None:
+        return "LoHa has no embeddings: a row of it would need the products of all factors"
+
+    @classmethod
     def update_kind(cls, layer: Layer) -> str | None:
         return "embedding"

@@ -14,9 +14,9 @@ import numpy as np
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, MeshAxes, Tensor
-from tfimm_lora.config import LORA_WEIGHT_NAMES
+from tfimm_lora.config import LOHA_WEIGHT_NAMES, LORA_WEIGHT_NAMES
 from tfimm_lora.initializers import from_kernel
-from tfimm_lora.layers import dora, forms, mixed_batch, products
+from tfimm_lora.layers import dora, forms, loha, mixed_batch, products
 from tfimm_lora.layers.input_rows import InputRows
 from tfimm_lora.layers.mixed_product import mixed_product
 from tfimm_lora.layers.state import AdaptedValues
@@ -177,8 +177,12 @@ class LoRAForward(AdaptedValues):
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """A and B as float32 tensors, as the factors of an update of the whole kernel. With
-        an initial update that is subtracted, those of A B - A0 B0."""
+        an initial update that is subtracted, those of A B - A0 B0; with LoHa, those of the
+        LoRA that it is equal to."""
         backend = backend_of(self)
+        if self.lora.lora_use_loha:
+            axes = (len(self.kernel_lora_a.shape) - 1, self._rank_axis_of_b())
+            return loha.lora_factors(backend.ops, *self._loha_pairs(), *axes)
         a, b = (backend.full_precision(self.__dict__[n]) for n in LORA_WEIGHT_NAMES)
         if "kernel_lora_a0" in self.__dict__:
             a0, b0 = (
@@ -189,6 +193,15 @@ class LoRAForward(AdaptedValues):
         if self.lora.lora_freeze_a:
             a = backend.ops.stop_gradient(a)
         return self._widen(backend.ops, a, b)
+
+    def _loha_pairs(self) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """(A, B) and (A2, B2) as float32 tensors, as factors for the whole kernel."""
+        backend = backend_of(self)
+        one, two = (
+            self._widen(backend.ops, *(backend.full_precision(self.__dict__[n]) for n in names))
+            for names in (LORA_WEIGHT_NAMES, LOHA_WEIGHT_NAMES)
+        )
+        return one, two
 
     def _frozen_kernel(self) -> Tensor:
         """W, without a gradient, in its own dtype."""
@@ -208,10 +221,15 @@ class LoRAForward(AdaptedValues):
         return adapted * self._gain(kernel, adapted) if self.lora.lora_use_dora else adapted
 
     def _kernel_before_dora(self, kernel: Tensor) -> Tensor:
-        """W + s A B, from W."""
-        backend = backend_of(self)
-        a, b = (backend.ops.cast(f, backend.dtype_of(kernel)) for f in self._factors())
-        return products.effective_kernel(self._product(), kernel, a, b, self.lora.lora_scale)
+        """W + s A B, or with LoHa W + s (A B) * (A2 B2), from W."""
+        backend, scale = backend_of(self), self.lora.lora_scale
+        cast, dtype = backend.ops.cast, backend.dtype_of(kernel)
+        if self.lora.lora_use_loha:
+            (a, b), (a2, b2) = self._loha_pairs()
+            one, two = (cast(a, dtype), cast(b, dtype)), (cast(a2, dtype), cast(b2, dtype))
+            return products.hadamard_kernel(self._product(), kernel, one, two, scale)
+        a, b = (cast(f, dtype) for f in self._factors())
+        return products.effective_kernel(self._product(), kernel, a, b, scale)
 
     def _gain(self, kernel: Tensor, adapted: Tensor) -> Tensor:
         """DoRA's factor for each output; see ``dora.gain``."""
@@ -227,6 +245,8 @@ class LoRAForward(AdaptedValues):
         kernel = backend.ops.cast(self._frozen_kernel(), dtype)
         a, b = (backend.ops.cast(factor, dtype) for factor in self._factors())
         form = self._form(inputs, places, a.shape[-1], dtype)
+        if form.product == "effective" and settings.lora_use_loha:
+            return product.apply(inputs, self._kernel_before_dora(kernel))
         if form.product == "factored":
             branch = self.lora_branch_dropout(inputs) if settings.lora_dropout else inputs
             outputs = products.factored(product, inputs, branch, kernel, a, b, scale)

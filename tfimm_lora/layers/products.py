@@ -66,6 +66,18 @@ def effective_kernel(
     return kernel + product.update(scale * a, b)
 
 
+def hadamard_kernel(
+    product: Product,
+    kernel: Tensor,
+    one: tuple[Tensor, Tensor],
+    two: tuple[Tensor, Tensor],
+    scale: float,
+) -> Tensor:
+    """W + s (A B) * (A2 B2), elementwise: the kernel of LoHa, from (A, B) and (A2, B2)."""
+    (a, b), (a2, b2) = one, two
+    return kernel + product.update(scale * a, b) * product.update(a2, b2)
+
+
 def factored(
     product: Product,
     x: Tensor,

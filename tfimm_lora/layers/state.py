@@ -17,7 +17,7 @@ import numpy as np
 
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer, OriginalLayer, Tensor, Variable
-from tfimm_lora.config import LORA_VARIABLE_NAMES, LayerSettings
+from tfimm_lora.config import LOHA_WEIGHT_NAMES, LORA_VARIABLE_NAMES, LayerSettings
 
 _STATE = "_lora_state"
 
@@ -142,9 +142,10 @@ class AdaptedValues:
         return {n: self.__dict__[n] for n in LORA_VARIABLE_NAMES if n in self.__dict__}
 
     def _switches(self) -> dict[str, Variable]:
-        """The LoRA variables that make the update vanish when they are zero: all but A."""
-        found = self._lora_variables()
-        return {n: v for n, v in found.items() if n not in ("kernel_lora_a", "kernel_lora_a0")}
+        """The LoRA variables that make the update vanish when they are zero: B, but not A, nor
+        the second pair of LoHa."""
+        kept = ("kernel_lora_a", "kernel_lora_a0", *LOHA_WEIGHT_NAMES)
+        return {n: v for n, v in self._lora_variables().items() if n not in kept}
 
     def _merged_variables(self) -> dict[str, Variable]:
         """The variables of the base layer that merging changes."""

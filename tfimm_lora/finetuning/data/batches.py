@@ -14,6 +14,7 @@ import numpy as np
 from tfimm_lora.backend import installed
 from tfimm_lora.finetuning.data.augmentation import Augmentation
 from tfimm_lora.finetuning.data.dataset import PictureSet
+from tfimm_lora.finetuning.data.exit import until_exit
 from tfimm_lora.finetuning.data.numpy_batches import endless_epochs, one_epoch
 from tfimm_lora.finetuning.data.pictures import read_picture
 from tfimm_lora.finetuning.data.preprocessing import Preprocessing
@@ -242,9 +243,11 @@ class PictureBatches:
         if augmentation is not None and not targets.are_pictures:  # masks have the full size
             enough = augmentation.enough(preprocessing.input_size)
 
+        @until_exit
         def load(index: Any) -> np.ndarray:
             return read_picture(pictures[index].path, channels, at_least=enough)
 
+        @until_exit
         def load_mask(index: Any) -> np.ndarray:
             return targets.picture(pictures[index].label, labels)
 

@@ -1,0 +1,43 @@
+"""LoHa: the elementwise product of two low-rank products.
+
+    W' = W + s (A B) * (A2 B2)
+
+The rank of the update is up to r^2, with the parameters of LoRA of rank 2 r. It is that of LoRA
+with the factors
+
+    A'[i, (p, q)] = A[i, p] A2[i, q],    B'[(p, q), o] = B[p, o] B2[q, o],
+
+with which it can be computed without the whole kernel, and of which it is a special case.
+
+Reference: Hyeon-Woo et al., "FedPara: Low-Rank Hadamard Product for Communication-Efficient
+Federated Learning", arXiv:2108.06098; Yeh et al., "Navigating Text-To-Image Customization"
+(LyCORIS), arXiv:2309.14859.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+#: The standard deviations of the initial factors; B is zero. They are those of LyCORIS.
+DEVIATIONS = {"kernel_lora_a": 1.0, "kernel_lora_a2": 1.0, "kernel_lora_b2": 0.1}
+
+
+def lora_factors(
+    ops: Any, one: tuple[Any, Any], two: tuple[Any, Any], axis_of_a: int, axis_of_b: int
+) -> tuple[Any, Any]:
+    """A' and B', from (A, B) and (A2, B2).
+
+    Args:
+        ops: Array functions of a backend, or NumPy.
+        one, two: A and B; A2 and B2.
+        axis_of_a, axis_of_b: The axes of A and of B that are the rank.
+    """
+    return _pairs(ops, one[0], two[0], axis_of_a), _pairs(ops, one[1], two[1], axis_of_b)
+
+
+def _pairs(ops: Any, x: Any, y: Any, axis: int) -> Any:
+    """The products of all pairs of entries along an axis."""
+    before, after = x.shape[:axis], x.shape[axis + 1 :]
+    left = ops.reshape(x, (*before, x.shape[axis], 1, *after))
+    right = ops.reshape(y, (*before, 1, y.shape[axis], *after))
+    return ops.reshape(left * right, (*before, x.shape[axis] * y.shape[axis], *after))
