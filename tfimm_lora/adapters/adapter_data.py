@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tfimm_lora.adapters.layer_update import OWN_KINDS, LayerUpdate, same_arrays
+from tfimm_lora.adapters.layer_update import LayerUpdate, same_arrays
 from tfimm_lora.families.recognize import Naming
 from tfimm_lora.model.task_record import TaskRecord
 from tfimm_lora.peft.matching import PeftSelection
@@ -93,7 +93,11 @@ class AdapterData:
         object.__setattr__(self, "modules", tuple(self.modules))
         if not self.layers:
             raise ValueError("Received an adapter without layers; expected at least one.")
-        for name, description in (("magnitude", "a magnitude (DoRA)"), ("bias", "a bias")):
+        for name, description in (
+            ("magnitude", "a magnitude (DoRA)"),
+            ("bias", "a bias"),
+            ("a2", "a second pair of factors (LoHa)"),
+        ):
             without = [p for p, x in self.layers.items() if getattr(x, name) is None]
             if 0 < len(without) < len(self.layers):
                 raise ValueError(
@@ -121,17 +125,24 @@ class AdapterData:
         return any(x.magnitude is not None for x in self.layers.values())
 
     @property
+    def use_loha(self) -> bool:
+        """Whether the updates are those of LoHa."""
+        return any(x.is_loha for x in self.layers.values())
+
+    @property
     def branch_bias(self) -> bool:
         """Whether the branches have biases (PEFT's lora_bias)."""
         return any(x.bias is not None for x in self.layers.values())
 
     def not_in_peft(self) -> dict[str, str]:
-        """Return the layers that PEFT cannot express: module path -> reason."""
-        return {
-            path: OWN_KINDS[update.kind]
-            for path, update in self.layers.items()
-            if update.kind in OWN_KINDS
-        }
+        """Return what PEFT cannot express: the path of a module, or of a weight -> reason."""
+        reasons = {path: x.not_in_peft() for path, x in self.layers.items()}
+        found = {path: reason for path, reason in reasons.items() if reason}
+        if self.use_loha and self.bias != "none":
+            inside = tuple(f"{module}." for module in self.modules)
+            outside = (key for key in self.weights if not key.startswith(inside))
+            found.update(dict.fromkeys(outside, "PEFT's LoHa trains no biases"))
+        return found
 
     def _values(self) -> tuple[Any, ...]:
         """Return the values of the fields, in order, as plain containers."""

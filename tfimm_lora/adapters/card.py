@@ -9,6 +9,7 @@ from typing import Any
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.model.state import has_random_weights
 from tfimm_lora.model.task_record import TaskRecord
+from tfimm_lora.peft.fields import OWN_TYPE
 from tfimm_lora.version import __version__
 
 #: Marks a card that this package wrote, which it may replace.
@@ -26,9 +27,10 @@ def model_card(adapter: AdapterData, fields: dict[str, Any]) -> str:
         lines.append(f"base_model: {base}")
     task = adapter.task
     kind = "image-classification" if task is None or task.activation else task.name
-    lines += ["tags:", "- lora", "- tfimm_lora", f"- {kind}", "---", ""]
+    variant = "LoHa" if adapter.use_loha else "LoRA"
+    lines += ["tags:", f"- {variant.lower()}", "- tfimm_lora", f"- {kind}", "---", ""]
     ranks = ", ".join(str(r) for r in sorted({x.rank for x in adapter.layers.values()}))
-    title = f"LoRA adapter for {base}" if base else "LoRA adapter"
+    title = f"{variant} adapter for {base}" if base else f"{variant} adapter"
     lines += [
         f"# {title}",
         "",
@@ -47,7 +49,7 @@ def model_card(adapter: AdapterData, fields: dict[str, Any]) -> str:
         lines += _task_lines(task)
     lines += ["", "In Keras:", "", "```python", "import tfimm_lora as lora", ""]
     lines += ['lora.load_adapter(model, "path/of/this/folder")', "```", ""]
-    if fields["peft_type"] == "LORA":
+    if fields["peft_type"] != OWN_TYPE:
         lines += ["In PyTorch:", "", "```python", "from peft import PeftModel", ""]
         lines += ['PeftModel.from_pretrained(timm_model, "path/of/this/folder")', "```"]
     else:

@@ -69,7 +69,8 @@ def combine_adapters(
     With DoRA this combines the directions. The magnitudes are averaged, sum w_i m_i / sum w_i,
     which needs no base model. No low-rank update is the exact sum of two such adapters, so with
     DoRA no combination type is exact, "cat" included; ``combination_errors(..., model=model)``
-    returns the error. Biases of the branches are summed, w_i s_i c_i.
+    returns the error. Biases of the branches are summed, w_i s_i c_i. An adapter of LoHa is
+    combined as that of LoRA which it is equal to, of rank r^2.
 
     "cat" is the default because without DoRA it is exact for every input, and a larger rank
     costs nothing once the adapter is merged. Pass "svd" and a rank for a smaller adapter.
@@ -186,7 +187,7 @@ def combination_errors(
         0.25
     """
     adapters, weights = _check_adapters(adapters, weights)
-    _check_adapters([combined], None)
+    (combined,), _ = _check_adapters([combined], None)
     if model is not None:
         names = ModuleNames(model)
         combined, *adapters = (in_names_of(names, x) for x in (combined, *adapters))
@@ -268,7 +269,15 @@ def _check_adapters(
         )
     for index, weight in enumerate(weights):
         check_number(weight, f"weights[{index}]")
-    return adapters, [float(weight) for weight in weights]
+    return [_as_lora(x) for x in adapters], [float(weight) for weight in weights]
+
+
+def _as_lora(adapter: Adapter) -> Adapter:
+    """Return an adapter of LoHa as that of LoRA which it is equal to."""
+    if not adapter.use_loha:
+        return adapter
+    layers = {path: update.as_lora() for path, update in adapter.layers.items()}
+    return dataclasses.replace(adapter, layers=layers)
 
 
 def _check_names(adapters: Sequence[Adapter]) -> None:

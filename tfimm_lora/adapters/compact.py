@@ -40,7 +40,7 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
 
     Raises:
         ValueError: If the model has no LoRA layers or is not built, or if all components are
-            zero, as before training.
+            zero, as before training; or if it has LoHa.
 
     Example:
         >>> import numpy as np, tensorflow as tf, tfimm_lora as lora
@@ -55,6 +55,11 @@ def compact_adapter(model: Any, base_model: str | None = None) -> Adapter:
     Reference: Zhang et al., "AdaLoRA", arXiv:2303.10512, section 3.
     """
     adapter = adapter_of(model, base_model)
+    if adapter.use_loha:
+        raise ValueError(
+            f"Received model '{model.name}' with LoHa, whose factors have no components that "
+            "could be dropped one by one; expected LoRA. save_adapter saves it as it is."
+        )
     names, layers = ModuleNames(model), lora_layers(model)
     alive = {names.modules[path]: live_components(layer) for path, layer in layers.items()}
     uncompacted = {

@@ -17,6 +17,7 @@ from tfimm_lora.adapters.torch_layout import (
     kernel_shape,
     kinds_agree,
     magnitude_for,
+    shapes_agree,
     sure_kind,
     values_for,
 )
@@ -155,13 +156,8 @@ def _layer_problem(layer: Any, module: str, update: LayerUpdate) -> list[str]:
     refusal = branch_bias_refusal(layer) if update.bias is not None else None
     if refusal:
         return [f"{module} cannot take the bias of its branch (lora_bias): {refusal}"]
-    if _without_ones(shape) != _without_ones(update.shape):
+    if not shapes_agree(update, shape, update.shape):
         return [f"{module} is of shape {shape}, the update {update.shape}"]
-    if kind is not None and not kinds_agree(kind, update.kind):
+    if kind is not None and not kinds_agree(update, kind):
         return [f"{module} is of the kind {kind!r}, the update {update.kind!r}"]
     return []
-
-
-def _without_ones(shape: tuple[int, ...]) -> list[int]:
-    """Drop the kernel sizes of 1: a linear layer is a 1x1 convolution."""
-    return [*shape[:2], *(size for size in shape[2:] if size != 1)]

@@ -7,6 +7,7 @@ rows. With an update s_p B_p A_p of each block p,
 
 which is exact at the sum of the ranks. If all A_p are equal, dW = s [s_p/s B_p] A at their own
 rank. The other way each block takes its rows of B, and those columns of it that are not zero.
+The two pairs of factors of LoHa are treated alike, except that the scales are in the first.
 """
 
 from __future__ import annotations
@@ -38,17 +39,20 @@ def split(update: LayerUpdate, layout: str) -> dict[str, LayerUpdate]:
             f"Received an update with {len(update.b)} outputs for the {count} blocks "
             f"{layout!r} of equal size."
         )
-    rows = np.split(update.b, count)
     chosen = update.qkv[0] if update.qkv else layout
     parts = {}
-    for index, (block, b) in enumerate(zip(layout, rows)):
+    for index, block in enumerate(layout):
+        b, *second = (np.split(each, count)[index] for _, each in update.pairs())
         vectors = {
             name: np.split(value, count)[index]
             for name in ("magnitude", "bias")
             if (value := getattr(update, name)) is not None
         }
-        used = np.flatnonzero(np.any(b.reshape(b.shape[:2]) != 0, axis=0))
-        if not update.b.any():  # not trained yet
+        used = _used(b)
+        if second:
+            # B2 is not zero in the ranks of the block, even if B was not trained yet.
+            used = _used(second[0]) if b.any() or not update.b.any() else np.arange(0)
+        elif not update.b.any():  # not trained yet
             used = _ranks_of_block(update, chosen, block)
         elif not used.size and ("magnitude" in vectors or np.any(vectors.get("bias", 0))):
             used = np.arange(1)
@@ -60,8 +64,15 @@ def split(update: LayerUpdate, layout: str) -> dict[str, LayerUpdate]:
                 update.kind,
                 magnitude=vectors.get("magnitude"),
                 bias=vectors.get("bias"),
+                a2=None if update.a2 is None else update.a2[used],
+                b2=second[0][:, used] if second else None,
             )
     return parts
+
+
+def _used(b: np.ndarray) -> np.ndarray:
+    """Return the columns of a B that are not zero."""
+    return np.flatnonzero(np.any(b.reshape(b.shape[:2]) != 0, axis=0))
 
 
 def _ranks_of_block(update: LayerUpdate, chosen: str, block: str) -> np.ndarray:
@@ -87,24 +98,30 @@ def fuse(
             without an update beside others with DoRA.
 
     Raises:
-        ValueError: If a block has DoRA, another has no update, and its norms are not known.
+        ValueError: If a block has DoRA, another has no update, and its norms are not known; or
+            if only some blocks have LoHa.
     """
     chosen = "".join(block for block in layout if block in parts)
     updates = [parts[block] for block in chosen]
     first = updates[0]
+    if len({x.is_loha for x in updates}) > 1:
+        raise ValueError("Received LoHa for some blocks of a projection; expected it for all.")
     width = len(first.b)
-    shared = len(updates) == len(layout) and all(
+    shared = not first.is_loha and len(updates) == len(layout) and all(
         np.array_equal(x.a, first.a) for x in updates[1:]
     )
     scale = first.scale
     ratios = {b: parts[b].scale / scale if scale else 0.0 for b in chosen}
-    a = first.a if shared else np.concatenate([x.a for x in updates])
-    b = np.zeros((width * len(layout), len(a), *first.b.shape[2:]), first.b.dtype)
-    column = 0
-    for block in chosen:
-        start, rank = layout.index(block) * width, parts[block].rank
-        b[start : start + width, column : column + rank] = ratios[block] * parts[block].b
-        column += 0 if shared else rank
+    (a, b), *second = (
+        _stacked(
+            {block: parts[block].pairs()[i] for block in chosen},
+            layout,
+            {} if i else ratios,  # the scales are in the first pair
+            shared,
+        )
+        for i in range(len(first.pairs()))
+    )
+    a2, b2 = second[0] if second else (None, None)
     equal = len({x.rank for x in updates}) == 1 and set(ratios.values()) == {1.0}
     return LayerUpdate(
         a,
@@ -114,7 +131,36 @@ def fuse(
         (chosen, layout) if equal and not shared else None,
         magnitude=_magnitude(parts, layout, norms),
         bias=_bias(parts, layout, ratios, width),
+        a2=a2,
+        b2=b2,
     )
+
+
+def _stacked(
+    pairs: Mapping[str, tuple[np.ndarray, np.ndarray]],
+    layout: str,
+    ratios: Mapping[str, float],
+    shared: bool,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return A and B of a fused projection from those of its blocks; see the module.
+
+    Args:
+        pairs: Block -> A and B, in the order of the layout.
+        layout: The blocks of the projection in their order.
+        ratios: Block -> factor of its B. Default 1.
+        shared: Whether all blocks have the same A.
+    """
+    factors = list(pairs.values())
+    first = factors[0][1]
+    a = factors[0][0] if shared else np.concatenate([a for a, _ in factors])
+    width = len(first)
+    b = np.zeros((width * len(layout), len(a), *first.shape[2:]), first.dtype)
+    column = 0
+    for block, (_, own) in pairs.items():
+        start, rank = layout.index(block) * width, own.shape[1]
+        b[start : start + width, column : column + rank] = ratios.get(block, 1.0) * own
+        column += 0 if shared else rank
+    return a, b
 
 
 def _magnitude(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import numpy as np
+
+from tfimm_lora.layers.loha import lora_factors
 
 #: The kinds of layers whose update PEFT supports too; see ``LayerUpdate.kind``.
 PEFT_KINDS = ("linear", "conv", "embedding")
@@ -23,7 +25,7 @@ OWN_KINDS = {
 class LayerUpdate:
     """The update of one layer's weight: dW = scale * B A.
 
-    With a magnitude m (DoRA) the weight is m (W + dW) / |W + dW|, with norms over all axes
+    With a second pair of factors (LoHa) it is dW = scale * (B A) * (B2 A2), elementwise. With a magnitude m (DoRA) the weight is m (W + dW) / |W + dW|, with norms over all axes
     but the first. With a bias c, scale * c is added to the layer's bias.
 
     Attributes:
@@ -38,6 +40,8 @@ class LayerUpdate:
             entries. Otherwise None.
         magnitude: The DoRA magnitude m, (out,), or None.
         bias: The bias c of the branch (PEFT's lora_bias), (out,), or None.
+        a2, b2: A2 and B2 of LoHa, in the shapes of A and B, or None. An update of PEFT's LoHa
+            for a convolution has A in the shape (rank, in * kernel size).
     """
 
     a: np.ndarray
@@ -47,15 +51,18 @@ class LayerUpdate:
     qkv: tuple[str, str] | None = None
     magnitude: np.ndarray | None = None
     bias: np.ndarray | None = None
+    a2: np.ndarray | None = None
+    b2: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         vectors = [name for name in ("magnitude", "bias") if getattr(self, name) is not None]
-        for name in ("a", "b", *vectors):
+        second = [name for name in ("a2", "b2") if getattr(self, name) is not None]
+        for name in ("a", "b", *vectors, *second):
             value = np.array(getattr(self, name))
             value.setflags(write=False)
             object.__setattr__(self, name, value)
         object.__setattr__(self, "scale", float(self.scale))
-        for name in ("a", "b", "scale", *vectors):
+        for name in ("a", "b", "scale", *vectors, *second):
             value = np.asarray(getattr(self, name))
             if value.dtype.kind != "f" or not value.size or not np.isfinite(value).all():
                 raise ValueError(
@@ -72,6 +79,7 @@ class LayerUpdate:
                 f"Received A of shape {self.a.shape} and B of shape {self.b.shape}; expected "
                 "(rank, in, ...) and (out, rank, ...)."
             )
+        self._check_second(second, vectors)
         for name in vectors:
             value = getattr(self, name)
             if value.shape != self.b.shape[:1]:
@@ -80,10 +88,68 @@ class LayerUpdate:
                     f"expected one value for each output, {self.b.shape[:1]}."
                 )
 
+    def _check_second(self, second: list[str], vectors: list[str]) -> None:
+        """Raise unless the second pair of factors is whole, and alone with the first."""
+        if not second:
+            return
+        shapes = {name: getattr(self, name).shape for name in second}
+        if shapes != {"a2": self.a.shape, "b2": self.b.shape}:
+            raise ValueError(
+                f"Received a second pair of factors of shapes {shapes}; expected a2 of shape "
+                f"{self.a.shape} and b2 of shape {self.b.shape}, as the first pair."
+            )
+        if vectors or self.kind in ("embedding", "batched"):
+            raise ValueError(
+                f"Received a second pair of factors (LoHa) with {', '.join(vectors)} for a "
+                f"layer of the kind {self.kind!r}; expected neither a magnitude nor a bias, "
+                "nor an embedding or a batched kernel."
+            )
+
+    @property
+    def is_loha(self) -> bool:
+        """Whether the update has a second pair of factors."""
+        return self.a2 is not None
+
+    def pairs(self) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Return the pairs of factors: (A, B), and with LoHa (A2, B2)."""
+        second = [] if self.a2 is None or self.b2 is None else [(self.a2, self.b2)]
+        return [(self.a, self.b), *second]
+
+    def as_lora(self) -> LayerUpdate:
+        """Return an update of LoHa as that of LoRA which it is equal to, of rank rank^2.
+
+        Its A has the products of all pairs of rows of A and A2, its B those of the columns of B
+        and B2. Other updates are returned as they are.
+        """
+        if self.a2 is None:
+            return self
+        a, b = self.matrices()
+        ones = (1,) * (self.b.ndim - 2)
+        return LayerUpdate(
+            a.reshape(-1, *self.a.shape[1:]).astype(self.a.dtype),
+            b.reshape(*b.shape, *ones).astype(self.b.dtype),
+            self.scale,
+            self.kind,
+        )
+
     @property
     def rank(self) -> int:
-        """The rank of the update."""
+        """The rank r of the factors. With LoHa the rank of the update is up to r^2."""
         return int(self.a.shape[0])
+
+    @property
+    def lora_rank(self) -> int:
+        """The rank of the update as LoRA: r, with LoHa r^2."""
+        return self.rank**2 if self.is_loha else self.rank
+
+    def not_in_peft(self) -> str | None:
+        """Return why PEFT cannot express the update, or None."""
+        if self.is_loha:
+            if self.kind in ("grouped", "depthwise") and self.a.ndim < 5:
+                return None
+            if self.a.ndim > 4:
+                return "PEFT's LoHa has no 3-D convolutions"
+        return OWN_KINDS.get(self.kind)
 
     @property
     def alpha(self) -> float:
@@ -96,10 +162,16 @@ class LayerUpdate:
         return (self.b.shape[0], *self.a.shape[1:])
 
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return A as (rank, in * kernel size) and B as (out, rank), in float64."""
-        a: np.ndarray = self.a.reshape(self.rank, -1).astype("float64")
-        b: np.ndarray = self.b.reshape(self.b.shape[0], self.rank).astype("float64")
-        return a, b
+        """Return A as (rank, in * kernel size) and B as (out, rank), in float64; with LoHa those
+        of ``as_lora``."""
+        pairs = [
+            (
+                a.reshape(self.rank, -1).astype("float64"),
+                b.reshape(self.b.shape[0], self.rank).astype("float64"),
+            )
+            for a, b in self.pairs()
+        ]
+        return pairs[0] if len(pairs) == 1 else lora_factors(np, *pairs, 0, 1)
 
     @property
     def size(self) -> int:
@@ -107,7 +179,7 @@ class LayerUpdate:
         return sum(value.size for value in self.arrays().values())
 
     def delta(self) -> np.ndarray:
-        """Compute dW = scale * B A in float64, in the shape of the weight: (out, in, ...)."""
+        """Compute dW in float64, in the shape of the weight: (out, in, ...)."""
         a, b = self.matrices()
         product: np.ndarray = self.scale * (b @ a)
         return product.reshape(self.shape)
@@ -133,7 +205,7 @@ class LayerUpdate:
         """Compute the singular values of dW as a matrix (out, in * kernel size).
 
         Returns:
-            At most ``rank`` values, in decreasing order.
+            At most ``rank`` values, with LoHa rank^2, in decreasing order.
         """
         a, b = self.matrices()
         # Those of the small matrix in the middle of Q_b (R_b R_a^T) Q_a^T.
@@ -143,13 +215,13 @@ class LayerUpdate:
         return abs(self.scale) * np.linalg.svd(middle, compute_uv=False)
 
     def arrays(self) -> dict[str, np.ndarray]:
-        """Return the arrays by name: a and b, and magnitude and bias if there are any."""
-        named = {name: getattr(self, name) for name in ("a", "b", "magnitude", "bias")}
+        """Return the arrays by name: a and b, and the others if there are any."""
+        names = ("a", "b", "a2", "b2", "magnitude", "bias")
+        named = {name: getattr(self, name) for name in names}
         return {name: value for name, value in named.items() if value is not None}
 
     def __reduce__(self) -> tuple[Any, ...]:
-        values = (self.a, self.b, self.scale, self.kind, self.qkv, self.magnitude, self.bias)
-        return LayerUpdate, values
+        return LayerUpdate, tuple(getattr(self, each.name) for each in fields(self))
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, LayerUpdate):

@@ -50,6 +50,7 @@ def lora_arguments(model: Any, adapter: AdapterData) -> dict[str, Any]:
         lora_rank_pattern=exact_pattern({dotted[p]: ranks[p] for p in updates}, rank),
         lora_alpha_pattern={} if unscaled else exact_pattern(alphas, scale * rank),
         lora_use_dora=adapter.use_dora,
+        lora_use_loha=adapter.use_loha,
         lora_bias=adapter.branch_bias,
         # Without effect on what the adapter computes, so it is no reason to refuse one.
         lora_dropout=adapter.dropout if all(map(can_have_dropout, layers)) else 0.0,

@@ -1,4 +1,4 @@
-"""adapter_config.json: read and write PEFT's LoraConfig of an adapter."""
+"""adapter_config.json: read and write PEFT's LoraConfig or LoHaConfig of an adapter."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from tfimm_lora.layer_paths import without_counts
 from tfimm_lora.peft.fields import (
     OWN_TYPE,
     PLAIN_FIELDS,
+    PLAIN_LOHA_FIELDS,
     PeftFields,
     is_same,
     unsupported,
@@ -53,7 +54,7 @@ class PeftConfig(PeftFields):
         self.own = fields["peft_type"] == OWN_TYPE
         self.names_are_exact = False
         self.selection = PeftSelection.of(_checked_names(fields), _match_untrusted)
-        _refuse_unsupported(fields)
+        _refuse_unsupported(self, fields)
 
     def scale_of(self, module: str, rank: int) -> float:
         """Return the scale of a module.
@@ -138,8 +139,8 @@ def _checked_names(fields: dict[str, Any]) -> dict[str, Any]:
     return {name: fields.get(name) for name in (*names, "layers_to_transform")}
 
 
-def _refuse_unsupported(fields: dict[str, Any]) -> None:
-    problems = unsupported(fields)
+def _refuse_unsupported(config: PeftFields, fields: dict[str, Any]) -> None:
+    problems = unsupported(fields, config.use_loha)
     initialization = fields.get("init_lora_weights", True)
     if not any(is_same(initialization, value) for value in _BASE_UNCHANGED):
         problems.append(
@@ -164,23 +165,31 @@ def config_fields(adapter: AdapterData, own: bool) -> dict[str, Any]:
     alpha = common.most_common(1)[0][0]
     ranks = {path: x.rank for path, x in adapter.layers.items()}
     alphas = {path: whole(x.alpha) for path, x in adapter.layers.items()}
-    return {
-        **PLAIN_FIELDS,
+    shared = {
         "alpha_pattern": exact_pattern(alphas, whole(alpha)),
         "base_model_name_or_path": adapter.base_model or None,
-        "bias": adapter.bias,
         "inference_mode": True,
-        "lora_alpha": whole(alpha),
-        "lora_bias": adapter.branch_bias,
-        "lora_dropout": adapter.dropout,
         "modules_to_save": list(adapter.modules) or None,
-        "peft_type": OWN_TYPE if own else "LORA",
+        "peft_type": OWN_TYPE if own else "LOHA" if adapter.use_loha else "LORA",
         "r": rank,
         "rank_pattern": exact_pattern(ranks, rank),
         "target_modules": target_modules(adapter.layers),
+    }
+    if adapter.use_loha:
+        # PEFT's LoHa has no fields for the biases.
+        own_fields = {"bias": adapter.bias, "use_loha": True} if own else {}
+        fields = {**shared, **own_fields, "alpha": whole(alpha)}
+        return {**PLAIN_LOHA_FIELDS, **dict(sorted(fields.items()))}
+    fields = {
+        **shared,
+        "bias": adapter.bias,
+        "lora_alpha": whole(alpha),
+        "lora_bias": adapter.branch_bias,
+        "lora_dropout": adapter.dropout,
         "use_dora": adapter.use_dora,
         "use_rslora": False,
     }
+    return {**PLAIN_FIELDS, **dict(sorted(fields.items()))}
 
 
 def exact_pattern(values: Mapping[str, Any], default: Any) -> dict[str, Any]:

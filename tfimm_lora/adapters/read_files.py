@@ -196,7 +196,8 @@ def _own_metadata(text: str | None) -> dict[str, Any]:
         return {}
     metadata = _parsed(text.encode())
     valid = isinstance(metadata, dict) and all(
-        isinstance(metadata.get(name, {}), dict) for name in ("kinds", "qkv", "scales")
+        isinstance(metadata.get(name, {}), dict)
+        for name in ("kinds", "qkv", "scales", "windows")
     )
     whole = metadata.get("whole", []) if valid else []
     valid = valid and isinstance(whole, list) and all(isinstance(x, str) for x in whole)
@@ -222,7 +223,7 @@ def _assembled(
         module: _update(module, found, metadata, config) for module, found in factors.items()
     }
     if not layers:
-        raise ValueError("has no LoRA factors")
+        raise ValueError("has no factors of LoRA or LoHa")
     modules = _full_modules(config, weights, set(layers))
     outside = [k for k in weights if not any(k.startswith(f"{m}.") for m in modules)]
     odd = [k for k in outside if config.bias == "none" or not re.search(r"bias|\.beta$", k)]
@@ -277,8 +278,8 @@ def _sorted_tensors(
 ) -> tuple[dict[str, dict[str, np.ndarray]], dict[str, np.ndarray]]:
     """Return module path -> the tensors of its update, and key -> fully trained weight.
 
-    The tensors of an update are named "A", "B", "magnitude" and "bias". Those of an embedding
-    also have the name "embedding".
+    The tensors of an update are named "A", "B", "magnitude" and "bias"; those of LoHa as in the
+    file. Those of an embedding also have the name "embedding".
 
     Args:
         tensors: The tensors of the file by key.
@@ -298,7 +299,7 @@ def _sorted_tensors(
         if found:
             own = factors.setdefault(found["module"], {})
             vector = next((name for name in ("magnitude", "bias") if found[name]), None)
-            factor = found["embedding"] or vector or found["factor"][-1]
+            factor = found["embedding"] or vector or found["loha"] or found["factor"][-1]
             if factor in own:
                 raise ValueError(f"has two values for the {factor} of {found['module']}")
             own[factor] = value
@@ -353,6 +354,12 @@ def _plain_weights(
 def _update(
     module: str, found: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
 ) -> LayerUpdate:
+    is_loha = any(name.startswith("hada_") for name in found)
+    if is_loha != config.use_loha:
+        kinds = ("LoHa", "LoRA") if is_loha else ("LoRA", "LoHa")
+        raise ValueError(f"has factors of {kinds[0]} for {module}, and a config of {kinds[1]}")
+    if is_loha:
+        return _loha_update(module, found, metadata, config)
     for name in ("A", "B"):
         if name not in found:
             raise ValueError(f"has no lora_{name} for {module}")
@@ -388,6 +395,61 @@ def _update(
         _qkv(module, metadata),
         **vectors,
     )
+
+
+def _loha_update(
+    module: str, found: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
+) -> LayerUpdate:
+    """Return an update of LoHa from its tensors; in torch B is the first factor of a pair."""
+    pairs = [_loha_pair(module, number, found) for number in (2, 1)]
+    (a, b), (a2, b2) = pairs
+    if a.shape != a2.shape or b.shape != b2.shape:
+        shapes = ", ".join(f"{name} {x.shape}" for name, x in found.items())
+        raise ValueError(f"has {shapes} for {module}, which do not fit")
+    window = metadata.get("windows", {}).get(module)
+    if window is not None:
+        sizes = isinstance(window, list) and all(type(n) is int and n > 0 for n in window)
+        if not sizes or math.prod(window) != math.prod(a.shape[1:]):
+            raise ValueError(f"has damaged metadata of tfimm_lora for {module}")
+        a, a2 = (x.reshape(len(x), *window) for x in (a, a2))
+        b, b2 = (x.reshape(*x.shape, *[1] * (len(window) - 1)) for x in (b, b2))
+    return LayerUpdate(
+        a,
+        b,
+        _scale(module, len(a), metadata, config),
+        _own_kind(module, metadata) or ("conv" if a.ndim > 2 else "linear"),
+        _qkv(module, metadata),
+        a2=a2,
+        b2=b2,
+    )
+
+
+def _loha_pair(
+    module: str, number: int, found: dict[str, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return A and B of one pair of LoHa.
+
+    With use_effective_conv2d PEFT has a third factor T, (r, r, *size), beside B^T (r, out) and
+    (r, in): A is T times the latter.
+    """
+    names = [f"hada_w{number}_a", f"hada_w{number}_b"]
+    missing = [name for name in names if name not in found]
+    if missing:
+        raise ValueError(f"has no {missing[0]} for {module}")
+    b, a = (found[name] for name in names)
+    core = found.get(f"hada_t{number}")
+    if core is None:
+        fitting = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.size and b.size
+    else:
+        fitting = core.ndim == 4 and core.size and a.ndim == b.ndim == 2 and a.size and b.size
+        fitting = fitting and len(a) == len(b) == len(core) == core.shape[1]
+        names.append(f"hada_t{number}")
+    if not fitting:
+        shapes = ", ".join(f"{name} {found[name].shape}" for name in names)
+        raise ValueError(f"has {shapes} for {module}, which do not fit")
+    if core is not None:
+        return np.einsum("ijkl,jn->inkl", core, a), b.T[:, :, None, None]
+    return a, b
 
 
 def _scale(module: str, rank: int, metadata: dict[str, Any], config: PeftConfig) -> float:

@@ -5,20 +5,23 @@ from __future__ import annotations
 import re
 from collections.abc import Container, Iterable
 
-#: A tensor of an update.
+#: A tensor of an update; of LoHa, the factors and those of PEFT's use_effective_conv2d.
 FACTOR = re.compile(
     r"(?P<module>.+)\.(?:(?P<factor>lora_[AB])\.weight|lora_embedding_(?P<embedding>[AB])"
-    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<bias>lora_B\.bias))"
+    r"|(?P<magnitude>lora_magnitude_vector)(?:\.weight)?|(?P<bias>lora_B\.bias)"
+    r"|(?P<loha>hada_(?:w[12]_[ab]|t[12])))"
 )
 
 #: A tensor of a variant of LoRA that is not supported.
-OTHER_FACTOR = re.compile(r"(?:^|\.)lora_(magnitude_vector|[A-Z]|embedding_[A-Z])(\.|$)")
+OTHER_FACTOR = re.compile(
+    r"(?:^|\.)(?:lora_(?:magnitude_vector|[A-Z]|embedding_[A-Z])|(?:hada|lokr)_\w+)(?:\.|$)"
+)
 
 #: A tensor of an update in the state dict of a PEFT model, which has the name of an adapter.
 #: Files do not have it.
 NAMED_FACTOR = re.compile(
     r".+\.(?:lora_[AB]\.(?P<name>[^.]+)\.(?:weight|bias)"
-    r"|(?:lora_embedding_[AB]|lora_magnitude_vector)\.(?P<other>[^.]+)(?:\.weight)?)"
+    r"|(?:lora_embedding_[AB]|lora_magnitude_vector|hada_\w+)\.(?P<other>[^.]+)(?:\.weight)?)"
 )
 
 #: The level that PEFT inserts above the weights of an adapted layer.

@@ -8,6 +8,8 @@ With a and b the factors in Keras' order, and A and B those in torch's:
 * embedding: a (vocabulary, r), b (r, width); A (r, vocabulary), B (width, r).
 * einsum: the axes that are summed over as ``in``, those that are added as ``out``.
 
+The two pairs of LoHa are converted alike. PEFT writes its A for a convolution as (r, in size).
+
 Each kind of layer has its own conversion, ``factors_to_torch`` and its reverse. The blocks of a
 fused projection, and the kernels side by side of an einsum layer, are written at a larger rank,
 with a B that is zero outside of the blocks. That is exact, and PEFT can read it.
@@ -15,6 +17,7 @@ with a B that is zero outside of the blocks. That is exact, and PEFT can read it
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import numpy as np
@@ -22,7 +25,7 @@ import numpy as np
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer
-from tfimm_lora.config import LayerSettings
+from tfimm_lora.config import LOHA_WEIGHT_NAMES, LayerSettings
 from tfimm_lora.layers import qkv
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import (
@@ -33,6 +36,7 @@ from tfimm_lora.layers.conversion import (
 )
 from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.forward import Factors
+from tfimm_lora.layers.loha import lora_factors
 from tfimm_lora.layers.state import Values, original_class
 
 
@@ -60,15 +64,36 @@ def sure_kind(layer: Layer) -> str | None:
     return kind
 
 
-def kinds_agree(one: str, other: str) -> bool:
-    """Whether an update of one kind can be that of a layer of another."""
-    return one == other or {one, other} == {"linear", "conv"}  # a 1x1 convolution is linear
+def kinds_agree(update: LayerUpdate, kind: str) -> bool:
+    """Whether an update can be that of a layer of a kind.
+
+    A 1x1 convolution is linear. The files of PEFT's LoHa do not tell linear layers and
+    convolutions, with groups or without, apart.
+    """
+    if update.kind == kind:
+        return True
+    alike = {"linear", "conv", *(("grouped", "depthwise") if update.is_loha else ())}
+    return {update.kind, kind} <= alike
+
+
+def shapes_agree(
+    update: LayerUpdate, one: tuple[int, ...], other: tuple[int, ...]
+) -> bool:
+    """Whether two shapes of an update, or of its factors, are the same but for kernel sizes of
+    1; with LoHa also if one has the kernel sizes in the axis of the inputs."""
+    if update.is_loha and 2 in (len(one), len(other)):
+        return one[0] == other[0] and math.prod(one) == math.prod(other)
+    return _without_ones(one) == _without_ones(other)
 
 
 def update_of(layer: Any) -> LayerUpdate:
     """The update of an adapted layer, whether it is merged at the moment or not."""
     values, settings = layer.lora_values(), layer.lora
     a, b = layer.factors_to_torch(*layer._widen(np, *_factors(layer, values)))
+    a2 = b2 = None
+    if settings.lora_use_loha:
+        second = (values[name] for name in LOHA_WEIGHT_NAMES)
+        a2, b2 = layer.factors_to_torch(*layer._widen(np, *second))
     blocks = (settings.lora_qkv, settings.lora_qkv_layout) if settings.lora_qkv else None
     magnitude, bias = None, values.get("kernel_lora_shift")
     if settings.lora_use_dora:
@@ -76,7 +101,8 @@ def update_of(layer: Any) -> LayerUpdate:
         magnitude = (_norms(layer, values["kernel"]) + offset).astype("float32")
     if bias is not None:
         bias = bias.reshape(-1)
-    return LayerUpdate(a, b, settings.lora_scale, kind_of(layer), blocks, magnitude, bias)
+    scale, kind = settings.lora_scale, kind_of(layer)
+    return LayerUpdate(a, b, scale, kind, blocks, magnitude, bias, a2, b2)
 
 
 def values_for(layer: Any, update: LayerUpdate) -> Values:
@@ -92,13 +118,21 @@ def values_for(layer: Any, update: LayerUpdate) -> Values:
         DoesNotFit: if rank, shape or kind differ, or only one has a magnitude or a bias.
     """
     settings = layer.lora
-    for name, has in (("magnitude", settings.lora_use_dora), ("bias", settings.lora_bias)):
+    for name, what, has in (
+        ("magnitude", "a magnitude", settings.lora_use_dora),
+        ("bias", "a bias", settings.lora_bias),
+        ("a2", "a second pair of factors (LoHa)", settings.lora_use_loha),
+    ):
         if (getattr(update, name) is not None) != has:
             which = ("the layer", "the update") if has else ("the update", "the layer")
-            raise DoesNotFit(f"differs in variant: {which[0]} has a {name}, {which[1]} none")
+            raise DoesNotFit(f"differs in variant: {which[0]} has {what}, {which[1]} none")
     a, b = _factors_for(layer, update)
     shapes = _shapes(layer)
     values = {"kernel_lora_a": a, "kernel_lora_b": b}
+    if update.is_loha:
+        given = update.pairs()[1]
+        second = _in_layer_order(layer, update, given, (a.shape, b.shape))
+        values.update(zip(LOHA_WEIGHT_NAMES, second))
     if "kernel_lora_a0" in shapes:
         (a, b), (a0, b0) = layer._halves(a, b)
         values = {"kernel_lora_a": a, "kernel_lora_b": b}
@@ -125,7 +159,8 @@ def magnitude_for(layer: Any, update: LayerUpdate) -> Values:
 
 def own_factors(layer: Any, update: LayerUpdate) -> Factors:
     """a and b of an update at its own rank, in the order of an adapted layer, whose blocks are
-    not adapted separately. The scale and the gain of DoRA are in b.
+    not adapted separately. The scale and the gain of DoRA are in b. With LoHa they are those
+    of the LoRA that it is equal to.
 
     Raises:
         DoesNotFit: if shape or kind differ.
@@ -137,7 +172,11 @@ def own_factors(layer: Any, update: LayerUpdate) -> Factors:
     b = update.scale * update.b.astype("float64")
     if update.magnitude is not None:
         b = gains(layer, update).reshape(-1, *[1] * (b.ndim - 1)) * b
-    return _in_layer_order(layer, update, b, shapes)
+    pairs = [(update.a, b), *update.pairs()[1:]]
+    own = [_in_layer_order(layer, update, pair, shapes) for pair in pairs]
+    if len(own) == 1:
+        return own[0]
+    return lora_factors(np, *own, len(shapes[0]) - 1, layer._rank_axis_of_b())
 
 
 def gains(layer: Any, update: LayerUpdate) -> np.ndarray:
@@ -180,7 +219,9 @@ def moves_only_its_blocks(update: LayerUpdate) -> bool:
     if update.qkv is None or update.b.ndim != 2:
         return False
     chosen, layout = update.qkv
-    return bool(chosen) and qkv.moves_only(update.b.T, chosen, layout)
+    return bool(chosen) and all(
+        qkv.moves_only(b.T, chosen, layout) for _, b in update.pairs()
+    )
 
 
 def base_kernel(layer: Layer) -> np.ndarray:
@@ -226,30 +267,29 @@ def _factors_for(layer: Any, update: LayerUpdate) -> Factors:
         if not scale:
             raise DoesNotFit("has a scale, but the layer's scale is 0")
         b = b * np.float32(update.scale / scale)
-    return _in_layer_order(layer, update, b, (own[0].shape, own[1].shape))
+    return _in_layer_order(layer, update, (update.a, b), (own[0].shape, own[1].shape))
 
 
 def _in_layer_order(
-    layer: Any, update: LayerUpdate, b: np.ndarray, shapes: tuple[Any, Any]
+    layer: Any, update: LayerUpdate, given: Factors, shapes: tuple[Any, Any]
 ) -> Factors:
-    """a of an update, and a multiple of its b, in the order of a layer.
+    """A pair of factors of an update in the order of a layer.
 
     Args:
         layer: The adapted layer.
         update: The update.
-        b: The multiple of its b.
+        given: Its a and b, or multiples of them.
         shapes: The shapes of a and b in the layer.
 
     Raises:
         DoesNotFit: if shape or kind differ.
     """
     kind = kind_of(layer)
-    if not kinds_agree(update.kind, kind):
+    if not kinds_agree(update, kind):
         raise DoesNotFit(f"is of the kind {update.kind!r}, expected {kind!r}")
     zeros = (np.zeros(shape, "float32") for shape in shapes)
     expected = layer.factors_to_torch(*layer._widen(np, *zeros))
-    given = (update.a, b)
-    if [_without_ones(x.shape) for x in expected] != [_without_ones(x.shape) for x in given]:
+    if not all(shapes_agree(update, x.shape, y.shape) for x, y in zip(expected, given)):
         shape_a, shape_b = (x.shape for x in expected)
         raise DoesNotFit(
             f"has A {update.a.shape} and B {update.b.shape}, expected {shape_a} and {shape_b}"
@@ -272,5 +312,5 @@ def _norms(layer: Layer, kernel: np.ndarray) -> np.ndarray:
 
 
 def _without_ones(shape: tuple[int, ...]) -> list[int]:
-    """A shape without kernel sizes of 1: a linear layer is a 1x1 convolution."""
+    """A shape without kernel sizes of 1."""
     return [*shape[:2], *(size for size in shape[2:] if size != 1)]

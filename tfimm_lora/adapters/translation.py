@@ -121,8 +121,16 @@ def _in_window(update: LayerUpdate, size: int | None) -> LayerUpdate:
     """Return an update of a linear layer as that of a convolution, or the reverse."""
     if size is None or update.kind not in ("linear", "conv"):
         return update
+    if size and update.is_loha and update.a.ndim == 2:
+        raise ValueError(
+            "is of PEFT's LoHa, whose file does not tell the inputs of a window from others"
+        )
     a, b = as_window(update.a, size), as_window(update.b, min(size, 1))
-    return dataclasses.replace(update, a=a, b=b, kind="conv" if size else "linear")
+    kind = "conv" if size else "linear"
+    if update.a2 is None or update.b2 is None:
+        return dataclasses.replace(update, a=a, b=b, kind=kind)
+    a2, b2 = as_window(update.a2, size), as_window(update.b2, min(size, 1))
+    return dataclasses.replace(update, a=a, b=b, a2=a2, b2=b2, kind=kind)
 
 
 def _norms_of(timm: str, norms: OfBase) -> Callable[[str], np.ndarray | None]:

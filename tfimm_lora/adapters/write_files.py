@@ -89,6 +89,15 @@ def _serialized(adapter: AdapterData, config_hash: str) -> bytes:
 
 def _tensors_of(update: LayerUpdate) -> dict[str, np.ndarray]:
     """Return the arrays of an update by PEFT's names."""
+    if update.a2 is not None and update.b2 is not None:
+        # In torch B is the first factor, and the window of a convolution is not an axis.
+        rank = update.rank
+        return {
+            "hada_w1_a": update.b2.reshape(-1, rank),
+            "hada_w1_b": update.a2.reshape(rank, -1),
+            "hada_w2_a": update.b.reshape(-1, rank),
+            "hada_w2_b": update.a.reshape(rank, -1),
+        }
     if update.kind == "embedding":
         tensors = {"lora_embedding_A": update.a, "lora_embedding_B": update.b}
     else:
@@ -109,6 +118,7 @@ def _own_metadata(adapter: AdapterData, config_hash: str) -> str:
     optional: dict[str, Any] = {
         "kinds": {m: x.kind for m, x in layers if x.kind in OWN_KINDS},
         "qkv": {m: list(x.qkv) for m, x in layers if x.qkv},
+        "windows": {m: list(x.a.shape[1:]) for m, x in layers if x.is_loha and x.a.ndim > 2},
         # alpha / rank may differ from the scale by rounding.
         "scales": {m: x.scale for m, x in layers if x.alpha / x.rank != x.scale},
         "task": None if adapter.task is None else adapter.task.to_dict(),

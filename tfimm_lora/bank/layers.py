@@ -55,7 +55,7 @@ class BankLayers:
         if path in self.heads:  # merged into the classifier
             return 1
         if update.kind != "batched" or path not in self.adapted:
-            return update.rank
+            return update.lora_rank
         return update.rank // positions_of(self.adapted[path])
 
     def most_classes(self, adapters: Iterable[Adapter]) -> int:

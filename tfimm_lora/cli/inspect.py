@@ -106,6 +106,7 @@ def describe(adapter: Adapter) -> dict[str, Any]:
         "bias": adapter.bias,
         "dropout": adapter.dropout,
         "use_dora": adapter.use_dora,
+        "use_loha": adapter.use_loha,
         "lora_bias": adapter.branch_bias,
         "modules": list(adapter.modules),
         "not_in_peft": adapter.not_in_peft(),
@@ -198,6 +199,7 @@ def show(data: dict[str, Any]) -> None:
             ("trained biases", data["bias"]),
             ("dropout", f"{data['dropout']:g}"),
             ("DoRA", "yes" if data["use_dora"] else "no"),
+            ("LoHa", "yes" if data["use_loha"] else "no"),
             ("bias of the branches", "yes" if data["lora_bias"] else "no"),
             (
                 "PEFT format",

@@ -1,4 +1,4 @@
-"""The fields of PEFT's LoraConfig: their types, and which of them are supported."""
+"""The fields of PEFT's LoraConfig and LoHaConfig: types, and which of them are supported."""
 
 from __future__ import annotations
 
@@ -48,7 +48,29 @@ _KNOWN = frozenset(
     )
 )
 
-#: Fields that are the same in every written config.
+#: The same of PEFT's LoHaConfig.
+_KNOWN_OF_LOHA = frozenset(
+    (
+        *("peft_type", "peft_version", "auto_mapping", "task_type", "inference_mode"),
+        *("base_model_name_or_path", "revision", "r", "alpha", "modules_to_save"),
+        *("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
+        *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
+        *("layers_to_transform", "layers_pattern"),
+        # Of this package's extension.
+        *("use_loha", "bias"),
+    )
+)
+
+#: Fields that are the same in every written config of LoHa.
+PLAIN_LOHA_FIELDS: dict[str, Any] = {
+    "init_weights": True,
+    "module_dropout": 0.0,
+    "rank_dropout": 0.0,
+    "task_type": None,
+    "use_effective_conv2d": False,
+}
+
+#: Fields that are the same in every written config of LoRA.
 PLAIN_FIELDS: dict[str, Any] = {
     "fan_in_fan_out": False,
     "init_lora_weights": True,
@@ -57,7 +79,7 @@ PLAIN_FIELDS: dict[str, Any] = {
 
 
 class PeftFields:
-    """The checked fields of a LoraConfig.
+    """The checked fields of a LoraConfig or a LoHaConfig.
 
     Args:
         fields: The content of adapter_config.json.
@@ -71,10 +93,15 @@ class PeftFields:
         if not isinstance(fields, dict):
             raise ValueError(f"holds a {type(fields).__name__}, expected an object")
         self._fields = fields
-        if fields.get("peft_type") not in ("LORA", OWN_TYPE):
-            raise ValueError(f"has peft_type={fields.get('peft_type')!r}, expected 'LORA'")
+        if fields.get("peft_type") not in ("LORA", "LOHA", OWN_TYPE):
+            raise ValueError(
+                f"has peft_type={fields.get('peft_type')!r}, expected 'LORA' or 'LOHA'"
+            )
+        own_loha = fields["peft_type"] == OWN_TYPE and self._get("use_loha", bool, False)
+        self.use_loha: bool = fields["peft_type"] == "LOHA" or own_loha
         self.rank: int = self._get("r", int, 8)
-        self.alpha: float = self._number("lora_alpha", 8)
+        self._alpha_name = "alpha" if self.use_loha else "lora_alpha"
+        self.alpha: float = self._number(self._alpha_name, 8)
         self.use_rslora: bool = self._get("use_rslora", bool, False)
         self.use_dora: bool = self._get("use_dora", bool, False)
         self.lora_bias: bool = self._get("lora_bias", bool, False)
@@ -98,7 +125,7 @@ class PeftFields:
                     raise ValueError(f"has {name}[{key!r}]={value!r}, expected a number")
         if self.rank < 1 or not 0 <= self.dropout < 1 or not math.isfinite(self.alpha):
             raise ValueError(
-                f"has r={self.rank!r}, lora_alpha={self.alpha!r}, lora_dropout="
+                f"has r={self.rank!r}, {self._alpha_name}={self.alpha!r}, lora_dropout="
                 f"{self.dropout!r}, expected a positive rank, a finite alpha and a rate "
                 "in [0, 1)"
             )
@@ -127,15 +154,21 @@ def _float(name: str, value: float) -> float:
         raise ValueError(f"has a number in {name} that is too large for a float") from error
 
 
-def unsupported(fields: dict[str, Any]) -> list[str]:
-    """Return the fields with unsupported values, as "name=value"."""
+def unsupported(fields: dict[str, Any], is_loha: bool = False) -> list[str]:
+    """Return the fields with unsupported values, as "name=value".
+
+    Args:
+        fields: The content of adapter_config.json.
+        is_loha: Whether they are those of a LoHaConfig.
+    """
+    known_fields = _KNOWN_OF_LOHA if is_loha else _KNOWN
     problems = [
         f"{name}={fields[name]!r}"
         for name, unused in _UNSUPPORTED.items()
         if name in fields and not any(is_same(fields[name], value) for value in unused)
     ]
     for name, value in fields.items():
-        known = name in _KNOWN or name in _UNSUPPORTED
+        known = name in known_fields or name in _UNSUPPORTED
         if not known and value not in (None, False, [], {}, ""):
             problems.append(f"{name}={value!r} (unknown)")
     return problems

@@ -18,6 +18,7 @@ from tfimm_lora.peft.fields import (
     ALL_LINEAR,
     ANY_LEVEL,
     PLAIN_FIELDS,
+    PLAIN_LOHA_FIELDS,
     PeftFields,
     unsupported,
     whole,
@@ -75,8 +76,11 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
             names.
     """
     peft = PeftFields(fields)
-    init, problem = _init_from(fields.get("init_lora_weights", True))
-    problems = unsupported(fields) + problem
+    if peft.use_loha:
+        init, problem = "default", _loha_problems(fields)
+    else:
+        init, problem = _init_from(fields.get("init_lora_weights", True))
+    problems = unsupported(fields, peft.use_loha) + problem
     if fields.get("ensure_weight_tying"):
         problems.append("ensure_weight_tying=True")
     patterns, layers = _layers_patterns(fields), fields.get("layers_to_transform")
@@ -99,6 +103,7 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
         "lora_alpha_pattern": dict(peft.alpha_pattern),
         "lora_dropout": peft.dropout,
         "lora_use_dora": peft.use_dora,
+        "lora_use_loha": peft.use_loha,
         "lora_bias": peft.lora_bias,
         "lora_init": init,
         "lora_targets": _names_from(fields, "target_modules"),
@@ -170,11 +175,24 @@ def _init_from(value: Any) -> tuple[str, list[str]]:
     return "default", [f"init_lora_weights={value!r} ({why})"]
 
 
+def _loha_problems(fields: dict[str, Any]) -> list[str]:
+    """Return the settings of a LoHaConfig that have no counterpart here."""
+    why = {
+        "rank_dropout": "not supported here",
+        "module_dropout": "not supported here",
+        "use_effective_conv2d": "the third factor of convolutions is not trained here",
+    }
+    found = [f"{n}={fields[n]!r} ({reason})" for n, reason in why.items() if fields.get(n)]
+    if fields.get("init_weights") is False:
+        found.append("init_weights=False (B would not be initialized to zero)")
+    return found
+
+
 # -- to PEFT -------------------------------------------------------------------------------
 
 
 def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[str, Any]:
-    """Translate the fields of a ``LoRAConfig`` to those of PEFT's LoraConfig.
+    """Translate the fields of a ``LoRAConfig`` to those of PEFT's LoraConfig or LoHaConfig.
 
     Args:
         values: The fields of a ``LoRAConfig``.
@@ -197,6 +215,12 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
             problems.append(f"{name}={value!r} ({why})")
     if values["lora_initializer"] is not None:
         problems.append(f"lora_initializer={values['lora_initializer']!r} (see lora_init)")
+    if values["lora_use_loha"] and values["lora_train_bias"] != "none":
+        problems.append(
+            f"lora_train_bias={values['lora_train_bias']!r} (PEFT's LoHa trains no biases)"
+        )
+    if values["lora_use_loha"] and values["lora_use_rslora"]:
+        problems.append("lora_use_rslora=True (PEFT's LoHa has alpha / rank only)")
     if problems:
         raise ValueError(f"uses features that PEFT cannot express: {', '.join(problems)}")
     layers, patterns = values["lora_layers"], values["lora_layers_pattern"]
@@ -204,23 +228,28 @@ def fields_from(values: Mapping[str, Any], presets: Mapping[str, Any]) -> dict[s
         patterns = [
             f"(?:{p})" if _is_bare_alternative(p) else p for p in patterns or (ANY_LEVEL,)
         ]
-    return {
-        **PLAIN_FIELDS,
+    shared = {
         "alpha_pattern": pattern,
-        "bias": values["lora_train_bias"],
         "exclude_modules": exclude,
-        "init_lora_weights": True if values["lora_init"] == "default" else values["lora_init"],
         "layers_pattern": None if patterns in (None, [_PEFT_ANY_LEVEL]) else patterns,
         "layers_to_transform": None if layers is None else list(layers),
-        "lora_alpha": alpha,
-        "lora_bias": values["lora_bias"],
-        "lora_dropout": values["lora_dropout"],
         "modules_to_save": [_dotted(n).strip(".") for n in values["lora_train_modules"]]
         or None,
-        "peft_type": "LORA",
         "r": rank,
         "rank_pattern": {_dotted(k): v for k, v in values["lora_rank_pattern"].items()},
         "target_modules": targets,
+    }
+    if values["lora_use_loha"]:
+        return {**PLAIN_LOHA_FIELDS, **shared, "alpha": alpha, "peft_type": "LOHA"}
+    return {
+        **PLAIN_FIELDS,
+        **shared,
+        "bias": values["lora_train_bias"],
+        "init_lora_weights": True if values["lora_init"] == "default" else values["lora_init"],
+        "lora_alpha": alpha,
+        "lora_bias": values["lora_bias"],
+        "lora_dropout": values["lora_dropout"],
+        "peft_type": "LORA",
         "use_dora": values["lora_use_dora"],
         "use_rslora": values["lora_use_rslora"],
     }
@@ -232,7 +261,7 @@ _TRANSLATED = frozenset(
     for name in (
         *("alpha", "alpha_pattern", "bias", "dropout", "exclude", "init", "initializer"),
         *("layers", "layers_pattern", "rank", "rank_pattern", "targets", "train_bias"),
-        *("train_modules", "use_dora", "use_rslora"),
+        *("train_modules", "use_dora", "use_loha", "use_rslora"),
     )
 )
 

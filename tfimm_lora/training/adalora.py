@@ -73,7 +73,7 @@ class RankAllocator:
         TypeError: If a number has the wrong type. When training starts, if the optimizer does
             not update one variable at a time.
         ValueError: If the model has no LoRA, is merged or not built, was initialized from its
-            kernels (PiSSA, OLoRA), or has a rank that is not above the target; if steps are
+            kernels (PiSSA, OLoRA), has LoHa, or has a rank that is not above the target; if steps are
             out of order or a beta is out of range. When training starts, if the optimizer does
             not train the layers.
 
@@ -141,6 +141,11 @@ class RankAllocator:
         self._backend = backend_of(model)
         for x in self._components:
             _require_trainable(x.layer)
+            if x.layer.lora.lora_use_loha:
+                raise ValueError(
+                    f"Layer '{x.path}' has LoHa, whose factors have no components to prune. "
+                    "Inject LoRA with lora_use_loha=False."
+                )
             if has_initial_update(x.layer):
                 raise ValueError(
                     f"Layer '{x.path}' was initialized from its kernel, so pruning a "

@@ -126,6 +126,11 @@ def _check_untrained(path: str, layer: LoRALayer) -> None:
     layer._require_enabled("initialized")
     if layer.merged:
         raise ValueError(f"Layer '{path}' is merged. Call unmerge_lora_weights first.")
+    if layer.lora.lora_use_loha:
+        raise ValueError(
+            f"Layer '{path}' has LoHa, which has a start of its own. Inject LoRA with "
+            "lora_use_loha=False."
+        )
     backend = backend_of(layer)
     for name in LORA_VARIABLE_NAMES:
         is_a = name == "kernel_lora_a"

@@ -71,7 +71,7 @@ def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
         TypeError: If ``optimizer`` is not an optimizer of the model's Keras that updates one
             variable at a time (old optimizers and MultiOptimizer do not), or the ratio is not
             a number.
-        ValueError: If the model has no LoRA, the ratio is not positive, or the optimizer has
+        ValueError: If the model has no LoRA, or has LoHa, the ratio is not positive, or the optimizer has
             been used already or is a LoRA+ optimizer.
 
     Example:
@@ -91,7 +91,13 @@ def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
     """
     check_ratio(ratio)
     backend = backend_of(model)
-    lora_layers(model)  # or it raises
+    layers = lora_layers(model)  # or it raises
+    loha = [path for path, layer in layers.items() if layer.lora.lora_use_loha]
+    if loha:
+        raise ValueError(
+            f"Received a model with LoHa in {', '.join(loha[:5])}; expected LoRA, for whose "
+            "factor B the larger rate is meant. Use the optimizer as it is."
+        )
     if isinstance(optimizer, str):
         optimizer = backend.keras.optimizers.get(optimizer)
     rule = getattr(optimizer, "inner_optimizer", optimizer)
