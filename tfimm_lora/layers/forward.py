@@ -245,7 +245,8 @@ class LoRAForward(AdaptedValues):
         kernel = backend.ops.cast(self._frozen_kernel(), dtype)
         a, b = (backend.ops.cast(factor, dtype) for factor in self._factors())
         form = self._form(inputs, places, a.shape[-1], dtype)
-        if form.product == "effective" and settings.lora_use_loha:
+        if form.gradients == "whole" and settings.lora_use_loha:
+            # Through the two products, whose factors are smaller than those of LoRA.
             return product.apply(inputs, self._kernel_before_dora(kernel))
         if form.product == "factored":
             branch = self.lora_branch_dropout(inputs) if settings.lora_dropout else inputs
