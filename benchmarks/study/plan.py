@@ -48,6 +48,7 @@ MARGIN = 0.01
 #: Methods that are also trained for longer.
 LONGER_EPOCHS = 20
 LONGER_METHODS = ("everything", "everything, statistics too", REFERENCE, "LoRA, rank 16")
+LONGER_METHODS = (*LONGER_METHODS, "LoHa", "EVA")
 MODEL = "efficientnet_lite0"
 TASKS = ("garments", "changed digits", "stamps")
 SEEDS = (0, 1, 2, 3, 4)
