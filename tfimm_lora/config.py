@@ -137,8 +137,8 @@ class SharedSettings:
     lora_initializer: Any = setting(
         None,
         None,
-        """Initializer of A: a name, a config or an object. None is uniform in
-        +-1/sqrt(fan_in).""",
+        """Initializer of A, with LoHa of A, A2 and B2: a name, a config or an object. None is
+        uniform in +-1/sqrt(fan_in); for LoHa see lora_use_loha.""",
         keras="initializers",
     )
     lora_regularizer: Any = setting(
@@ -175,7 +175,7 @@ class SharedSettings:
 
     def _check_loha(self) -> None:
         """Raise if LoHa is combined with what is defined for the factors A and B of LoRA."""
-        names = ("use_dora", "bias", "dropout", "init", "initializer", "freeze_a")
+        names = ("use_dora", "bias", "dropout", "init", "freeze_a")
         defaults = {each.name: each.default for each in dataclasses.fields(SharedSettings)}
         given = [
             f"{name}={getattr(self, name)!r}"
@@ -185,8 +185,7 @@ class SharedSettings:
         if self.lora_use_loha and given:
             raise ValueError(
                 f"Received lora_use_loha=True and {', '.join(given)}; expected LoHa without "
-                "these: its update has two pairs of factors with a start of their own, and no "
-                "branch."
+                "these, which are defined for the two factors of LoRA."
             )
 
     @property

@@ -99,6 +99,7 @@ METHODS = {
     "AdaLoRA": Method(with_lora(lora_rank=12), callback=allocator),
     "LoHa": Method(prototypes.with_hadamard(8)),
     "LoHa, rank 4": Method(prototypes.with_hadamard(4)),
+    "LoHa, start of LoRA": Method(prototypes.with_hadamard(8, as_lora=True)),
     "LoKr": Method(prototypes.with_kronecker(8)),
     "CoLoRA": Method(prototypes.with_shared_rank(8)),
     "LoRA-GA": Method(prototypes.gradient_start(8)),

@@ -39,6 +39,7 @@ VARIANTS = {
     "LoKr": LORA,
     "LoHa": LORA,
     "LoHa, rank 4": LORA,
+    "LoHa, start of LoRA": LORA,
 }
 RATES = {**BASIC, **VARIANTS}
 REFERENCE = "LoRA, rank 8"

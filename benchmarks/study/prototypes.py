@@ -86,13 +86,19 @@ def _finish(model: Any) -> None:
     train_only(model, lambda name: name.startswith(PREFIX))
 
 
-def with_hadamard(rank: int) -> Callable:
-    """LoHa: dW = (A1 B1) * (A2 B2), elementwise. arXiv:2108.06098; the start is PEFT's."""
+def with_hadamard(rank: int, as_lora: bool = False) -> Callable:
+    """LoHa: dW = (A1 B1) * (A2 B2), elementwise. arXiv:2108.06098.
+
+    The start is that of LyCORIS; or with ``as_lora`` A2 and B2 are as those of LoRA, and A1 B1
+    has entries of variance one, so that the first steps are as large as LoRA's.
+    """
 
     def prepare(model: Any, data: Any, preprocess: Any) -> None:
         def add(layer: Any) -> None:
             inputs, outputs = layer.kernel.shape[2:]
             starts = {"a1": 1.0, "b1": 0.1, "a2": 1.0, "b2": 0.0}
+            if as_lora:
+                starts.update(b1=rank**-0.5, a2=(3 * inputs) ** -0.5)
             a1, b1, a2, b2 = (
                 _weight(
                     layer,

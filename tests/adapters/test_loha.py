@@ -305,7 +305,6 @@ def test_what_does_not_go_with_it_is_refused():
         (dict(lora_bias=True), "lora_bias=True"),
         (dict(lora_dropout=0.1), "lora_dropout=0.1"),
         (dict(lora_init="pissa"), "lora_init='pissa'"),
-        (dict(lora_initializer="zeros"), "lora_initializer='zeros'"),
         (dict(lora_freeze_a=True), "lora_freeze_a=True"),
     ):
         with pytest.raises(ValueError, match=f"lora_use_loha=True and {words}"):

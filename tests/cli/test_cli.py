@@ -325,6 +325,15 @@ def test_plan_with_other_classes_trains_the_classifier(model_file, document):
     assert opened["classifier"] == 33
 
 
+def test_plan_takes_every_field_of_the_config(model_file, call, document):
+    plain = document("plan", model_file, "--rank", 2)
+    loha = document("plan", model_file, "--rank", 2, "--lora", "use_loha=true")
+    assert loha["trainable"] == 2 * plain["trainable"]
+    assert document("plan", model_file, "--lora", "init=pissa")["layers"]
+    _, errors = call("plan", model_file, "--lora", "use_lora=true", expect=1)
+    assert "did you mean lora_use_rslora" in errors
+
+
 def test_targets_are_names_presets_or_an_expression(model_file, document):
     def adapted(*targets):
         return [x["path"] for x in document("plan", model_file, *targets)["layers"]]

@@ -517,3 +517,60 @@ def test_fit_trains_on_endless_epochs_and_resumes(tmp_path):
     for a, b in zip(whole.get_weights(), parts.get_weights()):
         np.testing.assert_array_equal(a, b)
     assert history["loss"][-1] < history["loss"][0] and history["val_accuracy"][-1] > 0.6
+
+
+#: What a thread of TensorFlow does, and what was done before Python ended.
+READS_ON = """
+import atexit, threading, time
+done = []
+atexit.register(lambda: print(*done))  # the first handler runs last
+from tfimm_lora.finetuning.data.exit import until_exit
+
+@until_exit
+def read():
+    time.sleep(0.3)
+    done.append("read")
+
+def thread():
+    try:
+        while True:
+            read()
+    except StopIteration:
+        done.append("stopped")
+
+threading.Thread(target=thread, daemon=True).start()
+time.sleep(0.1)
+"""
+
+ENDS_EARLY = """
+import sys
+from tests.finetuning.test_batches import PLAIN, numbered
+from tfimm_lora.finetuning.data.batches import PictureBatches
+
+iterator = iter(PictureBatches(numbered(sys.argv[1], 20), PLAIN, 4).epochs())
+print(next(iterator)[0].shape)
+"""
+
+
+def ended(program, *arguments):
+    """What a program of its own prints. With legacy Keras it hung more often."""
+    done = subprocess.run(
+        [sys.executable, "-c", program, *arguments],
+        env={**os.environ, "TF_USE_LEGACY_KERAS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_reading_stops_when_python_ends_and_python_waits_for_it():
+    assert ended(READS_ON) == "read stopped\n"
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("attempt", range(4))
+def test_python_ends_while_an_iterator_is_in_use(attempt, tmp_path):
+    """Threads of TensorFlow, which Python waits for then, waited for Python: not each time."""
+    assert ended(ENDS_EARLY, str(tmp_path)) == "(4, 8, 8, 3)\n"

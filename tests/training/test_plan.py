@@ -102,13 +102,28 @@ def test_planning_leaves_the_model_as_it_was_after_an_error(monkeypatch):
     assert classes(model) == kinds
 
 
-def test_planning_draws_no_random_number():
+@pytest.mark.parametrize(
+    "variant",
+    [
+        {},
+        dict(lora_init="pissa"),
+        dict(lora_init="gaussian"),
+        dict(lora_init="eva"),
+        dict(lora_use_loha=True),
+    ],
+    ids=lambda variant: "-".join(map(str, variant.values())) or "plain",
+)
+def test_planning_a_variant_draws_no_random_number_and_counts_its_parameters(variant):
     def factors(planned):
+        keras.utils.set_random_seed(6)
         model = functional()
         keras.utils.set_random_seed(7)
         if planned:
-            plan(model, lora_rank=2)
-        lora.inject_lora(model, lora_rank=2)
+            found = plan(model, lora_rank=2, **variant)
+        lora.inject_lora(model, lora_rank=2, **variant)
+        if planned:
+            assert found.trainable == size(model.trainable_weights)
+            assert found.adapter_files == plan(model).adapter_files
         return values(model.trainable_weights)
 
     for one, other in zip(factors(False), factors(True)):

@@ -2,7 +2,8 @@
 
 The format is PEFT's. What PEFT has no field for is in the metadata of the safetensors header,
 which PEFT ignores: the blocks of fused projections, the kinds of layers that PEFT does not
-have, the shapes of convolutions with LoHa, and the hash of the config that belongs to the weights.
+have, the shapes of convolutions with LoHa, and the hash of the config that belongs to the
+weights.
 """
 
 from __future__ import annotations

@@ -107,8 +107,10 @@ def fuse(
     if len({x.is_loha for x in updates}) > 1:
         raise ValueError("Received LoHa for some blocks of a projection; expected it for all.")
     width = len(first.b)
-    shared = not first.is_loha and len(updates) == len(layout) and all(
-        np.array_equal(x.a, first.a) for x in updates[1:]
+    shared = (
+        not first.is_loha
+        and len(updates) == len(layout)
+        and all(np.array_equal(x.a, first.a) for x in updates[1:])
     )
     scale = first.scale
     ratios = {b: parts[b].scale / scale if scale else 0.0 for b in chosen}

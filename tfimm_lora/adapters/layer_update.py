@@ -25,8 +25,9 @@ OWN_KINDS = {
 class LayerUpdate:
     """The update of one layer's weight: dW = scale * B A.
 
-    With a second pair of factors (LoHa) it is dW = scale * (B A) * (B2 A2), elementwise. With a magnitude m (DoRA) the weight is m (W + dW) / |W + dW|, with norms over all axes
-    but the first. With a bias c, scale * c is added to the layer's bias.
+    With a second pair of factors (LoHa) it is dW = scale * (B A) * (B2 A2), elementwise. With a
+    magnitude m (DoRA) the weight is m (W + dW) / |W + dW|, with norms over all axes but the
+    first. With a bias c, scale * c is added to the layer's bias.
 
     Attributes:
         a: A, (rank, in) or (rank, in, *kernel_size).
@@ -162,8 +163,10 @@ class LayerUpdate:
         return (self.b.shape[0], *self.a.shape[1:])
 
     def matrices(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return A as (rank, in * kernel size) and B as (out, rank), in float64; with LoHa those
-        of ``as_lora``."""
+        """Return A as (rank, in * kernel size) and B as (out, rank), in float64.
+
+        With LoHa they are those of ``as_lora``.
+        """
         pairs = [
             (
                 a.reshape(self.rank, -1).astype("float64"),
@@ -171,7 +174,7 @@ class LayerUpdate:
             )
             for a, b in self.pairs()
         ]
-        return pairs[0] if len(pairs) == 1 else lora_factors(np, *pairs, 0, 1)
+        return pairs[0] if len(pairs) == 1 else lora_factors(np, pairs, 0, 1)
 
     @property
     def size(self) -> int:

@@ -76,9 +76,7 @@ def kinds_agree(update: LayerUpdate, kind: str) -> bool:
     return {update.kind, kind} <= alike
 
 
-def shapes_agree(
-    update: LayerUpdate, one: tuple[int, ...], other: tuple[int, ...]
-) -> bool:
+def shapes_agree(update: LayerUpdate, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
     """Whether two shapes of an update, or of its factors, are the same but for kernel sizes of
     1; with LoHa also if one has the kernel sizes in the axis of the inputs."""
     if update.is_loha and 2 in (len(one), len(other)):
@@ -176,7 +174,7 @@ def own_factors(layer: Any, update: LayerUpdate) -> Factors:
     own = [_in_layer_order(layer, update, pair, shapes) for pair in pairs]
     if len(own) == 1:
         return own[0]
-    return lora_factors(np, *own, len(shapes[0]) - 1, layer._rank_axis_of_b())
+    return lora_factors(np, own, len(shapes[0]) - 1, layer._rank_axis_of_b())
 
 
 def gains(layer: Any, update: LayerUpdate) -> np.ndarray:
@@ -219,9 +217,7 @@ def moves_only_its_blocks(update: LayerUpdate) -> bool:
     if update.qkv is None or update.b.ndim != 2:
         return False
     chosen, layout = update.qkv
-    return bool(chosen) and all(
-        qkv.moves_only(b.T, chosen, layout) for _, b in update.pairs()
-    )
+    return bool(chosen) and all(qkv.moves_only(b.T, chosen, layout) for _, b in update.pairs())
 
 
 def base_kernel(layer: Layer) -> np.ndarray:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Optional
 
 import typer
 
 from tfimm_lora.backend import how_to_use_tensorflow
 from tfimm_lora.cli.app import Json, app, emit, import_keras_to_count, import_tensorflow, note
-from tfimm_lora.cli.parsing import parse_targets
+from tfimm_lora.cli.parsing import parse_lora_fields, parse_targets
 from tfimm_lora.cli.tables import show_facts, show_table
 from tfimm_lora.finetuning.base.early import check_model
 from tfimm_lora.finetuning.base.names import APPLICATIONS, canonical_name
@@ -56,6 +56,12 @@ def plan_command(
     qkv: Annotated[
         str | None,
         typer.Option(help="Blocks of the fused attention projection to adapt, such as qv."),
+    ] = None,
+    lora: Annotated[
+        Optional[list[str]],  # noqa: UP045
+        typer.Option(
+            help='Any other field of LoRAConfig as NAME=VALUE in YAML: "use_loha=true".'
+        ),
     ] = None,
     classes: Annotated[
         int | None,
@@ -122,6 +128,7 @@ def plan_command(
         "lora_qkv": qkv,
         "lora_train_bias": train_bias,
         "lora_train_classifier": new,
+        **{f"lora_{name}": value for name, value in parse_lora_fields(lora or []).items()},
     }
     result = plan(base, **arguments)
     memory = result.memory(optimizer)

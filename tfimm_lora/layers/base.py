@@ -59,9 +59,10 @@ class LoRALayer(LoRAForward, Converted):
     """Mixin that adapts a Keras layer: y = x (W + s A B), W frozen, s = alpha / rank.
 
     The variables are named ``kernel_lora_a`` and ``kernel_lora_b`` and are float32. B is
-    initialized to zero, so that the layer computes what its base computes. DoRA, LoHa, a bias of
-    the branch and some initializations add others (``config.LORA_VARIABLE_NAMES``). Everything
-    else (strides, padding, groups, data format, activation, constraints) is the base layer's.
+    initialized to zero, so that the layer computes what its base computes. DoRA, LoHa, a bias
+    of the branch and some initializations add others (``config.LORA_VARIABLE_NAMES``).
+    Everything else (strides, padding, groups, data format, activation, constraints) is the
+    base layer's.
 
     Args:
         {settings}
@@ -209,8 +210,10 @@ class LoRALayer(LoRAForward, Converted):
         """The initializer of one of the layer's LoRA variables."""
         settings, initializers = self.lora, backend_of(self).keras.initializers
         if settings.lora_use_loha and name in loha.DEVIATIONS:
-            return initializers.RandomNormal(stddev=loha.DEVIATIONS[name])
-        if name == "kernel_lora_a":
+            deviation = loha.DEVIATIONS[name]
+            return settings.lora_initializer or initializers.RandomNormal(stddev=deviation)
+        # Otherwise ``initialize_factors`` gives A its values.
+        if name == "kernel_lora_a" and settings.lora_init in ("default", "eva"):
             return settings.lora_initializer or self._default_initializer()
         return initializers.Zeros()
 

@@ -181,8 +181,9 @@ class LoRAForward(AdaptedValues):
         LoRA that it is equal to."""
         backend = backend_of(self)
         if self.lora.lora_use_loha:
-            axes = (len(self.kernel_lora_a.shape) - 1, self._rank_axis_of_b())
-            return loha.lora_factors(backend.ops, *self._loha_pairs(), *axes)
+            pairs = self._loha_pairs()
+            axis_of_a = len(pairs[0][0].shape) - 1
+            return loha.lora_factors(backend.ops, pairs, axis_of_a, self._rank_axis_of_b())
         a, b = (backend.full_precision(self.__dict__[n]) for n in LORA_WEIGHT_NAMES)
         if "kernel_lora_a0" in self.__dict__:
             a0, b0 = (

@@ -16,6 +16,7 @@ Federated Learning", arXiv:2108.06098; Yeh et al., "Navigating Text-To-Image Cus
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 #: The standard deviations of the initial factors; B is zero. They are those of LyCORIS.
@@ -23,19 +24,20 @@ DEVIATIONS = {"kernel_lora_a": 1.0, "kernel_lora_a2": 1.0, "kernel_lora_b2": 0.1
 
 
 def lora_factors(
-    ops: Any, one: tuple[Any, Any], two: tuple[Any, Any], axis_of_a: int, axis_of_b: int
+    ops: Any, pairs: Sequence[tuple[Any, Any]], axis_of_a: int, axis_of_b: int
 ) -> tuple[Any, Any]:
     """A' and B', from (A, B) and (A2, B2).
 
     Args:
         ops: Array functions of a backend, or NumPy.
-        one, two: A and B; A2 and B2.
+        pairs: (A, B) and (A2, B2).
         axis_of_a, axis_of_b: The axes of A and of B that are the rank.
     """
-    return _pairs(ops, one[0], two[0], axis_of_a), _pairs(ops, one[1], two[1], axis_of_b)
+    (a, b), (a2, b2) = pairs
+    return _products(ops, a, a2, axis_of_a), _products(ops, b, b2, axis_of_b)
 
 
-def _pairs(ops: Any, x: Any, y: Any, axis: int) -> Any:
+def _products(ops: Any, x: Any, y: Any, axis: int) -> Any:
     """The products of all pairs of entries along an axis."""
     before, after = x.shape[:axis], x.shape[axis + 1 :]
     left = ops.reshape(x, (*before, x.shape[axis], 1, *after))

@@ -73,9 +73,9 @@ class RankAllocator:
         TypeError: If a number has the wrong type. When training starts, if the optimizer does
             not update one variable at a time.
         ValueError: If the model has no LoRA, is merged or not built, was initialized from its
-            kernels (PiSSA, OLoRA), has LoHa, or has a rank that is not above the target; if steps are
-            out of order or a beta is out of range. When training starts, if the optimizer does
-            not train the layers.
+            kernels (PiSSA, OLoRA), has LoHa, or has a rank that is not above the target; if
+            steps are out of order or a beta is out of range. When training starts, if the
+            optimizer does not train the layers.
 
     Warns:
         UserWarning: If training ends before step ``end``.

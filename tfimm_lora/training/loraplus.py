@@ -71,8 +71,8 @@ def loraplus_optimizer(model: Any, optimizer: Any, ratio: float = 16.0) -> Any:
         TypeError: If ``optimizer`` is not an optimizer of the model's Keras that updates one
             variable at a time (old optimizers and MultiOptimizer do not), or the ratio is not
             a number.
-        ValueError: If the model has no LoRA, or has LoHa, the ratio is not positive, or the optimizer has
-            been used already or is a LoRA+ optimizer.
+        ValueError: If the model has no LoRA, or has LoHa, the ratio is not positive, or the
+            optimizer has been used already or is a LoRA+ optimizer.
 
     Example:
         >>> import tensorflow as tf, tfimm_lora as lora

@@ -15,7 +15,7 @@ from tfimm_lora.adapters.torch_layout import kind_of
 from tfimm_lora.backend import backend_of
 from tfimm_lora.config import LORA_VARIABLE_NAMES
 from tfimm_lora.layer_paths import matches, resolve
-from tfimm_lora.layers.base import LoRALayer
+from tfimm_lora.layers.base import LoRALayer, building_for_other_weights
 from tfimm_lora.layers.conversion import supported
 from tfimm_lora.layers.frozen import FrozenLayer
 from tfimm_lora.layers.state import original_class
@@ -211,8 +211,12 @@ def plan(model: Any, **lora_arguments: Any) -> Plan:
             "would have to be compiled again. Plan before training, or pass the LoRA model: "
             "plan(lora_model)."
         )
-    # Zeros, so that the random numbers of the training do not change.
-    inject_lora(model, **{**lora_arguments, "lora_initializer": "zeros"})
+    # Without drawing random numbers, so that those of the training do not change.
+    init = lora_arguments.get("lora_init", "default")
+    if init == "default" or (init == "eva" and "lora_initializer" not in lora_arguments):
+        lora_arguments = {**lora_arguments, "lora_init": "default", "lora_initializer": "zeros"}
+    with building_for_other_weights():
+        inject_lora(model, **lora_arguments)
     try:
         return _plan_of(model)
     finally:

@@ -49,7 +49,7 @@ def _note_call() -> None:
 
 @atexit.register
 def _end() -> None:
-    """Stop the functions, and wait until TensorFlow, whose buffers are full then, calls none."""
+    """Stop the functions, and wait until TensorFlow, with its buffers full, calls none."""
     global _ending
     with _lock:
         _ending, used = True, _last_call > 0
