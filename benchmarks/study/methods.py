@@ -11,6 +11,7 @@ from plan import RATES
 from prototypes import freeze_statistics, train_only
 
 import tfimm_lora as lora
+from tfimm_lora.model.merge import lora_layers
 from tfimm_lora.training.loraplus import loraplus_optimizer
 
 
@@ -69,6 +70,19 @@ def lora_and_normalization(model: Any, data: Any, preprocess: Any) -> None:
     with_lora(lora_train_modules=tuple(sorted(names)))(model, data, preprocess)
 
 
+def loha_as_lora(model: Any, data: Any, preprocess: Any) -> None:
+    """LoHa whose first steps are as large as LoRA's: A starts as in LoRA, and A2 B2 with
+    entries of variance one."""
+    with_lora(lora_use_loha=True)(model, data, preprocess)
+    for layer in lora_layers(model).values():
+        inputs, rank = layer.kernel_lora_a.shape[-2:]
+        starts = {"a": (3 * inputs) ** -0.5, "a2": 1.0, "b2": rank**-0.5}
+        for name, deviation in starts.items():
+            factor = getattr(layer, f"kernel_lora_{name}")
+            normal = prototypes.keras.initializers.RandomNormal(stddev=deviation)
+            factor.assign(normal(factor.shape))
+
+
 def loraplus(model: Any, optimizer: Any) -> Any:
     return loraplus_optimizer(model, optimizer, ratio=4)
 
@@ -97,9 +111,9 @@ METHODS = {
     "EVA": Method(eva),
     "LoRA+": Method(with_lora(), optimizer=loraplus),
     "AdaLoRA": Method(with_lora(lora_rank=12), callback=allocator),
-    "LoHa": Method(prototypes.with_hadamard(8)),
-    "LoHa, rank 4": Method(prototypes.with_hadamard(4)),
-    "LoHa, start of LoRA": Method(prototypes.with_hadamard(8, as_lora=True)),
+    "LoHa": Method(with_lora(lora_use_loha=True)),
+    "LoHa, rank 4": Method(with_lora(lora_use_loha=True, lora_rank=4)),
+    "LoHa, start of LoRA": Method(loha_as_lora),
     "LoKr": Method(prototypes.with_kronecker(8)),
     "CoLoRA": Method(prototypes.with_shared_rank(8)),
     "LoRA-GA": Method(prototypes.gradient_start(8)),

@@ -1,4 +1,4 @@
-"""Methods that the package does not have: LoKr, LoHa, CoLoRA and LoRA-GA.
+"""Methods that the package does not have: LoKr, CoLoRA and LoRA-GA.
 
 They change the 1x1 convolutions of a pretrained model in place. They are written to be
 measured, not to be used: nothing can be saved or merged.
@@ -84,37 +84,6 @@ def _prepare(model: Any) -> dict[str, Any]:
 
 def _finish(model: Any) -> None:
     train_only(model, lambda name: name.startswith(PREFIX))
-
-
-def with_hadamard(rank: int, as_lora: bool = False) -> Callable:
-    """LoHa: dW = (A1 B1) * (A2 B2), elementwise. arXiv:2108.06098.
-
-    The start is that of LyCORIS; or with ``as_lora`` A2 and B2 are as those of LoRA, and A1 B1
-    has entries of variance one, so that the first steps are as large as LoRA's.
-    """
-
-    def prepare(model: Any, data: Any, preprocess: Any) -> None:
-        def add(layer: Any) -> None:
-            inputs, outputs = layer.kernel.shape[2:]
-            starts = {"a1": 1.0, "b1": 0.1, "a2": 1.0, "b2": 0.0}
-            if as_lora:
-                starts.update(b1=rank**-0.5, a2=(3 * inputs) ** -0.5)
-            a1, b1, a2, b2 = (
-                _weight(
-                    layer,
-                    name,
-                    (inputs, rank) if name[0] == "a" else (rank, outputs),
-                    keras.initializers.RandomNormal(stddev=std) if std else "zeros",
-                )
-                for name, std in starts.items()
-            )
-            _add_update(layer, lambda: (a1 @ b1) * (a2 @ b2))
-
-        for layer in _prepare(model).values():
-            add(layer)
-        _finish(model)
-
-    return prepare
 
 
 def with_kronecker(rank: int) -> Callable:

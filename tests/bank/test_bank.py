@@ -22,6 +22,7 @@ KINDS = {
     "rslora": dict(lora_rank=3, lora_alpha=8, lora_use_rslora=True),
     "dora": dict(lora_use_dora=True),
     "lora_bias": dict(lora_bias=True),
+    "loha": dict(lora_rank=2, lora_use_loha=True),
     "bias_only": dict(lora_targets="all", lora_train_bias="lora_only"),
     "bias_all": dict(lora_train_bias="all"),
     "classifier": dict(lora_train_classifier=True, lora_train_bias="all"),
