@@ -176,3 +176,10 @@ def test_convolutions():
     fused = fuse(parts, "qkv")
     assert fused.shape == (3 * WIDTH, INPUTS, 1, 1)
     assert split(fused, "qkv") == parts
+
+
+def test_a_first_block_without_scale_leaves_the_others():
+    parts = {"q": update(scale=0.0), "v": update(scale=2.0, seed=1)}
+    rows = blocks_of(fuse(parts, "qkv"), "qkv")
+    np.testing.assert_allclose(rows["v"], parts["v"].delta(), rtol=1e-6)
+    assert not rows["q"].any() and not rows["k"].any()

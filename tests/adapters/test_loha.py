@@ -181,7 +181,7 @@ def test_file_of_peft_without_the_shape_of_the_window(tmp_path):
     # As LoRA the shape must be known.
     plain = lora.combine_adapters([adapter])
     before = network()
-    with pytest.raises(ValueError, match="conv is of shape"):
+    with pytest.raises(ValueError, match="conv is of shape.*combine adapter_of"):
         lora.load_adapter(before, plain)
 
 
@@ -227,6 +227,7 @@ def as_config_of_lora(config):
         (lambda t, c: t.update({"base_model.model.fc.lokr_w1": np.ones(3)}), "not supported"),
         (lambda t, c: c.update(use_magic=True), "use_magic=True"),
         (lambda t, c: c.update(alpha="x"), "alpha='x'"),
+        (lambda t, c: c.update(bias="all"), "bias='all'"),
     ],
 )
 @pytest.mark.once
@@ -291,12 +292,51 @@ def test_parts_of_a_fused_projection(tmp_path):
     for seed, variable in enumerate(layer._lora_variables().values()):
         variable.assign(normal(*variable.shape, seed=seed))
     changed = run(model, x)
+    update = lora.adapter_of(model).layers["qkv"]
+    assert (update.rank, update.lora_rank, update.as_lora().rank) == (4, 2 * 4, 2 * 4)
+    np.testing.assert_allclose(update.as_lora().delta(), delta(update), **CLOSE)
     np.testing.assert_allclose(changed[:, 4:8], plain[:, 4:8], rtol=1e-6)
     assert np.abs(changed - plain)[:, [0, 11]].min() > 1e-3
     lora.save_adapter(model, tmp_path, format="peft")
     fresh = lora.load_adapter(make(), tmp_path)
     assert fresh.get_layer("qkv").lora.lora_qkv == "qv"
     np.testing.assert_allclose(run(fresh, x), changed, **CLOSE)
+
+
+def test_another_start_draws_each_factor_by_itself():
+    normal_ = keras.initializers.RandomNormal(stddev=0.3, seed=4)
+    for given in ("random_normal", normal_):
+        layer = keras.layers.Dense(7)
+        run(layer, normal(1, 7))
+        lora.convert_to_lora_layer(layer, lora_use_loha=True, lora_initializer=given)
+        a, a2, b2 = (array(getattr(layer, f"kernel_lora_{n}")) for n in ("a", "a2", "b2"))
+        assert np.abs(a).max() > 0 and np.abs(a - a2).max() > 1e-3
+        assert np.abs(a - b2.T).max() > 1e-3 and not array(layer.kernel_lora_b).any()
+
+
+def test_weights_are_not_transferred_to_a_model_without_the_second_pair():
+    model, other = tuned(), network()
+    lora.inject_lora(other, lora_rank=2, lora_targets=["conv", "point", "fc"])
+    before = [array(v) for v in other.weights]
+    with pytest.raises(ValueError, match="no .*kernel_lora_a2.*another variant"):
+        lora.transfer_weights(model, other)
+    for variable, value in zip(other.weights, before):
+        np.testing.assert_array_equal(array(variable), value)
+    same = network()
+    arguments = dict(lora_rank=2, lora_alpha=3, lora_use_loha=True)
+    lora.inject_lora(same, **arguments, lora_targets=["conv", "point", "fc"])
+    lora.transfer_weights(model, same)
+    np.testing.assert_allclose(run(same, X), run(model, X), **CLOSE)
+
+
+@pytest.mark.once
+def test_an_update_with_a_window_is_not_that_of_a_dense_layer():
+    update_ = update(inputs=(3, 3, 3), outputs=4, kind="conv")
+    model = keras.Sequential([keras.Input((27,)), keras.layers.Dense(4, name="conv")])
+    with pytest.raises(ValueError, match="conv is of shape"):
+        lora.load_adapter(model, lora.Adapter({"conv": update_}))
+    with pytest.raises(ValueError, match="LoHa, which has none"):
+        lora.Adapter({"conv": update_}, dropout=0.1)
 
 
 def test_what_does_not_go_with_it_is_refused():

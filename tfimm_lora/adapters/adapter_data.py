@@ -105,6 +105,12 @@ class AdapterData:
                     f"expected all or none. Those without: {', '.join(without[:10])}."
                 )
 
+        if self.use_loha and self.dropout:
+            raise ValueError(
+                f"Received dropout={self.dropout} for an adapter of LoHa, which has none; "
+                "expected 0."
+            )
+
     @property
     def size(self) -> int:
         """The size of all arrays in bytes."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from typing import Any, NamedTuple
 
@@ -157,7 +158,13 @@ def _layer_problem(layer: Any, module: str, update: LayerUpdate) -> list[str]:
     if refusal:
         return [f"{module} cannot take the bias of its branch (lora_bias): {refusal}"]
     if not shapes_agree(update, shape, update.shape):
-        return [f"{module} is of shape {shape}, the update {update.shape}"]
+        problem = f"{module} is of shape {shape}, the update {update.shape}"
+        if len(update.shape) == 2 and math.prod(shape) == math.prod(update.shape):
+            problem += (
+                " without the size of a window: load the adapters of PEFT's LoHa into a model "
+                "before you combine them, and combine adapter_of(model)"
+            )
+        return [problem]
     if kind is not None and not kinds_agree(update, kind):
         return [f"{module} is of the kind {kind!r}, the update {update.kind!r}"]
     return []

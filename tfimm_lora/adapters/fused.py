@@ -112,7 +112,7 @@ def fuse(
         and len(updates) == len(layout)
         and all(np.array_equal(x.a, first.a) for x in updates[1:])
     )
-    scale = first.scale
+    scale = next((x.scale for x in updates if x.scale), 0.0)
     ratios = {b: parts[b].scale / scale if scale else 0.0 for b in chosen}
     (a, b), *second = (
         _stacked(

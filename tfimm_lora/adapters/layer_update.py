@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from tfimm_lora.layers.loha import lora_factors
+from tfimm_lora.layers.qkv import moves_only
 
 #: The kinds of layers whose update PEFT supports too; see ``LayerUpdate.kind``.
 PEFT_KINDS = ("linear", "conv", "embedding")
@@ -140,8 +141,18 @@ class LayerUpdate:
 
     @property
     def lora_rank(self) -> int:
-        """The rank of the update as LoRA: r, with LoHa r^2."""
-        return self.rank**2 if self.is_loha else self.rank
+        """The rank of the update as LoRA: r, with LoHa r^2, which separate blocks have each."""
+        return self.rank**2 // self.separate_blocks() if self.is_loha else self.rank
+
+    def moves_only_its_blocks(self) -> bool:
+        """Return whether the update is zero outside of the blocks of a projection it names."""
+        if self.qkv is None or self.b.ndim != 2 or not all(self.qkv):
+            return False
+        return all(moves_only(b.T, *self.qkv) for _, b in self.pairs())
+
+    def separate_blocks(self) -> int:
+        """Return the number of blocks of a fused projection that have factors of their own."""
+        return len(self.qkv[0]) if self.qkv and self.moves_only_its_blocks() else 1
 
     def not_in_peft(self) -> str | None:
         """Return why PEFT cannot express the update, or None."""
@@ -174,7 +185,11 @@ class LayerUpdate:
             )
             for a, b in self.pairs()
         ]
-        return pairs[0] if len(pairs) == 1 else lora_factors(np, pairs, 0, 1)
+        return (
+            pairs[0]
+            if len(pairs) == 1
+            else lora_factors(np, pairs, 0, 1, self.separate_blocks())
+        )
 
     @property
     def size(self) -> int:

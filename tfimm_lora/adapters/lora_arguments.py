@@ -12,7 +12,7 @@ from tfimm_lora.adapters.fit import weight_values
 from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.adapters.model_names import in_names_of
 from tfimm_lora.adapters.peft_config import exact_pattern
-from tfimm_lora.adapters.torch_layout import can_have_dropout, moves_only_its_blocks
+from tfimm_lora.adapters.torch_layout import can_have_dropout
 from tfimm_lora.config import LoRAConfig
 from tfimm_lora.layers.einsum_dense import positions_of
 from tfimm_lora.layers.qkv import layout_of
@@ -131,7 +131,7 @@ def _common_qkv(updates: dict[str, LayerUpdate]) -> str | None:
     """
     layouts = {path: layout_of(path) or "" for path in updates}
     fused = {path: x.qkv for path, x in updates.items() if x.qkv}
-    if not fused or not all(moves_only_its_blocks(updates[path]) for path in fused):
+    if not fused or not all(updates[path].moves_only_its_blocks() for path in fused):
         return None
     single = [layout for layout in layouts.values() if len(layout) == 1]
     letters = "".join([*single, *(qkv[0] for qkv in fused.values())])

@@ -26,7 +26,6 @@ from tfimm_lora.adapters.layer_update import LayerUpdate
 from tfimm_lora.backend import backend_of
 from tfimm_lora.backend.interface import Layer
 from tfimm_lora.config import LOHA_WEIGHT_NAMES, LayerSettings
-from tfimm_lora.layers import qkv
 from tfimm_lora.layers.base import LoRALayer
 from tfimm_lora.layers.conversion import (
     adapt_layer,
@@ -76,12 +75,14 @@ def kinds_agree(update: LayerUpdate, kind: str) -> bool:
     return {update.kind, kind} <= alike
 
 
-def shapes_agree(update: LayerUpdate, one: tuple[int, ...], other: tuple[int, ...]) -> bool:
-    """Whether two shapes of an update, or of its factors, are the same but for kernel sizes of
-    1; with LoHa also if one has the kernel sizes in the axis of the inputs."""
-    if update.is_loha and 2 in (len(one), len(other)):
-        return one[0] == other[0] and math.prod(one) == math.prod(other)
-    return _without_ones(one) == _without_ones(other)
+def shapes_agree(
+    update: LayerUpdate, expected: tuple[int, ...], given: tuple[int, ...]
+) -> bool:
+    """Whether the shape of an update, or of a factor, is that of a layer but for kernel sizes
+    of 1. That of PEFT's LoHa may have the kernel sizes in the axis of the inputs."""
+    if update.is_loha and len(given) == 2:
+        return expected[0] == given[0] and math.prod(expected) == math.prod(given)
+    return _without_ones(expected) == _without_ones(given)
 
 
 def update_of(layer: Any) -> LayerUpdate:
@@ -174,7 +175,8 @@ def own_factors(layer: Any, update: LayerUpdate) -> Factors:
     own = [_in_layer_order(layer, update, pair, shapes) for pair in pairs]
     if len(own) == 1:
         return own[0]
-    return lora_factors(np, own, len(shapes[0]) - 1, layer._rank_axis_of_b())
+    axis_of_b = layer._rank_axis_of_b()
+    return lora_factors(np, own, len(shapes[0]) - 1, axis_of_b, update.separate_blocks())
 
 
 def gains(layer: Any, update: LayerUpdate) -> np.ndarray:
@@ -210,14 +212,6 @@ def branch_bias_refusal(layer: Layer) -> str | None:
 def can_have_dropout(layer: Layer) -> bool:
     """Whether the branch of a layer can have dropout."""
     return _lora_class(layer)._branch_refusal(layer) is None
-
-
-def moves_only_its_blocks(update: LayerUpdate) -> bool:
-    """Whether an update is zero outside of the blocks of a projection that it names."""
-    if update.qkv is None or update.b.ndim != 2:
-        return False
-    chosen, layout = update.qkv
-    return bool(chosen) and all(qkv.moves_only(b.T, chosen, layout) for _, b in update.pairs())
 
 
 def base_kernel(layer: Layer) -> np.ndarray:

@@ -210,8 +210,10 @@ class LoRALayer(LoRAForward, Converted):
         """The initializer of one of the layer's LoRA variables."""
         settings, initializers = self.lora, backend_of(self).keras.initializers
         if settings.lora_use_loha and name in loha.DEVIATIONS:
-            deviation = loha.DEVIATIONS[name]
-            return settings.lora_initializer or initializers.RandomNormal(stddev=deviation)
+            given = settings.lora_initializer
+            if given is not None:
+                return _with_another_seed(given, list(loha.DEVIATIONS).index(name))
+            return initializers.RandomNormal(stddev=loha.DEVIATIONS[name])
         # Otherwise ``initialize_factors`` gives A its values.
         if name == "kernel_lora_a" and settings.lora_init in ("default", "eva"):
             return settings.lora_initializer or self._default_initializer()
@@ -383,6 +385,17 @@ class LoRALayer(LoRAForward, Converted):
     def get_config(self) -> dict[str, Any]:
         config: dict[str, Any] = super().get_config()  # type: ignore[misc]
         return {**config, **self.lora.to_config(backend_of(self).keras)}
+
+
+def _with_another_seed(initializer: Any, number: int) -> Any:
+    """A copy of an initializer that draws other values: one instance repeats itself. Functions
+    are used as they are."""
+    if not hasattr(initializer, "get_config"):
+        return initializer
+    config = initializer.get_config()
+    if isinstance(config.get("seed"), int):
+        config["seed"] += number
+    return type(initializer).from_config(config)
 
 
 def has_keras_call(lora_cls: type, method: str = "call", or_of: str = "") -> bool:

@@ -183,7 +183,8 @@ class LoRAForward(AdaptedValues):
         if self.lora.lora_use_loha:
             pairs = self._loha_pairs()
             axis_of_a = len(pairs[0][0].shape) - 1
-            return loha.lora_factors(backend.ops, pairs, axis_of_a, self._rank_axis_of_b())
+            axis_of_b, blocks = self._rank_axis_of_b(), len(self.lora.lora_qkv or "1")
+            return loha.lora_factors(backend.ops, pairs, axis_of_a, axis_of_b, blocks)
         a, b = (backend.full_precision(self.__dict__[n]) for n in LORA_WEIGHT_NAMES)
         if "kernel_lora_a0" in self.__dict__:
             a0, b0 = (

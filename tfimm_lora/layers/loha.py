@@ -24,7 +24,11 @@ DEVIATIONS = {"kernel_lora_a": 1.0, "kernel_lora_a2": 1.0, "kernel_lora_b2": 0.1
 
 
 def lora_factors(
-    ops: Any, pairs: Sequence[tuple[Any, Any]], axis_of_a: int, axis_of_b: int
+    ops: Any,
+    pairs: Sequence[tuple[Any, Any]],
+    axis_of_a: int,
+    axis_of_b: int,
+    blocks: int = 1,
 ) -> tuple[Any, Any]:
     """A' and B', from (A, B) and (A2, B2).
 
@@ -32,14 +36,17 @@ def lora_factors(
         ops: Array functions of a backend, or NumPy.
         pairs: (A, B) and (A2, B2).
         axis_of_a, axis_of_b: The axes of A and of B that are the rank.
+        blocks: The number of blocks of equal rank, whose outputs are not those of another.
     """
     (a, b), (a2, b2) = pairs
-    return _products(ops, a, a2, axis_of_a), _products(ops, b, b2, axis_of_b)
+    both = _products(ops, a, a2, axis_of_a, blocks), _products(ops, b, b2, axis_of_b, blocks)
+    return both
 
 
-def _products(ops: Any, x: Any, y: Any, axis: int) -> Any:
-    """The products of all pairs of entries along an axis."""
+def _products(ops: Any, x: Any, y: Any, axis: int, blocks: int) -> Any:
+    """The products of all pairs of entries along an axis, which has equal blocks."""
     before, after = x.shape[:axis], x.shape[axis + 1 :]
-    left = ops.reshape(x, (*before, x.shape[axis], 1, *after))
-    right = ops.reshape(y, (*before, 1, y.shape[axis], *after))
-    return ops.reshape(left * right, (*before, x.shape[axis] * y.shape[axis], *after))
+    rank = x.shape[axis] // blocks
+    left = ops.reshape(x, (*before, blocks, rank, 1, *after))
+    right = ops.reshape(y, (*before, blocks, 1, rank, *after))
+    return ops.reshape(left * right, (*before, blocks * rank * rank, *after))

@@ -357,8 +357,8 @@ class AdaptedValues:
             raise ValueError(
                 f"The weights do not fit the LoRA layer '{self.name}': "
                 f"{'; '.join(problems)}. Load the weights of a model without LoRA before "
-                "LoRA is injected. Those of a LoRA model need the same lora_rank and "
-                "lora_targets."
+                "LoRA is injected. Those of a LoRA model need the same lora_rank, "
+                "lora_targets and variant (lora_use_dora, lora_use_loha, ...)."
             )
         for key, variable in stored.items():
             variable.assign(store[key])

@@ -165,10 +165,28 @@ def _lost_updates(
 ) -> list[str]:
     """Describe the unmerged updates of the source that the destination cannot hold."""
     taken = {
-        id(source[w.full_name].layer)
+        id(source[w.full_name].layer): w.layer
         for w in wanted
         if isinstance(w.layer, LoRALayer) and w.full_name in source
     }
+    variables = {id(source[w.full_name].variable) for w in wanted if w.full_name in source}
+    with_update = {
+        id(w.layer)
+        for w in given
+        if w.name == LORA_WEIGHT_NAMES[0] and id(w.variable) in variables
+    }
+    others = [
+        w.full_name
+        for w in given
+        if w.name in LORA_VARIABLE_NAMES
+        and id(w.layer) in with_update
+        and w.name not in taken[id(w.layer)]._lora_variables()
+    ]
+    if others:
+        return [
+            f"the destination has no {', '.join(others[:10])}: it has another variant of LoRA; "
+            "convert it with the same arguments"
+        ]
     lost = [
         w.path
         for w in given

@@ -56,10 +56,10 @@ _KNOWN_OF_LOHA = frozenset(
         *("rank_dropout", "module_dropout", "use_effective_conv2d", "init_weights"),
         *("rank_pattern", "alpha_pattern", "target_modules", "exclude_modules"),
         *("layers_to_transform", "layers_pattern"),
-        # Of this package's extension.
-        *("use_loha", "bias"),
     )
 )
+#: What this package's extension of it has, too.
+_OWN_OF_LOHA = frozenset(("use_loha", "bias"))
 
 #: Fields that are the same in every written config of LoHa.
 PLAIN_LOHA_FIELDS: dict[str, Any] = {
@@ -162,6 +162,8 @@ def unsupported(fields: dict[str, Any], is_loha: bool = False) -> list[str]:
         is_loha: Whether they are those of a LoHaConfig.
     """
     known_fields = _KNOWN_OF_LOHA if is_loha else _KNOWN
+    if fields.get("peft_type") == OWN_TYPE:
+        known_fields = known_fields | _OWN_OF_LOHA
     problems = [
         f"{name}={fields[name]!r}"
         for name, unused in _UNSUPPORTED.items()
