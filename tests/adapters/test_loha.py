@@ -322,6 +322,7 @@ def test_weights_are_not_transferred_to_a_model_without_the_second_pair():
         lora.transfer_weights(model, other)
     for variable, value in zip(other.weights, before):
         np.testing.assert_array_equal(array(variable), value)
+    lora.transfer_weights(model, other, weights_to_ignore=["kernel_lora_"])
     same = network()
     arguments = dict(lora_rank=2, lora_alpha=3, lora_use_loha=True)
     lora.inject_lora(same, **arguments, lora_targets=["conv", "point", "fc"])

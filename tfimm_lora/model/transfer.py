@@ -82,7 +82,7 @@ def transfer_weights(
         if not any(re.search(pattern, w.full_name) for pattern in ignored)
         and not rules.skips(w)
     ]
-    values, problems = [], _lost_updates(given, wanted, source)
+    values, problems = [], _lost_updates(given, wanted, source, ignored)
     for weight in wanted:
         found = source.get(weight.full_name)
         if found is None:
@@ -161,7 +161,7 @@ def _numbered(names: list[str]) -> list[str]:
 
 
 def _lost_updates(
-    given: list[_Weight], wanted: list[_Weight], source: dict[str, _Weight]
+    given: list[_Weight], wanted: list[_Weight], source: dict[str, _Weight], ignored: list[str]
 ) -> list[str]:
     """Describe the unmerged updates of the source that the destination cannot hold."""
     taken = {
@@ -181,6 +181,7 @@ def _lost_updates(
         if w.name in LORA_VARIABLE_NAMES
         and id(w.layer) in with_update
         and w.name not in taken[id(w.layer)]._lora_variables()
+        and not any(re.search(pattern, w.full_name) for pattern in ignored)
     ]
     if others:
         return [
