@@ -175,14 +175,12 @@ class SharedSettings:
 
     def _check_loha(self) -> None:
         """Raise if LoHa is combined with what is defined for the factors A and B of LoRA."""
-        names = ("use_dora", "bias", "dropout", "init", "freeze_a")
-        defaults = {each.name: each.default for each in dataclasses.fields(SharedSettings)}
-        given = [
-            f"{name}={getattr(self, name)!r}"
-            for name in (f"lora_{name}" for name in names)
-            if getattr(self, name) != defaults[name]
-        ]
-        if self.lora_use_loha and given:
+        if not self.lora_use_loha:
+            return
+        names = ("lora_use_dora", "lora_bias", "lora_dropout", "lora_init", "lora_freeze_a")
+        values = ((name, getattr(self, name)) for name in names)
+        given = [f"{name}={x!r}" for name, x in values if x not in (False, 0, "default")]
+        if given:
             raise ValueError(
                 f"Received lora_use_loha=True and {', '.join(given)}; expected LoHa without "
                 "these, which are defined for the two factors of LoRA."

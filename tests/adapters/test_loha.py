@@ -59,8 +59,8 @@ def test_wrong_second_pairs_are_refused():
         (dict(b2=None), "expected a2 of shape"),
         (dict(a2=x.a2[:1]), "expected a2 of shape"),
         (dict(a2=x.a2 * np.nan), "finite"),
-        (dict(magnitude=np.ones(4)), "magnitude"),
-        (dict(kind="embedding"), "embedding"),
+        (dict(magnitude=np.ones(4)), "neither a magnitude nor a bias"),
+        (dict(kind="embedding"), "for the kind 'embedding'"),
     ):
         values = dict(a=x.a, b=x.b, a2=x.a2, b2=x.b2)
         with pytest.raises(ValueError, match=words):
@@ -295,6 +295,12 @@ def test_parts_of_a_fused_projection(tmp_path):
     update = lora.adapter_of(model).layers["qkv"]
     assert (update.rank, update.lora_rank, update.as_lora().rank) == (4, 2 * 4, 2 * 4)
     np.testing.assert_allclose(update.as_lora().delta(), delta(update), **CLOSE)
+    assert update.as_lora().qkv == ("qv", "qkv")
+    # As LoRA, whose blocks are separate too.
+    fresh = lora.load_adapter(make(), lora.combine_adapters([lora.adapter_of(model)]))
+    settings = fresh.get_layer("qkv").lora
+    assert (settings.lora_qkv, settings.rank, settings.use_loha) == ("qv", 4, False)
+    np.testing.assert_allclose(run(fresh, x), changed, **CLOSE)
     np.testing.assert_allclose(changed[:, 4:8], plain[:, 4:8], rtol=1e-6)
     assert np.abs(changed - plain)[:, [0, 11]].min() > 1e-3
     lora.save_adapter(model, tmp_path, format="peft")
@@ -314,6 +320,29 @@ def test_another_start_draws_each_factor_by_itself():
         assert np.abs(a - b2.T).max() > 1e-3 and not array(layer.kernel_lora_b).any()
 
 
+def test_dropouts_of_peft_are_named_and_no_reason_to_refuse(tmp_path):
+    model = tuned()
+    lora.save_adapter(model, tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    path.write_text(json.dumps({**fields, "rank_dropout": 0.2}))
+    with pytest.warns(UserWarning, match="rank_dropout=0.2.*without") as caught:
+        fresh = lora.load_adapter(network(), lora.Adapter.load(tmp_path))
+    assert caught[0].filename == __file__
+    np.testing.assert_allclose(run(fresh, X), run(model, X), **CLOSE)
+
+
+def test_all_factors_are_regularized():
+    layer = keras.layers.Dense(7)
+    run(layer, normal(1, 7))
+    regularizer = keras.regularizers.L2(0.5)
+    lora.convert_to_lora_layer(layer, lora_use_loha=True, lora_regularizer=regularizer)
+    factors = [array(v).astype("float64") for v in layer._lora_variables().values()]
+    assert len(factors) == 4
+    expected = 0.5 * sum((x**2).sum() for x in factors)
+    np.testing.assert_allclose(float(sum(map(array, layer.losses))), expected, rtol=1e-5)
+
+
 def test_weights_are_not_transferred_to_a_model_without_the_second_pair():
     model, other = tuned(), network()
     lora.inject_lora(other, lora_rank=2, lora_targets=["conv", "point", "fc"])
@@ -322,7 +351,11 @@ def test_weights_are_not_transferred_to_a_model_without_the_second_pair():
         lora.transfer_weights(model, other)
     for variable, value in zip(other.weights, before):
         np.testing.assert_array_equal(array(variable), value)
-    lora.transfer_weights(model, other, weights_to_ignore=["kernel_lora_"])
+    lora.transfer_weights(model, other, weights_to_ignore=["kernel_lora_[ab]2"])
+    layer = other.get_layer("fc")
+    np.testing.assert_array_equal(
+        array(layer.kernel_lora_a), array(model.get_layer("fc").kernel_lora_a)
+    )
     same = network()
     arguments = dict(lora_rank=2, lora_alpha=3, lora_use_loha=True)
     lora.inject_lora(same, **arguments, lora_targets=["conv", "point", "fc"])

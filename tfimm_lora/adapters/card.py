@@ -54,7 +54,7 @@ def model_card(adapter: AdapterData, fields: dict[str, Any]) -> str:
         lines += ['PeftModel.from_pretrained(timm_model, "path/of/this/folder")', "```"]
     else:
         lines.append(
-            "PEFT cannot read it, since it has layers that PEFT cannot express "
+            "PEFT cannot read it, since it has layers or weights that PEFT cannot express "
             f"({', '.join(sorted(adapter.not_in_peft()))})."
         )
     lines += ["", f"{MARK} {__version__}.", ""]

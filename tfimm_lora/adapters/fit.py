@@ -161,8 +161,8 @@ def _layer_problem(layer: Any, module: str, update: LayerUpdate) -> list[str]:
         problem = f"{module} is of shape {shape}, the update {update.shape}"
         if len(update.shape) == 2 and math.prod(shape) == math.prod(update.shape):
             problem += (
-                " without the size of a window: load the adapters of PEFT's LoHa into a model "
-                "before you combine them, and combine adapter_of(model)"
+                " without the size of the window (if it was combined from adapters of PEFT's "
+                "LoHa, load these into the model first, and combine adapter_of(model))"
             )
         return [problem]
     if kind is not None and not kinds_agree(update, kind):

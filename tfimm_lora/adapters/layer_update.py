@@ -100,11 +100,15 @@ class LayerUpdate:
                 f"Received a second pair of factors of shapes {shapes}; expected a2 of shape "
                 f"{self.a.shape} and b2 of shape {self.b.shape}, as the first pair."
             )
-        if vectors or self.kind in ("embedding", "batched"):
+        if vectors:
             raise ValueError(
-                f"Received a second pair of factors (LoHa) with {', '.join(vectors)} for a "
-                f"layer of the kind {self.kind!r}; expected neither a magnitude nor a bias, "
-                "nor an embedding or a batched kernel."
+                f"Received a second pair of factors (LoHa) and a {' and a '.join(vectors)}; "
+                "expected neither a magnitude nor a bias with it."
+            )
+        if self.kind in ("embedding", "batched"):
+            raise ValueError(
+                f"Received a second pair of factors (LoHa) for the kind {self.kind!r}; "
+                "expected another kind."
             )
 
     @property
@@ -120,10 +124,11 @@ class LayerUpdate:
     def as_lora(self) -> LayerUpdate:
         """Return an update of LoHa as that of LoRA which it is equal to, of rank rank^2.
 
-        Its A has the products of all pairs of rows of A and A2, its B those of the columns of B
-        and B2. Other updates are returned as they are.
+        Its A has the products of all pairs of rows of A and A2, its B those of the columns of
+        B and B2; within a block, if blocks of a projection were adapted separately. Other
+        updates are returned as they are.
         """
-        if self.a2 is None:
+        if not self.is_loha:
             return self
         a, b = self.matrices()
         ones = (1,) * (self.b.ndim - 2)
@@ -132,6 +137,7 @@ class LayerUpdate:
             b.reshape(*b.shape, *ones).astype(self.b.dtype),
             self.scale,
             self.kind,
+            self.qkv if self.moves_only_its_blocks() else None,
         )
 
     @property
@@ -185,11 +191,11 @@ class LayerUpdate:
             )
             for a, b in self.pairs()
         ]
-        return (
-            pairs[0]
-            if len(pairs) == 1
-            else lora_factors(np, pairs, 0, 1, self.separate_blocks())
-        )
+        if len(pairs) == 1:
+            return pairs[0]
+        found: tuple[np.ndarray, np.ndarray]
+        found = lora_factors(np, pairs, 0, 1, self.separate_blocks())
+        return found
 
     @property
     def size(self) -> int:

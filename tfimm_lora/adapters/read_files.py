@@ -11,12 +11,14 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 
+from tfimm_lora.adapters import loha_tensors
 from tfimm_lora.adapters.adapter_data import AdapterData, FileSelection
 from tfimm_lora.adapters.file_format import (
     CONFIG,
@@ -218,6 +220,7 @@ def _own_metadata(text: str | None) -> dict[str, Any]:
 def _assembled(
     tensors: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
 ) -> AdapterData:
+    _warn_of_other_dropouts(config)
     factors, weights = _sorted_tensors(tensors, metadata.get("whole", []))
     layers = {
         module: _update(module, found, metadata, config) for module, found in factors.items()
@@ -242,6 +245,16 @@ def _assembled(
         _selection(config, layers),
         _task(metadata.get("task")),
     )
+
+
+def _warn_of_other_dropouts(config: PeftConfig) -> None:
+    if config.other_dropouts:
+        listed = " and ".join(f"{k}={v}" for k, v in config.other_dropouts.items())
+        warnings.warn(
+            f"The adapter was trained with {listed}, which is not supported here. What it "
+            "computes is the same; further training goes on without, and it is not saved.",
+            stacklevel=7,
+        )
 
 
 def _task(values: Any) -> TaskRecord | None:
@@ -354,12 +367,23 @@ def _plain_weights(
 def _update(
     module: str, found: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
 ) -> LayerUpdate:
-    is_loha = any(name.startswith("hada_") for name in found)
+    is_loha = any(name.startswith(loha_tensors.PREFIX) for name in found)
     if is_loha != config.use_loha:
         kinds = ("LoHa", "LoRA") if is_loha else ("LoRA", "LoHa")
         raise ValueError(f"has factors of {kinds[0]} for {module}, and a config of {kinds[1]}")
     if is_loha:
-        return _loha_update(module, found, metadata, config)
+        window = metadata.get("windows", {}).get(module)
+        (a, b), (a2, b2) = loha_tensors.pairs_from(module, found, window)
+        kind = "linear" if a.ndim == 2 else "conv"
+        return LayerUpdate(
+            a,
+            b,
+            _scale(module, len(a), metadata, config),
+            _own_kind(module, metadata) or kind,
+            _qkv(module, metadata),
+            a2=a2,
+            b2=b2,
+        )
     for name in ("A", "B"):
         if name not in found:
             raise ValueError(f"has no lora_{name} for {module}")
@@ -395,61 +419,6 @@ def _update(
         _qkv(module, metadata),
         **vectors,
     )
-
-
-def _loha_update(
-    module: str, found: dict[str, np.ndarray], metadata: dict[str, Any], config: PeftConfig
-) -> LayerUpdate:
-    """Return an update of LoHa from its tensors; in torch B is the first factor of a pair."""
-    pairs = [_loha_pair(module, number, found) for number in (2, 1)]
-    (a, b), (a2, b2) = pairs
-    if a.shape != a2.shape or b.shape != b2.shape:
-        shapes = ", ".join(f"{name} {x.shape}" for name, x in found.items())
-        raise ValueError(f"has {shapes} for {module}, which do not fit")
-    window = metadata.get("windows", {}).get(module)
-    if window is not None:
-        sizes = isinstance(window, list) and all(type(n) is int and n > 0 for n in window)
-        if not sizes or math.prod(window) != math.prod(a.shape[1:]):
-            raise ValueError(f"has damaged metadata of tfimm_lora for {module}")
-        a, a2 = (x.reshape(len(x), *window) for x in (a, a2))
-        b, b2 = (x.reshape(*x.shape, *[1] * (len(window) - 1)) for x in (b, b2))
-    return LayerUpdate(
-        a,
-        b,
-        _scale(module, len(a), metadata, config),
-        _own_kind(module, metadata) or ("conv" if a.ndim > 2 else "linear"),
-        _qkv(module, metadata),
-        a2=a2,
-        b2=b2,
-    )
-
-
-def _loha_pair(
-    module: str, number: int, found: dict[str, np.ndarray]
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return A and B of one pair of LoHa.
-
-    With use_effective_conv2d PEFT has a third factor T, (r, r, *size), beside B^T (r, out) and
-    (r, in): A is T times the latter.
-    """
-    names = [f"hada_w{number}_a", f"hada_w{number}_b"]
-    missing = [name for name in names if name not in found]
-    if missing:
-        raise ValueError(f"has no {missing[0]} for {module}")
-    b, a = (found[name] for name in names)
-    core = found.get(f"hada_t{number}")
-    if core is None:
-        fitting = a.ndim == b.ndim == 2 and a.shape[0] == b.shape[1] and a.size and b.size
-    else:
-        fitting = core.ndim == 4 and core.size and a.ndim == b.ndim == 2 and a.size and b.size
-        fitting = fitting and len(a) == len(b) == len(core) == core.shape[1]
-        names.append(f"hada_t{number}")
-    if not fitting:
-        shapes = ", ".join(f"{name} {found[name].shape}" for name in names)
-        raise ValueError(f"has {shapes} for {module}, which do not fit")
-    if core is not None:
-        return np.einsum("ijkl,jn->inkl", core, a), b.T[:, :, None, None]
-    return a, b
 
 
 def _scale(module: str, rank: int, metadata: dict[str, Any], config: PeftConfig) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from tfimm_lora.adapters import loha_tensors
 from tfimm_lora.adapters.adapter_data import AdapterData
 from tfimm_lora.adapters.card import MARK, model_card
 from tfimm_lora.adapters.file_format import (
@@ -39,9 +40,9 @@ def write(
     if refused and format == "peft":
         listed = "; ".join(f"{name}: {reason}" for name, reason in refused.items())
         raise ValueError(
-            f"Received format='peft' for an adapter with layers that PEFT cannot express: "
-            f"{listed}. Leave format out to write the extension that this package reads, or "
-            "train without these layers in lora_targets."
+            f"Received format='peft' for an adapter that PEFT cannot express: {listed}. Leave "
+            "format out to write the extension that this package reads, or train without these "
+            "layers in lora_targets, or without these biases."
         )
     fields = config_fields(adapter, own=bool(refused))
     # Not sorted: the first pattern that matches counts.
@@ -89,15 +90,8 @@ def _serialized(adapter: AdapterData, config_hash: str) -> bytes:
 
 def _tensors_of(update: LayerUpdate) -> dict[str, np.ndarray]:
     """Return the arrays of an update by PEFT's names."""
-    if update.a2 is not None and update.b2 is not None:
-        # In torch B is the first factor, and the window of a convolution is not an axis.
-        rank = update.rank
-        return {
-            "hada_w1_a": update.b2.reshape(-1, rank),
-            "hada_w1_b": update.a2.reshape(rank, -1),
-            "hada_w2_a": update.b.reshape(-1, rank),
-            "hada_w2_b": update.a.reshape(rank, -1),
-        }
+    if update.is_loha:
+        return loha_tensors.tensors_of(update)
     if update.kind == "embedding":
         tensors = {"lora_embedding_A": update.a, "lora_embedding_B": update.b}
     else:

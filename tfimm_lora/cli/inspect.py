@@ -203,7 +203,9 @@ def show(data: dict[str, Any]) -> None:
             ("bias of the branches", "yes" if data["lora_bias"] else "no"),
             (
                 "PEFT format",
-                f"no: PEFT cannot express {not_in_peft} layers" if not_in_peft else "yes",
+                f"no: PEFT cannot express {not_in_peft} layers or weights"
+                if not_in_peft
+                else "yes",
             ),
         ]
     )

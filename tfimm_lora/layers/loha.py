@@ -36,11 +36,11 @@ def lora_factors(
         ops: Array functions of a backend, or NumPy.
         pairs: (A, B) and (A2, B2).
         axis_of_a, axis_of_b: The axes of A and of B that are the rank.
-        blocks: The number of blocks of equal rank, whose outputs are not those of another.
+        blocks: The number of blocks of a fused projection with factors of their own. The
+            products of factors of different blocks are zero, and left out.
     """
     (a, b), (a2, b2) = pairs
-    both = _products(ops, a, a2, axis_of_a, blocks), _products(ops, b, b2, axis_of_b, blocks)
-    return both
+    return _products(ops, a, a2, axis_of_a, blocks), _products(ops, b, b2, axis_of_b, blocks)
 
 
 def _products(ops: Any, x: Any, y: Any, axis: int, blocks: int) -> Any:

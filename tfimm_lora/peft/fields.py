@@ -102,6 +102,12 @@ class PeftFields:
         self.rank: int = self._get("r", int, 8)
         self._alpha_name = "alpha" if self.use_loha else "lora_alpha"
         self.alpha: float = self._number(self._alpha_name, 8)
+        #: Dropouts of PEFT's LoHa, in training, that there are not here.
+        self.other_dropouts = {
+            name: rate
+            for name in ("rank_dropout", "module_dropout")
+            if self.use_loha and (rate := self._number(name, 0.0))
+        }
         self.use_rslora: bool = self._get("use_rslora", bool, False)
         self.use_dora: bool = self._get("use_dora", bool, False)
         self.lora_bias: bool = self._get("lora_bias", bool, False)

@@ -77,7 +77,7 @@ def arguments_from(fields: dict[str, Any]) -> dict[str, Any]:
     """
     peft = PeftFields(fields)
     if peft.use_loha:
-        init, problem = "default", _loha_problems(fields)
+        init, problem = "default", _loha_problems(fields, peft)
     else:
         init, problem = _init_from(fields.get("init_lora_weights", True))
     problems = unsupported(fields, peft.use_loha) + problem
@@ -175,14 +175,11 @@ def _init_from(value: Any) -> tuple[str, list[str]]:
     return "default", [f"init_lora_weights={value!r} ({why})"]
 
 
-def _loha_problems(fields: dict[str, Any]) -> list[str]:
+def _loha_problems(fields: dict[str, Any], peft: PeftFields) -> list[str]:
     """Return the settings of a LoHaConfig that have no counterpart here."""
-    why = {
-        "rank_dropout": "not supported here",
-        "module_dropout": "not supported here",
-        "use_effective_conv2d": "the third factor of convolutions is not trained here",
-    }
-    found = [f"{n}={fields[n]!r} ({reason})" for n, reason in why.items() if fields.get(n)]
+    found = [f"{name}={rate!r}" for name, rate in peft.other_dropouts.items()]
+    if fields.get("use_effective_conv2d"):
+        found.append("use_effective_conv2d=True (the third factor is not trained here)")
     if fields.get("init_weights") is False:
         found.append("init_weights=False (B would not be initialized to zero)")
     return found
