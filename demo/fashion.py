@@ -46,7 +46,7 @@ from tfimm_lora.finetuning.run_report import evaluate_run
 HERE = Path(__file__).resolve().parent
 
 #: Pictures of each class for training, validation (to choose the best epoch) and testing.
-COUNTS, QUICK_COUNTS = (40, 10, 50), (4, 2, 4)
+COUNTS, QUICK_COUNTS = (80, 20, 50), (4, 2, 4)
 SIDE, QUICK_SIDE = 96, 32
 EPOCHS, QUICK_EPOCHS = 4, 1
 #: More epochs of the classifier cost nothing: its inputs are computed once.
@@ -69,9 +69,10 @@ IMAGENET = {
     "Ankle boot": (514,),  # cowboy boot
 }
 
-#: The promises of this demo. It trains each way once: by the seed, and by the rounding of the
-#: processor, LoRA was between 3 points ahead and 5 behind.
-MAX_POINTS_BEHIND = 8.0
+#: The promises of this demo. It trains each way once. With three seeds LoRA was between 1.2 points
+#: behind and 2.3 ahead. With half as many pictures for training it was between 4.6 behind and 3.0
+#: ahead, and the rounding of the processor decided about the promise.
+MAX_POINTS_BEHIND = 4.0
 MAX_SHARE = 0.10
 MIN_POINTS_ABOVE_RANDOM = 30.0
 MAX_DIFFERENCE = 1e-4  # of the probabilities
