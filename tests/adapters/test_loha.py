@@ -1,5 +1,6 @@
 """LoHa: its updates and adapters, by NumPy, and what does not go with it."""
 
+import dataclasses
 import json
 
 import numpy as np
@@ -10,6 +11,7 @@ import tfimm_lora as lora
 from tests.helpers.kerases import LEGACY, array, keras, normal, run
 from tfimm_lora.adapters.fused import fuse, split
 from tfimm_lora.adapters.layer_update import LayerUpdate
+from tfimm_lora.adapters.translation import _in_window
 from tfimm_lora.model.merge import lora_layers
 
 CLOSE = dict(rtol=1e-4, atol=1e-5)
@@ -108,6 +110,22 @@ def test_combinations_are_exact_sums():
     np.testing.assert_allclose(both.layers["fc"].delta(), expected, rtol=1e-5, atol=1e-5)
     assert both.layers["fc"].rank == 4 + 9 + 2 and not both.use_loha
     assert lora.combination_errors(both, [one, two, three], [1.0, -2.0, 0.5])["fc"] < 1e-6
+    half = lora.Adapter({"fc": dataclasses.replace(one.layers["fc"], scale=0.375)})
+    np.testing.assert_allclose(lora.combination_errors(half, [one])["fc"], 0.5, rtol=1e-6)
+
+
+@pytest.mark.once
+def test_in_another_library_a_convolution_may_be_a_linear_layer():
+    """The linear layer of a patch has its inputs in the order height, width, channel."""
+    conv = update(inputs=(3, 2, 2), kind="conv")
+    linear = _in_window(conv, 0)
+    assert linear.kind == "linear" and linear.a2.shape == (2, 12)
+    expected = delta(conv).transpose(0, 2, 3, 1).reshape(4, 12)
+    np.testing.assert_allclose(delta(linear), expected, rtol=1e-6)
+    # What PEFT wrote for a convolution looks the same, and has another order.
+    with pytest.raises(ValueError, match="does not tell"):
+        _in_window(linear, 2)
+    assert _in_window(linear, None) is linear
 
 
 # -- files -----------------------------------------------------------------------------------
@@ -267,6 +285,17 @@ def test_it_trains_all_four_factors_and_starts_without_effect():
     assert float(last) < 0.7 * float(first)
     for name, variable in layer._lora_variables().items():
         assert np.abs(array(variable) - before[name]).max() > 1e-3, name
+
+
+@pytest.mark.backends
+def test_strength_is_that_of_the_update():
+    layer = tuned().get_layer("conv")
+    kernel = array(layer._kernel_variable).copy()
+    full = layer.merged_kernel() - kernel
+    layer.set_strength(0.5)
+    np.testing.assert_allclose(layer.merged_kernel() - kernel, 0.5 * full, **CLOSE)
+    layer.set_strength(-2)
+    np.testing.assert_allclose(layer.merged_kernel() - kernel, -2 * full, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("form", [("effective", None), ("factored", None), (None, "whole")])

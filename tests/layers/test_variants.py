@@ -286,6 +286,20 @@ def keras_mean(kernel):
     return tf.reduce_mean(kernel, axis=(0, 1, 2), keepdims=True)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_every_variable_has_axes_of_a_mesh(variant):
+    """Without them a variable is on all devices as a whole."""
+    layer = keras.layers.Dense(5, name="layer")
+    run(layer, normal(2, 4))
+    lora.convert_to_lora_layer(layer, lora_rank=2, **VARIANTS[variant])
+    axes = layer._variable_axes(("rows", "columns"))
+    shapes = {name: tuple(v.shape) for name, v in layer._lora_variables().items()}
+    sizes = {"rows": 4, "columns": 5, None: 2}
+    for name, shape in shapes.items():
+        if name != "kernel_lora_shift":  # it has those of the bias
+            assert tuple(sizes[axis] for axis in axes[name]) == shape, name
+
+
 def test_wrong_variants_are_refused():
     for arguments, words in (
         (dict(lora_use_dora=True, lora_bias=True), "expected at most one of them"),

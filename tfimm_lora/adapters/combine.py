@@ -187,7 +187,7 @@ def combination_errors(
         0.25
     """
     adapters, weights = _check_adapters(adapters, weights)
-    (combined,), _ = _check_adapters([combined], None)
+    _check_adapters([combined], None)
     if model is not None:
         names = ModuleNames(model)
         combined, *adapters = (in_names_of(names, x) for x in (combined, *adapters))
