@@ -69,9 +69,9 @@ IMAGENET = {
     "Ankle boot": (514,),  # cowboy boot
 }
 
-#: The promises of this demo, which trains each way once. With three seeds LoRA was between 1.2
-#: points behind and 2.3 ahead. With half as many pictures for training it was between 4.6 behind
-#: and 3.0 ahead, and the rounding of the processor decided about the promise.
+#: The promises of this demo, which trains each way once. With three seeds, LoRA was between 1.2
+#: points behind and 2.3 ahead. With half as many pictures for training, it was between 4.6
+#: behind and 3.0 ahead, and the rounding of the processor decided about the promise.
 MAX_POINTS_BEHIND = 4.0
 MAX_SHARE = 0.10
 MIN_POINTS_ABOVE_RANDOM = 30.0
