@@ -648,6 +648,14 @@ class Backend(ABC):
         derivatives are computed for which ``custom_gradient`` does not do."""
         return False
 
+    def after(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Compute what is recorded within the block no earlier than ``x``, in inference.
+
+        TensorFlow runs a graph in the order in which operations become ready. What depends on
+        no input, as W + s A B, it computes first, and holds it for all layers at once.
+        """
+        return contextlib.nullcontext()
+
     def recomputed(self, function: Callable[..., Any], *args: Tensor) -> Any:
         """``function(*args)``, computed again in the backward pass instead of kept."""
         return function(*args)

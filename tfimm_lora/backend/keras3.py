@@ -329,6 +329,13 @@ class Keras3Backend(Backend):
         transforms = torch._C._are_functorch_transforms_active()
         return bool(transforms or torch.autograd.forward_ad._current_level >= 0)
 
+    def after(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        if self.framework() != "tensorflow" or not self.prefers_plain_gradients():
+            return contextlib.nullcontext()
+        from tfimm_lora.backend import tensorflow_functions
+
+        return tensorflow_functions.after(x)
+
     def compiled_call(self, layer: Layer, call: Any, x: Tensor) -> Tensor | None:
         compiled = _compiled_layers()
         return None if compiled is None else compiled.outputs(layer, call, x)

@@ -19,6 +19,7 @@ from tfimm_lora.backend.interface import Backend, Layer, Ops, Tensor, Variable
 from tfimm_lora.backend.learning_rates import LegacyVariableRates
 from tfimm_lora.backend.legacy_random import drawing_from, from_generator
 from tfimm_lora.backend.tensorflow_functions import (
+    after,
     compiled_for_any_batch,
     is_recording,
     write_rows,
@@ -280,6 +281,9 @@ class LegacyBackend(Backend):
 
     def prefers_plain_gradients(self) -> bool:
         return not is_recording() and not self.is_called_in_training()
+
+    def after(self, x: Tensor) -> contextlib.AbstractContextManager[Any]:
+        return after(x) if self.prefers_plain_gradients() else contextlib.nullcontext()
 
     def recomputed_call(
         self,

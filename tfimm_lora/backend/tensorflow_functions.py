@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -17,6 +18,12 @@ def is_recording() -> bool:
     have half of the operations.
     """
     result: bool = record.could_possibly_record()
+    return result
+
+
+def after(x: tf.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """See ``Backend.after``."""
+    result: contextlib.AbstractContextManager[Any] = tf.control_dependencies([x])
     return result
 
 

@@ -139,10 +139,11 @@ class DenseUpdate(LoRALayer):
         width = self._kernel_variable.shape[0]
         rows = x if rank == 2 else ops.reshape(x, (-1, width))
         places, values = forms.places(x.shape[0], x.shape[1:-1]), mixed_batch.values_for(self)
-        if values is None:
-            outputs = self._with_bias(self._adapted(rows, places))
-        else:
-            outputs = self._with_adapters(rows, places, values, self._with_bias)
+        with backend.after(rows):
+            if values is None:
+                outputs = self._with_bias(self._adapted(rows, places))
+            else:
+                outputs = self._with_adapters(rows, places, values, self._with_bias)
         if rank != 2:
             outputs = ops.reshape(outputs, (*leading_shape(backend, x), outputs.shape[-1]))
         return activated(backend, self.activation, outputs)

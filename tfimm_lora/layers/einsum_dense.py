@@ -204,10 +204,11 @@ class EinsumDenseUpdate(LoRALayer):
             return super().call(inputs, *args, **kwargs)
         x = backend.ops.cast(inputs, backend.compute_dtype(self))
         places, values = self._product(x).places(tuple(x.shape)), mixed_batch.values_for(self)
-        if values is None:
-            outputs = self._with_bias(self._adapted(x, places))
-        else:
-            outputs = self._with_adapters(x, places, values, self._with_bias)
+        with backend.after(x):
+            if values is None:
+                outputs = self._with_bias(self._adapted(x, places))
+            else:
+                outputs = self._with_adapters(x, places, values, self._with_bias)
         return outputs if self.activation is None else self.activation(outputs)
 
     def _with_bias(self, outputs: Tensor) -> Tensor:
