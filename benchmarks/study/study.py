@@ -23,6 +23,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 import page
 from plan import QUICK, Job, Plan, Run
 from results import RESULTS, ROOT, read_results, write_result
+from tasks import TASKS
 
 
 def one_thread() -> None:
@@ -83,6 +84,9 @@ def do_runs(plan: Plan, args: argparse.Namespace) -> None:
         folder = args.work / "checkpoints" / model
         if not (folder / "config.json").exists():
             checkpoints.write_checkpoint(model, folder)
+    # Before the processes start, which would download the same files at the same time.
+    for task in {run.job.task for run in plan.due(read_results(args.results))}:
+        TASKS[task].load(args.work / "downloads")
     context = multiprocessing.get_context("spawn")
     with concurrent.futures.ProcessPoolExecutor(
         args.processes, context, one_thread, max_tasks_per_child=4
