@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Protocol, TypeAlias
@@ -25,9 +24,6 @@ Tensor: TypeAlias = Any
 MeshAxes: TypeAlias = tuple[str | None, ...]
 
 _BIAS_NAMES = ("bias", "beta")
-
-#: Where a model keeps weak references to the models that call it.
-_CALLERS = "_lora_callers"
 
 #: The models around a layer, innermost first: their path, and their name with "/".
 _Models: TypeAlias = tuple[tuple[str, str], ...]
@@ -275,22 +271,17 @@ class Backend(ABC):
                 self.mark_compiled(x, True)
 
     def reset_functions(self, model: Layer) -> None:
-        """Trace the functions of fit, evaluate and predict again, on every model inside a
-        model, and on those that ``note_caller`` recorded.
+        """Trace the functions of fit, evaluate and predict again, of a model and of every model
+        inside it.
 
         Each is replaced and not dropped, because a callback may be running within one.
         """
-        callers = [m for m in (ref() for ref in model.__dict__.get(_CALLERS, ())) if m]
-        for layer in [*(x for _, x in self.walk(model)), *callers]:
+        for _, layer in self.walk(model):
             if self.is_model(layer):
                 for name in ("train_function", "test_function", "predict_function"):
                     if getattr(layer, name, None) is not None:
                         setattr(layer, name, None)
                         getattr(layer, f"make_{name}")()
-
-    def note_caller(self, model: Layer, caller: Layer) -> None:
-        """Record that a model is called by another, whose traced functions depend on it."""
-        model.__dict__.setdefault(_CALLERS, []).append(weakref.ref(caller))
 
     # -- changing a live layer ---------------------------------------------------------
 
