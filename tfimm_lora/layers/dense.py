@@ -139,7 +139,7 @@ class DenseUpdate(LoRALayer):
         width = self._kernel_variable.shape[0]
         rows = x if rank == 2 else ops.reshape(x, (-1, width))
         places, values = forms.places(x.shape[0], x.shape[1:-1]), mixed_batch.values_for(self)
-        with backend.after(rows):
+        with self._in_turn(rows):
             if values is None:
                 outputs = self._with_bias(self._adapted(rows, places))
             else:

@@ -204,7 +204,7 @@ class EinsumDenseUpdate(LoRALayer):
             return super().call(inputs, *args, **kwargs)
         x = backend.ops.cast(inputs, backend.compute_dtype(self))
         places, values = self._product(x).places(tuple(x.shape)), mixed_batch.values_for(self)
-        with backend.after(x):
+        with self._in_turn(x):
             if values is None:
                 outputs = self._with_bias(self._adapted(x, places))
             else:

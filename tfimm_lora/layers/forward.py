@@ -6,6 +6,7 @@ how they correspond to the axes of torch.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,10 @@ from tfimm_lora.layers.state import AdaptedValues
 
 #: A and B.
 Factors = tuple[np.ndarray, np.ndarray]
+
+#: From this many numbers on, a kernel is computed in turn. Smaller ones need little memory, and
+#: ViT-Ti is 3 % faster if they do not wait.
+IN_TURN = 2**18
 
 
 class LoRAForward(AdaptedValues):
@@ -239,6 +244,11 @@ class LoRAForward(AdaptedValues):
         offset = backend.full_precision(self.__dict__["kernel_lora_magnitude"])
         offset = backend.ops.cast(offset, backend.dtype_of(kernel))
         return dora.gain(backend.ops, kernel, adapted, offset, self._summed_axes())
+
+    def _in_turn(self, inputs: Tensor) -> contextlib.AbstractContextManager[Any]:
+        """Within the block, compute a large kernel no earlier than the inputs."""
+        is_large = math.prod(self._kernel_variable.shape) >= IN_TURN
+        return backend_of(self).after(inputs) if is_large else contextlib.nullcontext()
 
     def _adapted(self, inputs: Tensor, places: int) -> Tensor:
         """The product of the inputs, which have so many places, with the adapted kernel."""
