@@ -532,6 +532,15 @@ def test_a_report_without_mistakes_says_so(copy):
     assert "No mistakes among 4 pictures" in text and "No class was confused" in text
 
 
+def test_the_report_says_that_a_model_has_learned_nothing(copy, evaluation):
+    note = "Note: all pictures are classified as"
+    assert note not in Page(write_report(copy, evaluation).read_text(encoding="utf-8")).text
+    logits = np.tile([0.0, 9.0, 0.0], (4, 1))
+    one = Evaluation.of(logits, np.array([0, 1, 2, 0]), LABELS, ["a", "b", "c", "d"])
+    text = Page(write_report(copy, one).read_text(encoding="utf-8")).text
+    assert f"{note} {LABELS[1]}. The model has learned nothing" in text
+
+
 def test_pictures_that_are_gone_and_names_that_are_no_text_do_not_matter(copy):
     logits, gone = np.eye(3)[[0, 1]] * 9.0, ["a", "b\udcff"]
     wrong = Evaluation.of(logits, np.array([1, 2]), LABELS, gone)

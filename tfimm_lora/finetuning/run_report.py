@@ -11,7 +11,7 @@ from tfimm_lora.finetuning.data.findings import count
 from tfimm_lora.finetuning.evaluation import evaluate_pictures
 from tfimm_lora.finetuning.report import sections
 from tfimm_lora.finetuning.report.explanations import explanations
-from tfimm_lora.finetuning.report.html import Html, tag
+from tfimm_lora.finetuning.report.html import Html, joined, tag
 from tfimm_lora.finetuning.report.plots import draw_curves
 from tfimm_lora.finetuning.run import Run
 from tfimm_lora.finetuning.tuning.report_section import search
@@ -82,7 +82,7 @@ def write_report(run: Run, evaluation: Any, test: Any = None, *, model: Any = No
     if model is not None:
         explained = explanations(run, model, views.examples(evaluation))
     parts = {
-        "Result": views.result(evaluation),
+        "Result": joined(views.result(evaluation), _note(views.advice(evaluation))),
         "Test pictures": sections.test_result(views.result(test, "test")) if test else None,
         "Training": sections.training(run),
         "Search for settings": search(run),
@@ -124,6 +124,10 @@ def _subtitle(run: Run) -> Html:
     epochs, targets = sections.count(len(run.history), "epoch"), run.task.targets()
     outputs = count(len(run.labels), targets.noun, targets.nouns)
     return tag("p", f"Fine-tuned with LoRA: {outputs}, {epochs}")
+
+
+def _note(advice: str | None) -> Html | None:
+    return None if advice is None else tag("p", f"Note: {advice}.")
 
 
 def _section(name: str, content: Html) -> Html:

@@ -13,6 +13,7 @@ from tfimm_lora.finetuning.multilabel_metrics import (
     best_threshold,
 )
 from tfimm_lora.finetuning.regression_metrics import RegressionEvaluation, half_width
+from tfimm_lora.finetuning.tasks.multilabel import MultiLabel
 from tfimm_lora.finetuning.tasks.regression import Regression
 
 pytestmark = pytest.mark.once
@@ -99,6 +100,36 @@ def test_numbers_of_a_regression_are_those_of_scikit_learn():
     np.testing.assert_allclose(order, np.sort(np.sqrt((relative**2).mean(1)))[::-1])
     constant = RegressionEvaluation.of(np.zeros((3, 1)), np.ones((3, 1))).scores[0]
     assert constant.r2 is None and constant.coverage is None
+
+
+def test_several_labels_that_are_the_same_for_all_pictures_are_reported():
+    logits, true = labelled()
+    names = ("a", "b", "c", "d", "e")
+    views = MultiLabel(names).views
+    assert views.advice(MultiLabelEvaluation.of(logits, true, names)) is None
+    logits[:] = (9, -9, 9, -9, -9)
+    found = views.advice(MultiLabelEvaluation.of(logits, true, names))
+    assert found.startswith("all pictures are given a, c.")
+    found = views.advice(MultiLabelEvaluation.of(np.full_like(logits, -9.0), true, names))
+    assert found.startswith("all pictures are given no label.")
+    # Which is right if all have the same ones.
+    assert views.advice(MultiLabelEvaluation.of(logits, logits > 0, names)) is None
+
+
+def test_numbers_that_are_the_same_for_all_pictures_are_reported():
+    rng = np.random.default_rng(0)
+    true = rng.normal(size=(50, 2)) * (3, 100)
+    predicted = true + rng.normal(size=(50, 2)) * (1, 40)
+    views = Regression(("width", "depth")).views
+
+    def advice():
+        return views.advice(RegressionEvaluation.of(predicted, true, ("width", "depth")))
+
+    assert advice() is None
+    predicted[:, 1] = 7 + 1e-3 * rng.normal(size=50)
+    assert advice().startswith("all predictions of depth are the same.")
+    true[:, 1] = 7  # which is right if the targets are
+    assert advice() is None
 
 
 def test_intervals_contain_new_numbers_as_often_as_they_promise():

@@ -93,6 +93,18 @@ def test_metrics_are_those_of_scikit_learn_over_all_batches():
 
 
 @pytest.mark.once
+def test_one_class_for_all_pixels_is_reported():
+    logits, masks = example()
+    views = TASK.views
+    assert views.advice(TASK.evaluate(logits, masks)) is None
+    logits[..., 1] = 99
+    found = views.advice(TASK.evaluate(logits, masks))
+    assert found.startswith("all pixels are classified as b.")
+    # Which is right if there is nothing else.
+    assert views.advice(TASK.evaluate(logits, np.minimum(masks, 0) + (masks >= 0))) is None
+
+
+@pytest.mark.once
 def test_only_the_masks_of_the_worst_pictures_are_kept():
     collector = SegmentationCollector()
     logits, masks = example(n=KEPT + 9)

@@ -222,6 +222,13 @@ class Collector:
         return self._task.evaluate(*self.arrays(), paths)
 
 
+#: After a sentence about predictions that are all the same.
+LEARNED_NOTHING = (
+    "The model has learned nothing: its weights are not pretrained, or the rate is too high. "
+    "Pass a third of it (--lr), or --lr auto"
+)
+
+
 class Views(ABC):
     """How the evaluations and predictions of a task are shown.
 

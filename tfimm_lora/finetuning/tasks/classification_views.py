@@ -25,7 +25,7 @@ from tfimm_lora.finetuning.report.plots import (
     draw_mistakes,
     mistaken_files,
 )
-from tfimm_lora.finetuning.tasks.base import Example, Table, Views
+from tfimm_lora.finetuning.tasks.base import LEARNED_NOTHING, Example, Table, Views
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.run import Run
@@ -55,11 +55,7 @@ class ClassificationViews(Views):
         found = {x.predicted for x in evaluation.predictions}
         if len(found) > 1 or len({x.true for x in evaluation.predictions}) < 2:
             return None
-        return (
-            f"all pictures are classified as {readable(*found)}. The model has learned "
-            "nothing: its weights are not pretrained, or the rate is too high. Pass a third "
-            "of it (--lr), or --lr auto"
-        )
+        return f"all pictures are classified as {readable(*found)}. {LEARNED_NOTHING}"
 
     def scores(self, evaluation: Evaluation) -> dict[str, float]:
         return {"accuracy": evaluation.accuracy, "loss": evaluation.loss}

@@ -26,7 +26,7 @@ from tfimm_lora.finetuning.report.formatting import (
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag
 from tfimm_lora.finetuning.report.plots import Captioned, draw_pictures
 from tfimm_lora.finetuning.report.sections import both, captioned, count, number, table
-from tfimm_lora.finetuning.tasks.base import Example, Table, Views
+from tfimm_lora.finetuning.tasks.base import LEARNED_NOTHING, Example, Table, Views
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.run import Run
@@ -55,6 +55,14 @@ class MultiLabelViews(Views):
         pictures = f"{len(evaluation.predictions)} {kind} pictures"
         precision = _share(evaluation.mean_average_precision)
         return f"mAP {precision}, F1 {evaluation.macro_f1:.3f} on {pictures}"
+
+    def advice(self, evaluation: MultiLabelEvaluation) -> str | None:
+        chosen = {x.chosen for x in evaluation.predictions}
+        if len(chosen) > 1 or len({x.true for x in evaluation.predictions}) < 2:
+            return None
+        (labels,) = chosen
+        given = ", ".join(map(readable, labels)) if labels else "no label"
+        return f"all pictures are given {given}. {LEARNED_NOTHING}"
 
     def scores(self, evaluation: MultiLabelEvaluation) -> dict[str, Any]:
         return {

@@ -15,13 +15,16 @@ from tfimm_lora.finetuning.report.formatting import decimal, percent, readable, 
 from tfimm_lora.finetuning.report.html import Html, drawing, joined, tag
 from tfimm_lora.finetuning.report.plots import Captioned, draw_pictures
 from tfimm_lora.finetuning.report.sections import both, captioned, count, number, table
-from tfimm_lora.finetuning.tasks.base import Example, Table, Views
+from tfimm_lora.finetuning.tasks.base import LEARNED_NOTHING, Example, Table, Views
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.run import Run
 
 #: The largest number of errors that are shown, and of targets with a plot.
 _SHOWN, _PLOTS = 24, 12
+
+#: Predictions whose standard deviation is below this share of that of the targets are the same.
+_SAME = 0.01
 
 
 @dataclass(frozen=True)
@@ -45,6 +48,18 @@ class RegressionViews(Views):
             f"{readable(x.label)} {_text(x.mae)} (R2 {_r2(x.r2)})" for x in evaluation.scores
         )
         return f"mean absolute error {errors} on {len(evaluation.predictions)} {kind} pictures"
+
+    def advice(self, evaluation: RegressionEvaluation) -> str | None:
+        pairs = [(x.true, x.predicted) for x in evaluation.predictions]
+        true, predicted = np.std(pairs, axis=0)
+        same = [
+            readable(label)
+            for label, spread, found in zip(evaluation.labels, true, predicted)
+            if found < _SAME * spread
+        ]
+        if not same:
+            return None
+        return f"all predictions of {', '.join(same)} are the same. {LEARNED_NOTHING}"
 
     def scores(self, evaluation: RegressionEvaluation) -> dict[str, Any]:
         return {

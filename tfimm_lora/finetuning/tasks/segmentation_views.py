@@ -20,7 +20,7 @@ from tfimm_lora.finetuning.segmentation_metrics import (
     RegionScores,
     SegmentationEvaluation,
 )
-from tfimm_lora.finetuning.tasks.base import Table, Views
+from tfimm_lora.finetuning.tasks.base import LEARNED_NOTHING, Table, Views
 
 if TYPE_CHECKING:
     from tfimm_lora.finetuning.run import Run
@@ -47,6 +47,13 @@ class SegmentationViews(Views):
             f"mean IoU {evaluation.mean_iou:.3f}, {percent(evaluation.accuracy)} of the pixels "
             f"correct in {len(evaluation.predictions)} {kind} pictures"
         )
+
+    def advice(self, evaluation: SegmentationEvaluation) -> str | None:
+        true, predicted = (np.flatnonzero(evaluation.confusion.sum(axis)) for axis in (1, 0))
+        if len(predicted) > 1 or len(true) < 2:
+            return None
+        label = readable(evaluation.labels[predicted[0]])
+        return f"all pixels are classified as {label}. {LEARNED_NOTHING}, or more --epochs"
 
     def scores(self, evaluation: SegmentationEvaluation) -> dict[str, Any]:
         return {
