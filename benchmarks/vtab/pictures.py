@@ -8,6 +8,7 @@ import numpy as np
 from PIL import Image
 
 from tfimm_lora.backend import installed
+from tfimm_lora.finetuning.data.exit import until_exit
 
 MEAN = np.array([0.485, 0.456, 0.406], "float32")
 STD = np.array([0.229, 0.224, 0.225], "float32")
@@ -51,19 +52,24 @@ class TrainingBatches:
 
     def epochs(self, first):
         """The batches from an epoch on, without end; with tf.data if it is installed."""
+        start = first * self.steps_per_epoch
         if not installed("tensorflow"):
-            return self._generate(first)
+            return (self._read(step) for step in itertools.count(start))
         import tensorflow as tf
 
-        inputs = tf.TensorSpec((None, *self.pictures.shape[1:]), tf.float32)
-        return tf.data.Dataset.from_generator(
-            lambda: self._generate(first),
-            output_signature=(inputs, tf.TensorSpec((None,), tf.int32)),
-        ).prefetch(2)
+        load = until_exit(self._read)
 
-    def _generate(self, first):
-        for epoch in itertools.count(first):
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
-            for start in range(0, len(order), self.batch):
-                chosen = order[start : start + self.batch]
-                yield normalized(self.pictures[chosen]), self.labels[chosen]
+        def read(step):
+            x, y = tf.numpy_function(load, [step], (tf.float32, tf.int32), stateful=False)
+            return tf.ensure_shape(x, (None, *self.pictures.shape[1:])), tf.ensure_shape(
+                y, (None,)
+            )
+
+        return tf.data.Dataset.counter(start).map(read).prefetch(2)
+
+    def _read(self, step):
+        """The batch of a step, counted over all epochs."""
+        epoch, index = divmod(int(step), self.steps_per_epoch)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.labels))
+        chosen = order[index * self.batch : (index + 1) * self.batch]
+        return normalized(self.pictures[chosen]), self.labels[chosen]

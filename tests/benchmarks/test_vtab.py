@@ -1,7 +1,10 @@
 """The VTAB-1k benchmark on small synthetic folders."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -142,6 +145,31 @@ def test_each_epoch_has_every_picture_once(written):
     assert not np.array_equal(x0, x1) and np.array_equal(np.sort(x0, 0), np.sort(x1, 0))
     assert np.array_equal(epochs(0, 1, 1)[0][0], x1)
     assert not np.array_equal(epochs(1, 0, 1)[0][0], x0)
+
+
+#: Pictures of this size keep TensorFlow's thread busy when Python ends.
+ENDS_EARLY = """
+import sys
+from benchmarks.vtab.pictures import TrainingBatches
+from benchmarks.vtab.tasks import TRAIN, find_task
+
+part = find_task("cifar100", sys.argv[1]).part(TRAIN)
+iterator = iter(TrainingBatches(part, 224, 5, 0).epochs(0))
+print(next(iterator)[0].shape)
+"""
+
+
+@once
+@pytest.mark.long
+def test_python_ends_although_batches_are_left(written):
+    done = subprocess.run(
+        [sys.executable, "-c", ENDS_EARLY, str(written)],
+        env={**os.environ, "TF_USE_LEGACY_KERAS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.stdout == "(5, 224, 224, 3)\n" and done.returncode == 0, done.stderr
 
 
 # -- the protocol, with a model that is as good as its learning rate ------------------------
