@@ -19,6 +19,8 @@ from plan import (
     PEFT_METHOD,
     PEFT_MODELS,
     REFERENCE,
+    SEARCH_SEEDS,
+    SEARCHED_RANKS,
     SETTINGS_SEEDS,
     THEIR_TASKS,
     VARIANTS,
@@ -26,10 +28,18 @@ from plan import (
     Results,
     Run,
 )
+from results import Searches
 
 #: The two-sided 95 % quantile of Student's t for so many degrees of freedom.
 T95 = {1: 12.71, 2: 4.30, 3: 3.18, 4: 2.78, 5: 2.57, 6: 2.45, 7: 2.36, 8: 2.31, 9: 2.26}
 MINUS = "\N{MINUS SIGN}"
+
+#: What is compared with the best of the grid, and its title.
+SEARCHED = {
+    "best": "the search",
+    "together": "its three best settings together",
+    "mean update": "the mean of their updates",
+}
 
 
 class Score(NamedTuple):
@@ -73,8 +83,8 @@ class Score(NamedTuple):
 class Study:
     """The results of a plan."""
 
-    def __init__(self, plan: Plan, results: Results) -> None:
-        self.plan, self.results = plan, results
+    def __init__(self, plan: Plan, results: Results, searches: Searches | None = None) -> None:
+        self.plan, self.results, self.searches = plan, results, searches or {}
 
     def score(
         self,
@@ -198,6 +208,55 @@ class Study:
         }
         return _against_first(scores, tasks)
 
+    def search_table(self) -> str:
+        """The best point of the grid, and what searches found; what both cost."""
+        plan, results = self.plan, self.results
+        tasks, seeds = plan.tasks, SEARCH_SEEDS
+        methods = [f"LoRA, rank {rank}" for rank in SEARCHED_RANKS]
+        rates = {m: plan.best_rate(m, results) for m in methods if m in plan.methods}
+        if None in rates.values() or {(t, s) for t in tasks for s in seeds} - set(
+            self.searches
+        ):
+            return ""
+        best = max(rates, key=lambda m: plan.score(m, rates[m], results))
+        grid = [
+            Run(plan.job(task, method), rate, plan.seeds[0])
+            for task in tasks
+            for method in rates
+            for rate in plan.rates(method, results)
+        ]
+        first = self.score(best, tasks, seeds)
+        if first is None:
+            return ""
+        rows = [
+            [f"the best of the grid ({best}, {rates[best]:g})", *_cells(first, tasks), "", ""]
+        ]
+        for name, title in SEARCHED.items():
+            found = {t: {s: self.searches[t, s][name] for s in seeds} for t in tasks}
+            accuracy = {
+                t: {s: 100 * x["accuracy"] for s, x in by_seed.items()}
+                for t, by_seed in found.items()
+            }
+            score = Score(accuracy, 0.0, 0, 0, 0.0)
+            errors = [
+                x["calibration_error"] for by_seed in found.values() for x in by_seed.values()
+            ]
+            rows.append(
+                [
+                    title,
+                    *_cells(score, tasks),
+                    _difference(*score.against(first)),
+                    f"{statistics.mean(errors):.3f}",
+                ]
+            )
+        took = [self.searches[t, s]["search_seconds"] for t in tasks for s in seeds]
+        share = sum(took) / len(seeds) / sum(results[run]["seconds"] for run in grid)
+        table = _markdown(["", *tasks, "mean", "difference", "calibration error"], rows)
+        return (
+            f"{table}\n\nThe grid has {len(grid) // len(tasks)} trainings for each task. A "
+            f"search took {100 * share:.0f} % of its processor time."
+        )
+
     def _table(
         self,
         scores: dict[str, Score],
@@ -296,14 +355,15 @@ class Study:
             yield model, self.model_table(model)
         yield "settings", self.settings_table()
         yield "defaults", self.defaults_table()
+        yield "search", self.search_table()
         yield "large", self.large_table()
         for task in self.plan.kinds:
             yield task, self.kind_table(task)
 
 
-def write(plan: Plan, results: Results, folder: Path) -> None:
+def write(plan: Plan, results: Results, folder: Path, searches: Searches | None = None) -> None:
     """Rewrite the tables between their markers, and the figure."""
-    study = Study(plan, results)
+    study = Study(plan, results, searches)
     page = folder / "explanation" / "study.md"
     text = page.read_text(encoding="utf-8")
     for name, table in study.parts():

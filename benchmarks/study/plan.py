@@ -98,6 +98,8 @@ DEFAULTS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "since": (REFERENCE, 3e-3, {"augmentation": "light", "epochs": 20}),
 }
 SETTINGS_SEEDS = (0, 1, 2)
+#: For the comparison of a search with the grid of these ranks.
+SEARCHED_RANKS, SEARCH_SEEDS = (4, 8, 16), (0, 1, 2)
 
 
 class Job(NamedTuple):

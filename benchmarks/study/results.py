@@ -8,9 +8,12 @@ from typing import Any
 
 from plan import Job, Results, Run
 
+#: The results of the searches, by task and seed.
+Searches = dict[tuple[str, int], dict[str, Any]]
+
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-RESULTS = HERE / "results.jsonl"
+RESULTS, SEARCHES = HERE / "results.jsonl", HERE / "searches.jsonl"
 
 
 def read_results(path: Path) -> Results:
@@ -25,8 +28,19 @@ def read_results(path: Path) -> Results:
 
 
 def write_result(path: Path, run: Run, result: dict[str, Any]) -> None:
-    """Append a line; the processes do it in turn, since a short line is written at once."""
+    """Append the line of a run."""
     rounded = {k: float(f"{v:.5g}") if isinstance(v, float) else v for k, v in result.items()}
-    line = json.dumps({"job": run.job._asdict(), **rounded}) + "\n"
+    write_line(path, {"job": run.job._asdict(), **rounded})
+
+
+def read_searches(path: Path) -> Searches:
+    """The results of all searches."""
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    found = map(json.loads, lines)
+    return {(values["task"], values["seed"]): values for values in found}
+
+
+def write_line(path: Path, values: dict[str, Any]) -> None:
+    """Append a line; the processes do it in turn, since a short line is written at once."""
     with path.open("a", encoding="utf-8") as file:
-        file.write(line)
+        file.write(json.dumps(values) + "\n")

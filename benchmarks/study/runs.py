@@ -75,7 +75,7 @@ class Runs:
         job = self.job
         parts = data(job.task, seed, job.size, self.work / "downloads")
         if seed not in self.starts or not self._fits(self.starts[seed]):
-            model = self._prepared(parts, seed)
+            model = self.prepared(parts, seed)
             self.starts[seed] = model.get_weights()
             if not self._fits(self.starts[seed]):
                 self._compile(model, parts)
@@ -106,7 +106,7 @@ class Runs:
             return False
         return [v.shape for v in start] == [tuple(v.shape) for v in self.model.weights]
 
-    def _prepared(self, parts: Any, seed: int) -> Any:
+    def prepared(self, parts: Any, seed: int) -> Any:
         """The model that the training of a seed starts with."""
         job = self.job
         keras.utils.set_random_seed(seed)
@@ -169,10 +169,14 @@ class Runs:
 
     def _evaluate(self, x: np.ndarray, y: np.ndarray) -> tuple[float, float]:
         """The score of the task (such as the accuracy), and the loss."""
-        # Whole batches of one shape are traced once.
-        padded = np.concatenate([x, x[: -len(x) % 100]])
-        logits = np.concatenate(
-            [self.forward(tf.constant(padded[i : i + 100])) for i in range(0, len(padded), 100)]
-        )[: len(x)]
+        logits = self.outputs(x)
         evaluation = self.task.evaluate(logits.astype("float64"), y)
         return SCORES[self.task.name](evaluation), float(np.mean(self.losses(y, logits)))
+
+    def outputs(self, x: np.ndarray) -> np.ndarray:
+        """The outputs of the trained model for pictures."""
+        # Whole batches of one shape are traced once.
+        padded = np.concatenate([x, x[: -len(x) % 100]])
+        batches = (padded[i : i + 100] for i in range(0, len(padded), 100))
+        found = np.concatenate([self.forward(tf.constant(batch)) for batch in batches])
+        return found[: len(x)]

@@ -22,7 +22,7 @@ os.environ.setdefault("TF_USE_LEGACY_KERAS", "1")
 
 import page
 from plan import QUICK, Job, Plan, Run
-from results import RESULTS, ROOT, read_results, write_result
+from results import RESULTS, ROOT, SEARCHES, read_results, read_searches, write_result
 from tasks import TASKS
 
 
@@ -70,7 +70,7 @@ def main() -> None:
     results = read_results(args.results)
     left = len(plan.due(results))
     print(f"{len(results)} runs; {left} are left" if left else f"all {len(results)} runs done")
-    page.write(plan, results, args.out)
+    page.write(plan, results, args.out, read_searches(SEARCHES))
 
 
 def do_runs(plan: Plan, args: argparse.Namespace) -> None:

@@ -198,6 +198,50 @@ def test_the_tables_of_the_page(study, tmp_path):
 
 
 @pytest.mark.once
+def test_searches_are_compared_with_the_best_of_the_grid(study, tmp_path):
+    plan, page, lines = study("plan"), study("page"), study("results")
+    small = plan.Plan(
+        methods=("LoRA, rank 4", plan.REFERENCE, "LoRA, rank 16"),
+        main=(),
+        other_tasks=(),
+        other_models=(),
+        longer_methods=(),
+        large_methods=(),
+        kinds=(),
+        settings=(),
+    )
+
+    def accuracy(run):
+        rank = int(run.job.method.rpartition(" ")[2])
+        return 0.7 + 0.01 * run.seed + 0.001 * rank - abs(run.rate - 3e-3), 1.0
+
+    results = carry_out(small, plan, accuracy)
+    assert page.Study(small, results).search_table() == ""
+    for task in small.tasks:
+        for seed in plan.SEARCH_SEEDS:
+            values = {"task": task, "seed": seed, "search_seconds": 2.0}
+            for name, more in (("best", 0.0), ("together", 0.02), ("mean update", -0.01)):
+                accuracy = 0.716 + 0.01 * seed + more + 0.005 * (seed == 1)
+                values[name] = {"accuracy": accuracy, "calibration_error": 0.1 + more}
+            lines.write_line(tmp_path / "s.jsonl", values)
+    searches = lines.read_searches(tmp_path / "s.jsonl")
+    table = page.Study(small, results, searches).search_table()
+    rows = [line.split(" | ") for line in table.splitlines() if line.startswith("| ")][2:]
+    assert rows[0][0] == "| the best of the grid (LoRA, rank 16, 0.003)"
+    assert [row[4] for row in rows] == ["**72.6**", "**72.8**", "**74.8**", "**71.8**"]
+    # The differences are 0, 0.5 and 0: t sd / sqrt(n) = 4.3 * 0.2887 / 1.732.
+    assert [row[5] for row in rows[1:]] == [
+        "+0.2 ± 0.7",
+        "+2.2 ± 0.7",
+        "\N{MINUS SIGN}0.8 ± 0.7",
+    ]
+    assert [row[6][:5] for row in rows[1:]] == ["0.100", "0.120", "0.090"]
+    runs = sum(run.seed == 0 for run in results)
+    assert f"The grid has {runs // 3} trainings for each task." in table
+    assert f"took {100 * 6 / (5 * runs):.0f} % of its processor time" in table
+
+
+@pytest.mark.once
 def test_results_are_lines_that_are_read_again(study, tmp_path):
     plan, results = study("plan"), study("results")
     run = plan.Run(plan.Plan().job("stamps", plan.REFERENCE, epochs=20), 3e-3, 2)
@@ -274,7 +318,7 @@ def test_a_seed_may_have_weights_of_other_shapes(study, monkeypatch, tmp_path):
 
     x, y = np.zeros((100, 4, 4, 3), "uint8"), np.zeros(100, "int32")
     parts = tasks.Data((x, y), (x, y), (x, y), 2)
-    monkeypatch.setattr(runs.Runs, "_prepared", prepared)
+    monkeypatch.setattr(runs.Runs, "prepared", prepared)
     monkeypatch.setattr(runs, "data", lambda *args: parts)
     trainer = runs.Runs(plan.Job("digits", "everything", size=4, epochs=5, batch=20), tmp_path)
     for seed in (0, 1, 2, 0):
