@@ -83,7 +83,7 @@ benchmark: $(STAMP)  ## Measure time and memory beside full fine-tuning and othe
 		--json docs/performance.json --picture docs/images/performance.svg
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/switch_adapters.py
 
-experiment: $(VENV)/.made-experiment  ## Compare methods and settings on ImageNet models, for docs/explanation/study.md (5 hours, resumable)
+experiment: $(VENV)/.made-experiment  ## Compare methods and settings on ImageNet models, for docs/explanation/study.md (6 hours, resumable)
 	TF_USE_LEGACY_KERAS=1 $(PY) benchmarks/study/study.py
 
 variants: $(STAMP)  ## Compare the variants of LoRA on shifted digits, for docs/explanation/variants.md (15 minutes)
