@@ -214,9 +214,8 @@ class Study:
         tasks, seeds = plan.tasks, SEARCH_SEEDS
         methods = [f"LoRA, rank {rank}" for rank in SEARCHED_RANKS]
         rates = {m: plan.best_rate(m, results) for m in methods if m in plan.methods}
-        if None in rates.values() or {(t, s) for t in tasks for s in seeds} - set(
-            self.searches
-        ):
+        searched = all((task, seed) in self.searches for task in tasks for seed in seeds)
+        if not searched or not rates or None in rates.values():
             return ""
         best = max(rates, key=lambda m: plan.score(m, rates[m], results))
         grid = [

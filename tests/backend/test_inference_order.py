@@ -45,6 +45,35 @@ def waits_for(operation):
     return seen
 
 
+#: The shape of each kernel, and the layer before it.
+KERNELS = {(5, 8): "", (8, 2, 4): "dense", (8, 3): "einsum"}
+
+
+def traced(model):
+    """The graph of inference with W + s A B."""
+    with lora.use_form("effective"):
+        function = tf.function(lambda x: model(x, training=False), autograph=False)
+        return function.get_concrete_function(tf.TensorSpec((None, 6, 5), "float32"))
+
+
+def kernels_that_wait(function):
+    """Whether each operation that makes something of the shape of a kernel waits for the input
+    of its layer."""
+    entry, found = function.inputs[0].op.name, {}
+    for operation in function.graph.get_operations():
+        for output in operation.outputs:
+            if operation.type in READS or output.shape.rank not in (2, 3):
+                continue
+            if tuple(output.shape) in KERNELS:
+                before = waits_for(operation)
+                layer = KERNELS[tuple(output.shape)]
+                found[operation.name] = entry in before and any(
+                    f"/{layer}" in name for name in before
+                )
+    assert len(found) >= 6  # the product A B and its sum with W, in each layer
+    return found
+
+
 @pytest.mark.parametrize(
     "settings",
     [{}, {"lora_use_dora": True}, {"lora_use_loha": True}],
@@ -52,24 +81,13 @@ def waits_for(operation):
 )
 def test_no_large_kernel_is_computed_before_the_input_of_its_layer(settings, monkeypatch):
     monkeypatch.setattr(forward, "IN_TURN", 24)  # the size of the smallest one
-    model = adapted(**settings)
-    x = normal(2, 6, 5)
+    model, x = adapted(**settings), normal(2, 6, 5)
     expected = array(model(x))  # eagerly
-    with lora.use_form("effective"):
-        function = tf.function(lambda x: model(x, training=False), autograph=False)
-        traced = function.get_concrete_function(tf.TensorSpec((None, 6, 5), "float32"))
-    shapes = {(5, 8): "", (8, 2, 4): "dense", (8, 3): "einsum"}  # the layer before each kernel
-    made = [
-        (operation, shapes[tuple(output.shape)])
-        for operation in traced.graph.get_operations()
-        for output in operation.outputs
-        if operation.type not in READS and output.shape.rank in (2, 3)
-        if tuple(output.shape) in shapes
-    ]
-    assert len(made) >= 6  # the product A B and its sum with W, in each layer
-    entry = traced.inputs[0].op.name
-    for operation, layer in made:
-        before = waits_for(operation)
-        assert entry in before, operation.name
-        assert any(f"/{layer}" in name for name in before), operation.name
-    np.testing.assert_allclose(array(traced(tf.constant(x))), expected, rtol=1e-4, atol=1e-5)
+    function = traced(model)
+    waits = kernels_that_wait(function)
+    assert all(waits.values()), waits
+    np.testing.assert_allclose(array(function(tf.constant(x))), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_small_kernels_do_not_wait():
+    assert not any(kernels_that_wait(traced(adapted())).values())
