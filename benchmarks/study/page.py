@@ -153,6 +153,8 @@ class Study:
         """PEFT and this library, LoRA of rank 8 at the same rate."""
         plan = self.plan
         rate = plan.best_rate(REFERENCE, self.results)
+        if rate is None:
+            return ""
         rows = []
         for model in PEFT_MODELS:
             for task in THEIR_TASKS:

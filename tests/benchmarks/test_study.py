@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +16,17 @@ from tests.helpers.kerases import LEGACY
 
 ROOT = Path(__file__).parents[2]
 STUDY = ROOT / "benchmarks" / "study"
-MODULES = ("plan", "results", "runs", "tasks", "page", "checkpoints", "_data", "_weights")
+MODULES = (
+    "plan",
+    "results",
+    "study",
+    "runs",
+    "tasks",
+    "page",
+    "checkpoints",
+    "_data",
+    "_weights",
+)
 
 
 @pytest.fixture
@@ -200,15 +212,9 @@ def test_the_tables_of_the_page(study, tmp_path):
 @pytest.mark.once
 def test_searches_are_compared_with_the_best_of_the_grid(study, tmp_path):
     plan, page, lines = study("plan"), study("page"), study("results")
-    small = plan.Plan(
-        methods=("LoRA, rank 4", plan.REFERENCE, "LoRA, rank 16"),
-        main=(),
-        other_tasks=(),
-        other_models=(),
-        longer_methods=(),
-        large_methods=(),
-        kinds=(),
-        settings=(),
+    methods = ("LoRA, rank 4", plan.REFERENCE, "LoRA, rank 16")
+    small = study("dataclasses").replace(
+        plan.QUICK, methods=methods, tasks=plan.TASKS, seeds=plan.SEEDS
     )
 
     def accuracy(run):
@@ -217,6 +223,7 @@ def test_searches_are_compared_with_the_best_of_the_grid(study, tmp_path):
 
     results = carry_out(small, plan, accuracy)
     assert page.Study(small, results).search_table() == ""
+    assert not any(table for _, table in page.Study(small, {}).parts())  # nothing is done yet
     for task in small.tasks:
         for seed in plan.SEARCH_SEEDS:
             values = {"task": task, "seed": seed, "search_seconds": 2.0}
@@ -326,6 +333,66 @@ def test_a_seed_may_have_weights_of_other_shapes(study, monkeypatch, tmp_path):
         bias = trainer.model.layers[1].bias.numpy()
         assert bias.shape == (widths[seed],) and (bias == seed).all()
     assert made == [0, 1, 2]  # the last has the shapes of the first, too
+
+
+@pytest.mark.once
+def test_pictures_are_loaded_before_processes_start(study, monkeypatch, tmp_path):
+    """Several processes would download the same files at the same time."""
+    program, plan = study("study"), study("plan")
+    small = study("dataclasses").replace(plan.QUICK, tasks=("garments", "stamps"))
+    loaded = []
+
+    class Source:
+        def __init__(self, name):
+            self.name = name
+
+        def load(self, downloads):
+            loaded.append((self.name, downloads))
+
+    def start(*args, **kwargs):
+        raise ChildProcessError
+
+    monkeypatch.setattr(program, "TASKS", {name: Source(name) for name in small.tasks})
+    monkeypatch.setattr(program.concurrent.futures, "ProcessPoolExecutor", start)
+    monkeypatch.setattr(study("checkpoints"), "write_checkpoint", lambda *args: None)
+    args = SimpleNamespace(minutes=1, processes=2, work=tmp_path, results=tmp_path / "r.jsonl")
+    with pytest.raises(ChildProcessError):
+        program.do_runs(small, args)
+    assert sorted(loaded) == [(name, tmp_path / "downloads") for name in small.tasks]
+
+
+@pytest.mark.nightly
+@pytest.mark.skipif(not LEGACY, reason="of a tfimm model")
+def test_a_short_search(tmp_path):
+    program = [sys.executable, str(STUDY / "searches.py"), "--quick", "--seeds", "0"]
+    program += ["--results", str(tmp_path / "s.jsonl"), "--work", str(tmp_path / "work")]
+    environment = {**os.environ, "TF_USE_LEGACY_KERAS": "1"}
+
+    def run():
+        return subprocess.run(program, capture_output=True, text=True, env=environment)
+
+    # The study writes the checkpoint.
+    quick = [sys.executable, str(STUDY / "study.py"), "--quick", "--minutes", "0"]
+    quick += ["--results", str(tmp_path / "r.jsonl"), "--work", program[-1]]
+    (tmp_path / "explanation").mkdir()
+    shutil.copy(ROOT / "docs" / "explanation" / "study.md", tmp_path / "explanation")
+    written = subprocess.run(
+        [*quick, "--out", str(tmp_path)], capture_output=True, text=True, env=environment
+    )
+    if "is not installed" in written.stderr or "are not installed" in written.stderr:
+        pytest.skip(written.stderr.splitlines()[-1])
+    assert written.returncode == 0, written.stderr[-3000:]
+    done = run()
+    assert done.returncode == 0, done.stderr[-3000:]
+    first = (tmp_path / "s.jsonl").read_text()
+    found = json.loads(first)
+    assert (found["task"], found["seed"], len(found["settings"])) == ("digits", 0, 3)
+    # Three different models: one setting, several, and the mean of their updates.
+    scores = [found[name] for name in ("best", "together", "mean update")]
+    assert all(0.3 < x["accuracy"] <= 1 for x in scores)
+    assert len({x["loss"] for x in scores}) == 3
+    assert run().returncode == 0  # there is nothing left to do
+    assert (tmp_path / "s.jsonl").read_text() == first
 
 
 @pytest.mark.nightly
