@@ -107,7 +107,7 @@ class Study:
             for task in tasks
             for seed in seeds
         }
-        if None in runs.values():
+        if not runs or None in runs.values():
             return None
         first = runs[tasks[0], seeds[0]]
         accuracy = {
